@@ -1,0 +1,200 @@
+"""From a recipe file to frozen types: read, override, validate, or say everything that is wrong at once.
+
+    recipe = load_recipe(Path("recipes/quickstart.yaml"), ["stages.0.steps=20"])
+
+Files that a recipe names need not exist to load it (a recipe is often checked on another machine than
+it runs on): `missing_inputs` lists those. Importing this loads neither torch nor Ray nor MLflow.
+
+Invariant: a Recipe that was returned satisfies every rule of recipe_types and recipe_checks.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.errors import RecipeErrors, UserError
+from orchestrator.recipe_checks import Problem, check_across, explain, follows_from_another
+from orchestrator.recipe_source import KeyPath, Source, read_source
+from orchestrator.recipe_types import Compute, Data, Recipe, Stage, Student, Tracking
+from orchestrator.references import FolderRef, input_files, looks_like_path, parse_reference
+
+__all__ = [
+    "Compute",
+    "Data",
+    "Recipe",
+    "Stage",
+    "Student",
+    "Tracking",
+    "first_difference",
+    "load_recipe",
+    "missing_inputs",
+]
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, after `overrides` (each `path=value`, as `stages.0.steps=20`).
+
+    Relative paths in the file count from the file's folder, those in overrides from the current one;
+    the result holds absolute paths. Raises RecipeErrors with a line for every problem.
+    """
+    source = read_source(Path(path), overrides)
+    if not isinstance(source.values, dict):
+        what = "the file is empty" if source.values is None else "the file is not a mapping"
+        raise RecipeErrors([f"{source.file}:1: {what}; allowed: a recipe with name, data and stages"])
+    as_written = _anchor_paths(source)
+    problems: list[Problem] = []
+    try:
+        recipe = Recipe.model_validate(source.values)
+        problems += check_across(recipe.data, dict(enumerate(recipe.stages)), recipe.compute)
+    except ValidationError as error:
+        problems += [
+            (details["loc"], explain(details))
+            for details in error.errors(include_url=False)
+            if not follows_from_another(details)
+        ]
+        problems += _check_sound_parts(source.values)
+    if problems:
+        raise RecipeErrors(_in_file_order(source, problems))
+    recipe._as_written.update(as_written)
+    return recipe
+
+
+def _check_sound_parts(values: dict[str, Any]) -> list[Problem]:
+    """The rules across keys for those parts of a broken recipe that are sound in themselves."""
+    given = values.get("stages")
+    stages = {i: _sound(Stage, stage) for i, stage in enumerate(given)} if isinstance(given, list) else {}
+    compute, data = _sound(Compute, values.get("compute", {})), _sound(Data, values.get("data"))
+    return list(check_across(data, {i: stage for i, stage in stages.items() if stage}, compute))
+
+
+def _sound(section: type[Section], value: Any) -> Section | None:
+    try:
+        return section.model_validate(value)
+    except ValidationError:
+        return None
+
+
+def _in_file_order(source: Source, problems: Sequence[Problem]) -> list[str]:
+    """One line a problem, doubles removed, in the order of the file and then of the overrides."""
+
+    def position(line: str) -> tuple[bool, int]:
+        place = line.partition(": ")[0]
+        number = place.rpartition(":")[2]
+        return not place.startswith(source.file), int(number) if number.isdecimal() else 0
+
+    lines = [source.problem(_as_the_file_has_it(source.values, path), text) for path, text in problems]
+    return sorted(dict.fromkeys(lines), key=position)
+
+
+def _as_the_file_has_it(values: Any, path: KeyPath) -> KeyPath:
+    """Turns stages.0.students.0.… back into stages.0.student.… where the file uses the short form."""
+    if len(path) < 4 or path[0] != "stages" or path[2] != "students":
+        return path
+    stage = values["stages"][path[1]]
+    return (*path[:2], "student", *path[4:]) if "student" in stage else path
+
+
+def _anchor_paths(source: Source) -> dict[str, str]:
+    """Makes local paths absolute in place. Returns absolute → as written, for those of the file."""
+    values, as_written = source.values, {}
+    stages = values.get("stages") if isinstance(values.get("stages"), list) else []
+    students = {name for stage in stages for name in _student_names(stage)}
+
+    def anchor(parent: Any, key: Any, path: KeyPath, *, is_path: bool) -> None:
+        text = parent[key]
+        if not isinstance(text, str) or not text or text in students or "://" in text:
+            return
+        if text.startswith(("package:", "models:")):
+            return
+        base = Path.cwd() if source.came_from_override(path) else Path(source.file).parent
+        absolute = os.path.abspath(base / Path(text).expanduser())  # noqa: PTH100 (resolve follows links)
+        if is_path or looks_like_path(text) or Path(absolute).is_dir():
+            parent[key] = absolute
+            if not source.came_from_override(path):
+                as_written[absolute] = text
+
+    data = values.get("data")
+    if isinstance(data, dict):
+        if isinstance(data.get("text"), str):
+            data["text"] = [data["text"]]
+        for i in range(len(data["text"]) if isinstance(data.get("text"), list) else 0):
+            anchor(data["text"], i, ("data", "text", i), is_path=True)
+        for key in data.keys() & {"shards", "tokenizer"}:
+            anchor(data, key, ("data", key), is_path=key == "shards")
+    for i, stage in enumerate(stages):
+        if isinstance(stage, dict) and "teacher" in stage:
+            anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)
+    return as_written
+
+
+def _student_names(stage: Any) -> set[str]:
+    """Names of the students that a raw, perhaps malformed stage defines."""
+    if not isinstance(stage, dict):
+        return set()
+    students = stage.get("students")
+    listed = students if isinstance(students, list) else []
+    names = [student.get("name") for student in listed if isinstance(student, dict)]
+    if isinstance(stage.get("student"), dict):
+        names.append(stage["student"].get("name", stage.get("name")))
+    return {name for name in names if isinstance(name, str)}
+
+
+def missing_inputs(recipe: Recipe) -> list[str]:
+    """One line for each file or folder that the recipe names and this machine lacks.
+
+    Hub ids and registered models are not looked up: that needs the network.
+    """
+    notes: list[str] = []
+    data = recipe.data
+    if data.shards is not None and not (Path(data.shards) / "manifest.json").is_file():
+        notes.append(
+            f"data.shards: given {data.shards!r}, but there is no data set (no manifest.json): "
+            "make one with `minilm data build`, or give another: --set data.shards=FOLDER"
+        )
+    for pattern in data.text or ():
+        try:
+            input_files([pattern])
+        except UserError as error:
+            notes.append(f"data.text: {error}, or give yours: --set data.text=FILE")
+    references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
+    references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
+    for key, text in references:
+        try:
+            reference = parse_reference(text, recipe.student_names)
+        except UserError as error:
+            notes.append(f"{key}: {error}, or give another: --set {key}=…")
+            continue
+        if isinstance(reference, FolderRef) and not reference.path.is_dir():
+            notes.append(
+                f"{key}: given {text!r}, but there is no folder {reference.path}: --set {key}=FOLDER"
+            )
+    return notes
+
+
+def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """Where two `result_fields()` differ first: (path, old value, new value), or None.
+
+    The path is written as `--set` takes it. A key or item that one side lacks counts as None there.
+    """
+    if type(old) is type(new) and isinstance(old, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        pairs = [(key, old.get(key), new.get(key)) for key in keys]
+    elif type(old) is type(new) and isinstance(old, list | tuple):
+        length = max(len(old), len(new))
+        pairs = [(i, _item(old, i), _item(new, i)) for i in range(length)]
+    else:
+        return None if old == new else ("", old, new)
+    for key, left, right in pairs:
+        if (found := first_difference(left, right)) is not None:
+            path, *values = found
+            return f"{key}.{path}" if path else str(key), values[0], values[1]
+    return None
+
+
+def _item(values: Sequence[Any], index: int) -> Any:
+    return values[index] if index < len(values) else None
