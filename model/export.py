@@ -1,0 +1,149 @@
+"""A student as a plain transformers folder: config, safetensors, tokenizer, model card.
+
+Leaves out: registering it anywhere; optimiser state; anything that would need our code to be loaded again.
+Invariant: the folder is either whole or absent. It is written under a temporary name beside its place, every
+file and the folder are synced, and one rename puts it there; a whole older folder stays until that moment.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from model.errors import ModelError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+
+
+def export_student(model: PreTrainedModel, tokenizer_folder: Path, out: Path, card: str) -> None:
+    """Write `model` with the tokenizer of `tokenizer_folder` and `card` as README.md to the folder `out`,
+    atomically.
+
+    AutoModel and AutoTokenizer load `out` without our code or a network. An earlier export at `out` is
+    replaced.
+    """
+    tokenizer_files = [
+        tokenizer_folder / name for name in _TOKENIZER_FILES if (tokenizer_folder / name).is_file()
+    ]
+    if not any(
+        file.suffix in (".json", ".txt", ".model") and "config" not in file.name for file in tokenizer_files
+    ):
+        raise ModelError(f"{tokenizer_folder} holds no tokenizer; give the tokenizer/ folder of the data set")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        model.save_pretrained(temporary)
+        for file in tokenizer_files:
+            shutil.copyfile(file, temporary / file.name)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        for file in (*temporary.iterdir(), temporary):
+            _sync(file)
+        _put_in_place(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def weights_digest(source: Path | Mapping[str, Tensor]) -> str:
+    """sha256 (hex) over every tensor's name, dtype, shape and bytes, in name order: equal only bit for bit.
+
+    source: an exported folder or a state dict; both give the same digest for the same weights.
+    """
+    digest = hashlib.sha256()
+    tensors = _load(source) if isinstance(source, Path) else source
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_card(
+    name: str, model: PreTrainedModel, *, trained: Iterable[str], teacher: str, facts: Mapping[str, str]
+) -> str:
+    """The README.md of an export (Markdown): what it is, how to load it, what distillation did not train.
+
+    trained: names of the trained parameters (`TappedEncoder.trained_parameters`); facts: further rows of the
+    table.
+    """
+    trained = set(trained)
+    untrained = [key for key, _ in model.named_parameters() if key not in trained]
+    config = model.config
+    rows = {
+        "Teacher": teacher,
+        "Architecture": f"{config.model_type}, {config.num_hidden_layers} layers,"
+        f" hidden size {config.hidden_size}, {config.num_attention_heads} heads",
+        "Parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        **facts,
+    }
+    table = "\n".join(f"| {key} | {' '.join(str(value).split())} |" for key, value in rows.items())
+    listed = "\n".join(f"- `{key}`" for key in untrained) or "- none"
+    return f"""---
+library_name: transformers
+tags: [minilm, distillation]
+---
+# {name}
+
+An encoder distilled from its teacher's self-attention relations (MiniLM, arXiv 2002.10957).
+
+| | |
+|---|---|
+{table}
+
+## Load it
+
+    from transformers import AutoModel, AutoTokenizer
+    model = AutoModel.from_pretrained("this folder")
+    tokenizer = AutoTokenizer.from_pretrained("this folder")
+
+## Not trained by distillation
+
+Distillation reads queries, keys and values of the last layer. The layers behind the tap of the last layer are
+untrained by distillation: they hold their initial values until fine-tuning trains them. They are:
+
+{listed}
+"""
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    aside = None
+    if out.exists():  # a folder that is not empty cannot be renamed over
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+        out.rename(aside / "old")
+    temporary.rename(out)
+    _sync(out.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no safetensors weights; give a folder written by export_student")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
