@@ -41,15 +41,14 @@ def relation_kl(
 ) -> Tensor:
     """KL divergence between two relations, a scalar in nats (float32; float64 for float64 inputs).
 
-    teacher_x, teacher_y  [batch, heads, tokens, d_T]   student_x, student_y  [batch, heads, tokens, d_S]
-    mask                  bool [batch, tokens], True where a token is valid, in any layout; None: all are valid
-    *_bias                broadcastable to [batch, heads, tokens, tokens], added to the scaled scores of that side
-    reduction             "sequence": mean over heads, then over a sequence's valid queries, then over the sequences
-                          that have a valid token (the paper's). "token": mean over heads and over all valid
-                          queries. "sequence_sum", "token_sum": the same without the last division, see
-                          `relation_weight`; with these, micro-batches and workers add up exactly before one
-                          global division.
-    implementation        "reference", or "auto" for the fastest that applies.
+    teacher_x, teacher_y: [batch, heads, tokens, d_T]; student_x, student_y: [batch, heads, tokens, d_S].
+    mask: bool [batch, tokens], True where a token is valid, in any layout; None: all are valid.
+    teacher_bias, student_bias: broadcastable to [batch, heads, tokens, tokens], added to the scaled scores.
+    reduction: "sequence": mean over heads, then over a sequence's valid queries, then over the sequences that
+        have a valid token (the paper's). "token": mean over heads and over all valid queries. "sequence_sum",
+        "token_sum": the same without the last division, so that micro-batches and workers add up before one
+        division by the global `relation_weight`.
+    implementation: "reference", or "auto" for the fastest that applies.
 
     Raises ModelError when shapes, dtypes, reduction or implementation do not fit.
     """
