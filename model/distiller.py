@@ -10,6 +10,7 @@ Invariants: the teacher is in eval mode whatever `.train()` is called on; it has
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Distiller(nn.Module):
         """What term sums are divided by, see `Objective.count`."""
         return self.objective.count(mask, shape)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """.to(), .cuda(): the teacher goes where its students go."""
         self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
@@ -90,7 +91,8 @@ def _compare(teacher: TappedEncoder, name: str, student: TappedEncoder, objectiv
 
 
 def _as_dtype(taps: Taps, dtype: torch.dtype) -> Taps:
-    return Taps(*(None if part is None else part.to(dtype) for part in taps))
+    q, k, v, bias = taps
+    return Taps(q.to(dtype), k.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @contextlib.contextmanager

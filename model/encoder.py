@@ -240,7 +240,7 @@ def _family(config: PreTrainedConfig) -> Family:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No progress bar and no report of heads that are left behind: `load_encoder` judges the report itself."""
+    """No progress bar and no report of heads left behind: `load_encoder` judges the report itself."""
     bar, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

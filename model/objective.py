@@ -93,7 +93,7 @@ class Objective:
             if teacher_heads != student_heads:
                 raise ModelError(
                     f"the teacher has {teacher_heads} heads and the student {student_heads}; give both the"
-                    f" same number, or set relation_heads to a divisor of {teacher_hidden} and {student_hidden}"
+                    f" same number, or set relation_heads to divide {teacher_hidden} and {student_hidden}"
                 )
             return
         for side, hidden in (("teacher", teacher_hidden), ("student", student_hidden)):

@@ -80,8 +80,8 @@ def relation_heads(x: Tensor, num_relation_heads: int) -> Tensor:
     batch, heads, tokens, head_size = x.shape
     if num_relation_heads < 1 or heads * head_size % num_relation_heads:
         raise ModelError(
-            f"{num_relation_heads} relation heads do not divide {heads} heads x {head_size} = {heads * head_size};"
-            " choose a divisor of both hidden sizes"
+            f"{num_relation_heads} relation heads do not divide {heads} heads x {head_size} ="
+            f" {heads * head_size}; choose a divisor of both hidden sizes"
         )
     return x.transpose(1, 2).reshape(batch, tokens, num_relation_heads, -1).transpose(1, 2)
 
@@ -170,7 +170,7 @@ def _check(
             raise ModelError(f"{name} is {_dtype(tensor)}; relations need a floating-point dtype")
         if tensor.dtype != student_x.dtype:
             raise ModelError(
-                f"{name} is {_dtype(tensor)} but student_x is {_dtype(student_x)}; cast them to one dtype first"
+                f"{name} is {_dtype(tensor)} but student_x {_dtype(student_x)}; cast to one dtype first"
             )
     for left, right, same in (
         ("teacher_x", "teacher_y", 4),
@@ -191,7 +191,8 @@ def _check(
             raise ModelError(f"mask is {_dtype(mask)}; it must be torch.bool, True where a token is valid")
         if mask.shape != (batch, tokens):
             raise ModelError(
-                f"mask has shape {_shape(mask)} but student_x {_shape(student_x)}; it must be [{batch}, {tokens}]"
+                f"mask has shape {_shape(mask)} but student_x {_shape(student_x)};"
+                f" it must be [{batch}, {tokens}]"
             )
     for name, bias in (("teacher_bias", teacher_bias), ("student_bias", student_bias)):
         if bias is None:

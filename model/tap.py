@@ -76,8 +76,8 @@ class TappedEncoder(nn.Module):
         all."""
         if mask is not None and (mask.dtype != torch.bool or mask.shape != input_ids.shape):
             raise ModelError(
-                f"mask is {mask.dtype} {list(mask.shape)}; for input_ids {list(input_ids.shape)} it must be torch.bool"
-                " of the same shape"
+                f"mask is {mask.dtype} {list(mask.shape)}; for input_ids {list(input_ids.shape)} it must be"
+                " torch.bool of the same shape"
             )
         probe = _Probe(module=self._tapped[0])
         _run(self.model, probe, input_ids, mask)
@@ -160,13 +160,12 @@ def _tap_attention(
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
-def _mask_without_sync(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """transformers' SDPA mask, less its `mask.all()` (a host sync) and with a row of padding only kept
-    finite."""
+def _mask_without_sync(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """transformers' SDPA mask, less its `mask.all()` (a host sync); a row of padding only sees itself."""
     if attention_mask is not None:
         kwargs["allow_is_bidirectional_skip"] = False
         attention_mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(SDPA, sdpa_attention_forward)
