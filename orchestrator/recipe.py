@@ -8,6 +8,7 @@ it runs on): `missing_inputs` lists those. Importing this loads neither torch no
 Invariant: a Recipe that was returned satisfies every rule of recipe_types and recipe_checks.
 """
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from orchestrator.errors import RecipeErrors, UserError
 from orchestrator.recipe_checks import Problem, check_across, explain, follows_from_another
 from orchestrator.recipe_source import KeyPath, Source, read_source
 from orchestrator.recipe_types import Compute, Data, Recipe, Stage, Student, Tracking
-from orchestrator.references import FolderRef, input_files, looks_like_path, parse_reference
+from orchestrator.references import FolderRef, looks_like_path, package_path, parse_reference
 
 __all__ = [
     "Compute",
@@ -50,7 +51,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems: list[Problem] = []
     try:
         recipe = Recipe.model_validate(source.values)
-        problems += check_across(recipe.data, dict(enumerate(recipe.stages)), recipe.compute)
+        problems += check_across(dict(enumerate(recipe.stages)), recipe.compute)
     except ValidationError as error:
         problems += [
             (details["loc"], explain(details))
@@ -60,7 +61,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problems += _check_sound_parts(source.values)
     if problems:
         raise RecipeErrors(_in_file_order(source, problems))
-    recipe._as_written.update(as_written)
+    for section in (recipe.data, *recipe.stages):
+        section._as_written.update(as_written)
     return recipe
 
 
@@ -68,8 +70,8 @@ def _check_sound_parts(values: dict[str, Any]) -> list[Problem]:
     """The rules across keys for those parts of a broken recipe that are sound in themselves."""
     given = values.get("stages")
     stages = {i: _sound(Stage, stage) for i, stage in enumerate(given)} if isinstance(given, list) else {}
-    compute, data = _sound(Compute, values.get("compute", {})), _sound(Data, values.get("data"))
-    return list(check_across(data, {i: stage for i, stage in stages.items() if stage}, compute))
+    compute = _sound(Compute, values.get("compute", {}))
+    return list(check_across({i: stage for i, stage in stages.items() if stage}, compute))
 
 
 def _sound(section: type[Section], value: Any) -> Section | None:
@@ -87,36 +89,38 @@ def _in_file_order(source: Source, problems: Sequence[Problem]) -> list[str]:
         number = place.rpartition(":")[2]
         return not place.startswith(source.file), int(number) if number.isdecimal() else 0
 
-    lines = [source.problem(_as_the_file_has_it(source.values, path), text) for path, text in problems]
+    lines = [source.problem(_as_the_file_has_it(source, path), text) for path, text in problems]
     return sorted(dict.fromkeys(lines), key=position)
 
 
-def _as_the_file_has_it(values: Any, path: KeyPath) -> KeyPath:
-    """Turns stages.0.students.0.… back into stages.0.student.… where the file uses the short form."""
-    if len(path) < 4 or path[0] != "stages" or path[2] != "students":
+def _as_the_file_has_it(source: Source, path: KeyPath) -> KeyPath:
+    """Turns stages.0.students.0.… back into stages.0.student.…, and the like, as the author wrote it."""
+    if path[:1] != ("stages",) or len(path) < 3:
         return path
-    stage = values["stages"][path[1]]
-    return (*path[:2], "student", *path[4:]) if "student" in stage else path
+    if path[2:4] == ("students", 0) and "student" in source.values["stages"][path[1]]:
+        return (*path[:2], "student", *path[4:])
+    if path[2:] == ("micro_batch",) and path not in source.places:
+        return ("compute", "micro_batch")
+    return path
 
 
 def _anchor_paths(source: Source) -> dict[str, str]:
-    """Makes local paths absolute in place. Returns absolute → as written, for those of the file."""
+    """Makes local paths absolute in place. Returns absolute → as written, for those that stay portable."""
     values, as_written = source.values, {}
     stages = values.get("stages") if isinstance(values.get("stages"), list) else []
     students = {name for stage in stages for name in _student_names(stage)}
 
     def anchor(parent: Any, key: Any, path: KeyPath, *, is_path: bool) -> None:
         text = parent[key]
-        if not isinstance(text, str) or not text or text in students or "://" in text:
+        if not isinstance(text, str) or text in students:
             return
-        if text.startswith(("package:", "models:")):
+        overridden = source.came_from_override(path)
+        absolute = _absolute(text, Path.cwd() if overridden else Path(source.file).parent, is_path)
+        if absolute is None:
             return
-        base = Path.cwd() if source.came_from_override(path) else Path(source.file).parent
-        absolute = os.path.abspath(base / Path(text).expanduser())  # noqa: PTH100 (resolve follows links)
-        if is_path or looks_like_path(text) or Path(absolute).is_dir():
-            parent[key] = absolute
-            if not source.came_from_override(path):
-                as_written[absolute] = text
+        parent[key] = absolute
+        if not overridden or text.startswith("package:"):
+            as_written[absolute] = text
 
     data = values.get("data")
     if isinstance(data, dict):
@@ -130,6 +134,22 @@ def _anchor_paths(source: Source) -> dict[str, str]:
         if isinstance(stage, dict) and "teacher" in stage:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)
     return as_written
+
+
+def _absolute(text: str, base: Path, is_path: bool) -> str | None:
+    """Where a path lies that counts from `base`, or a package's file; None for what is no local path.
+
+    What could be a hub id or a folder is a folder if there is one. A package that is absent stays as it is.
+    """
+    if text.startswith("package:"):
+        try:
+            return str(package_path(text))
+        except UserError:
+            return None
+    if not text or "://" in text or text.startswith("models:"):
+        return None
+    path = Path(os.path.abspath(base / Path(text).expanduser()))  # noqa: PTH100 (resolve follows links)
+    return str(path) if is_path or looks_like_path(text) or path.is_dir() else None
 
 
 def _student_names(stage: Any) -> set[str]:
@@ -157,23 +177,33 @@ def missing_inputs(recipe: Recipe) -> list[str]:
             "make one with `minilm data build`, or give another: --set data.shards=FOLDER"
         )
     for pattern in data.text or ():
-        try:
-            input_files([pattern])
-        except UserError as error:
-            notes.append(f"data.text: {error}, or give yours: --set data.text=FILE")
+        if absent := _absent_package(pattern):
+            notes.append(f"data.text: {absent}, or give yours: --set data.text=FILES")
+        elif not Path(pattern).exists() and not glob.glob(pattern, recursive=True):  # noqa: PTH207 (absolute)
+            what = "no such file, or none that matches"
+            notes.append(f"data.text: given {pattern!r}, but there is {what}; --set data.text=FILES")
     references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
     references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
     for key, text in references:
-        try:
-            reference = parse_reference(text, recipe.student_names)
-        except UserError as error:
-            notes.append(f"{key}: {error}, or give another: --set {key}=…")
+        if absent := _absent_package(text):
+            notes.append(f"{key}: {absent}, or give another: --set {key}=FOLDER")
             continue
+        reference = parse_reference(text, recipe.student_names)
         if isinstance(reference, FolderRef) and not reference.path.is_dir():
             notes.append(
-                f"{key}: given {text!r}, but there is no folder {reference.path}: --set {key}=FOLDER"
+                f"{key}: given {text!r}, but there is no such folder; give yours: --set {key}=FOLDER"
             )
     return notes
+
+
+def _absent_package(text: str) -> str | None:
+    """What is wrong with `text` if it names a package that is not installed."""
+    try:
+        if text.startswith("package:"):
+            package_path(text)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:

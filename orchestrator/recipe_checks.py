@@ -8,102 +8,113 @@ them.
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
 
 from pydantic_core import ErrorDetails
 
 from orchestrator.recipe_source import KeyPath
-from orchestrator.recipe_types import SECTIONS, Compute, Data, Stage, Student
+from orchestrator.recipe_types import SECTIONS, Compute, Stage, Student
 
 Problem = tuple[KeyPath, str]
 
 
-def check_across(
-    data: Data | None, stages: Mapping[int, Stage], compute: Compute | None
-) -> Iterator[Problem]:
+class _Known(NamedTuple):
+    """What the recipe itself tells of a teacher."""
+
+    layers: int | None
+    hidden: int | None
+    heads: int | None
+
+
+_UNKNOWN = _Known(None, None, None)
+
+
+def check_across(stages: Mapping[int, Stage], compute: Compute | None) -> Iterator[Problem]:
     """Problems between keys. Parts that are malformed themselves are left out (None, or no such index)."""
-    earlier: dict[str, tuple[Student, int | None]] = {}  # student → with its number of heads where known
+    earlier: dict[str, _Known] = {}
     names = [student.name for stage in stages.values() for student in stage.students]
     stage_names: set[str] = set()
     for index, stage in stages.items():
         at: KeyPath = ("stages", index)
         if stage.name in stage_names:
             yield (*at, "name"), f"given {stage.name!r} a second time; allowed: a name for each stage"
-        stage_names.add(stage.name)
-        yield from _teacher(at, stage, earlier, names, stage_names - {stage.name})
-        yield from _numbers(at, stage, data, compute)
-        taught_by = earlier.get(stage.teacher)
+        yield from _teacher(at, stage, earlier, names, stage_names)
+        yield from _numbers(at, stage, compute)
+        teacher = earlier.get(stage.teacher, _UNKNOWN)
+        here: dict[str, _Known] = {}
         for i, student in enumerate(stage.students):
-            here: KeyPath = (*at, "students", i)
-            if student.name in earlier or student.name in [other.name for other in stage.students[:i]]:
+            path: KeyPath = (*at, "students", i)
+            if student.name in earlier or student.name in here:
                 what = f"given {student.name!r} a second time; allowed: a name for each student of the recipe"
-                yield (*here, "name"), what
-            yield from _heads(here, student, stage.teacher, taught_by[1] if taught_by else None)
-        inherited = taught_by[1] if taught_by else None
-        earlier |= {s.name: (s, s.heads or inherited) for s in stage.students if s.name not in earlier}
+                yield (*path, "name"), what
+            yield from _heads(path, student, stage, teacher)
+            here[student.name] = _Known(student.layers, student.hidden, student.heads or teacher.heads)
+        stage_names.add(stage.name)
+        earlier = here | earlier
 
 
 def _teacher(
     at: KeyPath,
     stage: Stage,
-    earlier: Mapping[str, tuple[Student, int | None]],
+    earlier: Mapping[str, _Known],
     names: Collection[str],
     stage_names: Collection[str],
 ) -> Iterator[Problem]:
-    teacher, here = stage.teacher, (*at, "teacher")
+    teacher, path = stage.teacher, (*at, "teacher")
     if teacher in earlier:
-        layers = earlier[teacher][0].layers
-        if stage.teacher_layer != "last" and stage.teacher_layer > layers:
-            what = f"given layer {stage.teacher_layer}; allowed: 1 to {layers}, the layers of {teacher!r}"
+        layers = earlier[teacher].layers
+        if layers and stage.teacher_layer != "last" and stage.teacher_layer > layers:
+            what = f"given {stage.teacher_layer}; allowed: 1 to {layers}, the layers of {teacher!r}, or last"
             yield (*at, "teacher_layer"), what
     elif teacher in [student.name for student in stage.students]:
-        yield here, f"given {teacher!r}, this stage's own student; allowed: a student of an earlier stage"
+        yield path, f"given {teacher!r}, this stage's own student; allowed: a student of an earlier stage"
     elif teacher in names:
         yield (
-            here,
+            path,
             f"given {teacher!r}, a student defined only later; move the stage that makes it up, above this",
         )
     elif teacher in stage_names:
-        what = f"given {teacher!r}, a stage with several students; allowed: one of its students by name"
-        yield here, what
+        what = f"given {teacher!r}, a stage whose students have other names"
+        yield path, f"{what}; allowed: a student's name: {', '.join(earlier)}"
     elif "/" not in teacher and (guess := suggest(teacher, earlier, cutoff=0.75)):
-        yield here, f"given {teacher!r}, no earlier student's name{guess} (a hub id would be OWNER/NAME)"
+        yield path, f"given {teacher!r}, no earlier student's name{guess} (a hub id would be OWNER/NAME)"
 
 
-def _numbers(at: KeyPath, stage: Stage, data: Data | None, compute: Compute | None) -> Iterator[Problem]:
+def _numbers(at: KeyPath, stage: Stage, compute: Compute | None) -> Iterator[Problem]:
     if stage.warmup_steps >= stage.steps:
         what = f"given {stage.warmup_steps}; allowed: fewer than the stage's {stage.steps} steps"
         yield (*at, "warmup_steps"), what
-    if stage.eval_every is not None and stage.held_out_rows == 0:
-        yield (*at, "eval_every"), "given with held_out_rows: 0; allowed: held_out_rows of at least 1"
-    if stage.eval_every is not None and data is not None and data.text and data.held_out == 0:
-        yield (*at, "eval_every"), "given with data.held_out: 0; allowed: a held_out above 0, as 0.01"
     micro_batch = stage.micro_batch or (compute.micro_batch if compute else None)
     if micro_batch is None:
         return
-    where: KeyPath = (*at, "micro_batch") if stage.micro_batch else ("compute", "micro_batch")
     if stage.batch % micro_batch:
         fits = max(size for size in range(1, min(micro_batch, stage.batch) + 1) if stage.batch % size == 0)
         what = f"given {micro_batch}; allowed: a divisor of the batch {stage.batch} of stage {stage.name!r}"
-        yield where, f"{what}; {fits} would do"
+        yield (*at, "micro_batch"), f"{what}; {fits} would do"
     elif compute and compute.workers > stage.batch // micro_batch:
         most = stage.batch // micro_batch
         what = (
-            f"given {compute.workers}; allowed: {most} at most, the micro-batches of a step ({stage.batch} / "
+            f"given {compute.workers}; allowed: at most {most}, the micro-batches of a step ({stage.batch} / "
         )
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"
 
 
-def _heads(here: KeyPath, student: Student, teacher: str, teacher_heads: int | None) -> Iterator[Problem]:
-    heads = student.heads or teacher_heads
+def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> Iterator[Problem]:
+    heads = student.heads or teacher.heads
     if heads and student.hidden % heads:
         nearest = max(heads, heads * round(student.hidden / heads))
         key = "heads" if student.heads else "hidden"
         given = student.heads or student.hidden
         what = f"given {given}; allowed: heads that divide hidden ({student.hidden} / {heads} is not whole)"
-        yield (*here, key), f"{what}; hidden: {nearest} would do"
-    if student.heads and teacher_heads and student.heads != teacher_heads:
-        what = f"given {student.heads}; allowed: {teacher_heads}, the heads of the teacher {teacher!r}"
-        yield (*here, "heads"), f"{what} (the objective compares head by head)"
+        yield (*path, key), f"{what}; hidden: {nearest} would do"
+    if stage.relation_heads is not None:
+        for whose, hidden in (("the teacher's", teacher.hidden), (f"{student.name}'s", student.hidden)):
+            if hidden is not None and hidden % stage.relation_heads:
+                what = f"given {stage.relation_heads}; allowed: a divisor of {whose} hidden size {hidden}"
+                yield (*path[:2], "relation_heads"), what
+    elif student.heads and teacher.heads and student.heads != teacher.heads:
+        what = f"given {student.heads}; allowed: {teacher.heads}, the heads of the teacher {stage.teacher!r}"
+        yield (*path, "heads"), f"{what}, as they are compared one by one; or set relation_heads in the stage"
 
 
 def follows_from_another(error: ErrorDetails) -> bool:

@@ -1,6 +1,6 @@
 """The types of a recipe: every key that may stand in the YAML, its default and its bounds.
 
-This file is the reference for recipe authors: recipes/schema.json is made from it, field comments
+This file is the reference for recipe authors: recipes/schema.json is made from it, descriptions
 included. It leaves out how a file is read (recipe_source.py) and rules that span keys
 (recipe_checks.py).
 
@@ -11,98 +11,44 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
-    WithJsonSchema,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
-from orchestrator.errors import UserError
-from orchestrator.references import check_form
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number")  # pydantic would read true as 1
-    return value
-
-
-def _slug(value: Any) -> Any:
-    text = value if isinstance(value, str) else ""
-    words = text.replace("_", "-").split("-")
-    if (
-        len(text) > 63
-        or text.isdecimal()
-        or not all(w.isascii() and w.isalnum() and w == w.lower() for w in words)
-    ):
-        raise ValueError("a name of a-z, 0-9, - and _, not a number alone, 63 characters at most")
-    return value
-
-
-def _reference(value: Any) -> Any:
-    if not isinstance(value, str):
-        raise ValueError("a reference written as text")
-    try:
-        check_form(value)
-    except UserError as error:
-        raise ValueError(str(error).partition("allowed: ")[2]) from None
-    return value
-
-
-def _local_path(value: Any) -> Any:
-    if not isinstance(value, str) or not value or "://" in value:
-        raise ValueError("a path on this machine")
-    return value
-
-
-def _one_or_several(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _last_or_number(value: Any) -> Any:
-    if value == "last" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise ValueError("last, or a layer's number counted from 1")
-
-
-def _auto_or_number(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise ValueError("auto, or an integer of at least 1")
-
-
-Slug = Annotated[str, BeforeValidator(_slug), Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63)]
-ReferenceText = Annotated[str, BeforeValidator(_reference)]
-LocalPath = Annotated[str, BeforeValidator(_local_path)]
-Whole = Annotated[int, BeforeValidator(_not_bool)]
-Count = Annotated[Whole, Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
-TextPaths = Annotated[
-    tuple[LocalPath, ...],
-    BeforeValidator(_one_or_several),
-    Field(min_length=1),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-    ),
-]
+from orchestrator.recipe_fields import (
+    Beta,
+    Count,
+    CountOrAuto,
+    LayerNumber,
+    LocalFolder,
+    Number,
+    Positive,
+    ReferenceText,
+    Slug,
+    TextPaths,
+    Whole,
+)
+from orchestrator.references import Reference, parse_reference
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    _as_written: dict[str, str] = PrivateAttr(default_factory=dict)  # absolute path → as the file has it
+
 
 class Data(_Section):
     """What the student reads: a built data set (`shards`), or `text` that the run builds one from."""
 
-    shards: LocalPath | None = None
+    shards: LocalFolder | None = None
     """Folder of a built data set (`minilm data build`); it already fixes all the other keys."""
     text: TextPaths | None = None
-    """Files or globs: txt, json, jsonl, csv, parquet, plain or gz/xz/zst; `package:NAME/file` for a
-    file of an installed package."""
+    """Files, folders or globs: txt, json, jsonl, csv, parquet, plain or gz/xz/zst; `package:NAME/file`
+    for a file of an installed package."""
     tokenizer: ReferenceText | None = None
     """Tokenizer with the teacher's vocabulary: a folder, a hub id, `package:NAME/folder` or a
     registered model."""
@@ -110,7 +56,7 @@ class Data(_Section):
     """Tokens a row."""
     packing: Literal["full", "document"] = "full"
     """full: rows filled to the end, no padding; document: a row never crosses documents."""
-    held_out: Annotated[Number, Field(ge=0, le=0.5)] = 0.01
+    held_out: Annotated[Number, Field(gt=0, le=0.5)] = 0.01
     """Share of the documents kept out of training and used to measure the divergence."""
     text_field: str | None = None
     """Field or column that holds the text in json, jsonl, csv and parquet; default: found by itself."""
@@ -126,6 +72,20 @@ class Data(_Section):
         if "text" in given and "tokenizer" not in given:
             raise ValueError("text: FILES with tokenizer: REFERENCE, the teacher's own")
         return self
+
+    @property
+    def tokenizer_ref(self) -> Reference:
+        """Of a recipe with text. Raises UserError when a package that it names is not installed."""
+        assert self.tokenizer is not None, "a recipe with shards names no tokenizer"
+        return parse_reference(self.tokenizer)
+
+    def result_fields(self) -> dict[str, Any]:
+        """Everything here that determines the result, as JSON values; paths as the file has them."""
+        fields = self.model_dump(mode="json")
+        for key in ("shards", "tokenizer"):
+            fields[key] = self._as_written.get(fields[key], fields[key])
+        fields["text"] = fields["text"] and [self._as_written.get(path, path) for path in fields["text"]]
+        return fields
 
 
 class Student(_Section):
@@ -156,15 +116,20 @@ class Stage(_Section):
     teacher: ReferenceText
     """An earlier student's name, a folder, a hub id, `package:NAME/folder`, `models:/NAME@ALIAS` or
     `models:/NAME/VERSION`."""
-    teacher_layer: Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)] = "last"
+    teacher_layer: LayerNumber = "last"
     """The teacher's layer that is imitated, counted from 1."""
     students: Annotated[tuple[Student, ...], Field(min_length=1)]
     """Students that share the teacher's forward pass; `student:` is the short form for one."""
     objective: Literal["minilm", "minilmv2"] = "minilm"
     """minilm: Q-K and V-V relations; minilmv2: Q-Q, K-K and V-V relations."""
+    relation_heads: Count | None = None
+    """Split both sides into so many heads before they are compared; default: into their own, which must
+    then be equally many."""
+    reduction: Literal["sequence", "token"] = "sequence"
+    """sequence: the mean over sequences of each one's mean (the paper's); token: the mean over all tokens."""
     batch: Count
     """Rows a step, over all workers."""
-    micro_batch: Count | None = None
+    micro_batch: Count = Field(default=None)  # type: ignore[assignment]  # a Recipe's stages have it filled in
     """Rows computed at once; default: compute.micro_batch."""
     steps: Count
     """Optimiser updates."""
@@ -183,9 +148,11 @@ class Stage(_Section):
     max_gradient_norm: Positive | None = None
     """Gradients of a greater norm are scaled down to it; default: never."""
     eval_every: Count | None = None
-    """Steps between measurements on held-out rows; default: at the first and the last step only."""
-    held_out_rows: Annotated[Whole, Field(ge=0)] = 256
-    """Held-out rows that a measurement reads at most; 0 measures nothing."""
+    """Steps between measurements on held-out rows; default: before and after only."""
+    held_out_rows: Count = 256
+    """Held-out rows that a measurement reads at most."""
+
+    _earlier_students: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="before")
     @classmethod
@@ -199,6 +166,29 @@ class Stage(_Section):
             student = {"name": given["name"], **student}
         return rest | {"students": [student]}
 
+    @property
+    def teacher_ref(self) -> Reference:
+        """A StudentRef where the teacher is a student of an earlier stage.
+
+        Raises UserError when a package that the reference names is not installed.
+        """
+        return parse_reference(self.teacher, self._earlier_students)
+
+    @property
+    def objective_needs_equal_heads(self) -> bool:
+        """Whether the teacher's heads are compared with the student's one by one."""
+        return self.relation_heads is None
+
+    def objective_fields(self) -> dict[str, Any]:
+        """The objective as plain values: name, reduction, relation_heads."""
+        return {"name": self.objective, "reduction": self.reduction, "relation_heads": self.relation_heads}
+
+    def result_fields(self) -> dict[str, Any]:
+        """Everything here that determines the result, as JSON values; paths as the file has them."""
+        fields = self.model_dump(mode="json", exclude={"eval_every"})
+        fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
+        return fields
+
 
 class Compute(_Section):
     """Where and how it is computed. Only `micro_batch` and `precision` change the result."""
@@ -211,11 +201,11 @@ class Compute(_Section):
     """auto: cuda where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; auto: bfloat16 where the device computes in it."""
-    threads: Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_number)] = "auto"
-    """CPU threads a worker."""
+    threads: CountOrAuto = None
+    """CPU threads a worker; auto (the default): its share of the machine's."""
     checkpoint_every_steps: Count | None = None
     """Steps between checkpoints, beside the time between them; default: by time alone."""
-    checkpoint_every_seconds: Positive = 300.0
+    checkpoint_every_seconds: Positive = 60.0
     """Seconds between checkpoints."""
     keep_checkpoints: Count = 2
     """Checkpoints kept for each stage."""
@@ -240,12 +230,10 @@ class Recipe(_Section):
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Fixes the rows of every step, the first weights and dropout."""
     data: Data
+    compute: Compute = Field(default_factory=Compute)
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     """In order; a stage's student may teach a later stage."""
-    compute: Compute = Field(default_factory=Compute)
     tracking: Tracking
-
-    _as_written: dict[str, str] = PrivateAttr(default_factory=dict)  # absolute path → as the file has it
 
     @model_validator(mode="before")
     @classmethod
@@ -257,14 +245,25 @@ class Recipe(_Section):
             return given
         return given | {"tracking": {"experiment": given["name"], **(tracking or {})}}
 
+    @field_validator("stages")
+    @classmethod
+    def _tell_stages_of_the_recipe(cls, given: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
+        """Each stage gets its micro-batch (`compute` is read before) and the students it may name."""
+        compute: Compute | None = info.data.get("compute")
+        stages: list[Stage] = []
+        names: tuple[str, ...] = ()
+        for stage in given:
+            if stage.micro_batch is None and compute is not None:
+                stage = stage.model_copy(update={"micro_batch": compute.micro_batch})
+            stage._earlier_students = names
+            stages.append(stage)
+            names += tuple(student.name for student in stage.students)
+        return tuple(stages)
+
     @property
     def student_names(self) -> tuple[str, ...]:
         """All students in the order of their stages."""
         return tuple(student.name for stage in self.stages for student in stage.students)
-
-    def micro_batch(self, stage: Stage) -> int:
-        """Rows that `stage` computes at once."""
-        return stage.micro_batch or self.compute.micro_batch
 
     def registered_name(self, student: Student) -> str:
         """The student's name in the model registry."""
@@ -277,17 +276,13 @@ class Recipe(_Section):
         value. Left out: workers, device, threads, checkpointing, tracking, how often is measured. Local
         paths stand as the file has them, so that moving recipe and data together changes nothing.
         """
-        fields = self.model_dump(mode="json", exclude={"compute", "tracking"})
-        fields["compute"] = {"precision": self.compute.precision}
-        data = fields["data"]
-        for key in ("shards", "tokenizer"):
-            data[key] = self._as_written.get(data[key], data[key])
-        data["text"] = data["text"] and [self._as_written.get(path, path) for path in data["text"]]
-        for stage, out in zip(self.stages, fields["stages"], strict=True):
-            out["micro_batch"] = self.micro_batch(stage)
-            out["teacher"] = self._as_written.get(stage.teacher, stage.teacher)
-            del out["eval_every"]
-        return fields
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "data": self.data.result_fields(),
+            "compute": {"precision": self.compute.precision},
+            "stages": [stage.result_fields() for stage in self.stages],
+        }
 
 
 SECTIONS: dict[str, type[_Section]] = {

@@ -10,10 +10,9 @@
 Leaves out fetching: nothing here touches the network, the registry or the content of a file.
 """
 
-import glob
 import importlib.util
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ FORMS = (
     "an earlier student's name, models:/NAME@ALIAS, models:/NAME/VERSION, package:IMPORT_NAME/PATH, "
     "a folder (/…, ./…, ../…, ~/…) or a hub id OWNER/NAME"
 )
-_REGISTRY = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>[1-9][0-9]*))")
+_REGISTRY = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/[1-9][0-9]*)")
 _PACKAGE = re.compile(r"package:(?P<package>[A-Za-z_]\w*)(?:/(?P<inside>.+))?")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
@@ -37,15 +36,9 @@ class StudentRef:
 
 @dataclass(frozen=True)
 class RegistryRef:
-    """A registered model; exactly one of `alias` and `version` is set."""
+    """A registered model: models:/NAME@ALIAS or models:/NAME/VERSION."""
 
-    name: str
-    alias: str | None = None
-    version: int | None = None
-
-    @property
-    def uri(self) -> str:
-        return f"models:/{self.name}@{self.alias}" if self.alias else f"models:/{self.name}/{self.version}"
+    uri: str
 
 
 @dataclass(frozen=True)
@@ -73,11 +66,9 @@ def parse_reference(text: str, students: Collection[str] = ()) -> Reference:
     if text in students:
         return StudentRef(text)
     if text.startswith("models:"):
-        match = _REGISTRY.fullmatch(text)
-        if not match:
+        if not _REGISTRY.fullmatch(text):
             raise UserError(f"given {text!r}; allowed: models:/NAME@ALIAS or models:/NAME/VERSION")
-        version = match["version"]
-        return RegistryRef(match["name"], match["alias"], int(version) if version else None)
+        return RegistryRef(text)
     if text.startswith("package:"):
         return FolderRef(package_path(text))
     if looks_like_path(text):
@@ -128,23 +119,3 @@ def _split_package(text: str) -> tuple[str, str]:
     if not match or ".." in Path(inside).parts or inside.startswith("/"):
         raise UserError(f"given {text!r}; allowed: package:IMPORT_NAME/PATH with a PATH inside the package")
     return match["package"], inside
-
-
-def input_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that `data.text` names: paths, globs (`**` too) and `package:` files.
-
-    Each pattern's matches are sorted, so that the order of a build does not hang on the file system.
-    Raises UserError for a pattern without a match.
-    """
-    files: list[Path] = []
-    for pattern in patterns:
-        if pattern.startswith("package:"):
-            path = package_path(pattern)
-        else:
-            path = Path(pattern).expanduser()
-        # Path.glob takes no absolute pattern
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
-        if not found:
-            raise UserError(f"given text {pattern!r}, but there is no such file (looked at {path})")
-        files += [file for file in found if file not in files]
-    return files

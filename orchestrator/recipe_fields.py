@@ -1,0 +1,86 @@
+"""The kinds of single values in a recipe: names, paths, references, bounded numbers.
+
+A validator raises ValueError with the words that follow "allowed:" in the message to the author. Leaves
+out which key is of which kind (recipe_types.py).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from orchestrator.errors import UserError
+from orchestrator.references import check_form
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number")  # pydantic would read true as 1
+    return value
+
+
+def _slug(value: Any) -> Any:
+    text = value if isinstance(value, str) else ""
+    words = text.replace("_", "-").split("-")
+    if (
+        len(text) > 63
+        or text.isdecimal()
+        or not all(w.isascii() and w.isalnum() and w == w.lower() for w in words)
+    ):
+        raise ValueError("a name of a-z, 0-9, - and _, not a number alone, 63 characters at most")
+    return value
+
+
+def _reference(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("a reference written as text")
+    try:
+        check_form(value)
+    except UserError as error:
+        raise ValueError(str(error).partition("allowed: ")[2]) from None
+    return value
+
+
+def _local_path(value: Any) -> Any:
+    if not isinstance(value, str) or not value or "://" in value:
+        raise ValueError("a path on this machine")
+    return value
+
+
+def _one_or_several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _last_or_number(value: Any) -> Any:
+    if value == "last" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("last, or a layer's number counted from 1")
+
+
+def _auto_is_none(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+Slug = Annotated[str, BeforeValidator(_slug), Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63)]
+ReferenceText = Annotated[str, BeforeValidator(_reference)]
+LocalPath = Annotated[str, BeforeValidator(_local_path)]
+LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
+Whole = Annotated[int, BeforeValidator(_not_bool)]
+Count = Annotated[Whole, Field(ge=1)]
+Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+CountOrAuto = Annotated[
+    Count | None,
+    BeforeValidator(_auto_is_none),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+]
+LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+TextPaths = Annotated[
+    tuple[LocalPath, ...],
+    BeforeValidator(_one_or_several),
+    Field(min_length=1),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    ),
+]
