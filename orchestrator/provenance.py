@@ -1,0 +1,60 @@
+"""What a run was made from, as text: recipe values, package versions, git commit. No MLflow."""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "ray", "mlflow", "tokenizers", "numpy")
+
+
+def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as "a.b.c" -> text; a list of named mappings (stages, students) goes by their names."""
+    flat: dict[str, str] = {}
+    for key, value in recipe.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif (
+            isinstance(value, list | tuple)
+            and value
+            and all(isinstance(v, Mapping) and "name" in v for v in value)
+        ):
+            flat |= flatten(
+                {v["name"]: {k: x for k, x in v.items() if k != "name"} for v in value}, f"{name}."
+            )
+        elif isinstance(value, list | tuple):
+            flat[name] = json.dumps(value, default=str)
+        else:
+            flat[name] = str(value)
+    return flat
+
+
+def package_tags() -> dict[str, str]:
+    """ "version.torch" and so on: what computed this run."""
+    tags = {"version.python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            tags[f"version.{package}"] = importlib.metadata.version(package)
+    return tags
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """The commit of the checkout this code runs from, "+changes" if it has any; None if it is no checkout."""
+    folder = folder or Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
+            return None  # installed into somebody else's checkout
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,326 @@
+"""MLflow runs: one parent run for the recipe, a child run for each stage, and all that is told to them.
+
+What is told (parameters, tags, files, the end of a run) is first noted in WORKDIR/tracking.json and struck
+off when MLflow has it, so that neither a dead driver nor a server that is away loses anything: the next
+contact, or the next run with the same work directory, tells the rest. Every note can be told twice without
+harm. Points take the way of `uploader`. Run ids live in the same file, so a resumed run goes on in the same
+MLflow runs.
+
+MLflow is used through MlflowClient only: nothing here touches its process-wide current run or tracking URI,
+and nothing is logged by itself (no autolog). Leaves out: the models (`registry`).
+"""
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Read by MLflow when it is imported or called; what the user has set stays, but for the last two.
+for _name, _value in {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default blocks for minutes; we retry ourselves
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+
+from mlflow import MlflowClient  # noqa: E402  (after its switches)
+from mlflow.entities import Metric, Param, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+from orchestrator.errors import UserError  # noqa: E402
+from orchestrator.files import read_json, write_json  # noqa: E402
+from orchestrator.metrics import Point  # noqa: E402
+from orchestrator.provenance import flatten, git_commit, package_tags  # noqa: E402
+from orchestrator.uploader import Uploader, one_line  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "tracking.json"
+_MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
+_ENDED = ("FINISHED", "FAILED", "KILLED")
+
+
+def tracking_uri(workdir: Path) -> str:
+    """MLFLOW_TRACKING_URI if it is set, else the SQLite file of this work directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client for tracking and registry at `uri`; makes no call yet, except that SQLite tables are made."""
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial tables…"
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class Tracking:
+    """The MLflow runs of one work directory. Made by `open`; safe to use from several threads."""
+
+    def __init__(self, workdir: Path, uri: str, experiment: str) -> None:
+        self.workdir = workdir
+        self.uri = uri
+        self.client = connect(uri)
+        self._experiment = experiment
+        self._path = workdir / STATE_FILE
+        self._lock = threading.RLock()
+        self._state: dict[str, Any] = read_json(self._path) or {
+            "key": uuid.uuid4().hex,
+            "runs": {},
+            "notes": [],
+        }
+        self._away = False
+
+    @classmethod
+    def open(
+        cls,
+        workdir: Path,
+        experiment: str,
+        *,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        recipe_file: Path | None = None,
+    ) -> "Tracking":
+        """Opens the recipe's run, a new one or the one this work directory had before.
+
+        name: of the run. params: the recipe as nested mappings. tags: recipe digest and what else is known;
+        versions and commit are added. UserError if a new run finds no MLflow; a run that goes on can wait
+        for it.
+        """
+        tracking = cls(workdir, tracking_uri(workdir), experiment)
+        with tracking._lock:
+            new = not tracking._state["runs"]
+            try:
+                tracking._find_runs_again()
+                tracking._run_id("", name)
+            except UserError:
+                raise
+            except Exception as error:
+                if new:
+                    raise UserError(
+                        f"MLflow at {tracking.uri} does not answer ({one_line(error)}): start it, or unset "
+                        "MLFLOW_TRACKING_URI to keep the run in the work directory"
+                    ) from error
+                tracking._warn(error)
+            commit = git_commit()
+            known = {"mlflow.source.name": "minilm run", "mlflow.source.type": "LOCAL", **package_tags()}
+            known |= {"mlflow.source.git.commit": commit} if commit else {}
+            tracking._note("", name, params=flatten(params), tags={**known, **tags}, status="RUNNING")
+            if recipe_file is not None:
+                tracking._note("", name, artifact=[str(recipe_file.resolve()), "recipe"])
+            tracking.tell()
+        return tracking
+
+    @property
+    def run_id(self) -> str:
+        """Of the parent run; asks MLflow only if no run has been made yet."""
+        return self._run_id("", "")
+
+    def stage(self, name: str, params: Mapping[str, Any]) -> "StageRun":
+        """The child run of one stage; does not fail or wait when MLflow is away."""
+        self._note(name, name, params=flatten(params), status="RUNNING")
+        self.tell()
+        return StageRun(self, name)
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Tags the recipe's run, for example with the data fingerprint as soon as the data is built."""
+        self._note("", "", tags=dict(tags))
+        self.tell()
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Copies a file or a folder to the recipe's run."""
+        self._note("", "", artifact=[str(path.resolve()), folder])
+        self.tell()
+
+    @property
+    def look(self) -> str:
+        """How a person sees the runs: an address, or the command that serves this work directory's store."""
+        if self.uri.startswith("http"):
+            return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment_id()}/runs/{self.run_id}"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+    def finish(self, status: str = "FINISHED") -> int:
+        """Ends the recipe's run as FINISHED, FAILED or KILLED (resumable); how many notes are untold."""
+        self._note("", "", status=_checked(status))
+        return self.tell()
+
+    def tell(self) -> int:
+        """Tells MLflow, in order, what it has not been told; returns how many notes are left (it is away)."""
+        with self._lock:
+            try:
+                while self._state["notes"]:
+                    self._tell_one(self._state["notes"][0])
+                    del self._state["notes"][0]
+                    self._save()
+            except Exception as error:
+                self._warn(error)
+            else:
+                self._away = False
+            return len(self._state["notes"])
+
+    def _warn(self, error: Exception) -> None:
+        if not self._away:
+            self._away = True
+            logger.warning(
+                "MLflow at %s could not be told; the run goes on and tells it later, from %s (%s)",
+                self.uri,
+                self._path,
+                one_line(error),
+            )
+
+    def _note(self, run: str, name: str, **what: Any) -> None:
+        with self._lock:
+            self._state["notes"].append({"run": run, "name": name, **what})
+            self._save()
+
+    def _save(self) -> None:
+        write_json(self._path, self._state)
+
+    def _tell_one(self, note: dict[str, Any]) -> None:
+        run_id = self._run_id(note["run"], note["name"])
+        if "params" in note or "tags" in note:
+            known = self.client.get_run(run_id).data.params
+            params = {key: value[:_MAX_PARAM_CHARS] for key, value in note.get("params", {}).items()}
+            changed = {
+                f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value
+            }
+            tags = {
+                **note.get("tags", {}),
+                **changed,
+            }  # MLflow's parameters are for ever: a change becomes a tag
+            new = [Param(key, value) for key, value in params.items() if key not in known]
+            self.client.log_batch(
+                run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items()]
+            )
+        if "points" in note:
+            self._uploader(run_id, [Path(file) for file in note["points"]]).drain()
+        if "artifact" in note:
+            path, folder = Path(note["artifact"][0]), note["artifact"][1] or None
+            if path.is_dir():
+                self.client.log_artifacts(run_id, str(path), folder)
+            elif path.exists():
+                self.client.log_artifact(run_id, str(path), folder)
+            else:
+                logger.warning("%s is gone and was not copied to MLflow", path)
+        if "status" in note and self.client.get_run(run_id).info.status != note["status"]:
+            if note["status"] in _ENDED:
+                self.client.set_terminated(run_id, note["status"])
+            else:
+                self.client.update_run(run_id, note["status"])
+
+    def _uploader(self, run_id: str | Callable[[], str], files: Sequence[Path]) -> Uploader:
+        def send(points: list[Point]) -> None:
+            metrics = [
+                Metric(name, value, point.time_ms, point.step)
+                for point in points
+                for name, value in point.metrics.items()
+            ]
+            self.client.log_batch(run_id if isinstance(run_id, str) else run_id(), metrics=metrics)
+
+        # The key in the name: another server, which knows nothing yet, gets every point.
+        return Uploader(files, send, files[0].parent / f"uploaded-{self._state['key'][:8]}.json")
+
+    def _find_runs_again(self) -> None:
+        """Forgets runs that this MLflow does not have: it is another server, or they were deleted there."""
+        run_id = self._state["runs"].get("")
+        if run_id is None:
+            return
+        try:
+            if self.client.get_run(run_id).info.lifecycle_stage == "active":
+                return
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        logger.warning("run %s of %s is not at %s: a new one is made there", run_id, self._path, self.uri)
+        self._state |= {"key": uuid.uuid4().hex, "runs": {}}
+        self._save()
+
+    def _run_id(self, run: str, name: str) -> str:
+        """The id of the run ("" is the parent), found by our own tag or made; raises if MLflow is away."""
+        with self._lock:
+            if run in self._state["runs"]:
+                return str(self._state["runs"][run])
+            self._save()  # the key must be on disk before a run carries it
+            experiment_id = self._experiment_id()
+            tags = {"minilm.workdir": self._state["key"], "minilm.run": f"stage {run}" if run else "recipe"}
+            if run:
+                tags["mlflow.parentRunId"] = self._run_id("", "")
+            query = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in ("minilm.workdir", "minilm.run"))
+            found = self.client.search_runs([experiment_id], query, max_results=1)
+            made = (
+                found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=name or None)
+            )
+            self._state["runs"][run] = made.info.run_id
+            self._save()
+            return str(made.info.run_id)
+
+    def _experiment_id(self) -> str:
+        found = self.client.get_experiment_by_name(self._experiment)
+        if found is not None:
+            if found.lifecycle_stage != "active":
+                raise UserError(
+                    f"experiment {self._experiment!r} was deleted at {self.uri}: restore it there, or choose "
+                    "another name with --set tracking.experiment=NAME"
+                )
+            return str(found.experiment_id)
+        local = self.uri.startswith("sqlite:")
+        artifacts = (self.workdir.resolve() / "mlartifacts").as_uri() if local else None
+        return str(self.client.create_experiment(self._experiment, artifact_location=artifacts))
+
+
+class StageRun:
+    """The MLflow run of one stage; no method fails or waits long when MLflow is away."""
+
+    def __init__(self, tracking: Tracking, name: str) -> None:
+        self.name = name
+        self._tracking = tracking
+        self._uploader: Uploader | None = None
+        self._files: list[Path] = []
+
+    @property
+    def run_id(self) -> str:
+        """Asks MLflow, and raises if it is away, only as long as the run has not been made."""
+        return self._tracking._run_id(self.name, self.name)
+
+    def follow(self, files: Sequence[Path]) -> Uploader:
+        """Starts to send the points of these files, which may not exist yet; `finish` ends it.
+
+        The uploader holds no more than a megabyte of a file at a time, however long MLflow is away.
+        """
+        self._files = [file.resolve() for file in files]
+        self._uploader = self._tracking._uploader(lambda: self.run_id, self._files).start()
+        return self._uploader
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._tracking._note(self.name, self.name, tags=dict(tags))
+        self._tracking.tell()
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Copies a file or a folder to this stage's run."""
+        self._tracking._note(self.name, self.name, artifact=[str(path.resolve()), folder])
+        self._tracking.tell()
+
+    def finish(self, status: str = "FINISHED", timeout_seconds: float = 30.0) -> int:
+        """Sends the last points and ends the run as FINISHED, FAILED or KILLED (resumable).
+
+        Returns how many notes are still untold. When this returns, what is left is on disk and will be told
+        by the next run with this work directory: mark the stage as done after it, not before.
+        """
+        if self._uploader is not None:
+            self._uploader.close(timeout_seconds)
+            self._uploader = None
+        if self._files:
+            self._tracking._note(self.name, self.name, points=[str(file) for file in self._files])
+        self._tracking._note(self.name, self.name, status=_checked(status))
+        return self._tracking.tell()
+
+
+def _checked(status: str) -> str:
+    if status not in _ENDED:
+        raise ValueError(f"status {status!r}: a run ends as one of {', '.join(_ENDED)}")
+    return status
