@@ -1,0 +1,17 @@
+# The same install as `make install`, for Ray head and workers alike.
+FROM python:3.11-slim
+
+RUN apt-get update && apt-get install --yes --no-install-recommends git wget && rm -rf /var/lib/apt/lists/*
+WORKDIR /app
+COPY pyproject.toml README.md ./
+COPY orchestrator orchestrator
+COPY model model
+COPY data data
+COPY recipes recipes
+RUN python -m pip install --no-cache-dir .
+# PYTHONSAFEPATH: a `data.py` or `model/` in the current directory must not shadow ours.
+ENV PYTHONSAFEPATH=1 \
+    MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false \
+    RAY_USAGE_STATS_ENABLED=0
+ENTRYPOINT []
+CMD ["minilm", "--help"]

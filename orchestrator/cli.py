@@ -1,0 +1,167 @@
+"""The `minilm` command: verbs and arguments, nothing else. Everything a verb does is a function elsewhere.
+
+Exit codes: 0 done · 2 bad recipe or input · 3 stopped on request, resumable · 4 no progress · 6 another run holds
+the work directory · 10 infrastructure. Errors that a user can mend are one line each on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+
+from data.errors import DataError
+from model.errors import ModelError
+from orchestrator.errors import RecipeErrors, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        return int(options.run(options) or 0)
+    except RecipeErrors as error:
+        for problem in error.problems:
+            print(f"minilm: error: {problem}", file=sys.stderr)
+        return error.exit_code
+    except UserError as error:
+        print(f"minilm: {'stopped' if error.exit_code == 3 else 'error'}: {error}", file=sys.stderr)
+        return error.exit_code
+    except (DataError, ModelError) as error:
+        print(f"minilm: error: {error}", file=sys.stderr)
+        return UserError.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"minilm: error: no space left on the disk{where}; free some and run the same command again",
+            file=sys.stderr,
+        )
+        return UserError.exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="minilm", description="Distil a Transformer encoder into a small one.")
+    verbs = top.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    run = verbs.add_parser("run", help="run a recipe, or go on with it")
+    run.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    run.add_argument("--workdir", type=Path, help="where everything is written (default: runs/NAME)")
+    run.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a recipe key")
+    run.add_argument("--launcher", choices=("ray", "inline"), default="ray")
+    run.add_argument("--address", help="of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
+    run.set_defaults(run=run_recipe)
+
+    check = verbs.add_parser("check", help="say everything that is wrong with recipes")
+    check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE.yaml")
+    check.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    check.set_defaults(run=check_recipes)
+
+    add_data_verbs(verbs.add_parser("data", help="build and look at data sets"))
+
+    pull = verbs.add_parser("pull", help="bring a registered model down")
+    pull.add_argument("uri", metavar="models:/NAME@ALIAS")
+    pull.add_argument("out", type=Path, metavar="DIR")
+    pull.add_argument("--workdir", type=Path, help="take it from this work directory's own registry")
+    pull.set_defaults(run=pull_model)
+    return top
+
+
+def add_data_verbs(data: argparse.ArgumentParser) -> None:
+    verbs = data.add_subparsers(title="verbs", required=True, metavar="VERB")
+    build = verbs.add_parser("build", help="turn text into shards of token rows")
+    build.add_argument("inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, parquet; also .gz .xz .zst")
+    build.add_argument("--tokenizer", required=True, help="the teacher's: a folder, package:NAME/PATH or a hub id")
+    build.add_argument("--out", type=Path, required=True)
+    build.add_argument("--seq-len", type=int, default=512)
+    build.add_argument("--packing", choices=("full", "document"), default="full")
+    build.add_argument("--held-out", type=float, default=0.01, help="share of documents kept for measuring")
+    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--text-field", help="the field that holds the text (default: the longest)")
+    build.add_argument("--processes", type=int, help="default: the number of cores")
+    build.set_defaults(run=build_data)
+
+
+def run_recipe(options: argparse.Namespace) -> int:
+    from orchestrator.recipe import load_recipe
+    from orchestrator.summary import Summary
+    from orchestrator.workdir import Workdir, default_workdir
+
+    recipe = load_recipe(options.recipe, options.set)
+    workdir = Workdir((options.workdir or default_workdir(recipe.name)).resolve())
+    if workdir.is_finished(recipe):
+        summary = Summary.read(workdir.summary)
+        print(f"every stage of {recipe.name} is done already in {workdir.root}", file=sys.stderr)
+    else:
+        from orchestrator.curriculum import run_recipe
+
+        summary = run_recipe(
+            recipe, options.recipe, workdir, launcher=options.launcher, address=options.address
+        )
+    print(f"\n{summary.table()}\n\n{summary.next_steps()}")
+    return 0
+
+
+def check_recipes(options: argparse.Namespace) -> int:
+    from orchestrator.recipe import load_recipe, missing_inputs
+
+    problems: list[str] = []
+    for path in options.recipes:
+        try:
+            recipe = load_recipe(path, options.set)
+        except RecipeErrors as error:
+            problems += error.problems
+            continue
+        stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
+        print(f"{path}: sound; stages: {stages}")
+        for note in missing_inputs(recipe):
+            print(f"{path}: not here: {note}")
+    if problems:
+        raise RecipeErrors(problems)
+    return 0
+
+
+def build_data(options: argparse.Namespace) -> int:
+    from data.build import build
+    from orchestrator.curriculum import build_reporter
+    from orchestrator.inputs import tokenizer_name
+    from orchestrator.progress import Line
+    from orchestrator.references import input_files
+    from orchestrator.signals import StopRequest
+
+    line = Line()
+    with StopRequest() as stop:
+        report = build(
+            input_files(options.inputs),
+            tokenizer_name(options.tokenizer),
+            options.out,
+            seq_len=options.seq_len,
+            packing=options.packing,
+            held_out=options.held_out,
+            seed=options.seed,
+            text_field=options.text_field,
+            processes=options.processes,
+            progress=build_reporter(line, stop),
+        )
+    line.close()
+    print(report.text())
+    return 0
+
+
+def pull_model(options: argparse.Namespace) -> int:
+    from orchestrator import registry
+    from orchestrator.tracking import tracking_uri
+
+    if options.workdir is None and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise UserError("set MLFLOW_TRACKING_URI to the registry, or give --workdir DIR of the run that registered it")
+    model = registry.pull(options.uri, options.out, tracking_uri(options.workdir or Path()))
+    print(f"{model.name} version {model.version} is in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

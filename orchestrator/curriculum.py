@@ -1,0 +1,232 @@
+"""The stages of a recipe in order: what is done already, what runs now, what its students are called afterwards.
+
+This is the driver: it prepares inputs, starts each stage's workers (launch), shows their progress, feeds tracking
+from the points files, publishes the students, and writes the summary. It holds no training state: whenever it dies,
+the same command finds the data built, the stages done and the newest checkpoint, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from data.build import BuildProgress
+from model.export import weights_digest
+from orchestrator import launch
+from orchestrator.errors import InfrastructureError, Stopped, UserError
+from orchestrator.files import read_json, write_json
+from orchestrator.inputs import Dataset, check_stage, model_folder, prepare_data
+from orchestrator.progress import Line, StageProgress, describe_build
+from orchestrator.publish import publish
+from orchestrator.recipe import Recipe
+from orchestrator.recipe_types import Stage
+from orchestrator.references import parse_reference
+from orchestrator.signals import StopRequest
+from orchestrator.stage import StageJob, StudentJob
+from orchestrator.summary import ModelEntry, Summary
+from orchestrator.tracking import Tracking
+from orchestrator.workdir import Workdir
+
+POLL_SECONDS = 0.25
+
+
+def run_recipe(
+    recipe: Recipe, recipe_file: Path, workdir: Workdir, *, launcher: str, address: str | None
+) -> Summary:
+    """Run every stage that is not done, and return the summary of the whole curriculum.
+
+    `launcher`: "ray", or "inline" for the same worker in this process; `address`: of a Ray cluster, None for
+    RAY_ADDRESS or a local one. Raises `Stopped` after SIGINT or SIGTERM, `UserError` for bad input,
+    `InfrastructureError` when the workers kept dying.
+    """
+    began = time.monotonic()
+    with workdir.claim(recipe, recipe_file), StopRequest() as stop, ExitStack() as stack:
+        line = Line()
+        stack.callback(line.close)
+        dataset = prepare_data(recipe, workdir, build_reporter(line, stop))
+        line.show("opening the tracking store", force=True)
+        tracking = Tracking.open(
+            workdir.root,
+            recipe.tracking.experiment,
+            name=recipe.name,
+            params=recipe.model_dump(mode="json"),
+            tags={"minilm.data_fingerprint": dataset.manifest.fingerprint, "minilm.data": str(dataset.folder)},
+            recipe_file=recipe_file,
+        )
+        driver = Driver(recipe, workdir, dataset, tracking, launcher, address, line, stop, stack)
+        try:
+            models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
+        except Stopped:
+            tracking.finish("KILLED")
+            raise
+        except BaseException:
+            tracking.finish("FAILED")
+            raise
+        tracking.finish()
+        students = {entry.name for entry in models if entry.registered}
+        shown = [e for e in models if e.registered or e.name not in students]
+        summary = Summary(
+            recipe.name, tuple(shown), time.monotonic() - began, tracking.look, str(workdir.root.resolve())
+        )
+        write_json(workdir.summary, summary.to_json())
+        return summary
+
+
+class Driver:
+    """What the stages of one run have in common."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        workdir: Workdir,
+        dataset: Dataset,
+        tracking: Tracking,
+        launcher: str,
+        address: str | None,
+        line: Line,
+        stop: StopRequest,
+        stack: ExitStack,
+    ):
+        self.recipe, self.workdir, self.dataset, self.tracking = recipe, workdir, dataset, tracking
+        self.launcher, self.address, self.line, self.stop, self.stack = launcher, address, line, stop, stack
+        self.connected = launcher == "inline"
+
+    def run_stage(self, number: int) -> list[ModelEntry]:
+        """Train and publish stage `number` (0-based) unless that is done; its teacher and students for the summary."""
+        stage = self.recipe.stages[number]
+        label = f"[{number + 1}/{len(self.recipe.stages)}] {stage.name}"
+        job = self.make_job(stage)
+        folder = self.workdir.stage(stage.name)
+        published = read_json(folder.published)
+        if published is not None and published["digest"] == job.digest:
+            self.say(f"{label}  done before")
+            return [ModelEntry(**model) for model in published["models"]]
+        run = self.tracking.stage(stage.name, {"stage": stage.model_dump(mode="json"), "digest": job.digest})
+        run.follow([folder.points, folder.heldout_points])
+        try:
+            done = read_json(folder.done)
+            if done is None or done["digest"] != job.digest:
+                self.train(job, label)
+            self.line.show(f"{label}  registering and drawing", force=True)
+            return publish(self.recipe, job, folder, self.tracking, run)
+        except BaseException as error:
+            run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
+            raise
+
+    def make_job(self, stage: Stage) -> StageJob:
+        """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
+        recipe, compute = self.recipe, self.recipe.compute
+        teacher = model_folder(parse_reference(stage.teacher, recipe.student_names), recipe, self.workdir)
+        shape = check_stage(stage, teacher, self.dataset)
+        teacher_digest = weights_digest(teacher)
+        fields = recipe.result_fields()
+        determining = next(s for s in fields["stages"] if s["name"] == stage.name)
+        inputs = {
+            "stage": determining | {"teacher": teacher_digest},
+            "seed": recipe.seed,
+            "precision": compute.precision,
+            "data": self.dataset.manifest.fingerprint,
+        }
+        return StageJob(
+            stage=stage.name,
+            folder=str(self.workdir.stage(stage.name).root.resolve()),
+            data=str(self.dataset.folder),
+            teacher=str(teacher),
+            teacher_name=stage.teacher,
+            teacher_digest=teacher_digest,
+            teacher_layer=stage.teacher_layer,
+            students=tuple(
+                StudentJob(s.name, s.layers, s.hidden, s.heads or shape.heads, s.ffn, s.dropout, s.init)
+                for s in stage.students
+            ),
+            objective={"name": stage.objective},
+            seed=recipe.seed,
+            batch=stage.batch,
+            micro_batch=recipe.micro_batch(stage),
+            steps=stage.steps,
+            peak_lr=stage.peak_lr,
+            warmup_steps=stage.warmup_steps,
+            adam_betas=stage.adam_betas,
+            adam_eps=stage.adam_eps,
+            weight_decay=stage.weight_decay,
+            max_gradient_norm=stage.max_gradient_norm,
+            eval_every=stage.eval_every,
+            held_out_rows=stage.held_out_rows,
+            log_every=recipe.tracking.log_every,
+            device=compute.device,
+            precision=compute.precision,
+            threads=None if compute.threads == "auto" else compute.threads,
+            checkpoint_every_steps=compute.checkpoint_every_steps,
+            checkpoint_every_seconds=compute.checkpoint_every_seconds,
+            keep_checkpoints=compute.keep_checkpoints,
+            digest=hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+        )
+
+    def train(self, job: StageJob, label: str) -> None:
+        """Run the stage's workers until it is done. Raises `Stopped`, `UserError` or `InfrastructureError`."""
+        self.connect()
+        folder = self.workdir.stage(job.stage)
+        job = replace(job, attempt=f"{job.stage}-{uuid.uuid4().hex[:12]}")
+        folder.stop_request.unlink(missing_ok=True)
+        folder.failure.unlink(missing_ok=True)
+        write_json(folder.owner, {"attempt": job.attempt})
+        folder.job.write_text(job.to_json(), encoding="utf-8")
+        with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
+            if self.launcher == "inline":
+                future = launch.start_inline(job, pool)
+            else:
+                future = launch.start_ray(job, self.recipe.compute.workers, pool)
+            self.watch(future, job, StageProgress(self.line, job, label))
+        self.line.close()
+        failure = read_json(folder.failure)
+        if failure is not None:
+            raise UserError(failure["message"])
+        if (error := future.exception()) is not None:
+            raise InfrastructureError(
+                f"stage {job.stage}: its workers kept failing ({str(error).strip().splitlines()[-1]}); their logs are "
+                f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
+            ) from error
+        if not folder.done.exists():
+            raise Stopped(f"stage {job.stage} is stopped; the same command goes on from its last checkpoint")
+
+    def watch(self, future: Future[None], job: StageJob, progress: StageProgress) -> None:
+        """Show progress until the workers have ended; pass a request to stop on to them."""
+        folder = self.workdir.stage(job.stage)
+        while wait([future], timeout=POLL_SECONDS).not_done:
+            progress.poll()
+            if self.stop.requested and not folder.stop_request.exists():
+                folder.stop_request.touch()
+
+    def connect(self) -> None:
+        """Join or start the Ray cluster before the first stage that needs it."""
+        if self.stop.requested:
+            raise Stopped("stopped before the stage began; the same command goes on from here")
+        if self.connected:
+            return
+        self.line.show("starting Ray", force=True)
+        self.stack.enter_context(launch.ray_cluster(self.address, self.recipe.compute.workers))
+        self.stop.install()  # ray.init() replaces the SIGTERM handler
+        self.connected = True
+
+    def say(self, text: str) -> None:
+        self.line.close()
+        print(text, file=sys.stderr, flush=True)
+
+
+def build_reporter(line: Line, stop: StopRequest) -> Callable[[BuildProgress], None]:
+    """Shows the build, and ends it when a signal has come."""
+
+    def report(progress: BuildProgress) -> None:
+        if stop.requested:
+            raise Stopped("stopped while building the data set; the same command goes on with it")
+        line.show(describe_build(progress))
+
+    return report

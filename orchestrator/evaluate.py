@@ -1,0 +1,71 @@
+"""What a student has learned: the divergence from its teacher on held-out rows, and the speed of an encoder."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from data.stream import RowReader, share
+from model.distiller import Distiller
+from orchestrator.world import World
+
+
+def heldout_divergence(
+    distiller: Distiller,
+    reader: RowReader,
+    *,
+    rows: int,
+    micro_batch: int,
+    autocast: torch.dtype | None,
+    world: World,
+) -> dict[str, dict[str, float]]:
+    """Per student, per term: the objective's mean over the first `rows` held-out rows, without dropout.
+
+    Nats a query (the objective's unit). The micro-batches are shared out over the workers; the sums are float64
+    and every worker gets the result. Leaves the students in training mode.
+    """
+    rows = min(rows, reader.manifest.rows)
+    device = world.device
+    students = list(distiller.students)
+    sums = torch.zeros(len(students), distiller.num_terms, dtype=torch.float64, device=device)
+    count = 0.0
+    distiller.eval()
+    with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for index in share(-(-rows // micro_batch), world.rank, world.size):
+            batch = reader.read(range(index * micro_batch, min((index + 1) * micro_batch, rows)))
+            count += float(distiller.count(batch.mask, batch.input_ids.shape))
+            ids = batch.input_ids.to(device)
+            mask = None if batch.mask is None else batch.mask.to(device)
+            taught = distiller.teach(ids, mask)
+            for row, name in enumerate(students):
+                sums[row] += distiller.term_sums(name, taught, ids, mask)
+    distiller.train()
+    *totals, count = world.sum_host([*sums.flatten().tolist(), count])
+    width = distiller.num_terms
+    return {
+        name: {term: totals[i * width + j] / count for j, term in enumerate(distiller.term_names)}
+        for i, name in enumerate(students)
+    }
+
+
+def inference_speed(
+    models: Sequence[nn.Module], *, batch: int, tokens: int, vocab_size: int, rounds: int = 5
+) -> list[float]:
+    """Tokens a second of each whole encoder on this machine's CPU, median of `rounds` interleaved passes.
+
+    The models take turns, so that a slower moment of the machine meets them all.
+    """
+    ids = torch.randint(0, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    seconds: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for round_number in range(rounds + 1):
+            for taken, model in zip(seconds, models, strict=True):
+                start = time.perf_counter()
+                model(input_ids=ids)
+                if round_number > 0:  # the first pass warms caches up
+                    taken.append(time.perf_counter() - start)
+    return [batch * tokens / statistics.median(taken) for taken in seconds]

@@ -1,0 +1,99 @@
+"""What a person sees while a run works: one line that keeps moving, from rank 0's heartbeat."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from data.build import BuildProgress
+from orchestrator.files import read_json
+from orchestrator.stage import StageFolder, StageJob
+
+PLAIN_INTERVAL_SECONDS = 5.0
+
+
+def duration(seconds: float) -> str:
+    """`75` → `1m15s`."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Line:
+    """One status line: rewritten in place on a terminal, printed every few seconds elsewhere."""
+
+    def __init__(self, out: TextIO | None = None):
+        self.out = out or sys.stderr
+        self.live = self.out.isatty()
+        self.printed = 0.0
+        self.last = ""
+
+    def show(self, text: str, *, force: bool = False) -> None:
+        if self.live:
+            self.out.write(f"\r\x1b[2K{text}")
+            self.out.flush()
+        elif text != self.last and (force or time.monotonic() - self.printed >= PLAIN_INTERVAL_SECONDS):
+            print(text, file=self.out, flush=True)
+            self.printed, self.last = time.monotonic(), text
+
+    def close(self) -> None:
+        """Leave the line: what is printed next starts on its own."""
+        if self.live:
+            self.out.write("\r\x1b[2K")
+            self.out.flush()
+
+
+def describe_build(progress: BuildProgress) -> str:
+    """`building shards  45 %  4,500 documents  3,100 rows  210k tokens/s  4s left`."""
+    share = progress.done_bytes / max(progress.total_bytes, 1)
+    seconds = max(progress.seconds, 1e-9)
+    left = duration(seconds * (1 - share) / share) if share > 0 else "?"
+    return (
+        f"building shards  {share:.0%}  {progress.documents:,} documents  {progress.rows:,} rows  "
+        f"{progress.tokens / seconds / 1000:.0f}k tokens/s  {left} left"
+    )
+
+
+class StageProgress:
+    """Turns heartbeats into lines such as
+    `[1/2] assistant  step 120/240  loss 0.812 (attention 0.41 value 0.40)  312 rows/s  40.0k tokens/s  1m02s left`."""
+
+    def __init__(self, line: Line, job: StageJob, prefix: str):
+        self.line, self.job, self.prefix = line, job, prefix
+        self.folder = StageFolder(Path(job.folder))
+        self.started = time.time()
+
+    def poll(self) -> None:
+        beat = read_json(self.folder.heartbeat)
+        if beat is None or beat["time"] < self.started:
+            self.line.show(f"{self.prefix}  starting workers ({duration(time.time() - self.started)})")
+            return
+        self.line.show(self.describe(beat))
+
+    def describe(self, beat: dict[str, Any]) -> str:
+        job, metrics = self.job, beat["metrics"]
+        parts = [self.prefix, f"step {beat['step']}/{job.steps}"]
+        if beat["doing"] != "training":
+            parts.append(beat["doing"])
+        for student in job.students:
+            if f"{student.name}/loss" in metrics:
+                label = f"{student.name} loss" if len(job.students) > 1 else "loss"
+                parts.append(f"{label} {metrics[f'{student.name}/loss']:.3f} ({self.terms(student.name, metrics)})")
+        if "rows_per_second" in metrics:
+            rows = metrics["rows_per_second"]
+            left = (job.steps - beat["step"]) * job.batch / max(rows, 1e-9)
+            parts += [
+                f"{rows:.0f} rows/s",
+                f"{metrics['tokens_per_second'] / 1000:.1f}k tokens/s",
+                f"{duration(left)} left",
+            ]
+        return "  ".join(parts)
+
+    @staticmethod
+    def terms(student: str, metrics: dict[str, float]) -> str:
+        skip = {f"{student}/loss", f"{student}/gradient_norm"}
+        own = {k: v for k, v in metrics.items() if k.startswith(f"{student}/") and k not in skip}
+        return " ".join(f"{name.split('/', 1)[1]} {value:.3f}" for name, value in own.items())
+

@@ -1,0 +1,127 @@
+"""After a stage's training: pictures, registration, and the stage's entry in the summary.
+
+Runs in the driver once a stage is done; repeating it after a kill registers nothing twice. `published.json` is
+written last and says that the stage needs no further look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.stream import RowReader
+from data.tokenizer import load_tokenizer
+from model.encoder import TappedEncoder, load_encoder, shape_of
+from model.relations import relation_maps
+from orchestrator import pictures, registry
+from orchestrator.evaluate import inference_speed
+from orchestrator.files import write_json
+from orchestrator.metrics import read_all_points
+from orchestrator.recipe import Recipe
+from orchestrator.stage import StageFolder, StageJob
+from orchestrator.summary import ModelEntry
+from orchestrator.tracking import StageRun, Tracking
+
+PICTURE_TOKENS = 24
+SPEED_BATCH, SPEED_TOKENS = 8, 128
+
+
+def publish(
+    recipe: Recipe, job: StageJob, folder: StageFolder, tracking: Tracking, run: StageRun
+) -> list[ModelEntry]:
+    """Picture, register and describe the stage's teacher and students; the teacher's entry comes first."""
+    teacher = load_encoder(job.teacher, layer=job.teacher_layer)
+    students = {s.name: load_encoder(folder.student(s.name)) for s in job.students}
+    run.artifact(draw_maps(job, teacher, students, folder.root / "attention_maps.png"), "pictures")
+    heldout = read_all_points(folder.heldout_points)
+    curves = folder.root / "loss_curves.png"
+    pictures.loss_curves(read_all_points(folder.points), heldout, curves)
+    run.artifact(curves, "pictures")
+
+    models = [teacher.model, *(encoder.model for encoder in students.values())]
+    speeds = inference_speed(
+        models,
+        batch=SPEED_BATCH,
+        tokens=min(SPEED_TOKENS, shape_of(teacher.model.config).max_tokens),
+        vocab_size=teacher.model.config.vocab_size,
+    )
+    entries = [entry(job.teacher_name, "teacher", teacher, speeds[0], job.teacher)]
+    for (name, encoder), speed in zip(students.items(), speeds[1:], strict=True):
+        registered = registry.register(
+            tracking,
+            f"{recipe.name}-{name}",
+            folder.student(name),
+            alias=recipe.tracking.alias,
+            tags={"minilm.stage_digest": job.digest, "minilm.teacher": job.teacher_name},
+            run_id=run.run_id,
+        )
+        entries.append(
+            entry(
+                name,
+                f"stage {job.stage}",
+                encoder,
+                speed,
+                str(folder.student(name)),
+                before=terms(heldout[0].metrics, name),
+                after=terms(heldout[-1].metrics, name),
+                registered=f"{registered.name} v{registered.version}",
+            )
+        )
+    run.finish()
+    write_json(folder.published, {"digest": job.digest, "models": [asdict(e) for e in entries]})
+    return entries
+
+
+def entry(
+    name: str,
+    role: str,
+    encoder: TappedEncoder,
+    speed: float,
+    folder: str,
+    *,
+    before: dict[str, float] | None = None,
+    after: dict[str, float] | None = None,
+    registered: str = "",
+) -> ModelEntry:
+    shape = shape_of(encoder.model.config)
+    return ModelEntry(
+        name=name,
+        role=role,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        parameters=shape.parameters,
+        tokens_per_second=speed,
+        before=before or {},
+        after=after or {},
+        registered=registered,
+        folder=folder,
+    )
+
+
+def terms(metrics: dict[str, float], student: str) -> dict[str, float]:
+    prefix = f"{student}/heldout/"
+    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+
+
+def draw_maps(job: StageJob, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:
+    """The query-key maps of teacher and students on the beginning of the first held-out row."""
+    batch = RowReader(Path(job.data) / "held-out").read(range(1))
+    ids = batch.input_ids[:, :PICTURE_TOKENS]
+    mask = None if batch.mask is None else batch.mask[:, :PICTURE_TOKENS]
+    tokenizer = load_tokenizer(str(Path(job.data) / "tokenizer"))
+
+    def maps(encoder: TappedEncoder) -> Tensor:
+        with torch.inference_mode():
+            taps = encoder.eval()(ids, mask)
+            return relation_maps(taps.q, taps.k, mask)[0]
+
+    pictures.attention_maps(
+        maps(teacher),
+        {name: maps(encoder) for name, encoder in students.items()},
+        tokenizer.convert_ids_to_tokens(ids[0].tolist()),
+        out,
+    )
+    return out

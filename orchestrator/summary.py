@@ -1,0 +1,91 @@
+"""The table at the end of a run, and what to do next."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.progress import duration
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One line of the table. `before` and `after`: held-out divergence by term, in nats a query."""
+
+    name: str
+    role: str
+    layers: int
+    hidden: int
+    parameters: int
+    tokens_per_second: float
+    before: dict[str, float]
+    after: dict[str, float]
+    registered: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished curriculum: its models in order, how long this run took, how to look at the tracked runs."""
+
+    recipe: str
+    models: tuple[ModelEntry, ...]
+    seconds: float
+    look: str
+    workdir: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        models = tuple(ModelEntry(**model) for model in values["models"])
+        return cls(**values | {"models": models})
+
+    def table(self) -> str:
+        header = (
+            "model", "layers x hidden", "parameters", "held-out divergence (first step → last)",
+            "tokens/s", "registered",
+        )  # fmt: skip
+        rows = [
+            (
+                f"{model.name} ({model.role})",
+                f"{model.layers} x {model.hidden}",
+                f"{model.parameters / 1e6:.1f} M",
+                divergence(model),
+                f"{model.tokens_per_second:,.0f}",
+                model.registered or "-",
+            )
+            for model in self.models
+        ]
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(line.rstrip() for line in lines)
+
+    def next_steps(self) -> str:
+        last = self.models[-1]
+        registered = last.registered.split(" ")[0]
+        return "\n".join(
+            (
+                f"Look further (work directory {self.workdir}, this run took {duration(self.seconds)}):",
+                f"  the tracked runs    {self.look}",
+                f"  pictures            {Path(last.folder).parent.parent}/*.png",
+                f"  load the student    python -c \"from transformers import AutoModel; "
+                f"print(AutoModel.from_pretrained('{last.folder}').num_parameters())\"",
+                f"  pull it anywhere    minilm pull models:/{registered}@ALIAS DIR",
+                "  another recipe      minilm check recipes/*.yaml; minilm run recipes/bert-l6-h384-ta.yaml",
+            )
+        )
+
+
+def divergence(model: ModelEntry) -> str:
+    """`attention 1.02 → 0.31, value 0.71 → 0.25, both 1.73 → 0.56 (32 %)`; `-` for a teacher."""
+    if not model.before:
+        return "-"
+    parts = [f"{term} {model.before[term]:.3f} → {model.after[term]:.3f}" for term in model.before]
+    before, after = sum(model.before.values()), sum(model.after.values())
+    return f"{', '.join(parts)}, sum {before:.3f} → {after:.3f} ({after / before:.0%})"

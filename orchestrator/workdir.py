@@ -1,0 +1,101 @@
+"""The work directory: all that a run writes, and the proof that it belongs to this recipe.
+
+    DIR/run.json        the recipe's result-determining fields; another recipe is refused
+    DIR/recipe.yaml     the recipe file as given
+    DIR/data/           shards, when the recipe names text
+    DIR/teachers/       teachers pulled from a registry or a hub
+    DIR/stages/STAGE/   one stage (see `stage.StageFolder`)
+    DIR/summary.json    the table of a finished run
+    DIR/mlflow.db, mlartifacts/, tracking.json   tracking, unless MLFLOW_TRACKING_URI says otherwise
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import LeaseHeld, UserError
+from orchestrator.files import read_json, write_json
+from orchestrator.recipe import Recipe, first_difference
+from orchestrator.stage import StageFolder
+
+
+def default_workdir(recipe_name: str) -> Path:
+    """`runs/NAME` here; under `ray job submit`, whose current folder is a temporary copy, in the home folder."""
+    in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return (Path.home() / "minilm-runs" if in_ray_job else Path("runs")) / recipe_name
+
+
+@dataclass(frozen=True)
+class Workdir:
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def teachers(self) -> Path:
+        return self.root / "teachers"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    def stage(self, name: str) -> StageFolder:
+        return StageFolder(self.root / "stages" / name)
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """True when this very recipe has run to its end here. Reads only small files."""
+        record = read_json(self.run)
+        same = record is not None and record["recipe"] == recipe.result_fields()
+        return same and self.summary.exists()
+
+    @contextmanager
+    def claim(self, recipe: Recipe, recipe_file: Path) -> Iterator[None]:
+        """Hold the directory for this process and this recipe.
+
+        Raises `UserError` when it belongs to another recipe, `LeaseHeld` when another process works in it.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot use {self.root} as work directory: {error.strerror}; give another --workdir") from error
+        with (self.root / "lock").open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise LeaseHeld(
+                    f"another run works in {self.root} ({lock.read().strip() or 'unknown'}); "
+                    f"wait for it, stop it, or give another --workdir"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            self.check_recipe(recipe)
+            write_json(self.run, {"recipe": recipe.result_fields()})
+            shutil.copyfile(recipe_file, self.root / "recipe.yaml")
+            yield
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        record = read_json(self.run)
+        if record is None:
+            return
+        difference = first_difference(record["recipe"], recipe.result_fields())
+        if difference:
+            path, old, new = difference
+            raise UserError(
+                f"work directory {self.root} belongs to another recipe: {path} is {old!r} there and {new!r} now; "
+                f"give another --workdir, or delete this one to start again"
+            )

@@ -1,0 +1,53 @@
+"""Builders shared by the tests of the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.stage import StageJob, StudentJob
+
+
+def make_job(
+    data: Path,
+    teacher: Path,
+    folder: Path,
+    *,
+    students: tuple[tuple[str, int, int], ...] = (("small", 2, 24),),
+    dropout: float = 0.1,
+    **changes: Any,
+) -> StageJob:
+    """A stage of 12 steps of 8 rows; `students` are (name, layers, hidden) with the teacher's 4 heads."""
+    values: dict[str, Any] = {
+        "stage": "first",
+        "folder": str(folder),
+        "data": str(data),
+        "teacher": str(teacher),
+        "teacher_name": "bert",
+        "teacher_digest": "",
+        "teacher_layer": "last",
+        "students": tuple(StudentJob(n, la, h, 4, 4 * h, dropout, "random") for n, la, h in students),
+        "objective": {"name": "minilm"},
+        "seed": 3,
+        "batch": 8,
+        "micro_batch": 4,
+        "steps": 12,
+        "peak_lr": 1e-3,
+        "warmup_steps": 3,
+        "adam_betas": (0.9, 0.999),
+        "adam_eps": 1e-6,
+        "weight_decay": 0.01,
+        "max_gradient_norm": None,
+        "eval_every": None,
+        "held_out_rows": 8,
+        "log_every": 2,
+        "device": "cpu",
+        "precision": "float32",
+        "threads": 1,
+        "checkpoint_every_steps": 3,
+        "checkpoint_every_seconds": 3600.0,
+        "keep_checkpoints": 2,
+        "digest": "digest",
+        "attempt": "inline",
+    }
+    return StageJob(**values | changes)

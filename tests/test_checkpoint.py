@@ -1,0 +1,132 @@
+"""Checkpoints: bit for bit, whole or absent, never another run's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from orchestrator import checkpoint
+from orchestrator.checkpoint import Identity
+from orchestrator.errors import UserError
+from orchestrator.step import StudentState
+
+MINE = Identity("recipe-a", "data-a")
+
+
+def make(seed: int) -> tuple[dict[str, torch.nn.Module], list[StudentState]]:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    trained = {k: p for k, p in model.named_parameters() if k.startswith("0.")}
+    return {"s": model}, [StudentState("s", trained, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01)]
+
+
+def advance(states: list[StudentState], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for state in states:
+        state.gradient.copy_(torch.randn(state.gradient.shape, generator=generator))
+        state.update(count=1.0, learning_rate=0.01, max_gradient_norm=None)
+
+
+def save(folder, step, models, states, keep=2, identity=MINE):
+    weights = {name: model.state_dict() for name, model in models.items()}
+    return checkpoint.save(folder, step, weights, states, identity, keep=keep)
+
+
+def test_a_restored_run_continues_bit_for_bit(tmp_path):
+    models, states = make(0)
+    for step in range(3):
+        advance(states, step)
+    save(tmp_path, 3, models, states)
+    other_models, other_states = make(1)
+    assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == 3
+    for step in range(3, 6):
+        advance(states, step)
+        advance(other_states, step)
+    for name, value in models["s"].state_dict().items():
+        assert torch.equal(value, other_models["s"].state_dict()[name])
+
+
+def test_nothing_there_means_none(tmp_path):
+    assert checkpoint.restore_newest(tmp_path / "absent", *make(0), MINE) is None
+
+
+def test_the_last_k_are_kept(tmp_path):
+    models, states = make(0)
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, models, states, keep=2)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000000003", "step-000000004"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "lose", "metadata"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, damage):
+    models, states = make(0)
+    advance(states, 0)
+    save(tmp_path, 1, models, states)
+    first = {k: v.clone() for k, v in models["s"].state_dict().items()}
+    advance(states, 1)
+    newest = save(tmp_path, 2, models, states)
+    file = newest / "s.model.safetensors"
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-5])
+    elif damage == "lose":
+        file.unlink()
+    else:
+        (newest / "checkpoint.json").write_text("{")
+    other_models, other_states = make(5)
+    assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == 1
+    assert all(torch.equal(v, other_models["s"].state_dict()[k]) for k, v in first.items())
+    assert "step-000000002 is damaged" in caplog.text
+
+
+def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
+    path = save(tmp_path, 1, *make(0))
+    (path / "checkpoint.json").unlink()
+    with pytest.raises(UserError, match="none of the 1 checkpoints in .* is sound; restore one"):
+        checkpoint.restore_newest(tmp_path, *make(0), MINE)
+
+
+@pytest.mark.parametrize(
+    ("identity", "what"), [(Identity("recipe-b", "data-a"), "recipe"), (Identity("recipe-a", "data-b"), "data set")]
+)
+def test_another_recipes_or_data_sets_checkpoint_is_refused(tmp_path, identity, what):
+    save(tmp_path, 1, *make(0))
+    with pytest.raises(UserError, match=f"belongs to another {what} .* use another --workdir"):
+        checkpoint.restore_newest(tmp_path, *make(0), identity)
+
+
+def test_an_unfinished_save_is_no_checkpoint(tmp_path):
+    """What a SIGKILL in the middle of a save leaves: the temporary folder."""
+    path = save(tmp_path, 1, *make(0))
+    shutil.copytree(path, tmp_path / ".step-000000002.999.tmp")
+    assert checkpoint.restore_newest(tmp_path, *make(0), MINE) == 1
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 1, *make(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_students_are_in_it_and_no_pickle(tmp_path):
+    models, states = make(0)
+    advance(states, 0)
+    path = save(tmp_path, 1, models, states)
+    assert sorted(p.name for p in path.iterdir()) == [
+        "checkpoint.json",
+        "s.model.safetensors",
+        "s.optimizer.safetensors",
+    ]
+    meta = json.loads((path / "checkpoint.json").read_text())
+    assert meta["step"] == 1
+    assert set(meta["sha256"]) == {"s.model.safetensors", "s.optimizer.safetensors"}

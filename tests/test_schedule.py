@@ -1,0 +1,24 @@
+"""The learning rate against the two lines that define it."""
+
+import pytest
+
+from orchestrator.schedule import learning_rate
+
+
+def test_rises_to_the_peak_and_falls_to_zero():
+    rates = [learning_rate(s, peak=2.0, warmup_steps=4, num_steps=12) for s in range(12)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0
+    assert rates[-1] == pytest.approx(2.0 / 8)
+    falls = [a - b for a, b in zip(rates[4:], rates[5:], strict=False)]
+    assert falls == pytest.approx([2.0 / 8] * len(falls))
+
+
+def test_no_warmup_starts_at_the_peak():
+    assert learning_rate(0, peak=3.0, warmup_steps=0, num_steps=10) == 3.0
+
+
+@pytest.mark.parametrize("step", [-1, 10])
+def test_a_step_outside_the_run_is_refused(step):
+    with pytest.raises(ValueError, match="outside 0..9"):
+        learning_rate(step, peak=1.0, warmup_steps=2, num_steps=10)

@@ -1,0 +1,198 @@
+"""The loop without any launcher: resuming, several students, several workers, errors. Real processes, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.stream import Stream
+from model.export import weights_digest
+from orchestrator import checkpoint
+from orchestrator.errors import UserError
+from orchestrator.metrics import read_all_points
+from orchestrator.stage import StageFolder, StageJob
+from orchestrator.worker import Superseded, run_stage
+from support import make_job
+
+
+def digest(job: StageJob, name: str = "small") -> str:
+    return weights_digest(StageFolder(Path(job.folder)).student(name))
+
+
+def start_worker(job: StageJob, **environment: str) -> subprocess.Popen[str]:
+    path = Path(job.folder) / "job.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(job.to_json())
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.worker", str(path)],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(shards, teacher, tmp_path):
+    whole = make_job(shards, teacher, tmp_path / "whole", eval_every=6)
+    assert run_stage(whole)
+    parts = replace(whole, folder=str(tmp_path / "parts"))
+    folder = StageFolder(Path(parts.folder))
+
+    def stop_after_four(step: int) -> None:
+        if step == 4:
+            folder.stop_request.touch()
+            time.sleep(0.6)  # the loop looks for the request twice a second
+
+    assert not run_stage(parts, on_step=stop_after_four)
+    assert not folder.done.exists()
+    assert checkpoint.list_checkpoints(folder.checkpoints)[-1].name == "step-000000005"
+    folder.stop_request.unlink()
+    seen: list[int] = []
+    assert run_stage(parts, on_step=seen.append)
+    assert seen == list(range(6, 13))
+    assert digest(parts) == digest(whole)
+    for file in ("points", "heldout_points"):
+        ours, theirs = (
+            [(p.step, {k: v for k, v in p.metrics.items() if "per_second" not in k}) for p in read_all_points(path)]
+            for path in (getattr(folder, file), getattr(StageFolder(Path(whole.folder)), file))
+        )
+        assert ours == theirs
+
+
+def test_killed_at_any_moment_the_run_ends_with_the_same_weights(shards, teacher, tmp_path):
+    """SIGKILL in the middle of a stage, then again right at the start of the next attempt."""
+    whole = make_job(shards, teacher, tmp_path / "whole", steps=60)
+    assert run_stage(whole)
+    job = replace(whole, folder=str(tmp_path / "killed"))
+    folder = StageFolder(Path(job.folder))
+    for target in (9, 27):
+        process = start_worker(job)
+        deadline = time.monotonic() + 60
+        while not any((folder.checkpoints / f"step-{s:09d}").exists() for s in range(target, 60)):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not folder.done.exists()
+    process = start_worker(job)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "resumes at step" in errors
+    assert digest(job) == digest(whole)
+    assert [p.step for p in read_all_points(folder.points)] == list(range(2, 61, 2))
+
+
+def test_killed_between_the_last_checkpoint_and_the_export(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path)
+    assert run_stage(job)
+    before = digest(job)
+    folder = StageFolder(tmp_path)
+    folder.done.unlink()
+    (folder.student("small") / "model.safetensors").unlink()
+    assert run_stage(job, on_step=lambda step: pytest.fail("nothing is left to train"))
+    assert digest(job) == before
+
+
+def test_two_students_get_the_weights_that_each_gets_alone(shards, teacher, tmp_path):
+    sizes = (("small", 2, 24), ("tiny", 1, 16))
+    both = make_job(shards, teacher, tmp_path / "both", students=sizes)
+    assert run_stage(both)
+    for size in sizes:
+        alone = make_job(shards, teacher, tmp_path / size[0], students=(size,))
+        assert run_stage(alone)
+        assert digest(alone, size[0]) == digest(both, size[0])
+
+
+def test_held_out_divergence_falls(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path, students=(("small", 3, 48),), steps=60, peak_lr=3e-3)
+    assert run_stage(job)
+    points = read_all_points(StageFolder(tmp_path).heldout_points)
+    assert [p.step for p in points] == [0, 60]
+    assert sum(points[1].metrics.values()) < 0.8 * sum(points[0].metrics.values())
+    assert set(points[0].metrics) == {"small/heldout/attention", "small/heldout/value"}
+
+
+def test_two_workers_read_the_same_rows_and_train_the_same_model(shards, teacher, tmp_path):
+    """torchrun's environment variables, two real processes, gloo: equal but for float32 rounding."""
+    job = make_job(shards, teacher, tmp_path / "one", steps=4, peak_lr=1e-4, log_every=1, checkpoint_every_steps=1)
+    assert run_stage(job)
+    two = replace(job, folder=str(tmp_path / "two"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [start_worker(two, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    ours, theirs = (read_all_points(StageFolder(Path(j.folder)).points) for j in (job, two))
+    assert len(ours) == len(theirs) == 4
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("small/loss", "small/attention", "small/value", "small/gradient_norm"):
+            assert b.metrics[name] == pytest.approx(a.metrics[name], rel=1e-5)
+    one_state, two_state = (
+        checkpoint.read(checkpoint.list_checkpoints(StageFolder(Path(j.folder)).checkpoints)[-1])[1]
+        for j in (job, two)
+    )
+    for name, moment in one_state["small.optimizer.safetensors"].items():
+        torch.testing.assert_close(
+            two_state["small.optimizer.safetensors"][name], moment, rtol=1e-4, atol=1e-7, msg=name
+        )
+
+
+def test_rows_of_a_step_are_the_same_for_every_worker_count(shards):
+    from data.stream import share
+
+    stream = Stream(shards, seed=3, batch=12, micro_batch=2)
+    for step in (0, 5):
+        alone = [stream.row_ids(step, i).tolist() for i in range(6)]
+        for workers in (2, 3, 4, 5):
+            joined = [stream.row_ids(step, i).tolist() for r in range(workers) for i in share(6, r, workers)]
+            assert joined == alone
+
+
+def test_a_worker_of_an_older_attempt_does_not_save(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path, attempt="old")
+    folder = StageFolder(tmp_path)
+    folder.owner.write_text(json.dumps({"attempt": "new"}))
+    with pytest.raises(Superseded, match="written by attempt new"):
+        run_stage(job)
+    assert checkpoint.list_checkpoints(folder.checkpoints) == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path, peak_lr=1e30, warmup_steps=0, checkpoint_every_steps=None)
+    with pytest.raises(UserError, match=r"student small is not finite at step \d+; lower peak_lr \(now 1e\+30\)"):
+        run_stage(job)
+    assert checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_where_there_is_none_is_refused(shards, teacher, tmp_path):
+    with pytest.raises(UserError, match="compute.device is cuda, but this machine has no usable CUDA device"):
+        run_stage(make_job(shards, teacher, tmp_path, device="cuda"))
+
+
+def test_another_jobs_checkpoint_is_refused(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path)
+    assert run_stage(job)
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        run_stage(replace(job, digest="other"))
+
+
+def test_the_plain_command_reports_errors_in_one_line(shards, teacher, tmp_path):
+    process = start_worker(make_job(tmp_path / "no-data", teacher, tmp_path / "stage"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith("minilm: error:")
+    assert errors.count("\n") == 1
