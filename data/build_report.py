@@ -1,0 +1,69 @@
+"""What a build says at its end: counts and shares, as an object and as text."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from data.build_tasks import Work
+from data.pack import content_len
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """Counts of a build. `tokens` are those of the text, without CLS, SEP and padding; shares lie in 0..1.
+
+    `truncated_share`: tokens that stand in no row (what is left behind the last whole row of packing "full").
+    `split_share`: documents longer than one row. `length_histogram[i]`: documents of 2^(i/2) … 2^((i+1)/2)
+    tokens. `tokens_per_second` is that of tokenizing, by all processes together.
+    """
+
+    documents: int
+    empty_documents: int
+    held_out_documents: int
+    rows: int
+    held_out_rows: int
+    tokens: int
+    unknown_share: float
+    truncated_share: float
+    split_share: float
+    tokens_per_second: float
+    seconds: float
+    fingerprint: str
+    length_histogram: list[int]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_report(
+    work: Work,
+    total: dict[str, int],
+    buckets: dict[str, list[dict[str, Any]]],
+    rows_and_tokens: dict[str, tuple[int, int]],
+    fingerprint: str,
+    tokenize_seconds: float,
+    seconds: float,
+) -> BuildReport:
+    """Add up the counts of all tasks."""
+    every = [bucket for split in buckets.values() for bucket in split]
+    rows = {split: num_rows for split, (num_rows, _) in rows_and_tokens.items()}
+    dropped = 0
+    if work.packing == "full":
+        content = content_len(work.layout.seq_len)
+        dropped = sum(bucket["stream"] for bucket in every) - sum(rows.values()) * content
+    return BuildReport(
+        documents=total["documents"],
+        empty_documents=total["empty"],
+        held_out_documents=total["held_out"],
+        rows=rows["train"],
+        held_out_rows=rows.get("held-out", 0),
+        tokens=total["tokens"],
+        unknown_share=total["unknown"] / total["tokens"],
+        truncated_share=dropped / total["tokens"],
+        split_share=sum(bucket["longer_than_row"] for bucket in every) / total["documents"],
+        tokens_per_second=total["tokens"] / max(tokenize_seconds, 1e-9),
+        seconds=seconds,
+        fingerprint=fingerprint,
+        length_histogram=[sum(column) for column in zip(*(b["histogram"] for b in every), strict=True)],
+        notes=[f"{file.path}: {file.note}" for file in work.files],
+    )
