@@ -9,7 +9,7 @@ Invariants: the teacher is in eval mode whatever `.train()` is called on; it has
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -21,7 +21,12 @@ from model.tap import TappedEncoder, Taps
 
 
 class Distiller(nn.Module):
-    """`teacher` (frozen here, for good) and its `students` by name, compared by `objective`."""
+    """`teacher` (frozen here, for good) and its `students` by name, compared by `objective`.
+
+    `weights` float32 [num_terms], on the teacher's device: loss = (weights * term_sums).sum() / count.
+    """
+
+    weights: Tensor
 
     def __init__(
         self, teacher: TappedEncoder, students: Mapping[str, TappedEncoder], objective: Objective
@@ -35,6 +40,9 @@ class Distiller(nn.Module):
             students.values()
         )  # not a ModuleDict: it refuses names such as "a.b"
         self.objective = objective
+        self.term_names = objective.names
+        self.num_terms = len(objective.names)
+        self.register_buffer("weights", objective.weights.to(teacher.model.device), persistent=False)
         for name, student in students.items():
             if student.model is teacher.model:
                 raise ModelError(f"student {name!r} is the teacher itself; load or build a model of its own")
@@ -67,7 +75,7 @@ class Distiller(nn.Module):
             student_taps = self.students[name](input_ids, mask)
         return self.objective.term_sums(_as_dtype(teacher_taps, student_taps.q.dtype), student_taps, mask)
 
-    def count(self, mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
         """What term sums are divided by, see `Objective.count`."""
         return self.objective.count(mask, shape)
 
