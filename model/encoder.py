@@ -6,17 +6,15 @@ building a student draws from a generator of its own and leaves the global rando
 weights depend on the config and the seed alone.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from model.errors import ModelError
+from model.quiet import quiet_transformers
 from model.tap import TappedEncoder, Taps
 
 __all__ = [
@@ -82,7 +80,7 @@ def load_encoder(path_or_hub_id: str | Path, *, layer: int | Literal["last"] = "
     number = tapped_layer(config, layer)
     name = str(path_or_hub_id)
     try:
-        with _quiet_loading():
+        with quiet_transformers():
             model, report = AutoModel.from_pretrained(
                 name,
                 config=config,
@@ -236,20 +234,6 @@ def _family(config: PreTrainedConfig) -> Family:
             f"this {config.model_type} is configured as a decoder; distillation needs an encoder"
         )
     return family
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bar and no report of heads left behind: `load_encoder` judges the report itself."""
-    bar, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bar:
-            hf_logging.enable_progress_bar()
 
 
 def _num_parameters(module: torch.nn.Module) -> int:

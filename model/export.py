@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model.errors import ModelError
+from model.quiet import quiet_transformers
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,7 +51,8 @@ def export_student(model: PreTrainedModel, tokenizer_folder: Path, out: Path, ca
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        model.save_pretrained(temporary)
+        with quiet_transformers():
+            model.save_pretrained(temporary)
         for file in tokenizer_files:
             shutil.copyfile(file, temporary / file.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -54,6 +54,7 @@ class TappedEncoder(nn.Module):
                 f"layer {layer} does not exist: {model.config.model_type} has layers 1 to {num_layers}"
             )
         self.model = model
+        self.training = model.training
         self.layer = layer
         model.config._attn_implementation = TAP
         probe = _Probe(stop_after=layer)

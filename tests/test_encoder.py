@@ -1,0 +1,352 @@
+"""The tap, for every architecture: right q, k, v; nothing behind it runs; nothing behind it is trained."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from model.encoder import (
+    FAMILIES,
+    TappedEncoder,
+    build_student,
+    inspect_encoder,
+    load_encoder,
+    shape_of,
+    tapped_layer,
+)
+from model.errors import ModelError
+
+LAYERS, HIDDEN, HEADS, VOCAB = 4, 24, 4, 50
+
+
+def tiny_config(architecture: str = "bert", **changes):
+    family = FAMILIES[architecture]
+    values = {
+        "vocab_size": VOCAB,
+        "num_hidden_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        family.ffn: 40,
+        "max_position_embeddings": 40,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    } | changes
+    if architecture == "electra":
+        values |= {"embedding_size": 16}
+    if architecture == "modernbert":
+        values |= {"local_attention": 4, "cls_token_id": 2, "sep_token_id": 3}
+    if architecture == "eurobert":
+        values |= {"num_key_value_heads": 2}
+    return AutoConfig.for_model(architecture, **values)
+
+
+def tiny_model(architecture: str = "bert", seed: int = 0, **changes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(tiny_config(architecture, **changes))
+        for parameter in model.parameters():  # larger than an initialisation, so that mistakes show
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def batch(tokens: int = 9):
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(4, VOCAB, (3, tokens), generator=generator)
+    mask = torch.ones(3, tokens, dtype=torch.bool)
+    mask[0, 6:] = False
+    mask[1, :2] = False
+    return input_ids.masked_fill(~mask, 1), mask
+
+
+def split(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def rotate(x, theta):
+    """Rotary embedding as in arXiv 2104.09864, written for one position at a time."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    for position in range(x.shape[-2]):
+        for i in range(half):
+            angle = torch.tensor(position * theta ** (-i / half), dtype=x.dtype)
+            a, b = x[..., position, i], x[..., position, i + half]
+            out[..., position, i] = a * angle.cos() - b * angle.sin()
+            out[..., position, i + half] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+def projections(model, layer, hidden):
+    """q, k, v from the module's own weights and its input, each architecture by its own names."""
+    kind = model.config.model_type
+    if kind in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
+        attention = model.encoder.layer[layer - 1].attention.self
+        return [split(p(hidden), HEADS) for p in (attention.query, attention.key, attention.value)]
+    if kind == "distilbert":
+        attention = model.transformer.layer[layer - 1].attention
+        return [split(p(hidden), HEADS) for p in (attention.q_lin, attention.k_lin, attention.v_lin)]
+    if kind == "modernbert":
+        block = model.layers[layer - 1]
+        q, k, v = (split(x, HEADS) for x in block.attn.Wqkv(block.attn_norm(hidden)).chunk(3, dim=-1))
+        theta = 160_000.0 if block.attention_type == "full_attention" else 10_000.0
+        return [rotate(q, theta), rotate(k, theta), v]
+    if kind == "eurobert":
+        block = model.layers[layer - 1]
+        hidden = block.input_layernorm(hidden)
+        q, k, v = (
+            split(projection(hidden), heads)
+            for projection, heads in zip(
+                (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
+                (HEADS, 2, 2),
+                strict=True,
+            )
+        )
+        theta = model.config.rope_parameters["rope_theta"]
+        return [rotate(q, theta), rotate(k, theta).repeat_interleave(2, 1), v.repeat_interleave(2, 1)]
+    assert kind == "nomic_bert"
+    attention = model.layers[layer - 1].self_attn
+    q, k, v = (split(p(hidden), HEADS) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    theta = model.config.rope_parameters["rope_theta"]
+    return [rotate(q, theta), rotate(k, theta), v]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_taps_equal_the_projections_of_an_untapped_forward(architecture):
+    layer = tapped_layer(tiny_config(architecture), "last")
+    untapped = tiny_model(architecture)
+    encoder = TappedEncoder(tiny_model(architecture), layer)
+    for input_ids, mask in (batch(), (batch()[0], None)):
+        hidden = untapped(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer - 1]
+        taps = encoder(input_ids, mask)
+        for got, expected in zip((taps.q, taps.k, taps.v), projections(untapped, layer, hidden), strict=True):
+            assert got.shape == (3, HEADS, 9, HIDDEN // HEADS)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert taps.bias is None
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_nothing_behind_the_tap_runs_and_only_what_is_in_front_is_trained(architecture):
+    layer = LAYERS
+    encoder = TappedEncoder(tiny_model(architecture).train(), layer)
+    called = set()
+    for name, module in encoder.model.named_modules():
+        module.register_forward_pre_hook(lambda _module, _arguments, name=name: called.add(name))
+    taps = encoder(*batch())
+    blocks = max((m for m in encoder.model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    names = {id(module): name for name, module in encoder.model.named_modules()}
+    for i, block in enumerate(blocks, start=1):
+        inside = {names[id(module)] for module in block.modules() if isinstance(module, torch.nn.Linear)}
+        assert inside
+        if i < layer:
+            assert inside <= called
+        else:
+            projections = {name for name in inside if name.rsplit(".", 1)[-1] in PROJECTIONS}
+            assert projections and inside & called == projections
+    assert "pooler" not in called and "final_norm" not in called and "norm" not in called
+
+    sum(part.sum() for part in taps[:3]).backward()
+    with_gradient = {name for name, p in encoder.model.named_parameters() if p.grad is not None}
+    trained = encoder.trained_parameters()
+    assert set(trained) == with_gradient
+    assert trained.keys() <= encoder.model.state_dict().keys()
+    behind = {name for name, _ in encoder.model.named_parameters()} - with_gradient
+    assert behind and all(f".{layer - 1}." in name or name.split(".")[0] in LAST for name in behind)
+
+
+PROJECTIONS = {"query", "key", "value", "q_lin", "k_lin", "v_lin", "q_proj", "k_proj", "v_proj", "Wqkv"}
+LAST = {"pooler", "final_norm", "norm"}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_student_of_every_architecture_is_a_teacher(architecture, tmp_path):
+    student = build_student(tiny_config(architecture), layers=2, hidden=16, seed=3)
+    student.save_pretrained(tmp_path)
+    teacher = load_encoder(tmp_path)
+    assert not teacher.training and teacher.layer == 2
+    shape = inspect_encoder(tmp_path)
+    assert (shape.architecture, shape.layers, shape.hidden, shape.heads) == (architecture, 2, 16, HEADS)
+    assert (shape.ffn, shape.vocab_size) == (64, VOCAB)
+    assert shape.parameters == sum(p.numel() for p in student.parameters())
+    input_ids = torch.full((1, shape.max_tokens), 5)
+    assert teacher(input_ids).q.shape == (1, HEADS, shape.max_tokens, 4)
+    grandchild = build_student(teacher.model.config, layers=1, hidden=8, seed=4)
+    assert TappedEncoder(grandchild, 1)(input_ids).q.shape == (1, HEADS, shape.max_tokens, 2)
+
+
+def test_a_layer_in_the_middle_and_two_taps_on_one_model():
+    model = tiny_model()
+    second, last = TappedEncoder(model, 2), TappedEncoder(model, LAYERS)
+    input_ids, mask = batch()
+    hidden = tiny_model()(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for encoder in (second, last, second):
+        expected = projections(model, encoder.layer, hidden[encoder.layer - 1])
+        torch.testing.assert_close(encoder(input_ids, mask).q, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_wrapped_model_stays_whole():
+    input_ids, mask = batch()
+    plain = tiny_model()(input_ids, attention_mask=mask).last_hidden_state
+    model = tiny_model()
+    encoder = TappedEncoder(model, 2)
+    encoder(input_ids, mask)
+    whole = model(input_ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(whole[mask], plain[mask])
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_a_row_of_padding_only_stays_finite(architecture):
+    encoder = TappedEncoder(tiny_model(architecture), LAYERS)
+    input_ids, mask = batch(tokens=24)
+    mask[2] = False
+    taps = encoder(input_ids, mask)
+    assert all(part.isfinite().all() for part in taps[:3])
+    torch.testing.assert_close(taps.v[:2], encoder(input_ids[:2], mask[:2]).v)
+
+
+def test_the_forward_leaves_nothing_behind():
+    """No activation survives but the taps, gradients off or on; no state after an error."""
+    encoder = TappedEncoder(tiny_model(), LAYERS)
+    input_ids, mask = batch()
+    kept = []
+    encoder.model.encoder.layer[1].register_forward_hook(lambda _m, _a, out: kept.append(weakref.ref(out)))
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            taps = encoder(input_ids, mask)
+        assert kept[-1]() is None
+        assert not taps.q.requires_grad
+    finally:
+        gc.enable()
+
+    with torch.inference_mode():
+        assert encoder(input_ids, mask).q.is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert encoder(input_ids, mask).q.dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+    assert encoder(input_ids, mask).q.requires_grad
+    with pytest.raises(IndexError):
+        encoder(input_ids + VOCAB, mask)
+    assert encoder.model(input_ids).last_hidden_state.shape == (3, 9, HIDDEN)
+
+
+def test_threads_do_not_see_each_other():
+    encoders = [TappedEncoder(tiny_model(seed=seed), layer) for seed, layer in enumerate((1, 2, 3, 4))]
+    input_ids, mask = batch()
+    expected = [encoder(input_ids, mask).q for encoder in encoders]
+    wrong: list[int] = []
+
+    def work(i):
+        for _ in range(20):
+            if not torch.equal(encoders[i](input_ids, mask).q, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_trained_parameters_draws_nothing_and_changes_no_mode():
+    encoder = TappedEncoder(tiny_model(), LAYERS)
+    encoder.train()
+    encoder.model.pooler.eval()
+    before = torch.get_rng_state()
+    modes = [module.training for module in encoder.modules()]
+    assert encoder.trained_parameters()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in encoder.modules()] == modes
+    encoder.requires_grad_(False)
+    assert encoder.trained_parameters() == {}
+
+
+def test_a_student_depends_on_its_seed_alone():
+    config = tiny_config()
+    torch.manual_seed(0)
+    first = build_student(config, layers=2, hidden=16, seed=7)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    again = build_student(config, layers=2, hidden=16, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    other = build_student(config, layers=2, hidden=16, seed=8)
+    weights = [m.encoder.layer[0].intermediate.dense.weight for m in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert first.training and first.config.hidden_dropout_prob == 0.1
+    assert build_student(config, layers=1, hidden=16, seed=7, dropout=0.0).config.hidden_dropout_prob == 0.0
+
+
+# The paper's tables: Transformer parameters to 0.1 M, all parameters in whole M (arXiv 2002.10957, tables 2-4).
+@pytest.mark.parametrize(
+    ("layers", "hidden", "transformer_m", "total_m"),
+    [(6, 768, 42.5, 66), (12, 384, 21.3, 33), (6, 384, 10.6, 22), (4, 384, 7.1, 19), (3, 384, 5.3, 17)],
+)
+def test_parameters_are_the_papers(layers, hidden, transformer_m, total_m):
+    config = AutoConfig.for_model(
+        "bert", num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden
+    )
+    shape = shape_of(config)
+    assert round(shape.transformer_parameters / 1e6, 1) == transformer_m
+    assert int(shape.parameters / 1e6) == total_m
+    assert round(shape_of(AutoConfig.for_model("bert")).transformer_parameters / 1e6, 1) == 85.1
+
+
+def test_the_feed_forward_width_scales_with_the_hidden_size():
+    """Left at the teacher's 3072 a 6 x 384 student has 17.7 M Transformer parameters instead of 10.6 M."""
+    wrong = AutoConfig.for_model("bert", num_hidden_layers=6, hidden_size=384, intermediate_size=3072)
+    assert round(shape_of(wrong).transformer_parameters / 1e6, 1) == 17.7
+    assert build_student(tiny_config(), layers=1, hidden=16, seed=0).config.intermediate_size == 64
+
+
+# ---- Bad input ----
+
+
+def test_an_unsupported_architecture_is_refused_by_name(tmp_path):
+    AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=8).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_encoder(tmp_path)
+    assert str(caught.value) == f"architecture 'gpt2' has no tap; these have: {', '.join(FAMILIES)}"
+
+
+@pytest.mark.parametrize("layer", [0, 5, "first"])
+def test_a_layer_that_does_not_exist(tmp_path, layer):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r'does not exist; bert has layers 1 to 4, or "last"$'):
+        load_encoder(tmp_path, layer=layer)
+
+
+def test_a_layer_that_sees_a_window_only():
+    with pytest.raises(ModelError, match=r"^layer 2 of this modernbert attends to a window only; .*: 1, 4$"):
+        tapped_layer(tiny_config("modernbert"), 2)
+
+
+def test_heads_that_do_not_divide_hidden():
+    with pytest.raises(
+        ModelError, match=r"^4 heads do not divide hidden size 18; choose a hidden size that is"
+    ):
+        build_student(tiny_config(), layers=1, hidden=18, seed=0)
+
+
+def test_weights_that_are_missing_or_pickled(tmp_path):
+    with pytest.raises(ModelError, match=r"^cannot read the config of "):
+        load_encoder(tmp_path / "nowhere")
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"a model.safetensors is needed$") as caught:
+        load_encoder(tmp_path)
+    assert "\n" not in str(caught.value)
+    tiny_model(num_hidden_layers=2).save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lacks \d+ weights of a bert encoder \(encoder.layer.2"):
+        load_encoder(tmp_path)
+
+
+def test_a_mask_of_another_shape():
+    encoder = TappedEncoder(tiny_model(), 1)
+    with pytest.raises(ModelError, match=r"^mask is torch.bool \[3, 8\]; for input_ids \[3, 9\] it must be"):
+        encoder(batch()[0], torch.ones(3, 8, dtype=torch.bool))
