@@ -1,0 +1,340 @@
+"""The model registry: a student's folder goes in, gets a version and an alias, and comes down again
+unchanged.
+
+A model is a plain transformers folder (config, safetensors, tokenizer, model card), stored in MLflow 3 as a
+LoggedModel without any flavour, so that nothing but files is ever read from it. Folders with anything that
+could hold a pickle are refused both ways. Every version carries the digest of its folder as a tag, and
+`pull` checks it. An alias moves: `resolve` it once, keep `RegisteredModel.uri`, which names the version.
+
+Every function takes `store`, a tracking URI (`tracking.tracking_uri`), and can be called again after any
+death or with any server that was away for a while: registering is idempotent for the same run and the same
+folder.
+
+The digest is what `find . -type f -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum | sha256sum`
+says in the folder.
+"""
+
+import difflib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from orchestrator.errors import UserError
+from orchestrator.files import fsync_folder
+from orchestrator.tracking import connect  # sets MLflow's switches: before any other import of it
+from orchestrator.uploader import one_line
+
+# isort: split
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+logger = logging.getLogger(__name__)
+
+DIGEST_TAG = "minilm.digest"
+_RUN_TAG = "minilm.run_id"
+_ALIASED_TAG = "minilm.aliased"
+_ALLOWED_SUFFIXES = (".json", ".txt", ".safetensors", ".md", ".model")  # .model: sentencepiece
+_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """One version in the registry.
+
+    alias: the one it was asked for or registered with, None if it was asked for by number. uri: names the
+    version, so it never moves. digest: of the folder, None for a model that this project did not register.
+    """
+
+    name: str
+    version: int
+    alias: str | None
+    uri: str
+    digest: str | None
+
+
+def register(
+    store: str,
+    name: str,
+    folder: Path,
+    *,
+    run_id: str,
+    alias: str,
+    tags: Mapping[str, str] | None = None,
+    patience_seconds: float = 60.0,
+) -> RegisteredModel:
+    """Stores a transformers folder as a new version of `name` and points the alias to it.
+
+    The same folder from the same run (run_id: the stage's) gets the version it has already; then the alias
+    is left where somebody may have moved it since. Identical folders of two runs are two versions: each run
+    has its own. UserError: a file that does not belong in such a folder, a bad name or alias, a store away
+    for `patience_seconds`.
+    """
+    files = _files(folder)
+    if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
+        raise UserError(
+            f"{folder} is no model: it has no config.json or no safetensors weights; export one there"
+        )
+    digest = folder_digest(folder)
+
+    def attempt(client: MlflowClient) -> RegisteredModel:
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = _find_version(client, name, digest, run_id)
+        if version is None:
+            model = _logged_model(client, name, folder, digest, run_id, tags or {})
+            all_tags = {**(tags or {}), DIGEST_TAG: digest}
+            version = client.create_model_version(
+                name, model.artifact_location, run_id, tags=all_tags, model_id=model.model_id
+            )
+            link = json.dumps([{"name": name, "version": int(version.version)}])
+            client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})  # as MLflow does
+        if version.tags.get(_ALIASED_TAG) != alias:
+            client.set_registered_model_alias(name, alias, str(version.version))
+            client.set_model_version_tag(name, str(version.version), _ALIASED_TAG, alias)
+        return _registered(version, alias)
+
+    return _patiently(store, attempt, patience_seconds)
+
+
+def resolve(store: str, uri: str, *, patience_seconds: float = 10.0) -> RegisteredModel:
+    """What models:/NAME@ALIAS or models:/NAME/VERSION is now; UserError names what there is instead."""
+    return _patiently(store, lambda client: _resolve(client, uri), patience_seconds)
+
+
+def pull(store: str, uri: str, out: Path, *, patience_seconds: float = 10.0) -> RegisteredModel:
+    """Downloads a model to the folder `out`, which must be empty or absent; it appears whole and checked,
+    or not at all.
+
+    UserError: something is in `out`, no such model, a file in it that could hold a pickle, other bytes than
+    were registered, no space.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: choose another folder, or remove it first")
+    model = resolve(store, uri, patience_seconds=patience_seconds)
+    part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be made ({one_line(error)}): choose another folder") from error
+    try:
+        _patiently(store, lambda client: _download(client, store, model, part), patience_seconds)
+        part.replace(out)
+        fsync_folder(out.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return model
+
+
+def pull_once(store: str, uri: str, folder: Path, *, patience_seconds: float = 60.0) -> Path:
+    """The model as folder/NAME-vVERSION, downloaded unless it is there and unchanged."""
+    model = resolve(store, uri, patience_seconds=patience_seconds)
+    out = folder / f"{model.name}-v{model.version}"
+    if out.is_dir() and any(out.iterdir()):
+        if model.digest in (None, folder_digest(out)):
+            return out
+        logger.warning("%s has changed since it was downloaded: downloading it again", out)
+        shutil.rmtree(out)
+    pull(store, model.uri, out, patience_seconds=patience_seconds)
+    return out
+
+
+def promote(
+    store: str, name: str, version: int, alias: str, *, patience_seconds: float = 10.0
+) -> RegisteredModel:
+    """Points an alias to a version that exists; UserError names what there is instead."""
+
+    def attempt(client: MlflowClient) -> RegisteredModel:
+        found = _resolve(client, f"models:/{name}/{version}")
+        client.set_registered_model_alias(name, alias, str(version))
+        return RegisteredModel(name, version, alias, found.uri, found.digest)
+
+    return _patiently(store, attempt, patience_seconds)
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 (hex) of the sorted lines "sha256-of-file  relative/path": what the command above prints."""
+    lines = []
+    for file in sorted(_files(folder), key=os.fsencode):
+        with (folder / file).open("rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative paths of the files of a model folder; UserError if one of them has no business there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give the folder that holds the model's config.json")
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    odd = [path for path in found if path.is_symlink() or not path.is_file()]
+    if odd:
+        raise UserError(f"{odd[0]} is a link or a device: a model folder holds plain files only")
+    files = [path.relative_to(folder).as_posix() for path in found]
+    _refuse_pickles(files, str(folder))
+    return files
+
+
+def _refuse_pickles(files: Iterable[str], where: str) -> None:
+    for file in files:
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts or "\\" in file or "\n" in file:
+            raise UserError(f"{where} names a file outside of itself ({file!r}): it is not to be trusted")
+        if path.suffix not in _ALLOWED_SUFFIXES:
+            raise UserError(
+                f"{where} holds {file}: only {', '.join(_ALLOWED_SUFFIXES)} files are taken "
+                "(never a pickle); save the weights as safetensors and leave other files out"
+            )
+
+
+def _find_version(client: MlflowClient, name: str, digest: str, run_id: str) -> ModelVersion | None:
+    found = client.search_model_versions(
+        f"name = '{name}' and run_id = '{run_id}' and tags.`{DIGEST_TAG}` = '{digest}'"
+    )
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def _logged_model(
+    client: MlflowClient, name: str, folder: Path, digest: str, run_id: str, tags: Mapping[str, str]
+) -> LoggedModel:
+    """The LoggedModel with these files, one that a dead driver completed or a new one."""
+    experiment_id = client.get_run(run_id).info.experiment_id
+    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{_RUN_TAG}` = '{run_id}'"
+    for model in client.search_logged_models([experiment_id], query):
+        if model.status == LoggedModelStatus.READY:
+            return model
+        client.delete_logged_model(model.model_id)  # its upload was cut short
+    model = client.create_logged_model(
+        experiment_id,
+        re.sub(r"[^\w-]", "-", name),
+        run_id,
+        tags={**tags, DIGEST_TAG: digest, _RUN_TAG: run_id},
+        model_type="transformers-folder",
+    )
+    client.log_model_artifacts(model.model_id, str(folder))
+    model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])  # shown on the run's page
+    return model
+
+
+def _resolve(client: MlflowClient, uri: str) -> RegisteredModel:
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise UserError(
+            f"{uri!r} names no registered model: write models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    name, alias, number = match["name"], match["alias"], match["version"]
+    try:
+        aliases = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = [model.name for model in client.search_registered_models(max_results=100)]
+        raise UserError(f"no model {name!r} is registered; {_instead(name, names, 'registered')}") from error
+    if alias is not None:
+        if alias not in aliases:
+            raise UserError(f"model {name!r} has no alias {alias!r}; {_instead(alias, aliases, 'aliases')}")
+        number = aliases[alias]
+    try:
+        return _registered(client.get_model_version(name, str(number)), alias)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        found = client.search_model_versions(f"name = '{name}'")
+        versions = sorted(int(version.version) for version in found)
+        there = f"its versions: {', '.join(map(str, versions)) or 'none'}"
+        raise UserError(f"model {name!r} has no version {number}; {there}") from error
+
+
+def _instead(given: str, there: Iterable[str], what: str) -> str:
+    names = sorted(there)
+    close = difflib.get_close_matches(given, names, n=1)
+    listed = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+    return f"did you mean {close[0]!r}? ({what}: {listed})" if close else f"{what}: {listed or 'none'}"
+
+
+def _registered(version: ModelVersion, alias: str | None) -> RegisteredModel:
+    uri = f"models:/{version.name}/{version.version}"
+    return RegisteredModel(version.name, int(version.version), alias, uri, version.tags.get(DIGEST_TAG))
+
+
+def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Path) -> None:
+    source = client.get_model_version_download_uri(model.name, str(model.version))
+    repository = get_artifact_repository(source, tracking_uri=store)
+    files: list[str] = []
+    folders = [""]
+    while folders:
+        for entry in repository.list_artifacts(folders.pop() or None):
+            (folders if entry.is_dir else files).append(entry.path)
+    if not files:
+        raise UserError(
+            f"{model.uri} has no files at {source}: register it again, or pull it where it was made"
+        )
+    _refuse_pickles(files, model.uri)
+    try:
+        repository.download_artifacts("", dst_path=str(part))
+        for file in _files(part):
+            with (part / file).open("rb") as stream:
+                os.fsync(stream.fileno())
+    except (OSError, MlflowException) as error:  # MLflow wraps what its download threads raise
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise UserError(
+                f"no space for {model.uri} in {part.parent}: make room, or pull elsewhere"
+            ) from error
+        raise
+    found = folder_digest(part)
+    if model.digest is None:
+        logger.warning("%s has no digest to check it against; what came down is %s", model.uri, found)
+    elif found != model.digest:
+        raise UserError(
+            f"{model.uri} is not what was registered: digest {found}, registered {model.digest}; "
+            "its files were changed in the store, so register it again"
+        )
+
+
+def _patiently(store: str, attempt: Callable[[MlflowClient], Result], patience_seconds: float) -> Result:
+    """Calls until it works; UserError once the store refuses, or has not answered for so long."""
+    database = Path(store.removeprefix("sqlite:///"))
+    if store.startswith("sqlite:///") and not database.exists():  # MLflow would make an empty one
+        raise UserError(
+            f"there is no {database}: name the work directory of a run, or set MLFLOW_TRACKING_URI"
+        )
+    deadline = time.monotonic() + patience_seconds
+    pause = 0.5
+    while True:
+        try:
+            return attempt(connect(store))
+        except MlflowException as error:
+            if error.error_code in _REFUSALS:
+                raise UserError(f"MLflow at {store} refused: {one_line(error)}") from error
+            reason: Exception = error
+        except OSError as error:
+            reason = error
+        if time.monotonic() + pause > deadline:
+            raise UserError(
+                f"MLflow at {store} does not answer ({one_line(reason)}): start it and run the same "
+                "command again"
+            ) from reason
+        logger.info(
+            "MLflow at %s does not answer, trying again in %.0f s (%s)", store, pause, one_line(reason)
+        )
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
