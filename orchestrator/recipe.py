@@ -56,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problems += [
             (details["loc"], explain(details))
             for details in error.errors(include_url=False)
-            if not follows_from_another(details)
+            if not follows_from_another(details) and not _echoes_stage_name(source, details["loc"])
         ]
         problems += _check_sound_parts(source.values)
     if problems:
@@ -91,6 +91,14 @@ def _in_file_order(source: Source, problems: Sequence[Problem]) -> list[str]:
 
     lines = [source.problem(_as_the_file_has_it(source, path), text) for path, text in problems]
     return sorted(dict.fromkeys(lines), key=position)
+
+
+def _echoes_stage_name(source: Source, path: KeyPath) -> bool:
+    """Whether `path` is the name that a `student:` takes over from its stage, where it is said already."""
+    if path[:1] != ("stages",) or path[2:] != ("students", 0, "name"):
+        return False
+    stage = source.values["stages"][path[1]]
+    return "student" in stage and (*path[:2], "student", "name") not in source.places
 
 
 def _as_the_file_has_it(source: Source, path: KeyPath) -> KeyPath:

@@ -128,7 +128,7 @@ def explain(error: ErrorDetails) -> str:
     """The text for one of pydantic's errors: what was given, what is allowed, did you mean."""
     kind, given, path = error["type"], error["input"], error["loc"]
     if kind == "missing":
-        return "missing; add it"
+        return f"missing; add it{_meaning(path)}"
     if kind == "extra_forbidden":
         return _unknown_key(path)
     allowed = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -146,8 +146,16 @@ def explain(error: ErrorDetails) -> str:
         allowed = "a whole number"
     elif kind.startswith("float"):
         allowed = "a number"
-    guess = suggest(given, re.findall(r"'([^']*)'", allowed)) if kind == "literal_error" else ""
+    guess = suggest(given, re.findall(r"'([^']*)'", allowed), cutoff=0.75) if kind == "literal_error" else ""
     return f"given {_show(given)}; allowed: {allowed}{guess}"
+
+
+def _meaning(path: tuple[int | str, ...]) -> str:
+    """The key's description in brackets, if the types have one."""
+    above = [key for key in path[:-1] if isinstance(key, str)]
+    section = SECTIONS.get(above[-1] if above else "")
+    known = section.model_fields.get(str(path[-1])) if section else None
+    return f" ({' '.join(known.description.split()).rstrip('.')})" if known and known.description else ""
 
 
 def _unknown_key(path: tuple[int | str, ...]) -> str:

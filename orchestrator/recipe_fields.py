@@ -61,23 +61,27 @@ def _auto_is_none(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-Slug = Annotated[str, BeforeValidator(_slug), Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63)]
-ReferenceText = Annotated[str, BeforeValidator(_reference)]
-LocalPath = Annotated[str, BeforeValidator(_local_path)]
-LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
-Whole = Annotated[int, BeforeValidator(_not_bool)]
-Count = Annotated[Whole, Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
+# A validator stands last, so that the bounds before it reach the JSON Schema.
+_NO_BOOL = BeforeValidator(_not_bool)
+Count = Annotated[int, Field(ge=1), _NO_BOOL]
+Whole = Annotated[int, Field(ge=0), _NO_BOOL]
+SequenceLength = Annotated[int, Field(ge=8, le=65_536), _NO_BOOL]
+Seed = Annotated[int, Field(ge=0, lt=2**63), _NO_BOOL]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NO_BOOL]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NO_BOOL]
+BelowOne = Annotated[float, Field(ge=0, lt=1), _NO_BOOL]
+HeldOutShare = Annotated[float, Field(gt=0, le=0.5), _NO_BOOL]
 CountOrAuto = Annotated[
     Count | None,
     BeforeValidator(_auto_is_none),
     WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
 ]
 LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
+ReferenceText = Annotated[str, BeforeValidator(_reference)]
+LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
 TextPaths = Annotated[
-    tuple[LocalPath, ...],
+    tuple[Annotated[str, BeforeValidator(_local_path)], ...],
     BeforeValidator(_one_or_several),
     Field(min_length=1),
     WithJsonSchema(

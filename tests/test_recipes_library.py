@@ -1,0 +1,89 @@
+"""The library of recipes says what the paper says, to the last number, and each file explains itself."""
+
+import pytest
+
+from orchestrator.recipe import Recipe, load_recipe
+from orchestrator.recipe_schema import SCHEMA_FILE, schema_text
+from orchestrator.references import HubRef, RegistryRef
+
+LIBRARY = SCHEMA_FILE.parent
+TEACHERS = {
+    "bert": HubRef("google-bert/bert-base-uncased"),
+    "xlmr": HubRef("FacebookAI/xlm-roberta-base"),
+    "inhouse": RegistryRef("models:/inhouse-bert-base@newest"),  # not public: the user provides it
+}
+# MiniLM (arXiv:2002.10957), sections 4.1, 5.1, 5.3 and table 3; L is the number of layers.
+TABLE = """
+id assistant L hidden ffn heads vocab seq batch lr betas decay drop warmup schedule steps
+bert-l6-h768 - 6 768 3072 12 30522 512 1024 5e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+bert-l12-h384 - 12 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+bert-l6-h384 - 6 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+bert-l4-h384 - 4 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+bert-l3-h384 - 3 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+bert-l6-h384-ta bert-l12-h384 6 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+bert-l4-h384-ta bert-l12-h384 4 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+bert-l3-h384-ta bert-l12-h384 3 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+inhouse-l12-h384 - 12 384 1536 12 30522 512 2048 6e-4 0.9 0.98 0.01 0.1 4000 linear 400000
+inhouse-l6-h384-ta inhouse-l12-h384 6 384 1536 12 30522 512 512 4e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+xlmr-l12-h384 - 12 384 1536 12 250002 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 1000000
+xlmr-l6-h384-ta xlmr-l12-h384 6 384 1536 12 250002 512 512 6e-4 0.9 0.999 0.01 0.1 4000 linear 400000
+"""
+ROWS = [line.split() for line in TABLE.splitlines()[2:]]
+FILES = sorted(path.name for path in LIBRARY.glob("*.yaml"))
+
+
+def as_row(recipe: Recipe, number: int) -> tuple[object, ...]:
+    """What stage `number` says, in the order of the table from L (layers) on, without the vocabulary."""
+    stage = recipe.stages[number]
+    (student,) = stage.students
+    shape = (student.layers, student.hidden, student.ffn, student.heads)
+    optimiser = (stage.batch, stage.peak_lr, *stage.adam_betas, stage.weight_decay, student.dropout)
+    return (*shape, recipe.data.seq_len, *optimiser, stage.warmup_steps, stage.schedule, stage.steps)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_a_recipe_is_its_row(row: list[str]) -> None:
+    name, assistant, *rest = row
+    vocabulary = rest.pop(4)
+    recipe = load_recipe(LIBRARY / f"{name}.yaml")
+    assert recipe.name == name
+    assert recipe.stages[0].teacher_ref == recipe.data.tokenizer_ref == TEACHERS[name.partition("-")[0]]
+    assert {stage.objective for stage in recipe.stages} == {"minilm"}
+    assert f"{int(vocabulary):,} tokens" in header(f"{name}.yaml")
+    assert as_row(recipe, -1) == tuple(text if text == "linear" else float(text) for text in rest)
+    if assistant == "-":
+        assert len(recipe.stages) == 1
+    else:
+        assert len(recipe.stages) == 2
+        assert recipe.stages[1].teacher == recipe.stages[0].students[0].name
+        assert as_row(recipe, 0) == as_row(load_recipe(LIBRARY / f"{assistant}.yaml"), -1)
+
+
+def test_the_library_is_the_rows_and_the_quickstart() -> None:
+    assert sorted([*(f"{row[0]}.yaml" for row in ROWS), "quickstart.yaml"]) == FILES
+
+
+def test_the_quickstart_narrows_first_and_then_makes_shallow() -> None:
+    recipe = load_recipe(LIBRARY / "quickstart.yaml")
+    shapes = [(s.layers, s.hidden, s.heads) for stage in recipe.stages for s in stage.students]
+    assert shapes == [(6, 192, 12), (3, 192, 12)]
+    assert recipe.stages[1].teacher == "assistant"
+    assert (recipe.data.seq_len, recipe.data.packing) == (128, "full")
+
+
+def header(file: str) -> str:
+    lines = (LIBRARY / file).read_text(encoding="utf-8").splitlines()
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_file_says_what_it_is_for(file: str) -> None:
+    text = header(file)
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    for part in ("# Purpose:", f"minilm run recipes/{file}", "# Needs:", "# Source:   MiniLM"):
+        assert part in text
+
+
+def test_the_schema_is_made_from_the_types() -> None:
+    again = "run: python -m orchestrator.recipe_schema"
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), again
