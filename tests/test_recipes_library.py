@@ -14,7 +14,7 @@ TEACHERS = {
 }
 # MiniLM (arXiv:2002.10957), sections 4.1, 5.1, 5.3 and table 3; L is the number of layers.
 TABLE = """
-id assistant L hidden ffn heads vocab seq batch lr betas decay drop warmup schedule steps
+id assistant L hidden ffn heads vocab seq batch lr beta1 beta2 decay drop warmup schedule steps
 bert-l6-h768 - 6 768 3072 12 30522 512 1024 5e-4 0.9 0.999 0.01 0.1 4000 linear 400000
 bert-l12-h384 - 12 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
 bert-l6-h384 - 6 384 1536 12 30522 512 256 3e-4 0.9 0.999 0.01 0.1 4000 linear 400000
