@@ -104,7 +104,12 @@ def register(
             model = _logged_model(client, name, folder, digest, run_id, tags or {})
             all_tags = {**(tags or {}), DIGEST_TAG: digest}
             version = client.create_model_version(
-                name, model.artifact_location, run_id, tags=all_tags, model_id=model.model_id
+                name,
+                model.artifact_location,
+                run_id,
+                tags=all_tags,
+                model_id=model.model_id,
+                await_creation_for=0,  # MLflow's own stores have it ready at once
             )
             link = json.dumps([{"name": name, "version": int(version.version)}])
             client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})  # as MLflow does
