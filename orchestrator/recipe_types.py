@@ -177,11 +177,6 @@ class Stage(_Section):
         """
         return parse_reference(self.teacher, self._earlier_students)
 
-    @property
-    def objective_needs_equal_heads(self) -> bool:
-        """Whether the teacher's heads are compared with the student's one by one."""
-        return self.relation_heads is None
-
     def objective_fields(self) -> dict[str, Any]:
         """The objective as plain values: name, reduction, relation_heads."""
         return {"name": self.objective, "reduction": self.reduction, "relation_heads": self.relation_heads}
@@ -267,10 +262,6 @@ class Recipe(_Section):
     def student_names(self) -> tuple[str, ...]:
         """All students in the order of their stages."""
         return tuple(student.name for stage in self.stages for student in stage.students)
-
-    def registered_name(self, student: Student) -> str:
-        """The student's name in the model registry."""
-        return f"{self.name}-{student.name}"
 
     def result_fields(self) -> dict[str, Any]:
         """Everything in the recipe that determines the result, as JSON values in canonical form.
