@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +88,12 @@ def build(
     progress: Progress | None = None,
 ) -> BuildReport:
     """Build the data set `out` from text `inputs` (files, folders, patterns); `held_out` of the documents go
-    to the data set `out/held-out`. DataError for bad arguments, text or tokenizer, and for a full disk."""
+    to the data set `out/held-out`.
+
+    `progress` is called in this process at least every half second while tasks run; it may raise to stop the
+    build: no process is left behind, and the same call goes on later.
+    DataError for bad arguments, text or tokenizer, and for a full disk.
+    """
     _check(seq_len, packing, held_out, seed, rows_per_block, shard_bytes, processes)
     out = Path(out).expanduser()
     files = [describe(path, text_field) for path in find_files(inputs)]
@@ -116,7 +122,16 @@ def build(
             layout = _layout(info, seq_len, packing, rows_per_block, shard_bytes)
             all_units = [unit for number, file in enumerate(files) for unit in units(file, number)]
             work = Work(
-                files, all_units, seed, held_out, packing, layout, info.cls, info.sep, info.pad, info.unk
+                files,
+                all_units,
+                seed,
+                held_out,
+                packing,
+                layout,
+                info.cls_id,
+                info.sep_id,
+                info.pad_id,
+                info.unk_id,
             )
             run = _Build(out, work, info, processes or len(os.sched_getaffinity(0)), progress)
             try:
@@ -128,9 +143,10 @@ def build(
                     _remove_if_empty(out)
                 raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DataError(
-                f"the disk of {str(out)!r} is full; finished pieces are kept in {str(out / _WORK)!r}: "
+                f"the disk of {str(out)!r} is full ({error.strerror}); finished pieces are kept in "
+                f"{str(out / _WORK)!r}: "
                 "free some space and run the same command again, or delete that folder"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -179,9 +195,9 @@ def _vocab_size(tokenizer: Any) -> int:
 
 
 def _layout(info: TokenizerInfo, seq_len: int, packing: str, rows_per_block: int, shard_bytes: int) -> Layout:
-    needs = {"CLS": info.cls, "SEP": info.sep}
+    needs = {"CLS": info.cls_id, "SEP": info.sep_id}
     if packing == "document":
-        needs["PAD"] = info.pad
+        needs["PAD"] = info.pad_id
     missing = [name for name, number in needs.items() if number < 0]
     if missing:
         raise DataError(
@@ -294,7 +310,7 @@ class _Build:
         shutil.rmtree(self.folder, ignore_errors=True)
         for name in ("runs", "buckets", "results", *SPLITS):
             (self.folder / name).mkdir(parents=True)
-        tokenizer.save_pretrained(self.folder / TOKENIZER)
+        _save_tokenizer(tokenizer, self.folder / TOKENIZER)
         save_work(self.folder, self.work)
         save_json(key_file, key)
 
@@ -376,11 +392,13 @@ class _Build:
                 self._count(result)
         self._tell(name, len(results), len(tasks))
         todo: list[Task] = [(name, {"folder": str(self.folder), **tasks[index]}) for index in left]
-        for done, result in run_tasks(todo, self.processes):
-            results[left[done]] = result
-            save_json(paths[left[done]], result)
-            if name == "tokenize":
-                self._count(result)
+        for ended in run_tasks(todo, self.processes):
+            if ended is not None:
+                number, result = left[ended[0]], ended[1]
+                results[number] = result
+                save_json(paths[number], result)
+                if name == "tokenize":
+                    self._count(result)
             self._tell(name, len(results), len(tasks))
         return [results[index] for index in range(len(tasks))]
 
@@ -420,6 +438,16 @@ class _Build:
     def _saved_build(self, report: BuildReport) -> dict[str, Any]:
         arguments = {name: value for name, value in self.saved.items() if name != "files"}
         return {"arguments": arguments, "files": self.saved["files"], "report": report.as_dict()}
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust side raises plain Exception("… (os error 28)")
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
 
 
 def _too_little(split: str, num_tokens: int, num_documents: int, seq_len: int) -> str:

@@ -31,6 +31,27 @@ class BuildReport:
     length_histogram: list[int]
     notes: list[str]
 
+    def text(self) -> str:
+        """A few aligned lines for a person."""
+        documents = f"{self.documents:,}"
+        if self.empty_documents:
+            documents += f"  ({self.empty_documents:,} more were empty)"
+        rows = f"{self.rows:,}"
+        if self.held_out_rows:
+            rows += f"  (held out: {self.held_out_rows:,} rows of {self.held_out_documents:,} documents)"
+        lines = {
+            "documents": documents,
+            "rows": rows,
+            "tokens": f"{self.tokens:,}",
+            "unknown": f"{self.unknown_share:.3%} of the tokens",
+            "left over": f"{self.truncated_share:.3%} of the tokens, less than a row",
+            "split": f"{self.split_share:.1%} of the documents are longer than a row",
+            "speed": f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.1f} s in all",
+            "fingerprint": self.fingerprint[:16],
+        }
+        told = [f"{name:<12}{value}" for name, value in lines.items()]
+        return "\n".join(told + [f"{'read':<12}{note}" for note in self.notes])
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -35,11 +35,11 @@ class TokenizerInfo(NamedTuple):
 
     vocabulary_fingerprint: str
     vocab_size: int
-    cls: int
-    sep: int
-    pad: int
-    unk: int
-    mask: int
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    unk_id: int
+    mask_id: int
 
 
 class Shard(NamedTuple):

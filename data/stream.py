@@ -10,7 +10,7 @@ no row is ever skipped. Left out: worker processes and shared memory; one thread
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +114,7 @@ class Stream:
         manifest."""
         return self._reader.read(self.row_ids(step, index))
 
-    def iterate(self, first_step: int, num_steps: int, micro_batches: range) -> Iterator[Batch]:
+    def iterate(self, first_step: int, num_steps: int, micro_batches: range) -> Generator[Batch, None, None]:
         """For steps first_step … num_steps - 1 in order, these micro-batches in order; a thread reads ahead.
 
         Close the iterator (or exhaust it) and the thread is gone. Errors of the thread are raised here.

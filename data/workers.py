@@ -25,11 +25,16 @@ from data.errors import DataError
 
 Task = tuple[str, dict[str, Any]]
 
+_TICK_SECONDS = 0.5
+
 _START = "import sys; sys.path[:] = {path!r}; from data.workers import serve; serve()"
 
 
-def run_tasks(tasks: Sequence[Task], processes: int) -> Iterator[tuple[int, Any]]:
-    """Run every task; yields (index, result) as they end. The first error stops all and is raised here."""
+def run_tasks(tasks: Sequence[Task], processes: int) -> Iterator[tuple[int, Any] | None]:
+    """Run every task; yields (index, result) as they end, and None every half second in between.
+
+    The first error stops all and is raised here. Leaving the iterator, by whatever way, ends every worker.
+    """
     processes = min(processes, len(tasks))
     if processes <= 1:
         with _serial_tokenizers():
@@ -52,7 +57,9 @@ def run_tasks(tasks: Sequence[Task], processes: int) -> Iterator[tuple[int, Any]
     try:
         waiting: set[Future[tuple[int, Any]]] = {pool.submit(run, index) for index in range(len(tasks))}
         while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            done, waiting = wait(waiting, timeout=_TICK_SECONDS, return_when=FIRST_COMPLETED)
+            if not done:
+                yield None
             for future in done:
                 yield future.result()
     finally:

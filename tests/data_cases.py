@@ -1,0 +1,52 @@
+"""Tiny texts and a tiny tokenizer for the tests of data/; every file is made here, nothing is fetched."""
+
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from data.build import build
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+PAD, UNK, CLS, SEP = 0, 1, 2, 3
+
+
+def make_tokenizer(folder: Path, *, extra_tokens: int = 0) -> str:
+    """A WordPiece tokenizer that cuts words into letters, with truncation and padding on, as published ones
+    have."""
+    vocab = [*SPECIAL, *LETTERS, *(f"##{c}" for c in LETTERS), *(f"[x{i}]" for i in range(extra_tokens))]
+    model = models.WordPiece({token: i for i, token in enumerate(vocab)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8, pad_id=PAD, pad_token="[PAD]")
+    names = dict(
+        zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return str(folder)
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Documents of 1 to 60 words; no two alike."""
+    rng = random.Random(seed)
+    return [
+        f"d{i} "
+        + " ".join("".join(rng.choices(LETTERS, k=rng.randint(1, 5))) for _ in range(rng.randint(0, 59)))
+        for i in range(count)
+    ]
+
+
+def make_data(folder: Path, *, documents: int = 60, seq_len: int = 16, **arguments) -> Path:
+    """A small data set of several shards, the last block short."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(make_documents(documents)))
+    options = {"rows_per_block": 7, "shard_bytes": 40_000, "processes": 1, **arguments}
+    build([text], tokenizer, folder / "data", seq_len=seq_len, **options)
+    return folder / "data"

@@ -1,0 +1,368 @@
+"""Building: exact, the same bytes whatever the processes, resumable after a kill, nothing half-written."""
+
+import errno
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_cases import CLS, PAD, SEP, make_documents, make_tokenizer
+from transformers import AutoTokenizer
+
+from data import build_tasks, workers
+from data import shard as shard_module
+from data.build import build
+from data.errors import DataError
+from data.manifest import load_manifest
+from data.sources import text as source
+from data.stream import RowReader
+
+
+def files_of(folder):
+    """Every file that a reader can meet, with its bytes; build.json tells of paths and times and is left
+    out."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "build.json"
+    }
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """Several files in several formats, cut into many units."""
+    monkeypatch.setattr(source, "_RANGE_BYTES", 1500)
+    documents = make_documents(90)
+    (tmp_path / "a.txt").write_text("\n\n".join(documents[:40]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": d}) + "\n" for d in documents[40:70]))
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps(documents[70:]).encode()))
+    return [tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.json.gz"]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return make_tokenizer(tmp_path / "tokenizer")
+
+
+SMALL = {"seq_len": 16, "rows_per_block": 8, "shard_bytes": 20_000}
+
+
+def test_full_packing_keeps_every_token_of_every_document(text, tokenizer, tmp_path):
+    report = build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
+    manifest = load_manifest(tmp_path / "out")
+    batch = RowReader(tmp_path / "out").read(range(manifest.rows))
+    assert batch.mask is None
+    rows = batch.input_ids
+    assert (rows[:, 0] == CLS).all() and (rows[:, -1] == SEP).all()
+    stream = rows[:, 1:-1].flatten().tolist()
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    wanted = {
+        tuple(encode(d, add_special_tokens=False, truncation=False, padding=False)["input_ids"])
+        for d in make_documents(90)
+    }
+    found, current = [], []
+    for token in stream:
+        if token == SEP:
+            found.append(tuple(current))
+            current = []
+        else:
+            current.append(token)
+    assert set(found) <= wanted and len(found) == len(set(found))
+    assert sum(map(len, wanted)) + len(wanted) - len(stream) < 14  # less than a row is left behind
+    assert report.documents == 90 and report.tokens == sum(map(len, wanted))
+    assert report.rows == manifest.rows and manifest.tokens == rows.numel()
+    assert 0 <= report.truncated_share < 14 / report.tokens
+    assert found != sorted(found, key=lambda d: list(wanted).index(d))
+
+
+def test_document_packing_never_mixes_documents(text, tokenizer, tmp_path):
+    report = build(text, tokenizer, tmp_path / "out", packing="document", processes=1, **SMALL)
+    manifest = load_manifest(tmp_path / "out")
+    batch = RowReader(tmp_path / "out").read(range(manifest.rows))
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    pieces = []
+    for document in make_documents(90):
+        ids = encode(document, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+        pieces += [tuple(ids[i : i + 14]) for i in range(0, len(ids), 14)]
+    lengths = batch.mask.sum(1)
+    assert (batch.input_ids[~batch.mask] == PAD).all()
+    assert (batch.input_ids[range(manifest.rows), lengths - 1] == SEP).all()
+    found = [tuple(row[1 : n - 1].tolist()) for row, n in zip(batch.input_ids, lengths, strict=True)]
+    assert sorted(found) == sorted(pieces)
+    assert report.truncated_share == 0 and manifest.tokens == int(lengths.sum())
+
+
+@pytest.mark.parametrize("packing", ["full", "document"])
+def test_bytes_are_the_same_for_any_number_of_processes(text, tokenizer, tmp_path, packing, monkeypatch):
+    monkeypatch.setattr("data.build._BUCKET_TOKENS", 900)
+    options = {"packing": packing, "held_out": 0.2, **SMALL}
+    one = build(text, tokenizer, tmp_path / "one", processes=1, **options)
+    three = build(text, tokenizer, tmp_path / "three", processes=3, **options)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+    assert one.fingerprint == three.fingerprint
+    assert len(load_manifest(tmp_path / "one").shards) > 1
+
+
+def test_bytes_do_not_depend_on_how_the_text_is_cut_into_units(text, tokenizer, tmp_path, monkeypatch):
+    build(text, tokenizer, tmp_path / "one", processes=1, **SMALL)
+    monkeypatch.setattr(source, "_RANGE_BYTES", 1 << 20)
+    monkeypatch.setattr(build_tasks, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(build_tasks, "_RUN_TOKENS", 300)
+    monkeypatch.setattr("data.build._BUCKET_TOKENS", 500)
+    build(text, tokenizer, tmp_path / "other", processes=1, **SMALL)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "other")
+
+
+def test_held_out_documents_are_in_the_held_out_set_only(text, tokenizer, tmp_path):
+    copies = tmp_path / "copies.txt"
+    copies.write_text("\n\n".join(make_documents(90)))  # every document twice
+    report = build([*text, copies], tokenizer, tmp_path / "out", held_out=0.3, packing="document", **SMALL)
+    assert 180 * 0.15 < report.held_out_documents < 180 * 0.45 and report.held_out_documents % 2 == 0
+
+    def rows(folder):
+        reader = RowReader(folder)
+        return {tuple(row.tolist()) for row in reader.read(range(reader.manifest.rows)).input_ids}
+
+    train, held_out = rows(tmp_path / "out"), rows(tmp_path / "out" / "held-out")
+    assert len(held_out) > 10 and not train & held_out
+    other = build(text, tokenizer, tmp_path / "seed", held_out=0.3, seed=1, processes=1, **SMALL)
+    assert other.fingerprint != report.fingerprint
+
+
+def test_a_second_call_finds_it_done(text, tokenizer, tmp_path, monkeypatch):
+    first = build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
+    monkeypatch.setattr("data.build.run_tasks", None)
+    assert build(text, tokenizer, tmp_path / "out", processes=2, **SMALL) == first
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    again = [Path(shutil.copy(path, moved)) for path in text]  # same text elsewhere, with other times
+    assert build(again, tokenizer, tmp_path / "out", **SMALL) == first
+
+
+def test_a_folder_of_another_build_is_left_alone(text, tokenizer, tmp_path):
+    build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(DataError, match=r"built differently \(seed changed\); choose another folder"):
+        build(text, tokenizer, tmp_path / "out", processes=1, seed=3, **SMALL)
+    text[0].write_text("quite another text")
+    with pytest.raises(DataError, match=r"built differently \(text changed\)"):
+        build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_progress_rises_to_one_and_tells_time_left(text, tokenizer, tmp_path):
+    seen = []
+    build(text, tokenizer, tmp_path / "out", processes=1, progress=seen.append, **SMALL)
+    assert [p.phase for p in seen][:: len(seen) - 1] == ["tokenize", "write"]
+    shares = [p.share for p in seen]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    assert seen[-1].documents == 90 and seen[-1].seconds_left == 0
+
+
+BUILD = """
+import sys
+from data.sources import text
+text._RANGE_BYTES = 1500
+from data.build import build
+build(sys.argv[3:], sys.argv[1], sys.argv[2], held_out=0.2, processes=2, seq_len=16, rows_per_block=8,
+shard_bytes=20000)
+"""
+
+
+def run_build(tokenizer, out, text):
+    root = str(Path(build_tasks.__file__).parent.parent)
+    command = [sys.executable, "-c", BUILD, tokenizer, str(out), *map(str, text)]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.DEVNULL)
+
+
+def test_a_build_that_is_killed_goes_on_and_ends_with_the_same_bytes(text, tokenizer, tmp_path):
+    build(text, tokenizer, tmp_path / "whole", held_out=0.2, processes=1, **SMALL)
+    out, rng, kills = tmp_path / "out", random.Random(5), 0
+    while not (out / "manifest.json").exists() and kills < 3:
+        process = run_build(tokenizer, out, text)
+        while process.poll() is None and not (out / ".build" / "plan.json").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert run_build(tokenizer, out, text).wait() == 0
+    assert kills >= 1
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert not (out / ".build").exists() and not (out / ".lock").exists()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process at exactly this point."""
+
+
+@pytest.mark.parametrize("at", range(0, 26, 3))
+def test_a_build_that_ends_at_any_result_goes_on(text, tokenizer, tmp_path, monkeypatch, at):
+    whole = build(text, tokenizer, tmp_path / "whole", held_out=0.2, processes=1, **SMALL)
+    seen = 0
+
+    def stop(progress):
+        nonlocal seen
+        seen += 1
+        if seen > at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        build(text, tokenizer, tmp_path / "out", held_out=0.2, processes=1, progress=stop, **SMALL)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    again = build(text, tokenizer, tmp_path / "out", held_out=0.2, processes=1, **SMALL)
+    assert again.fingerprint == whole.fingerprint
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_no_data_set_and_the_build_goes_on_later(text, tokenizer, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    calls = 0
+
+    def full(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    real = shard_module._member
+    monkeypatch.setattr(shard_module, "_member", full)
+    with pytest.raises(
+        DataError, match=r"the disk of '.*out' is full .*free some space and run the same command"
+    ):
+        build(text, tokenizer, out, processes=1, **SMALL)
+    assert [path.name for path in out.iterdir()] == [".build"]
+    assert not list(out.rglob("*.tar")) and not list(out.rglob(".shard*"))
+    with pytest.raises(DataError, match=r"holds no data set \(manifest\.json is missing\)"):
+        RowReader(out)
+    monkeypatch.undo()
+    build(text, tokenizer, out, processes=1, **SMALL)
+    build(text, tokenizer, tmp_path / "whole", processes=1, **SMALL)
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("most", [1024, 12288])  # too little for the tokenizer; too little for a shard
+def test_a_disk_that_refuses(text, tokenizer, tmp_path, most):
+    """Files of the build and its workers may not grow behind `most` bytes: the system refuses, the build says
+    so."""
+    script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
+    script += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + BUILD
+    script = script.replace("\nbuild(", "\nfrom data.errors import DataError\ntry:\n build(") + (
+        "except DataError as error:\n print('DataError', error)\n"
+    )
+    root = str(Path(build_tasks.__file__).parent.parent)
+    command = [sys.executable, "-c", script, tokenizer, str(tmp_path / "out"), *map(str, text)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
+    assert "DataError the disk of" in done.stdout and "File too large" in done.stdout
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 2}, "seq_len 2 leaves no room"),
+        ({"packing": "dense"}, r"packing 'dense' is not known; allowed: full, document"),
+        ({"held_out": 0.7}, r"held_out 0\.7 is outside 0 … 0\.5"),
+        ({"seed": -1}, "seed -1 is outside"),
+        ({"rows_per_block": 0}, "rows_per_block 0 is too small; give at least 1"),
+        ({"seq_len": 100_000}, r"the text has 90 documents with \d+ tokens, less than one row of 100000"),
+        (
+            {"held_out": 0.001},
+            r"the held-out split has \d documents with \d+ tokens, .* or a larger held_out",
+        ),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(text, tokenizer, tmp_path, options, message):
+    with pytest.raises(DataError, match=message) as caught:
+        build(text, tokenizer, tmp_path / "out", processes=1, **{**SMALL, **options})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_of_blanks_only_is_an_error(tokenizer, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n\n \n")
+    with pytest.raises(DataError, match=r"no text in '.*blank\.txt'; give files with text"):
+        build([tmp_path / "blank.txt"], tokenizer, tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_text_found_in_a_worker_process_is_the_same_error(text, tokenizer, tmp_path):
+    with text[1].open("a") as file:
+        file.write('{"body": "more"}\n' * 300 + "{broken\n")
+    with pytest.raises(DataError, match=r"b\.jsonl', byte \d+: not JSON .*mend or remove that line"):
+        build(text, tokenizer, tmp_path / "out", processes=2, **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_none_is_refused(text, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no tokenizer\.json or vocabulary file there; give a folder"):
+        build(text, str(tmp_path / "empty"), tmp_path / "out", **SMALL)
+
+
+def test_big_vocabularies_take_four_bytes(text, tmp_path):
+    big = make_tokenizer(tmp_path / "big", extra_tokens=70_000)
+    build(text, big, tmp_path / "out", processes=1, **SMALL)
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.dtype == "uint32" and manifest.tokenizer.vocab_size > 70_000
+    assert RowReader(tmp_path / "out").read([0]).input_ids[0, 0] == CLS
+
+
+def test_unknown_share_counts_unknown_tokens(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("aa éж жж bb " * 50)
+    report = build([tmp_path / "a.txt"], tokenizer, tmp_path / "out", processes=1, **SMALL)
+    assert report.unknown_share == pytest.approx(2 / 6, abs=0.01)
+
+
+def worker_processes():
+    """Children of this process that run data.workers."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            command = (status.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == os.getpid() and b"data.workers" in command:
+            found.append(status.parent.name)
+    return found
+
+
+def test_workers_are_gone_when_a_task_fails_and_when_they_are_not_awaited():
+    tasks = [("tokenize", {"folder": "/nonexistent", "unit": i}) for i in range(4)]
+    with pytest.raises(FileNotFoundError):
+        list(workers.run_tasks(tasks, 2))
+    assert not worker_processes()
+
+
+def test_histogram_counts_every_document(text, tokenizer, tmp_path):
+    report = build(text, tokenizer, tmp_path / "out", processes=1, held_out=0.2, **SMALL)
+    assert sum(report.length_histogram) == report.documents
+    assert np.average(np.arange(40), weights=report.length_histogram) > 5
+
+
+def test_the_report_reads_well(text, tokenizer, tmp_path):
+    report = build(text, tokenizer, tmp_path / "out", processes=1, held_out=0.2, **SMALL)
+    told = report.text()
+    assert f"rows        {report.rows:,}  (held out: {report.held_out_rows} rows of" in told
+    assert "b.jsonl: text from field 'body' (the string field with the most text)" in told
+
+
+def test_a_callback_that_raises_stops_the_build_and_leaves_no_process(text, tokenizer, tmp_path):
+    def stop(progress):
+        if progress.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(text, tokenizer, tmp_path / "out", processes=2, progress=stop, **SMALL)
+    assert not worker_processes()
+    build(text, tokenizer, tmp_path / "out", processes=2, **SMALL)

@@ -1,0 +1,183 @@
+"""Text files -> documents: every format and packing gives the same documents; bad text is said plainly."""
+
+import csv
+import gzip
+import json
+import lzma
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data.errors import DataError
+from data.sources import text as source
+from data.sources.text import describe, find_files, read_unit, units
+
+DOCUMENTS = ["first one", "a second\nof two lines", "third"]
+
+
+def documents_of(path, text_field=None):
+    file = describe(path, text_field)
+    found = [document for unit in units(file, 0) for document in read_unit(file, unit)]
+    assert len({document.position for document in found}) == len(found)
+    return [document.text for document in sorted(found)]
+
+
+@pytest.fixture(params=["txt", "jsonl", "list.json", "dict.json", "csv", "tsv", "parquet"])
+def written(request, tmp_path):
+    path = tmp_path / f"text.{request.param}"
+    records = [{"id": f"{i}", "body": text} for i, text in enumerate(DOCUMENTS)]
+    if request.param == "txt":
+        path.write_text("\n\n".join(DOCUMENTS) + "\n")
+    elif request.param == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif request.param == "list.json":
+        path.write_text(json.dumps(records))
+    elif request.param == "dict.json":
+        path.write_text(json.dumps({f"title {i}": record for i, record in enumerate(records)}, indent=1))
+    elif request.param in ("csv", "tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "body"], delimiter="\t" if request.param == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+def test_every_format_gives_the_same_documents(written):
+    assert documents_of(written) == DOCUMENTS
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_packed_files_give_the_same_documents(written, ending):
+    if written.suffix == ".parquet":
+        pytest.skip("parquet packs its own columns")
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}[ending]
+    packed = written.with_name(written.name + ending)
+    packed.write_bytes(pack(written.read_bytes()))
+    assert documents_of(packed) == DOCUMENTS
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_a_packed_file_that_is_cut_short_is_an_error(tmp_path, ending):
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}[ending]
+    path = tmp_path / f"text.jsonl{ending}"
+    lines = "".join(json.dumps(f"{i * 7919 % 10007} document {i}") + "\n" for i in range(3000))
+    path.write_bytes(pack(lines.encode())[:-9])
+    with pytest.raises(DataError, match=r"is damaged or cut short .*fetch it again"):
+        documents_of(path)
+
+
+def test_a_big_file_is_cut_into_ranges_without_loss_at_any_border(tmp_path, monkeypatch):
+    body = "\nA line\nof A\n\n\nB\n \t \nC has\nmore\nlines here\n\nD"
+    path = tmp_path / "text.txt"
+    path.write_text(body)
+    wanted = ["A line\nof A", "B", "C has\nmore\nlines here", "D"]
+    for range_bytes in range(1, len(body) + 2):
+        monkeypatch.setattr(source, "_RANGE_BYTES", range_bytes)
+        assert documents_of(path) == wanted, range_bytes
+
+
+def test_jsonl_is_cut_into_ranges_without_loss_at_any_border(tmp_path, monkeypatch):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"t": "one"}\n\n{"t": "two"}\n{"t": "three"}')
+    for range_bytes in range(1, 45):
+        monkeypatch.setattr(source, "_RANGE_BYTES", range_bytes)
+        assert documents_of(path) == ["one", "two", "three"], range_bytes
+
+
+def test_files_that_cannot_be_entered_in_the_middle_are_shared_by_parts(tmp_path, monkeypatch):
+    path = tmp_path / "text.json"
+    wanted = [f"document {i}" for i in range(1000)]
+    path.write_text(json.dumps(wanted))
+    monkeypatch.setattr(source, "_RANGE_BYTES", 8 * 4000)
+    file = describe(path, None)
+    assert len(units(file, 0)) > 3
+    assert documents_of(path) == wanted
+
+
+def test_without_blank_lines_a_line_is_a_document(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one\ntwo\nthree\n\n")
+    assert documents_of(path) == ["one", "two", "three"]
+    assert "a line is a document" in describe(path, None).note
+
+
+def test_a_document_without_end_is_cut_at_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "MAX_DOCUMENT_BYTES", 100)
+    path = tmp_path / "text.txt"
+    path.write_text("short\n\n" + "line of text\n" * 50)
+    found = documents_of(path)
+    assert "\n".join(found[1:]) == "\n".join(["line of text"] * 50)
+    assert max(map(len, found)) <= 113
+
+
+def test_the_field_with_the_most_text_is_taken_and_said(tmp_path):
+    path = tmp_path / "text.json"
+    path.write_text(json.dumps({"x": {"title": "x", "extract": "much more text", "id": 5}}))
+    assert documents_of(path) == ["much more text"]
+    assert "'extract' (the string field with the most text)" in describe(path, None).note
+    assert documents_of(path, "title") == ["x"]
+
+
+def test_records_without_text_are_yielded_empty_so_that_they_are_counted(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"t": "one"}\n{"t": null}\n{"u": 3}\n{"t": " "}\n')
+    assert documents_of(path) == ["one", "", "", ""]
+
+
+def test_a_json_file_larger_than_the_buffer_is_read_piece_by_piece(tmp_path):
+    path = tmp_path / "text.json"
+    wanted = ["x" * 70_000 + "é", "y", "z" * 300_000]
+    path.write_text(
+        json.dumps([1, {"t": wanted[0]}, {"t": wanted[1]}, {"t": wanted[2]}, 22], ensure_ascii=False)
+    )
+    assert documents_of(path) == ["", *wanted, ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"'.*a\.txt' is empty \(0 bytes\); give a file with text in it"),
+        ("a.json", b'[{"t": "one"}, {"t": "two"', r"not JSON .*fetch it again"),
+        ("a.json", b'[{"t": "one"},', r"cut short: its '\[' is never closed"),
+        ("a.json", b'"just a string"', r"a JSON array or object is expected"),
+        ("a.json", b"[]", r"holds no records"),
+        ("a.jsonl", b'{"t": "one"}\n{"t": \n', r"line 2: not JSON .*mend or remove that line"),
+        ("a.jsonl", b'{"n": 1}\n', r"records without any string field"),
+        ("a.parquet", b"PAR1 no parquet", r"damaged or no parquet file"),
+        ("a.pdf", b"%PDF", r"ending that is not known; allowed: \.csv \.json"),
+    ],
+)
+def test_bad_text_is_one_line_with_the_way_out(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        for path in find_files([tmp_path / name]):
+            documents_of(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf8_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait\n")
+    with pytest.raises(DataError, match=r"is not UTF-8 .*iconv -t UTF-8"):
+        documents_of(tmp_path / "a.txt")
+
+
+def test_a_field_that_is_not_there_names_the_fields_that_are(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"title": "x", "body": "y"}\n')
+    with pytest.raises(DataError, match=r"no text in field 'text'; its string fields are body, title"):
+        documents_of(path, "text")
+
+
+def test_inputs_are_files_folders_and_patterns_each_file_once(tmp_path):
+    for name in ("a.txt", "b.txt", "c.jsonl.gz", "notes.md"):
+        (tmp_path / name).write_text("x")
+    found = find_files([tmp_path / "b.txt", tmp_path, str(tmp_path / "*.txt")])
+    assert [path.name for path in found] == ["b.txt", "a.txt", "c.jsonl.gz"]
+    with pytest.raises(DataError, match=r"'.*nothing\.txt' does not exist; give files, folders or patterns"):
+        find_files([tmp_path / "nothing.txt"])
+    with pytest.raises(DataError, match="no text was given"):
+        find_files([])
