@@ -36,9 +36,8 @@ class Distiller(nn.Module):
             raise ModelError("a distiller needs at least one student")
         self._teacher = (teacher.requires_grad_(False).eval(),)  # a tuple: not a sub-module
         self.students = dict(students)
-        self._student_modules = nn.ModuleList(
-            students.values()
-        )  # not a ModuleDict: it refuses names such as "a.b"
+        # Not a ModuleDict: it refuses names such as "a.b".
+        self._student_modules = nn.ModuleList(students.values())
         self.objective = objective
         self.term_names = objective.names
         self.num_terms = len(objective.names)
@@ -73,7 +72,7 @@ class Distiller(nn.Module):
         """
         with _seeded(dropout_seed, input_ids.device):
             student_taps = self.students[name](input_ids, mask)
-        return self.objective.term_sums(_as_dtype(teacher_taps, student_taps.q.dtype), student_taps, mask)
+        return self.objective.term_sums(teacher_taps.to(student_taps.q.dtype), student_taps, mask)
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
         """What term sums are divided by, see `Objective.count`."""
@@ -96,11 +95,6 @@ def _compare(teacher: TappedEncoder, name: str, student: TappedEncoder, objectiv
         objective.check(t.num_attention_heads, t.hidden_size, s.num_attention_heads, s.hidden_size)
     except ModelError as error:
         raise ModelError(f"student {name!r}: {error}") from None
-
-
-def _as_dtype(taps: Taps, dtype: torch.dtype) -> Taps:
-    q, k, v, bias = taps
-    return Taps(q.to(dtype), k.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ weights depend on the config and the seed alone.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -23,8 +22,10 @@ __all__ = [
     "TappedEncoder",
     "Taps",
     "build_student",
+    "count_parameters",
     "inspect_encoder",
     "load_encoder",
+    "shape_of",
     "tapped_layer",
 ]
 
@@ -37,6 +38,7 @@ class Family:
     ffn: str = "intermediate_size"
     dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     positions_after_padding: bool = False  # position ids begin at pad_token_id + 1 (RoBERTa and its kin)
+    attention: str = "sdpa"  # what transformers can build it with; the tap makes SDPA of either
 
 
 _ROBERTA = Family(positions_after_padding=True)
@@ -50,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(dropout=("embedding_dropout", "mlp_dropout", "attention_dropout")),
     "eurobert": Family(dropout=("attention_dropout",)),
     "nomic_bert": Family(),
+    "mpnet": Family(positions_after_padding=True, attention="eager"),
 }
 
 
@@ -69,7 +72,7 @@ class EncoderShape:
     transformer_parameters: int
 
 
-def load_encoder(path_or_hub_id: str | Path, *, layer: int | Literal["last"] = "last") -> TappedEncoder:
+def load_encoder(path_or_hub_id: str | Path, *, layer: int | str = "last") -> TappedEncoder:
     """The encoder at a folder or hub id, in float32 and eval mode, tapped at `layer` (1-based, or "last").
 
     Weights come from safetensors only. Heads of the checkpoint (MLM, pooler) are not loaded. ModelError when
@@ -86,7 +89,7 @@ def load_encoder(path_or_hub_id: str | Path, *, layer: int | Literal["last"] = "
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
+                attn_implementation=FAMILIES[config.model_type].attention,
                 output_loading_info=True,
                 trust_remote_code=False,
             )
@@ -119,7 +122,7 @@ def build_student(
     heads: the teacher's unless given. ffn: 4 x hidden unless given. dropout: of hidden states and attention
     alike.
     """
-    _family(teacher_config)
+    family = _family(teacher_config)
     heads = heads or teacher_config.num_attention_heads
     if layers < 1 or hidden < 1:
         raise ModelError(
@@ -132,7 +135,7 @@ def build_student(
     config = _resize(teacher_config, layers, hidden, heads, ffn or 4 * hidden, dropout)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModel.from_config(config, attn_implementation=family.attention, dtype=torch.float32)
     return model.train()
 
 
@@ -147,7 +150,7 @@ def shape_of(config: PreTrainedConfig) -> EncoderShape:
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     reserved = config.pad_token_id + 1 if family.positions_after_padding else 0
-    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=_num_parameters)
+    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=count_parameters)
     return EncoderShape(
         architecture=config.model_type,
         layers=config.num_hidden_layers,
@@ -156,12 +159,12 @@ def shape_of(config: PreTrainedConfig) -> EncoderShape:
         ffn=getattr(config, family.ffn),
         vocab_size=config.vocab_size,
         max_tokens=config.max_position_embeddings - reserved,
-        parameters=_num_parameters(model),
-        transformer_parameters=_num_parameters(layers),
+        parameters=count_parameters(model),
+        transformer_parameters=count_parameters(layers),
     )
 
 
-def tapped_layer(config: PreTrainedConfig, layer: int | Literal["last"]) -> int:
+def tapped_layer(config: PreTrainedConfig, layer: int | str) -> int:
     """`layer` as a number from 1 to the number of layers; ModelError when it does not exist or sees a window
     only."""
     num_layers = config.num_hidden_layers
@@ -236,7 +239,8 @@ def _family(config: PreTrainedConfig) -> Family:
     return family
 
 
-def _num_parameters(module: torch.nn.Module) -> int:
+def count_parameters(module: torch.nn.Module) -> int:
+    """All parameters of the module, each once."""
     return sum(p.numel() for p in module.parameters())
 
 

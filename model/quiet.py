@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bar, no report of heads left behind: the caller judges what was loaded and prints its own."""
+    """No progress bar, no report of heads left behind: the caller judges what was loaded itself."""
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -70,6 +70,17 @@ def relation_kl(
         return _reduce(rows_BT, mask, reduction)
 
 
+def relation_maps(x: Tensor, y: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """The relation itself, for looking at: probabilities [batch, heads, tokens, tokens], rows over valid
+    keys.
+
+    Rows of padded queries are zero. Arguments as in `relation_kl`.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        maps_BHTS = _log_relation(x, y, bias, mask).exp()
+        return maps_BHTS if mask is None else maps_BHTS.masked_fill(~mask[:, None, :, None], 0.0)
+
+
 def relation_heads(x: Tensor, num_relation_heads: int) -> Tensor:
     """Concatenate the heads and split the result again: [batch, heads, tokens, d] -> [batch, R, tokens,
     heads·d/R].

@@ -3,10 +3,11 @@
 transformers calls one attention function per layer with Q, K, V split into heads, after any rotary embedding.
 The tapped layer gets a function of ours: it raises, which ends the forward there. So nothing behind the
 tapped projections runs, gradients are intact, and no model code is copied. Layers in front of it run plain
-SDPA.
+SDPA. An objective may `watch` more: layers in front (they run on), or the hidden states that leave the tapped
+layer.
 
-Leaves out: architectures that do not call the attention interface (they need an adapter of their own),
-decoders.
+Leaves out: decoders; architectures that do not call the attention interface (they need an adapter, see
+mpnet.py).
 
 Invariants: the wrapped model stays an ordinary transformers model (called directly, it runs to its end); a
 forward leaves no state behind in the model, in the thread or in autograd, whether it ends by the tap or by an
@@ -15,7 +16,7 @@ error; no tensor outlives the forward but the taps and their autograd graph; no 
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from model import mpnet
 from model.errors import ModelError
 
 SDPA, TAP = "minilm-sdpa", "minilm-tap"  # names in transformers' registries; never written into a config.json
@@ -35,12 +37,25 @@ class Taps(NamedTuple):
     rotation.
 
     bias: an additive position bias on the scores, broadcastable to [batch, heads, tokens, tokens], or None.
+    hidden: the layer's output [batch, tokens, hidden], if watched. earlier: taps of watched layers in front.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
+    hidden: Tensor | None = None
+    earlier: "tuple[Taps, ...]" = ()
+
+    def to(self, dtype: torch.dtype) -> "Taps":
+        """All tensors as `dtype`."""
+        q, k, v, bias, hidden = (None if part is None else part.to(dtype) for part in self[:5])
+        assert q is not None and k is not None and v is not None
+        return Taps(q, k, v, bias, hidden, tuple(taps.to(dtype) for taps in self.earlier))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor in here, those of earlier layers included."""
+        return [p for p in self[:5] if p is not None] + [p for taps in self.earlier for p in taps.tensors()]
 
 
 class TappedEncoder(nn.Module):
@@ -56,21 +71,44 @@ class TappedEncoder(nn.Module):
         self.model = model
         self.training = model.training
         self.layer = layer
+        if model.config.model_type == "mpnet":
+            mpnet.install(model, _attention)
         model.config._attn_implementation = TAP
-        probe = _Probe(stop_after=layer)
+        discovery = _Discovery(layer)
         with _quietly(model), torch.no_grad():
-            _run(model, probe, _probe_ids(model), None)
+            _run(model, discovery, _probe_ids(model), None)
         model.config._attn_implementation = SDPA
-        if probe.module is None:
+        if len(discovery.modules) < layer:
             raise ModelError(
                 f"architecture {model.config.model_type} does not call the attention interface: no tap"
             )
-        # A config of its own for the tapped module: the other layers never meet the tap, so they can be
-        # compiled.
-        self._tapped = [probe.module]  # in a list: it is already registered inside `model`
-        config = copy.copy(model.config)
-        config._attn_implementation = TAP
-        setattr(probe.module, "config", config)  # noqa: B010  (a plain assignment does not type-check)
+        self._attentions = tuple(discovery.modules)  # a tuple: they are already registered inside `model`
+        self.watch()
+
+    def watch(self, *, layers: Sequence[int] = (), hidden: bool = False) -> None:
+        """Hand out besides: the taps of `layers` (ascending, in front of the tap); the tapped layer's
+        output."""
+        if list(layers) != sorted(set(layers)) or any(not 1 <= layer < self.layer for layer in layers):
+            raise ModelError(
+                f"layers {list(layers)} cannot be watched; use ascending ones from 1 to {self.layer - 1}"
+            )
+        self._earlier, self._hidden = tuple(layers), hidden
+        for layer in (*layers, self.layer):
+            # A config of its own: layers that are not tapped never meet the tap, so they can be compiled.
+            attention = self._attentions[layer - 1]
+            config = copy.copy(self.model.config)
+            config._attn_implementation = TAP
+            setattr(attention, "config", config)  # noqa: B010  (a plain assignment does not type-check)
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers 1 to `layer` as modules."""
+        for stack in self.model.modules():
+            if isinstance(stack, nn.ModuleList) and len(stack) >= self.layer:
+                found = list(stack)[: self.layer]
+                pairs = zip(found, self._attentions, strict=True)
+                if all(attention in set(block.modules()) for block, attention in pairs):
+                    return found
+        raise ModelError(f"architecture {self.model.config.model_type} keeps its layers in no list")
 
     def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Taps:
         """input_ids int64 [batch, tokens]; mask bool [batch, tokens], True where a token is valid, None:
@@ -80,13 +118,19 @@ class TappedEncoder(nn.Module):
                 f"mask is {mask.dtype} {list(mask.shape)}; for input_ids {list(input_ids.shape)} it must be"
                 " torch.bool of the same shape"
             )
-        probe = _Probe(module=self._tapped[0])
-        _run(self.model, probe, input_ids, mask)
-        if probe.taps is None:
+        wanted = [self._attentions[layer - 1] for layer in (*self._earlier, self.layer)]
+        collection = _Collection(wanted, stop_at_last=not self._hidden)
+        if not self._hidden:
+            _run(self.model, collection, input_ids, mask)
+        else:
+            with _stop_after(self.blocks()[-1], collection):
+                _run(self.model, collection, input_ids, mask)
+        if len(collection.taps) < len(wanted):
             raise ModelError(
                 f"{self.model.config.model_type} ended without reaching the tap of layer {self.layer}"
             )
-        return probe.taps
+        *earlier, last = collection.taps
+        return last._replace(earlier=tuple(earlier), hidden=collection.hidden)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters in front of and at the tap that require gradients, named as in model.state_dict().
@@ -98,7 +142,7 @@ class TappedEncoder(nn.Module):
             taps = self(_probe_ids(self.model))
         reached: set[int] = set()
         seen: set[Any] = set()
-        nodes = [tensor.grad_fn for tensor in (taps.q, taps.k, taps.v, taps.bias) if tensor is not None]
+        nodes = [tensor.grad_fn for tensor in taps.tensors()]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:
@@ -115,50 +159,78 @@ class _Reached(BaseException):
     it."""
 
 
-class _Probe:
-    """One forward's business with the tap: stop at `module`, or at the `stop_after`-th attention call."""
+class _Discovery:
+    """Lists the attention modules of layers 1 to `layer` in the order of their calls."""
 
-    def __init__(self, module: nn.Module | None = None, stop_after: int = 0) -> None:
-        self.module = module
-        self.stop_after = stop_after
-        self.taps: Taps | None = None
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.modules: list[nn.Module] = []
 
-    def visit(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
-        if self.stop_after:
-            self.stop_after -= 1
-            if self.stop_after:
-                return
-            self.module = module
-        if module is not self.module:
+    def visit(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        self.modules.append(module)
+        if len(self.modules) == self.layer:
+            raise _Reached
+
+
+class _Collection:
+    """Keeps the taps of the wanted attention modules during one forward, and ends it at the last."""
+
+    def __init__(self, wanted: list[nn.Module], *, stop_at_last: bool) -> None:
+        self.wanted = wanted
+        self.stop_at_last = stop_at_last
+        self.taps: list[Taps] = []
+        self.hidden: Tensor | None = None
+
+    def visit(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        if module is not self.wanted[len(self.taps)]:
             return
         groups = (
             q.shape[1] // k.shape[1]
         )  # grouped-query attention: every query head sees its group's k and v
-        self.taps = Taps(q, repeat_kv(k, groups), repeat_kv(v, groups))
-        raise _Reached
+        self.taps.append(Taps(q, repeat_kv(k, groups), repeat_kv(v, groups), bias))
+        if self.stop_at_last and len(self.taps) == len(self.wanted):
+            raise _Reached
 
 
 _active = threading.local()
 
 
-def _run(model: PreTrainedModel, probe: _Probe, input_ids: Tensor, mask: Tensor | None) -> None:
-    outer = getattr(_active, "probe", None)
-    _active.probe = probe
+def _run(
+    model: PreTrainedModel, visitor: _Discovery | _Collection, input_ids: Tensor, mask: Tensor | None
+) -> None:
+    outer = getattr(_active, "visitor", None)
+    _active.visitor = visitor
     try:
         model(input_ids=input_ids, attention_mask=mask)
     except _Reached as reached:
         reached.__traceback__ = None  # its frames hold every activation on the way to the tap
     finally:
-        _active.probe = outer
+        _active.visitor = outer
 
 
-def _tap_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+@contextmanager
+def _stop_after(block: nn.Module, collection: _Collection) -> Iterator[None]:
+    def keep(_block: nn.Module, _arguments: Any, output: Any) -> None:
+        if getattr(_active, "visitor", None) is collection:  # not another thread's forward
+            collection.hidden = output[0] if isinstance(output, tuple) else output
+            raise _Reached
+
+    handle = block.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    probe: _Probe | None = getattr(_active, "probe", None)
-    if probe is not None:
-        probe.visit(module, query, key, value)
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    """What a tapped layer calls. `bias` (from an adapter) is already part of attention_mask."""
+    bias = kwargs.pop("bias", None)
+    visitor: _Discovery | _Collection | None = getattr(_active, "visitor", None)
+    if visitor is not None:
+        visitor.visit(module, query, key, value, bias)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _mask_without_sync(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -170,7 +242,7 @@ def _mask_without_sync(*, attention_mask: Tensor | None = None, **kwargs: Any) -
 
 
 AttentionInterface.register(SDPA, sdpa_attention_forward)
-AttentionInterface.register(TAP, _tap_attention)
+AttentionInterface.register(TAP, _attention)
 AttentionMaskInterface.register(SDPA, _mask_without_sync)
 AttentionMaskInterface.register(TAP, _mask_without_sync)
 

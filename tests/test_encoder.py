@@ -39,6 +39,8 @@ def tiny_config(architecture: str = "bert", **changes):
         values |= {"embedding_size": 16}
     if architecture == "modernbert":
         values |= {"local_attention": 4, "cls_token_id": 2, "sep_token_id": 3}
+    if architecture == "mpnet":
+        values |= {"relative_attention_num_buckets": 32}
     if architecture == "eurobert":
         values |= {"num_key_value_heads": 2}
     return AutoConfig.for_model(architecture, **values)
@@ -85,6 +87,9 @@ def projections(model, layer, hidden):
     if kind in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
         attention = model.encoder.layer[layer - 1].attention.self
         return [split(p(hidden), HEADS) for p in (attention.query, attention.key, attention.value)]
+    if kind == "mpnet":
+        attention = model.encoder.layer[layer - 1].attention.attn
+        return [split(p(hidden), HEADS) for p in (attention.q, attention.k, attention.v)]
     if kind == "distilbert":
         attention = model.transformer.layer[layer - 1].attention
         return [split(p(hidden), HEADS) for p in (attention.q_lin, attention.k_lin, attention.v_lin)]
@@ -124,7 +129,11 @@ def test_taps_equal_the_projections_of_an_untapped_forward(architecture):
         for got, expected in zip((taps.q, taps.k, taps.v), projections(untapped, layer, hidden), strict=True):
             assert got.shape == (3, HEADS, 9, HIDDEN // HEADS)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        assert taps.bias is None
+        if architecture == "mpnet":
+            bias = untapped.encoder.compute_position_bias(hidden)
+            torch.testing.assert_close(taps.bias.expand_as(bias), bias)
+        else:
+            assert taps.bias is None
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -156,7 +165,21 @@ def test_nothing_behind_the_tap_runs_and_only_what_is_in_front_is_trained(archit
     assert behind and all(f".{layer - 1}." in name or name.split(".")[0] in LAST for name in behind)
 
 
-PROJECTIONS = {"query", "key", "value", "q_lin", "k_lin", "v_lin", "q_proj", "k_proj", "v_proj", "Wqkv"}
+PROJECTIONS = {
+    "query",
+    "key",
+    "value",
+    "q_lin",
+    "k_lin",
+    "v_lin",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "Wqkv",
+    "q",
+    "k",
+    "v",
+}
 LAST = {"pooler", "final_norm", "norm"}
 
 
@@ -186,10 +209,37 @@ def test_a_layer_in_the_middle_and_two_taps_on_one_model():
         torch.testing.assert_close(encoder(input_ids, mask).q, expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_the_wrapped_model_stays_whole():
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "mpnet"])
+def test_watching_layers_in_front_and_the_hidden_states_behind(architecture):
+    model = tiny_model(architecture)
+    encoder = TappedEncoder(model, 3)
     input_ids, mask = batch()
-    plain = tiny_model()(input_ids, attention_mask=mask).last_hidden_state
-    model = tiny_model()
+    plain = encoder(input_ids, mask)
+    hidden = tiny_model(architecture)(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    encoder.watch(layers=(1, 2), hidden=True)
+    called = []
+    encoder.blocks()[2].register_forward_hook(lambda *_: called.append("third"))
+    for _ in range(2):
+        taps = encoder(input_ids, mask)
+        torch.testing.assert_close(taps.q, plain.q)
+        for layer, early in enumerate(taps.earlier, start=1):
+            torch.testing.assert_close(
+                early.k, TappedEncoder(tiny_model(architecture), layer)(input_ids, mask).k
+            )
+        torch.testing.assert_close(taps.hidden[mask], hidden[3][mask], rtol=1e-4, atol=1e-4)
+    assert len(taps.earlier) == 2
+    trained = set(encoder.trained_parameters())
+    assert any(".2." in name and "dense" in name for name in trained) or architecture != "bert"
+    assert not any(".3." in name for name in trained)
+    with pytest.raises(ModelError, match=r"^layers \[3\] cannot be watched; use ascending ones from 1 to 2$"):
+        encoder.watch(layers=(3,))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+def test_the_wrapped_model_stays_whole(architecture):
+    input_ids, mask = batch()
+    plain = tiny_model(architecture)(input_ids, attention_mask=mask).last_hidden_state
+    model = tiny_model(architecture)
     encoder = TappedEncoder(model, 2)
     encoder(input_ids, mask)
     whole = model(input_ids, attention_mask=mask).last_hidden_state
@@ -280,7 +330,7 @@ def test_a_student_depends_on_its_seed_alone():
     assert build_student(config, layers=1, hidden=16, seed=7, dropout=0.0).config.hidden_dropout_prob == 0.0
 
 
-# The paper's tables: Transformer parameters to 0.1 M, all parameters in whole M (arXiv 2002.10957, tables 2-4).
+# The paper (arXiv 2002.10957, tables 2-4): Transformer parameters to 0.1 M, all parameters in whole M.
 @pytest.mark.parametrize(
     ("layers", "hidden", "transformer_m", "total_m"),
     [(6, 768, 42.5, 66), (12, 384, 21.3, 33), (6, 384, 10.6, 22), (4, 384, 7.1, 19), (3, 384, 5.3, 17)],
