@@ -22,16 +22,15 @@ import logging
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from orchestrator.errors import UserError
-from orchestrator.files import fsync_folder
-from orchestrator.tracking import connect  # sets MLflow's switches: before any other import of it
+from orchestrator.files import fsync_folder, read_json, write_json
+from orchestrator.tracking import connect, patiently  # sets MLflow's switches, so before importing it
 from orchestrator.uploader import one_line
 
 # isort: split
@@ -49,7 +48,6 @@ _ALIASED_TAG = "minilm.aliased"
 _ALLOWED_SUFFIXES = (".json", ".txt", ".safetensors", ".md", ".model")  # .model: sentencepiece
 _URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 
 Result = TypeVar("Result")
 
@@ -151,8 +149,18 @@ def pull(store: str, uri: str, out: Path, *, patience_seconds: float = 10.0) -> 
 
 
 def pull_once(store: str, uri: str, folder: Path, *, patience_seconds: float = 60.0) -> Path:
-    """The model as folder/NAME-vVERSION, downloaded unless it is there and unchanged."""
-    model = resolve(store, uri, patience_seconds=patience_seconds)
+    """The model as folder/NAME-vVERSION, downloaded unless it is there and unchanged.
+
+    What an alias meant the first time is written beside it and stays so for this folder: a resumed run has the
+    teacher it began with, and needs no server for it.
+    """
+    pin = folder / (re.sub(r"[^\w@-]", "-", uri.removeprefix("models:/")) + ".json")
+    pinned = read_json(pin)
+    if pinned is None:
+        model = resolve(store, uri, patience_seconds=patience_seconds)
+        write_json(pin, asdict(model))
+    else:
+        model = RegisteredModel(**pinned)
     out = folder / f"{model.name}-v{model.version}"
     if out.is_dir() and any(out.iterdir()):
         if model.digest in (None, folder_digest(out)):
@@ -316,30 +324,9 @@ def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Pa
 
 
 def _patiently(store: str, attempt: Callable[[MlflowClient], Result], patience_seconds: float) -> Result:
-    """Calls until it works; UserError once the store refuses, or has not answered for so long."""
     database = Path(store.removeprefix("sqlite:///"))
     if store.startswith("sqlite:///") and not database.exists():  # MLflow would make an empty one
         raise UserError(
             f"there is no {database}: name the work directory of a run, or set MLFLOW_TRACKING_URI"
         )
-    deadline = time.monotonic() + patience_seconds
-    pause = 0.5
-    while True:
-        try:
-            return attempt(connect(store))
-        except MlflowException as error:
-            if error.error_code in _REFUSALS:
-                raise UserError(f"MLflow at {store} refused: {one_line(error)}") from error
-            reason: Exception = error
-        except OSError as error:
-            reason = error
-        if time.monotonic() + pause > deadline:
-            raise UserError(
-                f"MLflow at {store} does not answer ({one_line(reason)}): start it and run the same "
-                "command again"
-            ) from reason
-        logger.info(
-            "MLflow at %s does not answer, trying again in %.0f s (%s)", store, pause, one_line(reason)
-        )
-        time.sleep(pause)
-        pause = min(2 * pause, 10.0)
+    return patiently(store, lambda: attempt(connect(store)), patience_seconds)

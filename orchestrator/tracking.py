@@ -13,10 +13,11 @@ and nothing is logged by itself (no autolog). Leaves out: the models (`registry`
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Read by MLflow when it is imported or called; what the user has set stays, but for the last two.
 for _name, _value in {
@@ -41,8 +42,10 @@ from orchestrator.uploader import Uploader, one_line  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 STATE_FILE = "tracking.json"
 _MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -58,6 +61,27 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) -> Result:
+    """Calls until it works; UserError once MLflow refuses, or has not answered for so long."""
+    deadline = time.monotonic() + patience_seconds
+    pause = 0.5
+    while True:
+        try:
+            return attempt()
+        except MlflowException as error:
+            if error.error_code in _REFUSALS:
+                raise UserError(f"MLflow at {uri} refused: {one_line(error)}") from error
+            reason: Exception = error
+        except OSError as error:
+            reason = error
+        if time.monotonic() + pause > deadline:
+            raise UserError(
+                f"MLflow at {uri} does not answer ({one_line(reason)}): start it and run the same command again"
+            ) from reason
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
+
+
 class Tracking:
     """The MLflow runs of one work directory. Made by `open`; safe to use from several threads."""
 
@@ -68,12 +92,14 @@ class Tracking:
         self._experiment = experiment
         self._path = workdir / STATE_FILE
         self._lock = threading.RLock()
-        self._state: dict[str, Any] = read_json(self._path) or {
-            "key": uuid.uuid4().hex,
-            "runs": {},
-            "notes": [],
-        }
+        try:
+            self._state: dict[str, Any] = read_json(self._path) or {**_no_runs(), "notes": []}
+        except ValueError as error:
+            raise UserError(
+                f"{self._path} is damaged: remove it, and the run gets new MLflow runs"
+            ) from error
         self._away = False
+        self._quiet_until = 0.0
 
     @classmethod
     def open(
@@ -118,8 +144,8 @@ class Tracking:
 
     @property
     def run_id(self) -> str:
-        """Of the parent run; asks MLflow only if no run has been made yet."""
-        return self._run_id("", "")
+        """Of the parent run, which `open` made or found."""
+        return str(self._state["runs"][""])
 
     def stage(self, name: str, params: Mapping[str, Any]) -> "StageRun":
         """The child run of one stage; does not fail or wait when MLflow is away."""
@@ -141,17 +167,24 @@ class Tracking:
     def look(self) -> str:
         """How a person sees the runs: an address, or the command that serves this work directory's store."""
         if self.uri.startswith("http"):
-            return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment_id()}/runs/{self.run_id}"
+            return f"{self.uri.rstrip('/')}/#/experiments/{self._state['experiment_id']}/runs/{self.run_id}"
         return f"mlflow ui --backend-store-uri {self.uri}"
 
     def finish(self, status: str = "FINISHED") -> int:
         """Ends the recipe's run as FINISHED, FAILED or KILLED (resumable); how many notes are untold."""
         self._note("", "", status=_checked(status))
-        return self.tell()
+        return self.tell(at_once=True)
 
-    def tell(self) -> int:
-        """Tells MLflow, in order, what it has not been told; returns how many notes are left (it is away)."""
+    def tell(self, *, at_once: bool = False) -> int:
+        """Tells MLflow, in order, what it has not been told; returns how many notes are left (it is away).
+
+        After a call that failed slowly it is left alone for as long again, unless `at_once`: a server that
+        lets every call time out holds up the end of a stage for half a minute, not for many.
+        """
         with self._lock:
+            began = time.monotonic()
+            if began < self._quiet_until and not at_once:
+                return len(self._state["notes"])
             try:
                 while self._state["notes"]:
                     self._tell_one(self._state["notes"][0])
@@ -159,6 +192,8 @@ class Tracking:
                     self._save()
             except Exception as error:
                 self._warn(error)
+                now = time.monotonic()
+                self._quiet_until = now + (now - began)
             else:
                 self._away = False
             return len(self._state["notes"])
@@ -237,7 +272,7 @@ class Tracking:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         logger.warning("run %s of %s is not at %s: a new one is made there", run_id, self._path, self.uri)
-        self._state |= {"key": uuid.uuid4().hex, "runs": {}}
+        self._state |= _no_runs()
         self._save()
 
     def _run_id(self, run: str, name: str) -> str:
@@ -260,6 +295,9 @@ class Tracking:
             return str(made.info.run_id)
 
     def _experiment_id(self) -> str:
+        """Of the experiment the parent run is in, whatever the recipe calls it by now; made if it is new."""
+        if self._state["experiment_id"] is not None:
+            return str(self._state["experiment_id"])
         found = self.client.get_experiment_by_name(self._experiment)
         if found is not None:
             if found.lifecycle_stage != "active":
@@ -267,10 +305,13 @@ class Tracking:
                     f"experiment {self._experiment!r} was deleted at {self.uri}: restore it there, or choose "
                     "another name with --set tracking.experiment=NAME"
                 )
-            return str(found.experiment_id)
-        local = self.uri.startswith("sqlite:")
-        artifacts = (self.workdir.resolve() / "mlartifacts").as_uri() if local else None
-        return str(self.client.create_experiment(self._experiment, artifact_location=artifacts))
+            self._state["experiment_id"] = found.experiment_id
+        else:
+            local = self.uri.startswith("sqlite:")
+            artifacts = (self.workdir.resolve() / "mlartifacts").as_uri() if local else None
+            made = self.client.create_experiment(self._experiment, artifact_location=artifacts)
+            self._state["experiment_id"] = made
+        return str(self._state["experiment_id"])
 
 
 class StageRun:
@@ -284,8 +325,8 @@ class StageRun:
 
     @property
     def run_id(self) -> str:
-        """Asks MLflow, and raises if it is away, only as long as the run has not been made."""
-        return self._tracking._run_id(self.name, self.name)
+        """Waits for MLflow only if the run has not been made, and a minute at most; then UserError."""
+        return patiently(self._tracking.uri, lambda: self._tracking._run_id(self.name, self.name), 60.0)
 
     def follow(self, files: Sequence[Path]) -> Uploader:
         """Starts to send the points of these files, which may not exist yet; `finish` ends it.
@@ -293,7 +334,9 @@ class StageRun:
         The uploader holds no more than a megabyte of a file at a time, however long MLflow is away.
         """
         self._files = [file.resolve() for file in files]
-        self._uploader = self._tracking._uploader(lambda: self.run_id, self._files).start()
+        self._uploader = self._tracking._uploader(
+            lambda: self._tracking._run_id(self.name, self.name), self._files
+        ).start()
         return self._uploader
 
     def tag(self, tags: Mapping[str, str]) -> None:
@@ -317,7 +360,11 @@ class StageRun:
         if self._files:
             self._tracking._note(self.name, self.name, points=[str(file) for file in self._files])
         self._tracking._note(self.name, self.name, status=_checked(status))
-        return self._tracking.tell()
+        return self._tracking.tell(at_once=True)
+
+
+def _no_runs() -> dict[str, Any]:
+    return {"key": uuid.uuid4().hex, "experiment_id": None, "runs": {}}
 
 
 def _checked(status: str) -> str:

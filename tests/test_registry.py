@@ -249,15 +249,19 @@ def test_pull_once_downloads_once_and_mends(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of(tmp_path / "m")
-    register(store, "once", folder, run_id=new_run(store), alias="newest")
+    run_id = new_run(store)
+    register(store, "once", folder, run_id=run_id, alias="newest")
     out = pull_once(store, "models:/once@newest", tmp_path / "teachers")
     assert out == tmp_path / "teachers" / "once-v1"
-    monkeypatch.setattr(registry, "pull", lambda *a, **k: pytest.fail("downloaded again"))
-    assert pull_once(store, "models:/once/1", tmp_path / "teachers") == out
-    monkeypatch.undo()
+    register(store, "once", folder_of(tmp_path / "n", README_md="2"), run_id=run_id, alias="newest")
+    with monkeypatch.context() as patch:  # a resumed run: the same teacher, and no server needed
+        patch.setattr(registry, "connect", lambda uri: pytest.fail("asked the store again"))
+        assert pull_once(store, "models:/once@newest", tmp_path / "teachers") == out
     (out / "model.safetensors").write_text("damaged")
     assert pull_once(store, "models:/once@newest", tmp_path / "teachers") == out
     assert contents(out) == contents(folder)
+    assert pull_once(store, "models:/once@newest", tmp_path / "other").name == "once-v2"
+    assert pull_once(store, "models:/once/2", tmp_path / "teachers").name == "once-v2"
 
 
 def test_a_store_that_is_not_there_is_an_error_in_one_line(tmp_path: Path) -> None:

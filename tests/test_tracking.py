@@ -316,6 +316,43 @@ def test_a_real_server_that_is_stopped_and_restarted_gets_every_point_once(
     assert len([record for record in caplog.records if "does not answer" in record.getMessage()]) == 1
 
 
+def test_a_damaged_state_is_an_error_in_one_line(workdir: Path) -> None:
+    (workdir / "tracking.json").write_text("{")
+    with pytest.raises(
+        UserError, match="tracking.json is damaged: remove it, and the run gets new MLflow runs"
+    ):
+        open_tracking(workdir)
+
+
+def test_a_server_that_lets_calls_hang_is_left_alone_for_a_while(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = open_tracking(workdir)
+    calls = []
+
+    def hang(*arguments: Any) -> None:
+        calls.append(arguments)
+        time.sleep(0.3)
+        raise ConnectionError("timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.client, "get_run", hang)
+        for i in range(5):
+            tracking.tag({f"t{i}": "1"})
+        assert len(calls) == 1
+        tracking.finish()  # the end is worth another try
+        assert len(calls) == 2
+    assert tracking.tell(at_once=True) == 0
+    assert {"t0", "t4"} <= tracking.client.get_run(tracking.run_id).data.tags.keys()
+
+
+def test_a_renamed_experiment_keeps_a_run_together(workdir: Path) -> None:
+    first = open_tracking(workdir)
+    again = Tracking.open(workdir, "renamed", name="tiny", params=RECIPE, tags={})
+    stage = again.client.get_run(again.stage("small", {}).run_id)
+    assert stage.info.experiment_id == first.client.get_run(first.run_id).info.experiment_id
+
+
 def test_nothing_process_wide_is_touched(workdir: Path) -> None:
     import mlflow
 
