@@ -151,8 +151,8 @@ def pull(store: str, uri: str, out: Path, *, patience_seconds: float = 10.0) -> 
 def pull_once(store: str, uri: str, folder: Path, *, patience_seconds: float = 60.0) -> Path:
     """The model as folder/NAME-vVERSION, downloaded unless it is there and unchanged.
 
-    What an alias meant the first time is written beside it and stays so for this folder: a resumed run has the
-    teacher it began with, and needs no server for it.
+    What an alias meant the first time is written beside it and stays so for this folder: a resumed run has
+    the teacher it began with, and needs no server for it.
     """
     pin = folder / (re.sub(r"[^\w@-]", "-", uri.removeprefix("models:/")) + ".json")
     pinned = read_json(pin)

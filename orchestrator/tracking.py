@@ -76,7 +76,8 @@ def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) 
             reason = error
         if time.monotonic() + pause > deadline:
             raise UserError(
-                f"MLflow at {uri} does not answer ({one_line(reason)}): start it and run the same command again"
+                f"MLflow at {uri} does not answer ({one_line(reason)}): start it and run the same "
+                "command again"
             ) from reason
         time.sleep(pause)
         pause = min(2 * pause, 10.0)

@@ -332,18 +332,18 @@ def test_a_server_that_lets_calls_hang_is_left_alone_for_a_while(
 
     def hang(*arguments: Any) -> None:
         calls.append(arguments)
-        time.sleep(0.3)
+        time.sleep(1.0)
         raise ConnectionError("timed out")
 
     with monkeypatch.context() as patch:
         patch.setattr(tracking.client, "get_run", hang)
-        for i in range(5):
+        for i in range(3):
             tracking.tag({f"t{i}": "1"})
         assert len(calls) == 1
         tracking.finish()  # the end is worth another try
         assert len(calls) == 2
     assert tracking.tell(at_once=True) == 0
-    assert {"t0", "t4"} <= tracking.client.get_run(tracking.run_id).data.tags.keys()
+    assert {"t0", "t2"} <= tracking.client.get_run(tracking.run_id).data.tags.keys()
 
 
 def test_a_renamed_experiment_keeps_a_run_together(workdir: Path) -> None:
