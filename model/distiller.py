@@ -15,7 +15,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from model.encoder import tapped_layer
 from model.errors import ModelError
+from model.initialize import picked_layers
 from model.objective import Objective
 from model.tap import TappedEncoder, Taps
 
@@ -42,10 +44,23 @@ class Distiller(nn.Module):
         self.term_names = objective.names
         self.num_terms = len(objective.names)
         self.register_buffer("weights", objective.weights.to(teacher.model.device), persistent=False)
+        self._projections: dict[str, dict[str, nn.Linear]] = {}
+        self._mapped: dict[str, list[int]] = {}
         for name, student in students.items():
             if student.model is teacher.model:
                 raise ModelError(f"student {name!r} is the teacher itself; load or build a model of its own")
             _compare(teacher, name, student, objective)
+            hidden_sizes = teacher.model.config.hidden_size, student.model.config.hidden_size
+            projections = objective.projections(*hidden_sizes)
+            self._projections[name] = {key: p.to(student.model.device) for key, p in projections.items()}
+            self._mapped[name] = _mapped_layers(teacher, name, student) if objective.layer_to_layer else []
+            earlier = range(1, student.layer) if objective.layer_to_layer else ()
+            student.watch(layers=tuple(earlier), parts=objective.parts)
+        self._projection_modules = nn.ModuleList(
+            p for own in self._projections.values() for p in own.values()
+        )
+        self._watched = sorted({layer for mapped in self._mapped.values() for layer in mapped})
+        teacher.watch(layers=self._watched, parts=objective.parts)
 
     @property
     def teacher(self) -> TappedEncoder:
@@ -72,7 +87,28 @@ class Distiller(nn.Module):
         """
         with _seeded(dropout_seed, input_ids.device):
             student_taps = self.students[name](input_ids, mask)
-        return self.objective.term_sums(teacher_taps.to(student_taps.q.dtype), student_taps, mask)
+        earlier = [
+            taps
+            for at, taps in zip(self._watched, teacher_taps.earlier, strict=True)
+            if at in self._mapped[name]
+        ]
+        taught = teacher_taps._replace(earlier=tuple(earlier)).to(student_taps.q.dtype)
+        return self.objective.term_sums(taught, student_taps, mask, self._projections[name])
+
+    def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """What an optimiser of student `name` updates: the student's, and the projections of its terms."""
+        trained = self.students[name].trained_parameters()
+        for term, projection in self._projections[name].items():
+            trained |= {f"projection.{term}.{key}": p for key, p in projection.named_parameters()}
+        return trained
+
+    def state_module(self, name: str) -> nn.Module:
+        """The module whose state a checkpoint of student `name` holds: its model, and projections if it has
+        any."""
+        if not self._projections[name]:
+            return self.students[name].model
+        projections = nn.ModuleList(self._projections[name].values())
+        return nn.ModuleDict({"student": self.students[name].model, "projection": projections})
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
         """What term sums are divided by, see `Objective.count`."""
@@ -95,6 +131,17 @@ def _compare(teacher: TappedEncoder, name: str, student: TappedEncoder, objectiv
         objective.check(t.num_attention_heads, t.hidden_size, s.num_attention_heads, s.hidden_size)
     except ModelError as error:
         raise ModelError(f"student {name!r}: {error}") from None
+
+
+def _mapped_layers(teacher: TappedEncoder, name: str, student: TappedEncoder) -> list[int]:
+    """The teacher's layers for layers 1 to M-1 of the student; its last goes with the teacher's tap."""
+    if student.layer > teacher.layer:
+        raise ModelError(
+            f"student {name!r} has {student.layer} layers and the teacher {teacher.layer} up to its tap;"
+            " layer-to-layer needs a student that is not deeper"
+        )
+    *earlier, _ = picked_layers(teacher.layer, student.layer)
+    return [tapped_layer(teacher.model.config, layer) for layer in earlier]
 
 
 @contextlib.contextmanager

@@ -1,28 +1,37 @@
-"""Which relations are compared, with what weight: the objective as data, its terms as sums that add up.
+"""What of teacher and student is compared: the objective as data, its terms as sums that add up.
 
-MiniLM (arXiv 2002.10957, eq. 6-10): attention Q-K and value relation V-V of the last layers, weights 1.
-MiniLMv2 (arXiv 2012.15828, section 3.1): Q-Q, K-K and V-V, on re-split relation heads.
+    minilm            attention Q-K and value relation V-V of the last layers (MiniLM, 2002.10957, eq. 6-10)
+    minilmv2          Q-Q, K-K, V-V on re-split relation heads (MiniLMv2, 2012.15828, section 3.1)
+    attention-only    minilm without the value relation (MiniLM, table 5)
+    value-mse         values by squared error, not their relation, through a projection (MiniLM, table 6)
+    layer-to-layer    minilm's terms, the mean over the student's layers, mapped uniformly (MiniLM, table 7)
+    hidden-relation   the relation of the last hidden states instead of the values' (MiniLM, section 3.2)
 
 Leaves out: the division by the number of sequences or tokens. A term here is an undivided numerator, so that
 micro-batches and workers add up before one division by the global `count`.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.errors import ModelError
-from model.relations import relation_heads, relation_kl, relation_weight
+from model.relations import reduce_rows, relation_heads, relation_kl, relation_weight
 from model.tap import Taps
 
-_PARTS = ("q", "k", "v")
+_PARTS = ("q", "k", "v", "hidden")
 
 
 @dataclass(frozen=True)
 class Relation:
-    """softmax(x yᵀ / √d) with x and y each one of "q", "k", "v"; `name` is what it is logged under."""
+    """softmax(x yᵀ / √d) with x, y of "q", "k", "v", "hidden", compared by KL; `name` is what it is logged
+    under.
+
+    Hidden states are split into as many heads as the attention has (or `relation_heads`).
+    """
 
     name: str
     x: str
@@ -32,25 +41,40 @@ class Relation:
     def __post_init__(self) -> None:
         for part in (self.x, self.y):
             if part not in _PARTS:
-                raise ModelError(f"relation {self.name!r} is made of {part!r}; use q, k or v")
+                raise ModelError(f"relation {self.name!r} is made of {part!r}; use {', '.join(_PARTS)}")
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """Mean squared error of one part, heads concatenated; where sizes differ a learned projection of the
+    student's."""
+
+    name: str
+    part: str = "v"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.part not in _PARTS:
+            raise ModelError(f"squared error {self.name!r} is of {self.part!r}; use {', '.join(_PARTS)}")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted list of relations, compared between the tapped layers of teacher and student.
+    """A weighted list of terms, compared between the tapped layers of teacher and student.
 
     reduction: "sequence" or "token" (see `relation_kl`). relation_heads: re-split both sides into so many
-    heads.
+    heads. layer_to_layer: average each term over all student layers, layer i of M against the teacher's
+    round-up(i·L/M).
     """
 
-    relations: tuple[Relation, ...]
+    relations: tuple[Relation | SquaredError, ...]
     reduction: str = "sequence"
     relation_heads: int | None = None
     implementation: str = "auto"
+    layer_to_layer: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "relations", tuple(self.relations))
-        names = [relation.name for relation in self.relations]
+        names = [term.name for term in self.relations]
         if not names or len(set(names)) < len(names):
             raise ModelError(
                 f"an objective needs one relation or more, each with a name of its own, not {names}"
@@ -59,36 +83,73 @@ class Objective:
             raise ModelError(f'reduction {self.reduction!r} is not known; use "sequence" or "token"')
 
     @staticmethod
-    def named(name: str, **changes: object) -> "Objective":
-        """The paper's objectives: "minilm", "minilmv2"; `changes` replaces fields (reduction, relation_heads,
-        …)."""
-        if name not in _NAMED:
-            raise ModelError(f"objective {name!r} is not known; use one of {', '.join(_NAMED)}")
-        return replace(_NAMED[name], **changes)  # type: ignore[arg-type]
+    def named(name: str | None = None, **changes: Any) -> "Objective":
+        """An objective from plain values, as a recipe or a file holds them.
+
+        name: one of `OBJECTIVES`; `changes` replaces fields. With `relations`, a list of objects with the
+        keys name, x, y, weight (a relation) or name, part, weight (a squared error), the name may be left
+        out.
+        """
+        allowed = [field.name for field in fields(Objective)]
+        for key in changes:
+            if key not in allowed:
+                raise ModelError(f"an objective has no {key!r}; use name, {', '.join(allowed)}")
+        if "relations" in changes:
+            changes["relations"] = tuple(_term_from(value) for value in changes["relations"])
+            if name is None:
+                return Objective(**changes)
+        if name not in OBJECTIVES:
+            raise ModelError(f"objective {name!r} is not known; use one of {', '.join(OBJECTIVES)}")
+        return replace(OBJECTIVES[name], **changes)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The terms' names, in the order of `term_sums`."""
-        return tuple(relation.name for relation in self.relations)
+        return tuple(term.name for term in self.relations)
 
     @property
     def weights(self) -> Tensor:
         """float32 [num_terms]: loss = (weights * term_sums).sum() / count."""
-        return torch.tensor([relation.weight for relation in self.relations])
+        return torch.tensor([term.weight for term in self.relations])
 
-    def term_sums(self, teacher: Taps, student: Taps, mask: Tensor | None) -> Tensor:
-        """[num_terms], float32 or better: each relation's undivided, unweighted divergence."""
-        self._check_heads(teacher, student)
-        return torch.stack([self._term(relation, teacher, student, mask) for relation in self.relations])
+    @property
+    def parts(self) -> frozenset[str]:
+        """The fields of `Taps` that the terms read. With "hidden" the tapped layer runs to its end."""
+        return frozenset(part for term in self.relations for part in _parts(term))
+
+    def term_sums(
+        self,
+        teacher: Taps,
+        student: Taps,
+        mask: Tensor | None,
+        projections: Mapping[str, nn.Module] | None = None,
+    ) -> Tensor:
+        """[num_terms], float32 or better: each term's undivided, unweighted divergence."""
+        return torch.stack([self._term(t, teacher, student, mask, projections or {}) for t in self.relations])
+
+    def head_sums(self, teacher: Taps, student: Taps, mask: Tensor | None) -> dict[str, Tensor]:
+        """Each relation's undivided divergence by head: name -> [heads]. Their mean is the term. For looking
+        at."""
+        with torch.no_grad():
+            return {
+                term.name: torch.stack(
+                    [self._relation(term, teacher, student, mask, h) for h in range(heads)]
+                )
+                for term in self.relations
+                if isinstance(term, Relation)
+                for heads in [self.relation_heads or teacher.q.shape[1]]
+            }
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
-        """What the sums of this batch are divided by, an int64 scalar; `shape` = (rows, tokens), read if mask
-        is None."""
+        """What this batch's sums are divided by, an int64 scalar; `shape` = (rows, tokens) is read if mask is
+        None."""
         rows, tokens = shape
         return relation_weight((rows, tokens) if mask is None else mask, self.reduction)
 
     def check(self, teacher_heads: int, teacher_hidden: int, student_heads: int, student_hidden: int) -> None:
         """ModelError when teacher and student cannot be compared; needs no weights."""
+        if not any(isinstance(term, Relation) for term in self.relations):
+            return
         if self.relation_heads is None:
             if teacher_heads != student_heads:
                 raise ModelError(
@@ -102,38 +163,72 @@ class Objective:
                     f"{self.relation_heads} relation heads do not divide the {side}'s hidden size {hidden}"
                 )
 
-    def _check_heads(self, teacher: Taps, student: Taps) -> None:
-        sizes = (
-            [side.q.shape[1] for side in (teacher, student)],
-            [side.q.shape[-1] for side in (teacher, student)],
-        )
-        (heads_t, heads_s), (size_t, size_s) = sizes
-        self.check(heads_t, heads_t * size_t, heads_s, heads_s * size_s)
+    def projections(self, teacher_hidden: int, student_hidden: int) -> dict[str, nn.Linear]:
+        """The modules that are trained beside a student, by term: one linear map per squared error of unequal
+        sizes.
 
-    def _term(self, relation: Relation, teacher: Taps, student: Taps, mask: Tensor | None) -> Tensor:
+        Their start depends on the sizes alone: no random state is drawn from.
+        """
+        return {
+            term.name: _projection(student_hidden, teacher_hidden)
+            for term in self.relations
+            if isinstance(term, SquaredError) and teacher_hidden != student_hidden
+        }
+
+    def _term(
+        self,
+        term: Relation | SquaredError,
+        teacher: Taps,
+        student: Taps,
+        mask: Tensor | None,
+        projections: Mapping[str, nn.Module],
+    ) -> Tensor:
+        compare: Callable[[Taps, Taps], Tensor]
+        if isinstance(term, Relation):
+            compare = lambda t, s: self._relation(term, t, s, mask)  # noqa: E731
+        else:
+            compare = lambda t, s: self._squared_error(term, t, s, mask, projections.get(term.name))  # noqa: E731
+        if not self.layer_to_layer:
+            return compare(teacher, student)
+        sides = (*teacher.earlier, teacher), (*student.earlier, student)
+        return torch.stack([compare(t, s) for t, s in zip(*sides, strict=True)]).mean()
+
+    def _relation(
+        self, term: Relation, teacher: Taps, student: Taps, mask: Tensor | None, head: int | None = None
+    ) -> Tensor:
+        (tx, ty, t_bias), (sx, sy, s_bias) = (self._sides(term, taps, head) for taps in (teacher, student))
         return relation_kl(
-            self._part(teacher, relation.x),
-            self._part(teacher, relation.y),
-            self._part(student, relation.x),
-            self._part(student, relation.y),
+            tx,
+            ty,
+            sx,
+            sy,
             mask,
             reduction=f"{self.reduction}_sum",
-            teacher_bias=self._bias(teacher, relation),
-            student_bias=self._bias(student, relation),
+            teacher_bias=t_bias,
+            student_bias=s_bias,
             implementation=self.implementation,
         )
 
-    def _part(self, taps: Taps, name: str) -> Tensor:
-        part: Tensor = getattr(taps, name)
-        return (
-            part
-            if self.relation_heads in (None, part.shape[1])
-            else relation_heads(part, self.relation_heads)
-        )
+    def _sides(self, term: Relation, taps: Taps, head: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        bias = self._bias(term, taps)
+        if head is None:
+            return self._heads(term.x, taps), self._heads(term.y, taps), bias
+        one = slice(head, head + 1)
+        if bias is not None and bias.dim() > 2 and bias.shape[-3] > 1:
+            bias = bias[..., one, :, :]
+        return self._heads(term.x, taps)[:, one], self._heads(term.y, taps)[:, one], bias
 
-    def _bias(self, taps: Taps, relation: Relation) -> Tensor | None:
+    def _heads(self, name: str, taps: Taps) -> Tensor:
+        """The part as [batch, heads, tokens, size], re-split where the objective says so."""
+        part: Tensor = getattr(taps, name)
+        if name == "hidden":
+            part = part[:, None]
+        wanted = self.relation_heads or taps.q.shape[1]
+        return part if part.shape[1] == wanted else relation_heads(part, wanted)
+
+    def _bias(self, term: Relation, taps: Taps) -> Tensor | None:
         """A position bias belongs to the attention distribution, which is Q-K and no other pair."""
-        if taps.bias is None or (relation.x, relation.y) != ("q", "k"):
+        if taps.bias is None or (term.x, term.y) != ("q", "k"):
             return None
         if self.relation_heads not in (None, taps.q.shape[1]):
             raise ModelError(
@@ -142,10 +237,64 @@ class Objective:
             )
         return taps.bias
 
+    def _squared_error(
+        self,
+        term: SquaredError,
+        teacher: Taps,
+        student: Taps,
+        mask: Tensor | None,
+        projection: nn.Module | None,
+    ) -> Tensor:
+        target, got = (_concatenated(term.part, taps) for taps in (teacher, student))
+        with torch.autocast(got.device.type, enabled=False):
+            dtype = torch.promote_types(got.dtype, torch.float32)
+            got = got.to(dtype) if projection is None else projection(got.to(dtype))
+            if mask is not None:  # what stands at padded positions must not leak, NaN included
+                got = got.masked_fill(~mask[..., None], 0.0)
+                target = target.masked_fill(~mask[..., None], 0.0)
+            rows_BT = (got - target.detach().to(dtype)).square().mean(dim=-1)
+            return reduce_rows(rows_BT, mask, f"{self.reduction}_sum")
 
-_NAMED = {
-    "minilm": Objective((Relation("attention", "q", "k"), Relation("value", "v", "v"))),
-    "minilmv2": Objective(
-        (Relation("query", "q", "q"), Relation("key", "k", "k"), Relation("value", "v", "v"))
-    ),
+
+def _parts(term: Relation | SquaredError) -> tuple[str, ...]:
+    if isinstance(term, SquaredError):
+        return (term.part,)
+    return (term.x, term.y, "bias") if (term.x, term.y) == ("q", "k") else (term.x, term.y)
+
+
+def _concatenated(name: str, taps: Taps) -> Tensor:
+    """The part as [batch, tokens, hidden]."""
+    part: Tensor = getattr(taps, name)
+    return part if name == "hidden" else part.transpose(1, 2).flatten(-2)
+
+
+def _projection(inputs: int, outputs: int) -> nn.Linear:
+    projection = nn.Linear(inputs, outputs, bias=False, device="meta").to_empty(device="cpu")
+    start = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        projection.weight.copy_(start / inputs**0.5)
+    return projection
+
+
+def _term_from(value: Any) -> Relation | SquaredError:
+    if isinstance(value, Relation | SquaredError):
+        return value
+    kind = SquaredError if "part" in value else Relation
+    try:
+        return kind(**value)
+    except TypeError:
+        raise ModelError(
+            f"relation {dict(value)} does not fit; use name, x, y and weight, or for a squared error name,"
+            " part and weight"
+        ) from None
+
+
+_ATTENTION, _VALUE = Relation("attention", "q", "k"), Relation("value", "v", "v")
+OBJECTIVES = {
+    "minilm": Objective((_ATTENTION, _VALUE)),
+    "minilmv2": Objective((Relation("query", "q", "q"), Relation("key", "k", "k"), _VALUE)),
+    "attention-only": Objective((_ATTENTION,)),
+    "value-mse": Objective((_ATTENTION, SquaredError("value"))),
+    "layer-to-layer": Objective((_ATTENTION, _VALUE), layer_to_layer=True),
+    "hidden-relation": Objective((_ATTENTION, Relation("hidden", "hidden", "hidden"))),
 }

@@ -67,7 +67,7 @@ def relation_kl(
             None if teacher_bias is None else teacher_bias.detach(),
             student_bias,
         )
-        return _reduce(rows_BT, mask, reduction)
+        return reduce_rows(rows_BT, mask, reduction)
 
 
 def relation_maps(x: Tensor, y: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -148,8 +148,8 @@ def _visible_keys(mask: Tensor) -> Tensor:
     return (mask | ~mask.any(dim=-1, keepdim=True))[:, None, None, :]
 
 
-def _reduce(rows_BT: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
-    """[B, T] -> scalar. Per sequence first, then over sequences, without a host sync."""
+def reduce_rows(rows_BT: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
+    """[B, T] -> scalar: per sequence first, then over sequences; padded rows hold zero. No host sync."""
     batch, tokens = rows_BT.shape
     total_B = rows_BT.sum(dim=-1)
     if reduction.startswith("sequence"):

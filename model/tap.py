@@ -16,7 +16,7 @@ error; no tensor outlives the forward but the taps and their autograd graph; no 
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -53,9 +53,10 @@ class Taps(NamedTuple):
         assert q is not None and k is not None and v is not None
         return Taps(q, k, v, bias, hidden, tuple(taps.to(dtype) for taps in self.earlier))
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor in here, those of earlier layers included."""
-        return [p for p in self[:5] if p is not None] + [p for taps in self.earlier for p in taps.tensors()]
+    def tensors(self, parts: Collection[str]) -> list[Tensor]:
+        """The tensors of these fields, those of earlier layers included."""
+        own = [value for part, value in self._asdict().items() if part in parts and value is not None]
+        return own + [tensor for taps in self.earlier for tensor in taps.tensors(parts)]
 
 
 class TappedEncoder(nn.Module):
@@ -85,14 +86,16 @@ class TappedEncoder(nn.Module):
         self._attentions = tuple(discovery.modules)  # a tuple: they are already registered inside `model`
         self.watch()
 
-    def watch(self, *, layers: Sequence[int] = (), hidden: bool = False) -> None:
-        """Hand out besides: the taps of `layers` (ascending, in front of the tap); the tapped layer's
-        output."""
+    def watch(self, *, layers: Sequence[int] = (), parts: Collection[str] = ("q", "k", "v", "bias")) -> None:
+        """Say what an objective reads: the taps of `layers` too (ascending, before the tap); which `parts`.
+
+        parts: fields of `Taps`. With "hidden" the tapped layer runs to its end and its output is handed out.
+        """
         if list(layers) != sorted(set(layers)) or any(not 1 <= layer < self.layer for layer in layers):
             raise ModelError(
                 f"layers {list(layers)} cannot be watched; use ascending ones from 1 to {self.layer - 1}"
             )
-        self._earlier, self._hidden = tuple(layers), hidden
+        self._earlier, self._parts = tuple(layers), frozenset(parts)
         for layer in (*layers, self.layer):
             # A config of its own: layers that are not tapped never meet the tap, so they can be compiled.
             attention = self._attentions[layer - 1]
@@ -119,8 +122,8 @@ class TappedEncoder(nn.Module):
                 " torch.bool of the same shape"
             )
         wanted = [self._attentions[layer - 1] for layer in (*self._earlier, self.layer)]
-        collection = _Collection(wanted, stop_at_last=not self._hidden)
-        if not self._hidden:
+        collection = _Collection(wanted, stop_at_last="hidden" not in self._parts)
+        if collection.stop_at_last:
             _run(self.model, collection, input_ids, mask)
         else:
             with _stop_after(self.blocks()[-1], collection):
@@ -133,8 +136,9 @@ class TappedEncoder(nn.Module):
         return last._replace(earlier=tuple(earlier), hidden=collection.hidden)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters in front of and at the tap that require gradients, named as in model.state_dict().
+        """The parameters that what is watched depends on, of those that require gradients.
 
+        Named as in model.state_dict(): without further watching, all in front of and at the tap.
         Read off the autograd graph of a two-token forward, so it is right for every architecture; no gradient
         is computed and no random number drawn.
         """
@@ -142,7 +146,7 @@ class TappedEncoder(nn.Module):
             taps = self(_probe_ids(self.model))
         reached: set[int] = set()
         seen: set[Any] = set()
-        nodes = [tensor.grad_fn for tensor in taps.tensors()]
+        nodes = [tensor.grad_fn for tensor in taps.tensors(self._parts)]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:

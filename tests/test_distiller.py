@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel
 from model.distiller import Distiller
 from model.encoder import TappedEncoder, build_student
 from model.errors import ModelError
-from model.objective import Objective
+from model.objective import OBJECTIVES, Objective
 
 
 def config(**changes):
@@ -164,3 +164,46 @@ def test_a_student_that_is_the_teacher():
         ModelError, match=r"^student 's' is the teacher itself; load or build a model of its own$"
     ):
         Distiller(same, {"s": TappedEncoder(same.model, 1)}, Objective.named("minilm"))
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_every_objective_trains_exactly_what_it_names(name):
+    """The same loop for all of them; two students of unequal depth share the teacher pass."""
+    students = {"deep": student(1, layers=2), "flat": student(2, layers=1)}
+    alone = Distiller(teacher(), {"flat": student(2, layers=1)}, Objective.named(name))
+    distiller = Distiller(teacher(), students, Objective.named(name))
+    together = step(distiller, ["deep", "flat"])
+    single = step(alone, ["flat"])
+    assert all(torch.equal(together["flat"][key], single["flat"][key]) for key in single["flat"])
+    for which in students:
+        trained = distiller.trained_parameters(which)
+        assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+        assert set(together[which]) == {key for key in trained if not key.startswith("projection.")}
+        state = distiller.state_module(which).state_dict()
+        held = {tensor.data_ptr() for tensor in state.values()}
+        assert all(p.data_ptr() in held for p in trained.values())
+    assert ("projection.value.weight" in distiller.trained_parameters("deep")) == (name == "value-mse")
+
+
+def test_layer_to_layer_maps_uniformly():
+    big = TappedEncoder(build_student(config(), layers=6, hidden=16, seed=0), 6)
+    distiller = Distiller(
+        big, {"a": student(layers=2), "b": student(layers=3)}, Objective.named("layer-to-layer")
+    )
+    input_ids, mask = batch()
+    taps = distiller.teach(input_ids, mask)
+    assert len(taps.earlier) == 3  # layers 2 and 4 for three, 3 for two; 6 is the tap
+    sums = distiller.term_sums("a", taps, input_ids, mask, dropout_seed=1)
+    by_hand = distiller.students["a"].eval()(input_ids, mask)
+    third = TappedEncoder(big.model, 3)(input_ids, mask)
+    expected = [
+        Objective.named("minilm").term_sums(t, s, mask)
+        for t, s in ((third, by_hand.earlier[0]), (taps, by_hand))
+    ]
+    distiller.students["a"].eval()
+    assert sums.requires_grad
+    torch.testing.assert_close(distiller.term_sums("a", taps, input_ids, mask), sum(expected) / 2)
+    with pytest.raises(
+        ModelError, match=r"^student 's' has 3 layers and the teacher 2 up to its tap; layer-to-layer"
+    ):
+        Distiller(teacher(), {"s": student(layers=3)}, Objective.named("layer-to-layer"))

@@ -216,7 +216,7 @@ def test_watching_layers_in_front_and_the_hidden_states_behind(architecture):
     input_ids, mask = batch()
     plain = encoder(input_ids, mask)
     hidden = tiny_model(architecture)(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    encoder.watch(layers=(1, 2), hidden=True)
+    encoder.watch(layers=(1, 2), parts=("q", "hidden"))
     called = []
     encoder.blocks()[2].register_forward_hook(lambda *_: called.append("third"))
     for _ in range(2):

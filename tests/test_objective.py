@@ -97,8 +97,12 @@ def test_a_position_bias_belongs_to_attention_only():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Objective.named("minilm3"), "objective 'minilm3' is not known; use one of minilm, minilmv2"),
-        (lambda: Relation("a", "q", "w"), "relation 'a' is made of 'w'; use q, k or v"),
+        (
+            lambda: Objective.named("minilm3"),
+            "objective 'minilm3' is not known; use one of minilm, minilmv2, attention-only, value-mse,"
+            " layer-to-layer, hidden-relation",
+        ),
+        (lambda: Relation("a", "q", "w"), "relation 'a' is made of 'w'; use q, k, v, hidden"),
         (
             lambda: Objective((Relation("a", "q", "k"), Relation("a", "v", "v"))),
             "an objective needs one relation or more, each with a name of its own, not ['a', 'a']",
@@ -122,3 +126,94 @@ def test_objectives_that_do_not_fit(make, message):
     with pytest.raises(ModelError) as caught:
         make()
     assert str(caught.value) == message
+
+
+# ---- The paper's ablation arms, and terms by head. ----
+
+
+def padded(values: torch.Tensor) -> torch.Tensor:
+    return values.masked_fill(~mask()[:, None, :, None], float("nan"))
+
+
+def test_value_mse_is_the_mean_over_valid_tokens_whatever_stands_in_the_padding():
+    objective = Objective.named("value-mse")
+    teacher, student = taps(2, 4, 0), taps(2, 4, 1)
+    got = objective.term_sums(
+        teacher._replace(v=padded(teacher.v)), student._replace(v=padded(student.v)), mask()
+    )
+    expected = 0.0
+    for row in range(2):  # row 2 has no valid token
+        valid = mask()[row]
+        difference = (teacher.v - student.v)[row][:, valid]
+        expected += difference.square().mean().item()
+    assert got[1].item() == pytest.approx(expected, rel=1e-5)
+    attention = Objective.named("attention-only").term_sums(teacher, student, mask())
+    assert torch.equal(attention, got[:1])
+
+
+def test_value_mse_projects_where_sizes_differ_and_starts_the_same_every_time():
+    objective = Objective.named("value-mse")
+    assert objective.projections(8, 8) == {}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, again = objective.projections(8, 6), objective.projections(8, 6)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first["value"].weight, again["value"].weight) and first["value"].weight.shape == (8, 6)
+    teacher, student = taps(2, 4, 0), taps(2, 3, 1)
+    sums = objective.term_sums(teacher, student, None, first)
+    concatenated = [side.v.transpose(1, 2).reshape(3, 6, -1) for side in (teacher, student)]
+    expected = (concatenated[1] @ first["value"].weight.T - concatenated[0]).square().mean() * 3
+    torch.testing.assert_close(sums[1], expected)
+    sums.sum().backward()
+    assert first["value"].weight.grad.abs().sum() > 0
+
+
+def test_layer_to_layer_averages_over_layers():
+    teacher, student = taps(2, 4, 0), taps(2, 4, 1)
+    deep = [side._replace(earlier=(taps(2, 4, seed),)) for side, seed in ((teacher, 2), (student, 3))]
+    sums = Objective.named("layer-to-layer").term_sums(*deep, mask())
+    minilm = Objective.named("minilm")
+    last, first = (
+        minilm.term_sums(teacher, student, mask()),
+        minilm.term_sums(*(d.earlier[0] for d in deep), mask()),
+    )
+    torch.testing.assert_close(sums, (last + first) / 2)
+
+
+def test_hidden_relation_splits_hidden_states_into_heads():
+    teacher, student = taps(2, 4, 0), taps(2, 3, 1)
+    generator = torch.Generator().manual_seed(4)
+    hidden = [torch.randn(3, 6, size, generator=generator) for size in (8, 6)]
+    objective = Objective.named("hidden-relation")
+    sums = objective.term_sums(teacher._replace(hidden=hidden[0]), student._replace(hidden=hidden[1]), mask())
+    t, s = (h.view(3, 6, 2, -1).transpose(1, 2) for h in hidden)
+    torch.testing.assert_close(sums[1], relation_kl(t, t, s, s, mask(), reduction="sequence_sum"))
+    assert "hidden" in objective.parts and Objective.named("minilm").parts == {"q", "k", "v", "bias"}
+
+
+@pytest.mark.parametrize("name", ["minilm", "minilmv2"])
+def test_heads_average_to_their_term(name):
+    bias = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(2))
+    objective = Objective.named(name, reduction="token")
+    teacher, student = taps(2, 4, 0)._replace(bias=bias), taps(2, 3, 1)
+    by_head = objective.head_sums(teacher, student, mask())
+    sums = objective.term_sums(teacher, student, mask())
+    assert tuple(by_head) == objective.names
+    for term, heads in zip(sums, by_head.values(), strict=True):
+        assert heads.shape == (2,)
+        torch.testing.assert_close(heads.mean(), term)
+
+
+def test_from_plain_values():
+    objective = Objective.named(
+        relations=[{"name": "a", "x": "q", "y": "k", "weight": 2.0}, {"name": "b", "part": "v"}],
+        reduction="token",
+    )
+    assert objective.names == ("a", "b") and objective.weights.tolist() == [2.0, 1.0]
+    assert Objective.named("minilmv2", relation_heads=48, reduction="sequence").relation_heads == 48
+    with pytest.raises(ModelError, match=r"^an objective has no 'head'; use name, relations, reduction, "):
+        Objective.named("minilm", head=3)
+    with pytest.raises(
+        ModelError, match=r"^relation \{'name': 'a', 'x': 'q'\} does not fit; use name, x, y and weight"
+    ):
+        Objective.named(relations=[{"name": "a", "x": "q"}])
