@@ -12,6 +12,7 @@ and nothing is logged by itself (no autolog). Leaves out: the models (`registry`
 
 import logging
 import os
+import shlex
 import threading
 import time
 import uuid
@@ -121,14 +122,13 @@ class Tracking:
         """
         tracking = cls(workdir, tracking_uri(workdir), experiment)
         with tracking._lock:
-            new = not tracking._state["runs"]
             try:
                 tracking._find_runs_again()
                 tracking._run_id("", name)
             except UserError:
                 raise
             except Exception as error:
-                if new:
+                if not tracking._state["runs"]:
                     raise UserError(
                         f"MLflow at {tracking.uri} does not answer ({one_line(error)}): start it, or unset "
                         "MLFLOW_TRACKING_URI to keep the run in the work directory"
@@ -169,7 +169,7 @@ class Tracking:
         """How a person sees the runs: an address, or the command that serves this work directory's store."""
         if self.uri.startswith("http"):
             return f"{self.uri.rstrip('/')}/#/experiments/{self._state['experiment_id']}/runs/{self.run_id}"
-        return f"mlflow ui --backend-store-uri {self.uri}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
 
     def finish(self, status: str = "FINISHED") -> int:
         """Ends the recipe's run as FINISHED, FAILED or KILLED (resumable); how many notes are untold."""

@@ -135,7 +135,7 @@ def test_a_run_holds_everything_and_a_resumed_one_goes_on_in_it(workdir: Path) -
     assert (workdir / "mlartifacts" / parent.info.run_id / "artifacts" / "recipe" / "tiny.yaml").exists()
     assert (workdir / "mlartifacts" / child.info.run_id / "artifacts" / "pictures" / "maps.png").exists()
     assert len(again.client.search_runs([parent.info.experiment_id])) == 2
-    assert "mlflow ui --backend-store-uri sqlite:///" in again.look
+    assert again.look == f"mlflow ui --backend-store-uri 'sqlite:///{workdir}/mlflow.db'"
 
 
 def test_a_driver_that_dies_before_it_saves_the_id_finds_the_run_again(workdir: Path) -> None:
