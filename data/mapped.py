@@ -34,6 +34,7 @@ class MappedShard:
         self._checksums: npt.NDArray[np.uint64] | None = None
         self._bytes = self._map(folder / self.info.name)
         self._whole, self._last = self._views()
+        self._grid = self._one_grid()
 
     def _map(self, path: Path) -> memoryview:
         info, layout = self.info, self.layout
@@ -74,17 +75,35 @@ class MappedShard:
         )
         return whole, tail
 
-    def verify(self, blocks: npt.NDArray[np.int64]) -> None:
-        """Compare the checksums of these blocks of the shard unless that was done. DataError names the first
-        bad one."""
-        for block in blocks[~self._verified[blocks]]:
-            if self._checksums is None:
-                self._checksums = block_checksums(self._folder, self._manifest, self.info.number)
+    def _one_grid(self) -> npt.NDArray | None:
+        """All tokens as one [rows, seq_len] whose rows between blocks are junk; None where strides do not
+        allow."""
+        row_bytes, begin = self.layout.row_bytes, self.layout.tokens_at(0)
+        if self.layout.stride_bytes % row_bytes:
+            return None
+        num_rows = (self.info.num_bytes - begin) // row_bytes
+        dtype = np.dtype(self.layout.dtype).newbyteorder("<")
+        return np.ndarray((num_rows, self.layout.seq_len), dtype, buffer=self._bytes, offset=begin)
+
+    def verify(self, blocks: npt.NDArray[np.int64]) -> int:
+        """Compare the checksums of these blocks of the shard unless that was done; how many were compared
+        now.
+
+        DataError names the first bad one.
+        """
+        pending = blocks[~self._verified[blocks]]
+        if not pending.size:
+            return 0
+        if self._checksums is None:
+            self._checksums = block_checksums(self._folder, self._manifest, self.info.number)
+        pending = np.unique(pending)
+        for block in pending:
             begin, end = self.span(int(block))
             if xxhash.xxh3_64_intdigest(self._bytes[begin:end]) != self._checksums[block]:
                 what = f"its {end - begin} bytes do not have the checksum that the manifest pins"
                 raise damage(self._folder, self.info.name, self.info.first_block + int(block), begin, what)
             self._verified[block] = True
+        return len(pending)
 
     def span(self, block: int) -> tuple[int, int]:
         """Begin and end of a block of this shard in the file, headers included."""
@@ -92,24 +111,30 @@ class MappedShard:
         return self.layout.begin_of_block(block), self.layout.end_of_block(block, rows)
 
     def gather(
-        self,
-        blocks: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
-        into: npt.NDArray[np.int64],
-        tokens: npt.NDArray,
-        lengths: npt.NDArray[np.int64],
-    ) -> None:
-        """Copy row rows[i] of block blocks[i] to tokens[into[i]] and its length to lengths[into[i]]."""
+        self, blocks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], into: npt.NDArray
+    ) -> npt.NDArray:
+        """Copy row rows[i] of block blocks[i] to into[i] ([n, seq_len], contiguous), and return it.
+
+        Where rows lie on one grid (row_bytes divides the stride: seq_len a power of two) this is one `take`.
+        """
+        if self._grid is not None:
+            index = blocks * (self.layout.stride_bytes // self.layout.row_bytes) + rows
+            return np.take(self._grid, index, axis=0, out=into, mode="clip")  # "raise" would copy twice
         is_last = blocks == self.info.num_blocks - 1
-        if is_last.any():
-            tokens[into[is_last]] = self._last[rows[is_last]]
-        if not is_last.all():
-            inner = ~is_last
-            tokens[into[inner]] = self._whole[blocks[inner], rows[inner]]
-        if self.layout.has_lengths:
-            for block in np.unique(blocks):
-                here = blocks == block
-                lengths[into[here]] = self.lengths(int(block))[rows[here]]
+        into[is_last] = self._last[rows[is_last]]
+        inner = ~is_last
+        into[inner] = self._whole[blocks[inner], rows[inner]]
+        return into
+
+    def gather_lengths(
+        self, blocks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Stored lengths of these rows, int64 [n]; only where packing is "document"."""
+        lengths = np.empty(len(blocks), dtype=np.int64)
+        for block in np.unique(blocks):
+            here = blocks == block
+            lengths[here] = self.lengths(int(block))[rows[here]]
+        return lengths
 
     def tokens(self, block: int) -> npt.NDArray:
         """The tokens of a block [rows, seq_len], mapped, not copied."""

@@ -1,118 +1,171 @@
-"""Rows of step t, straight from memory-mapped shards: `RowReader` reads rows, `Stream` knows which.
+"""Rows of step t: `Stream` knows which rows a micro-batch holds and reads them, alone or ahead on a thread.
 
-The rows of micro-batch `index` of step `step` are a pure function of (seed, step, index, manifest): no
-iterator state, so resuming costs nothing and any worker count sees the same batches. The micro-batch is the
-unit of determinism; `share` says which of them a worker computes.
-Every block's checksum is compared on its first use, so damage is an error that names shard, block and offset;
-no row is ever skipped. Left out: worker processes and shared memory; one thread reads ahead.
+The rows of micro-batch `index` of step `step` are a pure function of (seed, step, index, data, order
+parameters): no iterator state, so resuming costs nothing and any worker count sees the same batches. The
+micro-batch is the unit of determinism; `share` says which of them a worker computes.
+
+One data set is read in the order of data.order, or by windows of shards (data.windows). Several corpora are
+mixed by weights (data.mixture); each has a counter, an order and epochs of its own. Left out: worker
+processes and shared memory; one thread reads ahead.
 """
 
+import hashlib
+import json
 import queue
 import threading
-from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from data.errors import DataError
-from data.manifest import load_manifest
-from data.mapped import MappedShard
-from data.order import make_order
+from data.manifest import Manifest, TokenizerInfo
+from data.mixture import make_schedule
+from data.order import Order, derive, make_order
+from data.reader import Batch, Counters, RowReader
+from data.windows import WindowedOrder, make_windowed_order
 
-_MAX_OPEN_SHARDS = 256
+__all__ = ["Batch", "Corpus", "Counters", "RowReader", "Rows", "Stream", "share"]
+
 _AHEAD = 4  # micro-batches read in advance
 
 
-class Batch(NamedTuple):
-    """`input_ids` int64 [rows, seq_len]; `mask` bool [rows, seq_len] or None without padding; `row_ids` int64
-    [rows]."""
+class Rows(Protocol):
+    """Rows by number: a `RowReader`, or anything else that is read in place (data.sources)."""
 
-    input_ids: Tensor
-    mask: Tensor | None
-    row_ids: Tensor
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def shard_rows(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def tokenizer(self) -> TokenizerInfo: ...
+    @property
+    def counters(self) -> Counters: ...
+
+    def read(self, row_ids: npt.ArrayLike) -> Batch: ...
 
 
-class RowReader:
-    """Random access to the rows of the data set in `folder`."""
+class Corpus(NamedTuple):
+    """One of several corpora; weights need not add up to one."""
 
-    def __init__(self, folder: Path, *, verify: bool = True):
-        self.folder = Path(folder)
-        self.manifest = load_manifest(self.folder)
-        self.verify = verify
-        self._shards: OrderedDict[int, MappedShard] = OrderedDict()
-        self._verified: dict[int, npt.NDArray[np.bool_]] = {}
-
-    def read(self, row_ids: npt.ArrayLike) -> Batch:
-        """The rows of these numbers, in the order given. DataError names shard, block and offset of
-        damage."""
-        wanted = np.asarray(row_ids, dtype=np.int64).reshape(-1)
-        manifest = self.manifest
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < manifest.rows):
-            manifest.place(int(wanted.min()))
-            manifest.place(int(wanted.max()))
-        tokens = np.empty((len(wanted), manifest.seq_len), dtype=manifest.dtype)
-        lengths = np.full(len(wanted), manifest.seq_len, dtype=np.int64)
-        blocks, rows = np.divmod(wanted, manifest.rows_per_block)
-        shards, blocks = np.divmod(blocks, manifest.blocks_per_shard)
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            mapped = self._open(int(shard))
-            if self.verify:
-                mapped.verify(np.unique(blocks[here]))
-            mapped.gather(blocks[here], rows[here], here, tokens, lengths)
-        ids = torch.from_numpy(tokens.astype(np.int64))
-        mask = None
-        if (lengths < manifest.seq_len).any():
-            mask = torch.from_numpy(np.arange(manifest.seq_len) < lengths[:, None])
-        return Batch(ids, mask, torch.from_numpy(wanted.copy()))
-
-    def _open(self, shard: int) -> MappedShard:
-        if shard in self._shards:
-            self._shards.move_to_end(shard)
-            return self._shards[shard]
-        while len(self._shards) >= _MAX_OPEN_SHARDS:
-            self._shards.popitem(last=False)
-        num_blocks = self.manifest.shard(shard).num_blocks
-        verified = self._verified.setdefault(shard, np.zeros(num_blocks, dtype=bool))
-        mapped = MappedShard(self.folder, self.manifest, shard, verified)
-        self._shards[shard] = mapped
-        return mapped
+    rows: Rows
+    weight: float
 
 
 class Stream:
-    """The batches of a run over the data set in `folder`, each of `batch` rows, cut into micro-batches."""
+    """The batches of a run, each of `batch` rows, cut into micro-batches.
 
-    def __init__(self, folder: Path, *, seed: int, batch: int, micro_batch: int):
+    `source` is the folder of a data set, an object with rows, or several weighted corpora. `window`: shuffle
+    by windows of so many shards instead of fully. `pin`: batches in page-locked memory. Row numbers of a
+    batch count over all corpora laid end to end.
+    """
+
+    def __init__(
+        self,
+        source: Path | Rows | Sequence[Corpus],
+        *,
+        seed: int,
+        batch: int,
+        micro_batch: int,
+        window: int | None = None,
+        pin: bool = False,
+    ):
         if batch < 1 or micro_batch < 1 or batch % micro_batch:
             raise DataError(
                 f"batch {batch} cannot be cut into micro-batches of {micro_batch} rows; "
                 "micro_batch must divide batch, and both be at least 1"
             )
-        self._reader = RowReader(folder)
-        self.manifest = self._reader.manifest
+        self.corpora = _corpora(source, pin)
         self.batch, self.num_micro_batches = batch, batch // micro_batch
         self._micro_batch_rows = micro_batch
-        self._order = make_order(self.manifest.rows, seed)
+        self._schedule = make_schedule([corpus.weight for corpus in self.corpora])
+        alone = len(self.corpora) == 1
+        self._orders = [
+            _order(corpus.rows, seed if alone else derive(seed, 4, number), window)
+            for number, corpus in enumerate(self.corpora)
+        ]
+        ends = np.cumsum([corpus.rows.num_rows for corpus in self.corpora])
+        self._first_rows = np.concatenate([[0], ends[:-1]])
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the (first) data set."""
+        rows = self.corpora[0].rows
+        assert isinstance(rows, RowReader), "rows that are read in place have no manifest"
+        return rows.manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of what is read: the data set's own, or one over all corpora and weights."""
+        if len(self.corpora) == 1:
+            return self.corpora[0].rows.fingerprint
+        parts = [[corpus.rows.fingerprint, float(corpus.weight)] for corpus in self.corpora]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def counters(self) -> Counters:
+        """Sums over all corpora."""
+        return Counters(
+            *(sum(values) for values in zip(*(c.rows.counters for c in self.corpora), strict=True))
+        )
 
     def row_ids(self, step: int, index: int) -> npt.NDArray[np.int64]:
         """int64 [micro_batch]: the row numbers of micro-batch `index` of `step`, in order."""
+        corpus, rows = self._addresses(step, index)
+        return rows + self._first_rows[corpus]
+
+    def micro_batch(self, step: int, index: int) -> Batch:
+        """Micro-batch `index` of optimiser step `step`: a pure function of both, the seed and the data."""
+        corpus, rows = self._addresses(step, index)
+        if len(self.corpora) == 1:
+            return self.corpora[0].rows.read(rows)
+        parts = [(number, np.flatnonzero(corpus == number)) for number in np.unique(corpus)]
+        batches = [self.corpora[number].rows.read(rows[here]) for number, here in parts]
+        back = torch.from_numpy(np.argsort(np.concatenate([here for _, here in parts])))
+        ids = torch.cat([batch.input_ids for batch in batches])[back]
+        mask = None
+        if any(batch.mask is not None for batch in batches):
+            masks = [
+                torch.ones_like(b.input_ids, dtype=torch.bool) if b.mask is None else b.mask for b in batches
+            ]
+            mask = torch.cat(masks)[back]
+        return Batch(ids, mask, torch.from_numpy(rows + self._first_rows[corpus]))
+
+    def _addresses(self, step: int, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(corpus, row in the corpus) of every row of a micro-batch."""
         if step < 0 or not 0 <= index < self.num_micro_batches:
             raise DataError(
                 f"micro-batch {index} of step {step} does not exist; a step has 0 to "
                 f"{self.num_micro_batches - 1}"
             )
-        return self._order.rows(step * self.batch + index * self._micro_batch_rows, self._micro_batch_rows)
+        first, count = step * self.batch + index * self._micro_batch_rows, self._micro_batch_rows
+        if len(self.corpora) == 1:
+            return np.zeros(count, dtype=np.int64), self._orders[0].rows(first, count)
+        corpus, counters = self._schedule.at(first, count)
+        rows = np.empty(count, dtype=np.int64)
+        for number in np.unique(corpus):  # a corpus's counters are consecutive within a run of positions
+            here = np.flatnonzero(corpus == number)
+            rows[here] = self._orders[number].rows(int(counters[here[0]]), len(here))
+        return corpus, rows
 
-    def micro_batch(self, step: int, index: int) -> Batch:
-        """Micro-batch `index` of optimiser step `step`: a pure function of both, the seed and the
-        manifest."""
-        return self._reader.read(self.row_ids(step, index))
+    def position(self, row: int, epoch: int) -> tuple[int, int]:
+        """(step, place in the batch) at which `epoch` of the row's corpus reads row number `row`."""
+        total = int(self._first_rows[-1]) + self.corpora[-1].rows.num_rows
+        if not 0 <= row < total:
+            raise DataError(f"row {row} does not exist; these data have rows 0 to {total - 1}")
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        counter = self._orders[number].position(row - int(self._first_rows[number]), epoch)
+        return divmod(
+            counter if len(self.corpora) == 1 else self._schedule.position(number, counter), self.batch
+        )
 
     def iterate(self, first_step: int, num_steps: int, micro_batches: range) -> Generator[Batch, None, None]:
         """For steps first_step … num_steps - 1 in order, these micro-batches in order; a thread reads ahead.
@@ -149,6 +202,36 @@ class Stream:
         finally:
             stopped.set()
             thread.join()
+
+
+def _corpora(source: Path | Rows | Sequence[Corpus], pin: bool) -> list[Corpus]:
+    if isinstance(source, (str, Path)):
+        return [Corpus(RowReader(Path(source), pin=pin), 1.0)]
+    if not isinstance(source, Sequence):
+        return [Corpus(source, 1.0)]
+    corpora = list(source)
+    if not corpora:
+        raise DataError("no corpus was given; name at least one data set")
+    first = corpora[0].rows
+    for number, corpus in enumerate(corpora[1:], start=2):
+        if corpus.rows.seq_len != first.seq_len:
+            raise DataError(
+                f"corpus {number} has rows of {corpus.rows.seq_len} tokens, the first one of "
+                f"{first.seq_len}; "
+                "corpora that are mixed need the same seq_len: build one of them again"
+            )
+        if corpus.rows.tokenizer != first.tokenizer:
+            raise DataError(
+                f"corpus {number} was tokenized with another vocabulary than the first one; "
+                "build one of them again with the teacher's tokenizer"
+            )
+    return corpora
+
+
+def _order(rows: Rows, seed: int, window: int | None) -> Order | WindowedOrder:
+    if window is None:
+        return make_order(rows.num_rows, seed)
+    return make_windowed_order(rows.num_rows, seed, rows.shard_rows, window)
 
 
 def share(num_micro_batches: int, rank: int, world_size: int) -> range:
