@@ -74,8 +74,12 @@ def parser() -> argparse.ArgumentParser:
 def add_data_verbs(data: argparse.ArgumentParser) -> None:
     verbs = data.add_subparsers(title="verbs", required=True, metavar="VERB")
     build = verbs.add_parser("build", help="turn text into shards of token rows")
-    build.add_argument("inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, parquet; also .gz .xz .zst")
-    build.add_argument("--tokenizer", required=True, help="the teacher's: a folder, package:NAME/PATH or a hub id")
+    build.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, parquet; also .gz .xz .zst"
+    )
+    build.add_argument(
+        "--tokenizer", required=True, help="the teacher's: a folder, package:NAME/PATH or a hub id"
+    )
     build.add_argument("--out", type=Path, required=True)
     build.add_argument("--seq-len", type=int, default=512)
     build.add_argument("--packing", choices=("full", "document"), default="full")
@@ -127,16 +131,14 @@ def check_recipes(options: argparse.Namespace) -> int:
 
 def build_data(options: argparse.Namespace) -> int:
     from data.build import build
-    from orchestrator.curriculum import build_reporter
-    from orchestrator.inputs import tokenizer_name
-    from orchestrator.progress import Line
-    from orchestrator.references import input_files
+    from orchestrator.inputs import text_inputs, tokenizer_name
+    from orchestrator.progress import Line, build_reporter
     from orchestrator.signals import StopRequest
 
     line = Line()
     with StopRequest() as stop:
         report = build(
-            input_files(options.inputs),
+            text_inputs(options.inputs),
             tokenizer_name(options.tokenizer),
             options.out,
             seq_len=options.seq_len,
@@ -157,8 +159,10 @@ def pull_model(options: argparse.Namespace) -> int:
     from orchestrator.tracking import tracking_uri
 
     if options.workdir is None and "MLFLOW_TRACKING_URI" not in os.environ:
-        raise UserError("set MLFLOW_TRACKING_URI to the registry, or give --workdir DIR of the run that registered it")
-    model = registry.pull(options.uri, options.out, tracking_uri(options.workdir or Path()))
+        raise UserError(
+            "set MLFLOW_TRACKING_URI to the registry, or give --workdir DIR of the run that registered it"
+        )
+    model = registry.pull(tracking_uri(options.workdir or Path()), options.uri, options.out)
     print(f"{model.name} version {model.version} is in {options.out}")
     return 0
 

@@ -12,23 +12,20 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from data.build import BuildProgress
 from model.export import weights_digest
 from orchestrator import launch
 from orchestrator.errors import InfrastructureError, Stopped, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.inputs import Dataset, check_stage, model_folder, prepare_data
-from orchestrator.progress import Line, StageProgress, describe_build
+from orchestrator.progress import Line, StageProgress, build_reporter
 from orchestrator.publish import publish
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_types import Stage
-from orchestrator.references import parse_reference
 from orchestrator.signals import StopRequest
 from orchestrator.stage import StageJob, StudentJob
 from orchestrator.summary import ModelEntry, Summary
@@ -58,7 +55,10 @@ def run_recipe(
             recipe.tracking.experiment,
             name=recipe.name,
             params=recipe.model_dump(mode="json"),
-            tags={"minilm.data_fingerprint": dataset.manifest.fingerprint, "minilm.data": str(dataset.folder)},
+            tags={
+                "minilm.data_fingerprint": dataset.manifest.fingerprint,
+                "minilm.data": str(dataset.folder),
+            },
             recipe_file=recipe_file,
         )
         driver = Driver(recipe, workdir, dataset, tracking, launcher, address, line, stop, stack)
@@ -124,13 +124,12 @@ class Driver:
     def make_job(self, stage: Stage) -> StageJob:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
         recipe, compute = self.recipe, self.recipe.compute
-        teacher = model_folder(parse_reference(stage.teacher, recipe.student_names), recipe, self.workdir)
+        teacher = model_folder(stage.teacher_ref, recipe, self.workdir)
         shape = check_stage(stage, teacher, self.dataset)
         teacher_digest = weights_digest(teacher)
-        fields = recipe.result_fields()
-        determining = next(s for s in fields["stages"] if s["name"] == stage.name)
+        fields = stage.result_fields()
         inputs = {
-            "stage": determining | {"teacher": teacher_digest},
+            "stage": fields | {"teacher": teacher_digest},
             "seed": recipe.seed,
             "precision": compute.precision,
             "data": self.dataset.manifest.fingerprint,
@@ -140,17 +139,17 @@ class Driver:
             folder=str(self.workdir.stage(stage.name).root.resolve()),
             data=str(self.dataset.folder),
             teacher=str(teacher),
-            teacher_name=stage.teacher,
+            teacher_name=fields["teacher"],
             teacher_digest=teacher_digest,
             teacher_layer=stage.teacher_layer,
             students=tuple(
                 StudentJob(s.name, s.layers, s.hidden, s.heads or shape.heads, s.ffn, s.dropout, s.init)
                 for s in stage.students
             ),
-            objective={"name": stage.objective},
+            objective=stage.objective_fields(),
             seed=recipe.seed,
             batch=stage.batch,
-            micro_batch=recipe.micro_batch(stage),
+            micro_batch=stage.micro_batch,
             steps=stage.steps,
             peak_lr=stage.peak_lr,
             warmup_steps=stage.warmup_steps,
@@ -163,7 +162,7 @@ class Driver:
             log_every=recipe.tracking.log_every,
             device=compute.device,
             precision=compute.precision,
-            threads=None if compute.threads == "auto" else compute.threads,
+            threads=compute.threads,
             checkpoint_every_steps=compute.checkpoint_every_steps,
             checkpoint_every_seconds=compute.checkpoint_every_seconds,
             keep_checkpoints=compute.keep_checkpoints,
@@ -190,6 +189,8 @@ class Driver:
         if failure is not None:
             raise UserError(failure["message"])
         if (error := future.exception()) is not None:
+            if self.launcher == "inline":
+                raise error
             raise InfrastructureError(
                 f"stage {job.stage}: its workers kept failing ({str(error).strip().splitlines()[-1]}); their logs are "
                 f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
@@ -219,14 +220,3 @@ class Driver:
     def say(self, text: str) -> None:
         self.line.close()
         print(text, file=sys.stderr, flush=True)
-
-
-def build_reporter(line: Line, stop: StopRequest) -> Callable[[BuildProgress], None]:
-    """Shows the build, and ends it when a signal has come."""
-
-    def report(progress: BuildProgress) -> None:
-        if stop.requested:
-            raise Stopped("stopped while building the data set; the same command goes on with it")
-        line.show(describe_build(progress))
-
-    return report

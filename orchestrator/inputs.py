@@ -7,7 +7,7 @@ starts, from the configurations alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from orchestrator.references import (
     Reference,
     RegistryRef,
     StudentRef,
-    input_files,
+    package_path,
     parse_reference,
 )
 from orchestrator.workdir import Workdir
@@ -51,10 +51,10 @@ def prepare_data(
         folder = Path(data.shards)
     else:
         folder = workdir.data
-        assert data.text is not None and data.tokenizer is not None  # recipe_types: shards, or these two
-        tokenizer = model_folder(parse_reference(data.tokenizer), recipe, workdir)
+        assert data.text is not None and data.tokenizer_ref is not None  # recipe_types: shards, or these two
+        tokenizer = model_folder(data.tokenizer_ref, recipe, workdir)
         build(
-            input_files(data.text),
+            text_inputs(data.text),
             str(tokenizer),
             folder,
             seq_len=data.seq_len,
@@ -88,10 +88,16 @@ def model_folder(ref: Reference, recipe: Recipe, workdir: Workdir) -> Path:
             return workdir.stage(stage.name).student(name).resolve()
         case RegistryRef():
             from orchestrator.registry import pull_once
+            from orchestrator.tracking import tracking_uri
 
-            return pull_once(ref.uri, workdir.teachers)
+            return pull_once(tracking_uri(workdir.root), ref.uri, workdir.teachers).resolve()
         case HubRef(hub_id):
             return download(hub_id, workdir.teachers)
+
+
+def text_inputs(patterns: Sequence[str]) -> list[str | Path]:
+    """What `data.build` is given for paths, folders, globs and `package:NAME/PATH`."""
+    return [package_path(p) if p.startswith("package:") else p for p in patterns]
 
 
 def tokenizer_name(text: str) -> str:
@@ -139,7 +145,7 @@ def check_stage(stage: Stage, teacher: Path, dataset: Dataset) -> EncoderShape:
         )
     check_vocabulary(where, teacher, shape, dataset)
     try:
-        objective = Objective.named(stage.objective)
+        objective = Objective.named(**stage.objective_fields())
         tapped_layer(AutoConfig.from_pretrained(str(teacher)), stage.teacher_layer)
         for student in stage.students:
             heads = student.heads or shape.heads

@@ -63,7 +63,11 @@ def worker_resources(min_workers: int, use_gpu: bool) -> dict[str, float]:
         raise UserError(
             f"the Ray cluster has {total.get(name, 0):g} {name}, the recipe asks for {min_workers} workers with one "
             f"each; lower compute.workers or add nodes"
-            + ('' if use_gpu else ' (`ray start --resources \'{"trainer": 1}\'` gives a node a place for one)')
+            + (
+                ""
+                if use_gpu
+                else " (`ray start --resources '{\"trainer\": 1}'` gives a node a place for one)"
+            )
         )
     return {name: 1}
 

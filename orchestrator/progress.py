@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from data.build import BuildProgress
+from orchestrator.errors import Stopped
 from orchestrator.files import read_json
+from orchestrator.signals import StopRequest
 from orchestrator.stage import StageFolder, StageJob
 
 PLAIN_INTERVAL_SECONDS = 5.0
@@ -46,14 +50,24 @@ class Line:
 
 
 def describe_build(progress: BuildProgress) -> str:
-    """`building shards  45 %  4,500 documents  3,100 rows  210k tokens/s  4s left`."""
-    share = progress.done_bytes / max(progress.total_bytes, 1)
-    seconds = max(progress.seconds, 1e-9)
-    left = duration(seconds * (1 - share) / share) if share > 0 else "?"
+    """`building shards (tokenize)  45%  4,500 documents  210k tokens/s  4s left`."""
+    left = "" if math.isnan(progress.seconds_left) else f"  {duration(progress.seconds_left)} left"
+    speed = progress.tokens / max(progress.seconds, 1e-9) / 1000
     return (
-        f"building shards  {share:.0%}  {progress.documents:,} documents  {progress.rows:,} rows  "
-        f"{progress.tokens / seconds / 1000:.0f}k tokens/s  {left} left"
+        f"building shards ({progress.phase})  {progress.share:.0%}  {progress.documents:,} documents  "
+        f"{speed:.0f}k tokens/s{left}"
     )
+
+
+def build_reporter(line: Line, stop: StopRequest) -> Callable[[BuildProgress], None]:
+    """Shows the build, and ends it when a signal has come."""
+
+    def report(progress: BuildProgress) -> None:
+        if stop.requested:
+            raise Stopped("stopped while building the data set; the same command goes on with it")
+        line.show(describe_build(progress))
+
+    return report
 
 
 class StageProgress:
@@ -80,7 +94,9 @@ class StageProgress:
         for student in job.students:
             if f"{student.name}/loss" in metrics:
                 label = f"{student.name} loss" if len(job.students) > 1 else "loss"
-                parts.append(f"{label} {metrics[f'{student.name}/loss']:.3f} ({self.terms(student.name, metrics)})")
+                parts.append(
+                    f"{label} {metrics[f'{student.name}/loss']:.3f} ({self.terms(student.name, metrics)})"
+                )
         if "rows_per_second" in metrics:
             rows = metrics["rows_per_second"]
             left = (job.steps - beat["step"]) * job.batch / max(rows, 1e-9)
@@ -96,4 +112,3 @@ class StageProgress:
         skip = {f"{student}/loss", f"{student}/gradient_norm"}
         own = {k: v for k, v in metrics.items() if k.startswith(f"{student}/") and k not in skip}
         return " ".join(f"{name.split('/', 1)[1]} {value:.3f}" for name, value in own.items())
-

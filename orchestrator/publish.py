@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from data.stream import RowReader
 from data.tokenizer import load_tokenizer
@@ -51,7 +51,7 @@ def publish(
     entries = [entry(job.teacher_name, "teacher", teacher, speeds[0], job.teacher)]
     for (name, encoder), speed in zip(students.items(), speeds[1:], strict=True):
         registered = registry.register(
-            tracking,
+            tracking.uri,
             f"{recipe.name}-{name}",
             folder.student(name),
             alias=recipe.tracking.alias,
@@ -113,10 +113,10 @@ def draw_maps(job: StageJob, teacher: TappedEncoder, students: dict[str, TappedE
     mask = None if batch.mask is None else batch.mask[:, :PICTURE_TOKENS]
     tokenizer = load_tokenizer(str(Path(job.data) / "tokenizer"))
 
-    def maps(encoder: TappedEncoder) -> Tensor:
+    def maps(encoder: TappedEncoder) -> NDArray:
         with torch.inference_mode():
             taps = encoder.eval()(ids, mask)
-            return relation_maps(taps.q, taps.k, mask)[0]
+            return relation_maps(taps.q, taps.k, mask)[0].numpy()
 
     pictures.attention_maps(
         maps(teacher),

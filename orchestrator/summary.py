@@ -62,7 +62,10 @@ class Summary:
             for model in self.models
         ]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (header, *rows)
+        ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join(line.rstrip() for line in lines)
 
@@ -74,7 +77,7 @@ class Summary:
                 f"Look further (work directory {self.workdir}, this run took {duration(self.seconds)}):",
                 f"  the tracked runs    {self.look}",
                 f"  pictures            {Path(last.folder).parent.parent}/*.png",
-                f"  load the student    python -c \"from transformers import AutoModel; "
+                f'  load the student    python -c "from transformers import AutoModel; '
                 f"print(AutoModel.from_pretrained('{last.folder}').num_parameters())\"",
                 f"  pull it anywhere    minilm pull models:/{registered}@ALIAS DIR",
                 "  another recipe      minilm check recipes/*.yaml; minilm run recipes/bert-l6-h384-ta.yaml",

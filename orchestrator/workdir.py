@@ -1,12 +1,12 @@
 """The work directory: all that a run writes, and the proof that it belongs to this recipe.
 
-    DIR/run.json        the recipe's result-determining fields; another recipe is refused
-    DIR/recipe.yaml     the recipe file as given
-    DIR/data/           shards, when the recipe names text
-    DIR/teachers/       teachers pulled from a registry or a hub
-    DIR/stages/STAGE/   one stage (see `stage.StageFolder`)
-    DIR/summary.json    the table of a finished run
-    DIR/mlflow.db, mlartifacts/, tracking.json   tracking, unless MLFLOW_TRACKING_URI says otherwise
+DIR/run.json        the recipe's result-determining fields; another recipe is refused
+DIR/recipe.yaml     the recipe file as given
+DIR/data/           shards, when the recipe names text
+DIR/teachers/       teachers pulled from a registry or a hub
+DIR/stages/STAGE/   one stage (see `stage.StageFolder`)
+DIR/summary.json    the table of a finished run
+DIR/mlflow.db, mlartifacts/, tracking.json   tracking, unless MLFLOW_TRACKING_URI says otherwise
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Workdir:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot use {self.root} as work directory: {error.strerror}; give another --workdir") from error
+            raise UserError(
+                f"cannot use {self.root} as work directory: {error.strerror}; give another --workdir"
+            ) from error
         with (self.root / "lock").open("a+", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

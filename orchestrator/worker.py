@@ -8,6 +8,7 @@ checkpoint, then at the initialisation that the recipe asks for. The step number
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -41,6 +42,7 @@ from orchestrator.world import World, join_world
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 STOP_CHECK_SECONDS = 0.5
 
 
@@ -257,7 +259,12 @@ class StageRun:
             digests[student.name] = weights_digest(folder)
         write_json(
             self.folder.done,
-            {"digest": self.job.digest, "data": self.identity.data, "students": digests, "steps": self.job.steps},
+            {
+                "digest": self.job.digest,
+                "data": self.identity.data,
+                "students": digests,
+                "steps": self.job.steps,
+            },
         )
 
 
@@ -305,8 +312,16 @@ def run_reporting(job: StageJob) -> bool:
     try:
         return run_stage(job)
     except (UserError, DataError, ModelError) as error:
-        write_json(StageFolder(Path(job.folder)).failure, {"attempt": job.attempt, "message": str(error)})
-        return False
+        message = str(error)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        message = (
+            f"stage {job.stage}: no space left on the disk of {job.folder}; its last checkpoint is whole: free some "
+            f"space and run the same command again"
+        )
+    write_json(StageFolder(Path(job.folder)).failure, {"attempt": job.attempt, "message": message})
+    return False
 
 
 def main() -> int:

@@ -79,7 +79,9 @@ def join_world(device: str, threads: int | None) -> Iterator[World]:
     control = None
     if size > 1:
         on_cpu = dist.get_backend() == "gloo"
-        control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
+        control = (
+            dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
+        )
     try:
         yield World(rank, size, local_size, picked, control)
     finally:

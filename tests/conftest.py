@@ -14,11 +14,12 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 import pytest
 import torch
 
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem "
-    "hand part place case week company system program question work government number night point home water room "
-    "mother area money story fact month lot right study book eye job word business issue side kind head house service"
-).split()
+WORDS = """
+time year people way day man thing woman life child world school state family student group
+country problem hand part place case week company system program question work government
+number night point home water room mother area money story fact month lot right study book eye
+job word business issue side kind head house service
+""".split()  # noqa: SIM905 (a list of words, one a line, would be a screen long)
 
 
 def write_text(path: Path, documents: int, seed: int = 0) -> Path:
@@ -29,7 +30,9 @@ def write_text(path: Path, documents: int, seed: int = 0) -> Path:
     return path
 
 
-def make_teacher(folder: Path, *, layers: int = 3, hidden: int = 48, heads: int = 4, extra_words: tuple[str, ...] = ()):
+def make_teacher(
+    folder: Path, *, layers: int = 3, hidden: int = 48, heads: int = 4, extra_words: tuple[str, ...] = ()
+):
     """A BERT with random weights large enough to give sharp attention, and its WordPiece tokenizer, as a folder."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
