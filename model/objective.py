@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import ModelError
-from model.relations import reduce_rows, relation_heads, relation_kl, relation_weight
+from model.relations import query_weights, relation_heads, relation_kl, relation_weight
 from model.tap import Taps
 
 _PARTS = ("q", "k", "v", "hidden")
@@ -253,7 +253,7 @@ class Objective:
                 got = got.masked_fill(~mask[..., None], 0.0)
                 target = target.masked_fill(~mask[..., None], 0.0)
             rows_BT = (got - target.detach().to(dtype)).square().mean(dim=-1)
-            return reduce_rows(rows_BT, mask, f"{self.reduction}_sum")
+            return (rows_BT * query_weights(mask, got.shape, self.reduction, got)).sum()
 
 
 def _parts(term: Relation | SquaredError) -> tuple[str, ...]:
