@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from data.build_report import BuildReport, make_report
+from data.build_report import REPORT, BuildReport, make_report, save_report
 from data.build_tasks import SPLITS, Work, save_json, save_work
 from data.errors import DataError
 from data.manifest import (
@@ -430,6 +430,7 @@ class _Build:
                 if path.name != MANIFEST:
                     path.replace(target / path.name)
             if split == "train":
+                save_report(report, self.work.layout.seq_len, self.out / REPORT)
                 save_json(self.out / BUILD_FILE, self._saved_build(report))
             os.sync()
             (self.folder / split / MANIFEST).replace(target / MANIFEST)

@@ -1,10 +1,15 @@
-"""What a build says at its end: counts and shares, as an object and as text."""
+"""What a build says at its end: counts and shares, as an object, text, JSON and a picture of document lengths."""
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from data.build_tasks import Work
 from data.pack import content_len
+
+REPORT = "report"
+MAX_UNKNOWN_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,16 @@ class BuildReport:
     length_histogram: list[int]
     notes: list[str]
 
+    @property
+    def warning(self) -> str | None:
+        """Said when so many tokens are unknown that the tokenizer is probably the wrong one."""
+        if self.unknown_share <= MAX_UNKNOWN_SHARE:
+            return None
+        return (
+            f"{self.unknown_share:.1%} of the tokens are unknown to the tokenizer (below "
+            f"{MAX_UNKNOWN_SHARE:.0%} is usual): is it made for this text's language and alphabet?"
+        )
+
     def text(self) -> str:
         """A few aligned lines for a person."""
         documents = f"{self.documents:,}"
@@ -50,7 +65,10 @@ class BuildReport:
             "fingerprint": self.fingerprint[:16],
         }
         told = [f"{name:<12}{value}" for name, value in lines.items()]
-        return "\n".join(told + [f"{'read':<12}{note}" for note in self.notes])
+        told += [f"{'read':<12}{note}" for note in self.notes]
+        if self.warning:
+            told.append(f"{'WARNING':<12}{self.warning}")
+        return "\n".join(told)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,3 +106,31 @@ def make_report(
         length_histogram=[sum(column) for column in zip(*(b["histogram"] for b in every), strict=True)],
         notes=[f"{file.path}: {file.note}" for file in work.files],
     )
+
+
+def save_report(report: BuildReport, seq_len: int, folder: Path) -> None:
+    """Write `report.json`, `report.txt` and `lengths.png` into `folder`."""
+    folder.mkdir(exist_ok=True)
+    told = {**report.as_dict(), "warning": report.warning}
+    (folder / "report.json").write_text(json.dumps(told, indent=2) + "\n")
+    (folder / "report.txt").write_text(report.text() + "\n")
+    _draw_lengths(report, seq_len, folder / "lengths.png")
+
+
+def _draw_lengths(report: BuildReport, seq_len: int, path: Path) -> None:
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    bins = report.length_histogram
+    used = [i for i, count in enumerate(bins) if count]
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    left = [2 ** (i / 2) for i in range(used[0], used[-1] + 1)]
+    width = [edge * (2**0.5 - 1) for edge in left]
+    axes.bar(left, bins[used[0] : used[-1] + 1], width=width, align="edge", edgecolor="white")
+    axes.axvline(content_len(seq_len), color="black", linestyle=":", label=f"a row of {seq_len}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens of a document")
+    axes.set_ylabel("documents")
+    axes.set_title(f"{report.documents:,} documents, {report.tokens:,} tokens")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})

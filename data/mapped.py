@@ -13,15 +13,17 @@ import numpy.typing as npt
 import xxhash
 
 from data.errors import DataError
-from data.manifest import Manifest, block_checksums
+from data.manifest import HELD_OUT, MANIFEST, Manifest, block_checksums
 from data.shard import TRAILER_BYTES
 
 
 def damage(folder: Path, name: str, block: int, offset: int, what: str) -> DataError:
-    """The error for a damaged shard: where, and the command that says how much is damaged."""
+    """The error for a damaged shard: where, and the commands that list and mend the damage."""
+    folder = Path(folder)
+    whole = folder.parent if folder.name == HELD_OUT and (folder.parent / MANIFEST).exists() else folder
     return DataError(
-        f"shard {str(Path(folder) / name)!r}, block {block}, at byte {offset}: {what}; "
-        f"list all damage with: minilm data verify {folder}"
+        f"shard {str(folder / name)!r}, block {block}, at byte {offset}: {what}; list all damage with "
+        f"`minilm data verify {whole}`, mend it with `minilm data repair {whole}`"
     )
 
 

@@ -129,6 +129,15 @@ def write_shard(
     return WrittenShard(at + TRAILER_BYTES, digest.hexdigest(), checksums)
 
 
+def record_tar(path: Path, records: Iterable[tuple[str, npt.NDArray]]) -> None:
+    """Write (name, array) records as a plain USTAR tar of npy members, one record each."""
+    with path.open("wb") as file:
+        for name, array in records:
+            for piece in _member(name, array, _RECORD + _MIN_NPY_HEADER):
+                file.write(piece)
+        file.write(bytes(TRAILER_BYTES))
+
+
 def _member(name: str, array: npt.NDArray, payload_at: int) -> list[bytes]:
     """Tar header, npy header and payload of one member; the payload starts `payload_at` bytes behind its
     begin."""

@@ -29,7 +29,7 @@ from data.order import Order, derive, make_order
 from data.reader import Batch, Counters, RowReader
 from data.windows import WindowedOrder, make_windowed_order
 
-__all__ = ["Batch", "Corpus", "Counters", "RowReader", "Rows", "Stream", "share"]
+__all__ = ["Address", "Batch", "Corpus", "Counters", "RowReader", "Rows", "Stream", "share"]
 
 _AHEAD = 4  # micro-batches read in advance
 
@@ -58,6 +58,14 @@ class Corpus(NamedTuple):
 
     rows: Rows
     weight: float
+
+
+class Address(NamedTuple):
+    """Where a row of a batch comes from."""
+
+    corpus: int
+    epoch: int
+    row: int
 
 
 class Stream:
@@ -119,12 +127,19 @@ class Stream:
 
     def row_ids(self, step: int, index: int) -> npt.NDArray[np.int64]:
         """int64 [micro_batch]: the row numbers of micro-batch `index` of `step`, in order."""
-        corpus, rows = self._addresses(step, index)
-        return rows + self._first_rows[corpus]
+        corpus, counters = self._positions(step, index)
+        return self._rows(corpus, counters) + self._first_rows[corpus]
+
+    def addresses(self, step: int, index: int) -> list[Address]:
+        """Corpus, epoch of that corpus, and row in that corpus, of every row of a micro-batch."""
+        corpus, counters = self._positions(step, index)
+        found = zip(corpus.tolist(), counters.tolist(), self._rows(corpus, counters).tolist(), strict=True)
+        return [Address(c, counter // self.corpora[c].rows.num_rows, row) for c, counter, row in found]
 
     def micro_batch(self, step: int, index: int) -> Batch:
         """Micro-batch `index` of optimiser step `step`: a pure function of both, the seed and the data."""
-        corpus, rows = self._addresses(step, index)
+        corpus, counters = self._positions(step, index)
+        rows = self._rows(corpus, counters)
         if len(self.corpora) == 1:
             return self.corpora[0].rows.read(rows)
         parts = [(number, np.flatnonzero(corpus == number)) for number in np.unique(corpus)]
@@ -133,28 +148,31 @@ class Stream:
         ids = torch.cat([batch.input_ids for batch in batches])[back]
         mask = None
         if any(batch.mask is not None for batch in batches):
-            masks = [
+            whole = [
                 torch.ones_like(b.input_ids, dtype=torch.bool) if b.mask is None else b.mask for b in batches
             ]
-            mask = torch.cat(masks)[back]
+            mask = torch.cat(whole)[back]
         return Batch(ids, mask, torch.from_numpy(rows + self._first_rows[corpus]))
 
-    def _addresses(self, step: int, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(corpus, row in the corpus) of every row of a micro-batch."""
+    def _positions(self, step: int, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(corpus, that corpus's counter) of every row of a micro-batch."""
         if step < 0 or not 0 <= index < self.num_micro_batches:
             raise DataError(
                 f"micro-batch {index} of step {step} does not exist; a step has 0 to "
                 f"{self.num_micro_batches - 1}"
             )
         first, count = step * self.batch + index * self._micro_batch_rows, self._micro_batch_rows
+        return self._schedule.at(first, count)
+
+    def _rows(self, corpus: npt.NDArray[np.int64], counters: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Row numbers in each row's corpus; a corpus's counters are consecutive within a micro-batch."""
         if len(self.corpora) == 1:
-            return np.zeros(count, dtype=np.int64), self._orders[0].rows(first, count)
-        corpus, counters = self._schedule.at(first, count)
-        rows = np.empty(count, dtype=np.int64)
-        for number in np.unique(corpus):  # a corpus's counters are consecutive within a run of positions
+            return self._orders[0].rows(int(counters[0]), len(counters))
+        rows = np.empty(len(corpus), dtype=np.int64)
+        for number in np.unique(corpus):
             here = np.flatnonzero(corpus == number)
             rows[here] = self._orders[number].rows(int(counters[here[0]]), len(here))
-        return corpus, rows
+        return rows
 
     def position(self, row: int, epoch: int) -> tuple[int, int]:
         """(step, place in the batch) at which `epoch` of the row's corpus reads row number `row`."""
@@ -163,9 +181,7 @@ class Stream:
             raise DataError(f"row {row} does not exist; these data have rows 0 to {total - 1}")
         number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         counter = self._orders[number].position(row - int(self._first_rows[number]), epoch)
-        return divmod(
-            counter if len(self.corpora) == 1 else self._schedule.position(number, counter), self.batch
-        )
+        return divmod(self._schedule.position(number, counter), self.batch)
 
     def iterate(self, first_step: int, num_steps: int, micro_batches: range) -> Generator[Batch, None, None]:
         """For steps first_step … num_steps - 1 in order, these micro-batches in order; a thread reads ahead.

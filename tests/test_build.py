@@ -32,7 +32,7 @@ def files_of(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "build.json"
+        if path.is_file() and path.name != "build.json" and path.parent.name != "report"
     }
 
 
@@ -321,6 +321,7 @@ def test_unknown_share_counts_unknown_tokens(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("aa éж жж bb " * 50)
     report = build([tmp_path / "a.txt"], tokenizer, tmp_path / "out", processes=1, **SMALL)
     assert report.unknown_share == pytest.approx(2 / 6, abs=0.01)
+    assert "33.3% of the tokens are unknown to the tokenizer" in report.text().splitlines()[-1]
 
 
 def worker_processes():
@@ -353,6 +354,10 @@ def test_histogram_counts_every_document(text, tokenizer, tmp_path):
 def test_the_report_reads_well(text, tokenizer, tmp_path):
     report = build(text, tokenizer, tmp_path / "out", processes=1, held_out=0.2, **SMALL)
     told = report.text()
+    assert (tmp_path / "out" / "report" / "report.txt").read_text() == told + "\n"
+    saved = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    assert saved["rows"] == report.rows and saved["warning"] is None and "WARNING" not in told
+    assert (tmp_path / "out" / "report" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
     assert f"rows        {report.rows:,}  (held out: {report.held_out_rows} rows of" in told
     assert "b.jsonl: text from field 'body' (the string field with the most text)" in told
 

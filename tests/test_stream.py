@@ -181,7 +181,7 @@ def test_one_bit_flipped_in_any_field_is_an_error_that_says_where(kind, request,
         begin = manifest.layout.begin_of_block(1)
         text = str(caught.value)
         assert f"shard-000001.tar', block {block}, at byte {begin}: its" in text, name
-        assert f"minilm data verify {folder}" in text
+        assert f"`minilm data verify {folder}`, mend it with `minilm data repair {folder}`" in text
     damaged = bytearray(whole)
     damaged[-7] ^= 1
     shard.write_bytes(damaged)

@@ -1,0 +1,143 @@
+"""Care: every damage is listed, repair gives back the same bytes, conversion keeps every row."""
+
+import shutil
+
+import numpy as np
+import pytest
+import webdataset
+from data_cases import make_data, make_documents
+
+from data.care import convert, repair, verify
+from data.errors import DataError
+from data.manifest import load_manifest
+from data.reader import RowReader
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("care"), held_out=0.3, documents=80)
+
+
+@pytest.fixture
+def data(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "data")
+
+
+def flip(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 4
+    path.write_bytes(raw)
+
+
+def files_of(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.parent.name != "report"
+    }
+
+
+def damage(data):
+    """Damage of every kind; the names of the damaged files."""
+    manifest = load_manifest(data)
+    flip(data / "shard-000000.tar", manifest.layout.tokens_at(2) + 1)
+    flip(data / "shard-000000.tar", manifest.layout.tokens_at(4) + 1)
+    (data / "shard-000001.tar").write_bytes((data / "shard-000001.tar").read_bytes()[:5000])
+    (data / "shard-000002.tar").unlink()
+    flip(data / "held-out" / "shard-000000.tar", 700)
+    flip(data / "blocks.xxh3", 3)
+    shutil.rmtree(data / "held-out" / "tokenizer")
+    return {
+        "shard-000000.tar",
+        "shard-000001.tar",
+        "shard-000002.tar",
+        "held-out/shard-000000.tar",
+        "blocks.xxh3",
+        "held-out/tokenizer",
+    }
+
+
+def test_a_whole_data_set_is_said_to_be_whole(data):
+    told = []
+    report = verify(data, progress=lambda done, total: told.append((done, total)))
+    assert report.whole and "whole: every byte is what the manifest" in report.text()
+    sizes = sum(path.stat().st_size for path in data.rglob("*.tar"))
+    assert report.num_bytes == sizes and told[-1] == (sizes, sizes)
+
+
+def test_every_damage_is_listed_with_its_place(data):
+    layout = load_manifest(data).layout
+    (data / "shard-000001.tar").write_bytes((data / "shard-000001.tar").read_bytes()[:5000])
+    flip(data / "shard-000000.tar", layout.tokens_at(2) + 1)
+    flip(data / "shard-000000.tar", layout.tokens_at(4) + 1)
+    report = verify(data)
+    places = [(d.file, d.block, d.offset) for d in report.damage]
+    assert places == [
+        ("shard-000000.tar", 2, layout.begin_of_block(2)),
+        ("shard-000000.tar", 4, layout.begin_of_block(4)),
+        ("shard-000001.tar", None, None),
+    ]
+    assert f"mend it with: minilm data repair {data}" in report.text()
+    assert "the file has 5000 bytes instead of" in report.text()
+
+
+def test_damage_of_every_kind_is_repaired_from_a_mirror(data, original):
+    names = damage(data)
+    assert {d.file for d in verify(data).damage} == names
+    report = repair(data, mirror=original)
+    assert set(report.replaced) == names
+    assert files_of(data) == files_of(original)
+    assert repair(data, mirror=original).text().endswith("nothing is damaged")
+
+
+def test_damage_of_every_kind_is_repaired_from_the_text(data, original):
+    damage(data)
+    report = repair(data, processes=1)
+    assert report.source == "a new build"
+    assert files_of(data) == files_of(original)
+
+
+def test_a_mirror_with_other_data_or_damage_is_refused_and_nothing_bad_is_taken(data, original, tmp_path):
+    other = make_data(tmp_path / "other", documents=30)
+    flip(data / "shard-000001.tar", 5000)
+    before = files_of(data)
+    with pytest.raises(
+        DataError, match=r"holds other data .* than .*; repair needs a copy of the same data set"
+    ):
+        repair(data, mirror=other)
+    assert files_of(data) == before
+    bad = shutil.copytree(original, tmp_path / "bad")
+    flip(bad / "shard-000001.tar", 6000)
+    with pytest.raises(DataError, match="has damage of its own"):
+        repair(data, mirror=bad)
+    (bad / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match="is missing there too"):
+        repair(data, mirror=bad)
+
+
+def test_text_that_changed_cannot_repair(data, tmp_path):
+    flip(data / "shard-000001.tar", 5000)
+    (tmp_path / "new.txt").write_text("\n\n".join(make_documents(80, seed=1)))
+    with pytest.raises(DataError, match="holds other data"):
+        repair(data, inputs=[tmp_path / "new.txt"], processes=1)
+    assert not (data / ".repair").exists()
+    (data / "build.json").unlink()
+    with pytest.raises(DataError, match=r"does not know how it was built .*name a whole copy as mirror"):
+        repair(data)
+
+
+def test_conversion_gives_one_record_a_row(tmp_path):
+    data = make_data(tmp_path / "d", packing="document", documents=20)
+    report = convert(data, tmp_path / "rows", rows_per_file=50)
+    reader = RowReader(data)
+    assert report.rows == reader.num_rows and len(report.files) > 1
+    urls = [str(tmp_path / "rows" / name) for name in report.files]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert [int(sample["__key__"]) for sample in samples] == list(range(reader.num_rows))
+    whole = reader.read(range(reader.num_rows))
+    for sample, ids, mask in zip(samples, whole.input_ids, whole.mask, strict=True):
+        assert np.array_equal(sample["tokens.npy"], ids[mask].numpy())
+    with pytest.raises(DataError, match=r"rows' exists; name a new folder"):
+        convert(data, tmp_path / "rows")
+    with pytest.raises(DataError, match="conversion to 'parquet' is not known; allowed: rows"):
+        convert(data, tmp_path / "x", to="parquet")
