@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from orchestrator.errors import UserError
 from orchestrator.files import fsync_folder, write_json
 from orchestrator.step import StudentState
+from orchestrator.tensorfile import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,7 @@ def save(
             parts = {"model": models[student.name], "optimizer": optimizer_tensors(student)}
             for part, tensors in parts.items():
                 path = temporary / f"{student.name}.{part}.safetensors"
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-                hashes[path.name] = sha256_file(path)
+                hashes[path.name] = write_tensors(path, {k: v.detach().cpu() for k, v in tensors.items()})
         write_json(
             temporary / "checkpoint.json",
             {"format": FORMAT, "step": step, "job": identity.job, "data": identity.data, "sha256": hashes},

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Identity
 from orchestrator.errors import UserError
 from orchestrator.step import StudentState
+from orchestrator.tensorfile import write_tensors
 
 MINE = Identity("recipe-a", "data-a")
 
@@ -93,7 +97,8 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("identity", "what"), [(Identity("recipe-b", "data-a"), "recipe"), (Identity("recipe-a", "data-b"), "data set")]
+    ("identity", "what"),
+    [(Identity("recipe-b", "data-a"), "recipe"), (Identity("recipe-a", "data-b"), "data set")],
 )
 def test_another_recipes_or_data_sets_checkpoint_is_refused(tmp_path, identity, what):
     save(tmp_path, 1, *make(0))
@@ -108,14 +113,41 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     assert checkpoint.restore_newest(tmp_path, *make(0), MINE) == 1
 
 
-def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 1, *make(0))
+@pytest.mark.parametrize("limit", [0, 5, 100, 250])
+def test_a_disk_that_fills_up_anywhere_is_an_oserror_and_leaves_nothing(tmp_path, limit):
+    """A real write that fails after `limit` bytes of a file (RLIMIT_FSIZE: EFBIG instead of ENOSPC)."""
+    models, states = make(0)
+    advance(states, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(tmp_path, 1, models, states)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_written_tensors_are_read_by_the_library_and_hash_to_what_is_recorded(tmp_path):
+    path = tmp_path / "t.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(3, 5, generator=generator),
+        "turned": torch.randn(4, 6, generator=generator).T,
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "half": torch.randn(7, generator=generator).bfloat16(),
+        "long": torch.tensor([-1, 2**62]),
+        "flag": torch.tensor([True, False, True]),
+    }
+    assert write_tensors(path, tensors) == checkpoint.sha256_file(path)
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
 
 
 def test_only_the_students_are_in_it_and_no_pickle(tmp_path):
