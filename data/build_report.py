@@ -82,6 +82,7 @@ def make_report(
     fingerprint: str,
     tokenize_seconds: float,
     seconds: float,
+    notes: list[str],
 ) -> BuildReport:
     """Add up the counts of all tasks."""
     every = [bucket for split in buckets.values() for bucket in split]
@@ -104,7 +105,7 @@ def make_report(
         seconds=seconds,
         fingerprint=fingerprint,
         length_histogram=[sum(column) for column in zip(*(b["histogram"] for b in every), strict=True)],
-        notes=[f"{file.path}: {file.note}" for file in work.files],
+        notes=notes,
     )
 
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from data.manifest import shard_name
 from data.pack import content_len, document_rows, full_rows, joined, pieces
 from data.shard import Layout, write_shard
-from data.sources.text import TextFile, Unit, read_unit
+from data.sources.plugin import Document, find_source
 
 SPLITS = ("train", "held-out")
 NUM_BINS = 40  # of the length histogram: bin i holds lengths in [2^(i/2), 2^((i+1)/2))
@@ -38,8 +38,9 @@ _HEADER = struct.Struct("<4Q")
 class Work(NamedTuple):
     """What every task needs to know; written once as plan.json in the build's folder."""
 
-    files: list[TextFile]
-    units: list[Unit]
+    source: str
+    spec: Any
+    units: list[Any]
     seed: int
     held_out: float
     packing: str
@@ -57,8 +58,6 @@ def save_work(folder: Path, work: Work) -> None:
 @lru_cache(maxsize=1)
 def load_work(folder: str, _changed: int) -> Work:
     fields = json.loads((Path(folder) / "plan.json").read_text())
-    fields["files"] = [TextFile(*file) for file in fields["files"]]
-    fields["units"] = [Unit(*unit) for unit in fields["units"]]
     fields["layout"] = Layout(*fields["layout"])
     return Work(**fields)
 
@@ -100,37 +99,26 @@ class _Held(NamedTuple):
 
 
 def tokenize(folder: str, unit: int) -> dict[str, Any]:
-    """Tokenize unit number `unit` into runs; returns counts. Memory is bounded by one run."""
+    """Turn unit number `unit` into runs; returns counts. Memory is bounded by one run.
+
+    Text is tokenized; documents that come as token ids are taken as they are.
+    """
     work = _work(folder)
-    path = Path(folder) / "tokenizer" / "tokenizer.json"
-    tokenizer = _tokenizer(str(path), path.stat().st_mtime_ns)
-    counts = {
-        "documents": 0,
-        "empty": 0,
-        "tokens": 0,
-        "unknown": 0,
-        "held_out": 0,
-        "runs": 0,
-        "characters": 0,
-    }
+    counts = {"documents": 0, "empty": 0, "tokens": 0, "unknown": 0, "held_out": 0, "runs": 0}
     held, tokens_held = _Held([], [], []), 0
-    for positions, texts in _batches(work, unit, counts):
-        for position, text, coded in zip(
-            positions, texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
-        ):
-            ids = np.array(coded.ids, dtype=work.layout.dtype)
-            if not len(ids):
-                counts["empty"] += 1
-                continue
-            is_held_out = _is_held_out(text, work)
-            held.keys.append(_shuffle_key(work, unit, position))
-            held.held_out.append(is_held_out)
-            held.ids.append(ids)
-            counts["documents"] += 1
-            counts["held_out"] += is_held_out
-            counts["tokens"] += len(ids)
-            counts["unknown"] += int(np.count_nonzero(ids == work.unk)) if work.unk >= 0 else 0
-            tokens_held += len(ids)
+    for document, ids in _coded(folder, work, unit):
+        if not len(ids):
+            counts["empty"] += 1
+            continue
+        is_held_out = _is_held_out(document.content, work)
+        held.keys.append(_shuffle_key(document, work))
+        held.held_out.append(is_held_out)
+        held.ids.append(ids)
+        counts["documents"] += 1
+        counts["held_out"] += is_held_out
+        counts["tokens"] += len(ids)
+        counts["unknown"] += int(np.count_nonzero(ids == work.unk)) if work.unk >= 0 else 0
+        tokens_held += len(ids)
         if tokens_held >= _RUN_TOKENS:
             _write_run(_run_path(folder, unit, counts["runs"]), held)
             counts["runs"] += 1
@@ -141,33 +129,42 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
     return counts
 
 
-def _batches(work: Work, unit: int, counts: dict[str, int]) -> Iterator[tuple[list[int], list[str]]]:
-    positions: list[int] = []
-    texts: list[str] = []
-    characters = 0
-    for document in read_unit(work.files[work.units[unit].file], work.units[unit]):
-        if not document.text:
-            counts["empty"] += 1
-            continue
-        positions.append(document.position)
-        texts.append(document.text)
-        characters += len(document.text)
-        counts["characters"] += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield positions, texts
-            positions, texts, characters = [], [], 0
-    if texts:
-        yield positions, texts
+def _coded(folder: str, work: Work, unit: int) -> Iterator[tuple[Document, npt.NDArray]]:
+    """Every document of a unit with its token ids, in order."""
+    path = Path(folder) / "tokenizer" / "tokenizer.json"
+    tokenizer = _tokenizer(str(path), path.stat().st_mtime_ns)
+    for batch in _batches(find_source(work.source).read(work.spec, work.units[unit])):
+        texts = [document.content for document in batch if isinstance(document.content, str)]
+        coded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        for document in batch:
+            ids = next(coded).ids if isinstance(document.content, str) else document.content
+            yield document, np.array(ids, dtype=work.layout.dtype)
 
 
-def _is_held_out(text: str, work: Work) -> bool:
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.content)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _is_held_out(content: str | npt.NDArray, work: Work) -> bool:
     if not work.held_out:
         return False
-    return xxhash.xxh3_64_intdigest(text.encode(), seed=work.seed) < int(work.held_out * 2**64)
+    raw = (
+        content.encode() if isinstance(content, str) else np.ascontiguousarray(content, dtype="<u4").tobytes()
+    )
+    return xxhash.xxh3_64_intdigest(raw, seed=work.seed) < int(work.held_out * 2**64)
 
 
-def _shuffle_key(work: Work, unit: int, position: int) -> int:
-    return xxhash.xxh3_64_intdigest(struct.pack("<2Q", work.units[unit].file, position), seed=work.seed)
+def _shuffle_key(document: Document, work: Work) -> int:
+    return xxhash.xxh3_64_intdigest(struct.pack("<2Q", document.file, document.position), seed=work.seed)
 
 
 def _run_path(folder: str, unit: int, run: int) -> Path:

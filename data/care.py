@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.build import BUILD_FILE, build
+from data.build import import_data
+from data.build_identity import BUILD_FILE
 from data.errors import DataError
 from data.manifest import (
     CHECKSUMS,
@@ -213,10 +214,10 @@ def _build_again(folder: Path, out: Path, inputs: Iterable[str | Path] | None, p
             f"{str(folder)!r} does not know how it was built ({BUILD_FILE} is missing or damaged); "
             "name a whole copy as mirror"
         ) from error
-    kept = ("seq_len", "packing", "held_out", "seed", "rows_per_block", "shard_bytes", "text_field")
+    kept = ("seq_len", "packing", "held_out", "seed", "rows_per_block", "shard_bytes", "source", "options")
     options = {name: arguments[name] for name in kept}
     tokenizer = str((folder / TOKENIZER).absolute())
-    build(list(inputs or files), tokenizer, out, processes=processes, **options)
+    import_data(list(inputs or files), tokenizer, out, processes=processes, **options)
 
 
 def _same_data(folder: Path, source: Path) -> None:

@@ -90,6 +90,10 @@ def _function(name: str) -> Callable[..., Any]:
     return found
 
 
+class WorkerEnded(DataError):
+    """A worker process ended by itself or was killed; what it had finished is kept."""
+
+
 class _Worker:
     """One process and the two pipes to it."""
 
@@ -111,7 +115,7 @@ class _Worker:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise DataError(
+            raise WorkerEnded(
                 f"a build process ended (code {code}) while it ran {name}; if memory ran out use fewer "
                 "processes, "
                 "then run the same command again: finished pieces are kept"

@@ -102,7 +102,7 @@ def test_document_packing_never_mixes_documents(text, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("packing", ["full", "document"])
 def test_bytes_are_the_same_for_any_number_of_processes(text, tokenizer, tmp_path, packing, monkeypatch):
-    monkeypatch.setattr("data.build._BUCKET_TOKENS", 900)
+    monkeypatch.setattr("data.build_run._BUCKET_TOKENS", 900)
     options = {"packing": packing, "held_out": 0.2, **SMALL}
     one = build(text, tokenizer, tmp_path / "one", processes=1, **options)
     three = build(text, tokenizer, tmp_path / "three", processes=3, **options)
@@ -116,7 +116,7 @@ def test_bytes_do_not_depend_on_how_the_text_is_cut_into_units(text, tokenizer, 
     monkeypatch.setattr(source, "_RANGE_BYTES", 1 << 20)
     monkeypatch.setattr(build_tasks, "_BATCH_CHARACTERS", 100)
     monkeypatch.setattr(build_tasks, "_RUN_TOKENS", 300)
-    monkeypatch.setattr("data.build._BUCKET_TOKENS", 500)
+    monkeypatch.setattr("data.build_run._BUCKET_TOKENS", 500)
     build(text, tokenizer, tmp_path / "other", processes=1, **SMALL)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "other")
 
@@ -139,7 +139,7 @@ def test_held_out_documents_are_in_the_held_out_set_only(text, tokenizer, tmp_pa
 
 def test_a_second_call_finds_it_done(text, tokenizer, tmp_path, monkeypatch):
     first = build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
-    monkeypatch.setattr("data.build.run_tasks", None)
+    monkeypatch.setattr("data.build_run.run_tasks", None)
     assert build(text, tokenizer, tmp_path / "out", processes=2, **SMALL) == first
     moved = tmp_path / "moved"
     moved.mkdir()

@@ -12,6 +12,7 @@ import zstandard
 
 from data.errors import DataError
 from data.sources import text as source
+from data.sources import text_formats
 from data.sources.text import describe, find_files, read_unit, units
 
 DOCUMENTS = ["first one", "a second\nof two lines", "third"]
@@ -21,7 +22,7 @@ def documents_of(path, text_field=None):
     file = describe(path, text_field)
     found = [document for unit in units(file, 0) for document in read_unit(file, unit)]
     assert len({document.position for document in found}) == len(found)
-    return [document.text for document in sorted(found)]
+    return [document.content for document in sorted(found)]
 
 
 @pytest.fixture(params=["txt", "jsonl", "list.json", "dict.json", "csv", "tsv", "parquet"])
@@ -106,7 +107,7 @@ def test_without_blank_lines_a_line_is_a_document(tmp_path):
 
 
 def test_a_document_without_end_is_cut_at_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(text_formats, "MAX_DOCUMENT_BYTES", 100)
     path = tmp_path / "text.txt"
     path.write_text("short\n\n" + "line of text\n" * 50)
     found = documents_of(path)

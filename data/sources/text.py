@@ -17,41 +17,28 @@ Left out: markup, languages, de-duplication. Invariant: every record is yielded 
 
 import csv
 import gzip
-import io
-import json
 import lzma
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import zstandard
 
 from data.errors import DataError
+from data.sources.plugin import Document, Plan, take
+from data.sources.text_formats import TextFile, documents_of_lines, json_line, records, unpacked, with_offsets
 
 FORMATS = {".txt": "txt", ".text": "txt", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 FORMATS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 PACKERS = (".gz", ".xz", ".zst")
 
-MAX_DOCUMENT_BYTES = 1 << 20
 _PEEK_BYTES = 16 << 20
 _PEEK_RECORDS = 200
 _RANGE_BYTES = 8 << 20
 _GROUP_DOCUMENTS = 64
 _MAX_PARTS = 16  # every part of a file that cannot be entered in the middle reads it from the start
-
-
-class TextFile(NamedTuple):
-    """One input file and how it is read. `field` is None where records are plain text."""
-
-    path: str
-    num_bytes: int
-    format: str
-    packer: str | None
-    field: str | None
-    by_line: bool
-    note: str
 
 
 class Unit(NamedTuple):
@@ -65,12 +52,21 @@ class Unit(NamedTuple):
     num_parts: int
 
 
-class Document(NamedTuple):
-    """`position` is a byte offset (unpacked txt and jsonl) or an ordinal; an empty text is counted, not
-    used."""
+def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) -> Plan:
+    """The source "text": files, how each is read, and their units. Option: text_field."""
+    [text_field] = take(options, "text", "text_field")
+    files = [describe(path, text_field) for path in find_files(inputs)]
+    every = [unit for number, file in enumerate(files) for unit in units(file, number)]
+    notes = [f"{file.path}: {file.note}" for file in files]
+    return Plan(
+        [list(file) for file in files], [list(unit) for unit in every], [f.path for f in files], notes
+    )
 
-    position: int
-    text: str
+
+def read(spec: Any, unit: Any) -> Iterator[Document]:
+    """The documents of one unit."""
+    share = Unit(*unit)
+    return read_unit(TextFile(*spec[share.file]), share)
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -129,15 +125,15 @@ def describe(path: Path, text_field: str | None) -> TextFile:
         by_line = _has_no_blank_line(file)
         note = "a line is a document (no blank lines)" if by_line else "a blank line ends a document"
         return file._replace(field=None, by_line=by_line, note=note)
-    records = _first_records(file)
-    if not records:
+    first = _first_records(file)
+    if not first:
         raise DataError(f"text {str(path)!r} holds no records; give a file with text in it")
-    if all(isinstance(record, str) for record in records):
+    if all(isinstance(record, str) for record in first):
         return file._replace(field=None, note="records are plain strings")
-    field = text_field or _longest_field(file, records)
-    if not any(isinstance(r, dict) and isinstance(r.get(field), str) for r in records):
+    field = text_field or _longest_field(file, first)
+    if not any(isinstance(r, dict) and isinstance(r.get(field), str) for r in first):
         names = sorted(
-            {name for r in records if isinstance(r, dict) for name, v in r.items() if isinstance(v, str)}
+            {name for r in first if isinstance(r, dict) for name, v in r.items() if isinstance(v, str)}
         )
         raise DataError(
             f"text {str(path)!r} has no text in field {field!r}; its string fields are "
@@ -163,9 +159,9 @@ def read_unit(file: TextFile, unit: Unit) -> Iterator[Document]:
         if file.packer is None and file.format in ("txt", "jsonl"):
             yield from _read_range(file, unit)
         else:
-            for position, record in enumerate(_records(file)):
+            for position, record in enumerate(records(file)):
                 if position // _GROUP_DOCUMENTS % unit.num_parts == unit.part:
-                    yield Document(position, _text_of(record, file.field))
+                    yield Document(unit.file, position, _text_of(record, file.field))
     except UnicodeDecodeError as error:
         raise DataError(
             f"text {file.path!r} is not UTF-8 ({error.reason} in "
@@ -185,7 +181,7 @@ def _text_of(record: Any, field: str | None) -> str:
 def _first_records(file: TextFile) -> list[Any]:
     whole = Unit(0, 0, file.num_bytes, 0, 1)
     try:
-        return [record for record, _ in zip(_records(file), range(_PEEK_RECORDS), strict=False)]
+        return [record for record, _ in zip(records(file), range(_PEEK_RECORDS), strict=False)]
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, UnicodeDecodeError):
         list(read_unit(file, whole))  # says it properly
         raise
@@ -207,7 +203,7 @@ def _longest_field(file: TextFile, records: list[Any]) -> str:
 def _has_no_blank_line(file: TextFile) -> bool:
     seen, after_blank = 0, False
     try:
-        with _open(file) as stream:
+        with unpacked(file) as stream:
             for line in stream:
                 blank = not line.strip()
                 if seen and after_blank and not blank:
@@ -221,132 +217,24 @@ def _has_no_blank_line(file: TextFile) -> bool:
     return True
 
 
-def _open(file: TextFile) -> IO[bytes]:
-    """The unpacked bytes of a file as a stream."""
-    if file.packer == ".gz":
-        return cast(IO[bytes], gzip.open(file.path, "rb"))
-    if file.packer == ".xz":
-        return cast(IO[bytes], lzma.open(file.path, "rb"))
-    if file.packer == ".zst":
-        return io.BufferedReader(_Zstd(Path(file.path).open("rb")), buffer_size=1 << 20)
-    return Path(file.path).open("rb")
-
-
-class _Zstd(io.RawIOBase):
-    """Unpacked zstandard frames; a file that ends inside a frame is an EOFError (the library's reader is
-    silent)."""
-
-    def __init__(self, raw: IO[bytes]):
-        self._raw, self._packed, self._ready = raw, b"", b""
-        self._frame: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._packed or self._raw.read(1 << 16)
-            if not packed:
-                if self._frame is not None:
-                    raise EOFError("it ends inside a zstandard frame")
-                return 0
-            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._ready = frame.decompress(packed)
-            self._packed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _records(file: TextFile) -> Iterator[Any]:
-    """Every record of a file from its start: texts, or objects with named fields."""
-    if file.format == "parquet":
-        yield from _parquet(file)
-        return
-    with _open(file) as stream:
-        if file.format == "txt":
-            lines = _with_offsets(stream, 0)
-            yield from (text for _, text in _documents_of_lines(lines, file.by_line))
-        elif file.format == "jsonl":
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _json_line(file, line, f"line {number}")
-        elif file.format == "json":
-            yield from _json_elements(file, io.TextIOWrapper(stream, encoding="utf-8-sig"))
-        else:
-            csv.field_size_limit(1 << 30)
-            delimiter = "\t" if ".tsv" in Path(file.path).suffixes else ","
-            text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-            yield from csv.DictReader(text, delimiter=delimiter)
-
-
-def _parquet(file: TextFile) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file.path) as table:
-            columns = [file.field] if file.field in table.schema_arrow.names else None
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"text {file.path!r} is damaged or no parquet file ({_line(error)}); fetch it again"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _with_offsets(lines: Iterable[bytes], start: int) -> Iterator[tuple[int, bytes]]:
-    for line in lines:
-        yield start, line
-        start += len(line)
-
-
-def _documents_of_lines(lines: Iterable[tuple[int, bytes]], by_line: bool) -> Iterator[tuple[int, str]]:
-    """Group (offset, line) pairs into (offset, document); every pair ends up in one document or is blank."""
-    start, held_bytes = 0, 0
-    held: list[bytes] = []
-    for offset, line in lines:
-        blank = not line.strip()
-        if held and (blank or by_line or held_bytes >= MAX_DOCUMENT_BYTES):
-            yield start, _decode(held)
-            held, held_bytes = [], 0
-        if not blank:
-            start = start if held else offset
-            held.append(line)
-            held_bytes += len(line)
-    if held:
-        yield start, _decode(held)
-
-
-def _decode(lines: list[bytes]) -> str:
-    return b"".join(lines).decode("utf-8-sig").strip()
-
-
 def _read_range(file: TextFile, unit: Unit) -> Iterator[Document]:
     """Documents that start inside [start, stop); the last may reach beyond stop."""
     with Path(file.path).open("rb") as stream:
         offset = _first_start(stream, unit.start, whole_runs=file.format == "txt" and not file.by_line)
-        lines = _with_offsets(stream, offset)
+        lines = with_offsets(stream, offset)
         if file.format == "jsonl":
             for offset, line in lines:
                 if offset >= unit.stop:
                     return
                 if line.strip():
-                    record = _json_line(file, line, f"byte {offset}")
-                    yield Document(offset, _text_of(record, file.field))
+                    record = json_line(file, line, f"byte {offset}")
+                    yield Document(unit.file, offset, _text_of(record, file.field))
             return
-        yield from _runs_in_range(lines, unit.stop, file.by_line)
+        for position, document in _runs_in_range(lines, unit.stop, file.by_line):
+            yield Document(unit.file, position, document)
 
 
-def _runs_in_range(lines: Iterator[tuple[int, bytes]], stop: int, by_line: bool) -> Iterator[Document]:
+def _runs_in_range(lines: Iterator[tuple[int, bytes]], stop: int, by_line: bool) -> Iterator[tuple[int, str]]:
     """Runs of lines whose first line starts before `stop`; a run cut at 1 MiB counts as one run here."""
 
     def until_stop() -> Iterator[tuple[int, bytes]]:
@@ -357,8 +245,7 @@ def _runs_in_range(lines: Iterator[tuple[int, bytes]], stop: int, by_line: bool)
             in_run = bool(line.strip())
             yield offset, line
 
-    for offset, text in _documents_of_lines(until_stop(), by_line):
-        yield Document(offset, text)
+    return documents_of_lines(until_stop(), by_line)
 
 
 def _first_start(stream: IO[bytes], start: int, *, whole_runs: bool) -> int:
@@ -388,76 +275,3 @@ def _blank_before(stream: IO[bytes], offset: int) -> bool:
         if newline or back >= offset:
             return not line.strip()
         back *= 16
-
-
-def _json_line(file: TextFile, line: bytes, place: str) -> Any:
-    try:
-        return json.loads(line)
-    except UnicodeDecodeError:
-        raise
-    except ValueError as error:
-        raise DataError(
-            f"text {file.path!r}, {place}: not JSON ({error}); mend or remove that line"
-        ) from error
-
-
-def _json_elements(file: TextFile, stream: IO[str]) -> Iterator[Any]:
-    """The elements of a top-level array or object, read piece by piece: memory holds one element, not the
-    file."""
-    decoder, buffer, at, wants = json.JSONDecoder(), "", 0, 1 << 16
-
-    def more() -> bool:
-        nonlocal buffer, at, wants
-        piece = stream.read(wants)
-        buffer, at = buffer[at:] + piece, 0
-        wants = min(wants * 2, 1 << 24)
-        return bool(piece)
-
-    def skip(characters: str) -> str:
-        """Step over `characters`; the next one after them, '' at the end of the file."""
-        nonlocal at
-        while True:
-            while at < len(buffer) and buffer[at] in characters:
-                at += 1
-            if at < len(buffer):
-                return buffer[at]
-            if not more():
-                return ""
-
-    def value() -> Any:
-        nonlocal at, wants
-        while True:
-            try:
-                found, end = decoder.raw_decode(buffer, at)
-                if end < len(buffer):
-                    at, wants = end, 1 << 16
-                    return found
-                if not more():  # else a number could go on behind the buffer's end: decode it again
-                    at = len(buffer)
-                    return found
-            except ValueError as error:
-                if not more():
-                    raise DataError(
-                        f"text {file.path!r}: not JSON ({_line(error)}); fetch it again"
-                    ) from error
-
-    blank = " \t\r\n"
-    opening = skip(blank)
-    if opening not in ("[", "{"):
-        raise DataError(
-            f"text {file.path!r}: a JSON array or object is expected; got {opening or 'nothing'!r}"
-        )
-    at += 1
-    closing = "]" if opening == "[" else "}"
-    while (next_one := skip(blank + ",")) != closing:
-        if not next_one:
-            raise DataError(
-                f"text {file.path!r} is cut short: its {opening!r} is never closed; fetch it again"
-            )
-        if opening == "{":
-            value()
-            if skip(blank) != ":":
-                raise DataError(f"text {file.path!r}: not JSON (':' expected behind a name); fetch it again")
-            at += 1
-            skip(blank)
-        yield value()
