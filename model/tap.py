@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from model import mpnet
+from model.attention import attend
 from model.errors import ModelError
 
 SDPA, TAP = "minilm-sdpa", "minilm-tap"  # names in transformers' registries; never written into a config.json
@@ -234,7 +235,7 @@ def _attention(
     visitor: _Discovery | _Collection | None = getattr(_active, "visitor", None)
     if visitor is not None:
         visitor.visit(module, query, key, value, bias)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 def _mask_without_sync(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -245,7 +246,7 @@ def _mask_without_sync(*, attention_mask: Tensor | None = None, **kwargs: Any) -
     return sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
-AttentionInterface.register(SDPA, sdpa_attention_forward)
+AttentionInterface.register(SDPA, attend)
 AttentionInterface.register(TAP, _attention)
 AttentionMaskInterface.register(SDPA, _mask_without_sync)
 AttentionMaskInterface.register(TAP, _mask_without_sync)

@@ -12,15 +12,13 @@ four times over; no host sync.
 Suffixes as in relations.py: B sequences, H heads, T tokens (queries), S tokens (keys), D head size.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # scores: 2 MB of float32 stay in a CPU's cache; 256 MB fills a GPU
-_PADDED = -1e30  # not -inf: the difference of two padded scores must be 0, not NaN
+from model.tiles import PADDED, TILE, tiles
 
 
 def tiled_sum(
@@ -66,12 +64,12 @@ class _Tiled(torch.autograd.Function):
         bias = _expand(student_bias, student_x)
         padding_B11S = None
         if keys is not None:
-            padding_B11S = torch.zeros_like(weights_BT).masked_fill_(~keys, _PADDED)[:, None, None, :]
+            padding_B11S = torch.zeros_like(weights_BT).masked_fill_(~keys, PADDED)[:, None, None, :]
         grad_x = torch.empty_like(s_x) if wants_x else None
         grad_y = torch.zeros_like(s_y) if wants_y else None
         grad_bias = torch.zeros_like(student_bias) if wants_bias and student_bias is not None else None
         total = weights_BT.new_zeros(())
-        for b, h, t in _tiles(student_x.shape, TILE["cpu" if student_x.device.type == "cpu" else "cuda"]):
+        for b, h, t in tiles(student_x.shape, TILE["cpu" if student_x.device.type == "cpu" else "cuda"]):
             padding = None if padding_B11S is None else padding_B11S[b]
             p_T, s_T, z_T = _softmax(t_x[b, h, t], t_y[b, h], _cut(teacher_bias, b, h, t), padding)
             p_S, s_S, z_S = _softmax(s_x[b, h, t], s_y[b, h], _cut(bias, b, h, t), padding)
@@ -114,19 +112,6 @@ def _softmax(
     sums = p.sum(dim=-1, keepdim=True)
     p /= sums
     return p, scores, sums.log_().squeeze(-1)
-
-
-def _tiles(shape: torch.Size, tile: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cover [B, H, T] by slices of at most `tile` scores: whole sequences, or whole heads, or rows of one
-    head."""
-    batch, heads, tokens, _ = shape
-    b_step = max(1, tile // (heads * tokens * tokens))
-    h_step = heads if heads * tokens * tokens <= tile else max(1, tile // (tokens * tokens))
-    t_step = tokens if tokens * tokens <= tile else max(1, tile // tokens)
-    for b in range(0, batch, b_step):
-        for h in range(0, heads, h_step):
-            for t in range(0, tokens, t_step):
-                yield slice(b, b + b_step), slice(h, h + h_step), slice(t, t + t_step)
 
 
 def _match(bias: Tensor) -> Tensor:

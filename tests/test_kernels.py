@@ -14,7 +14,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # read when the kernels are first imported, after collection
     os.environ["TRITON_INTERPRET"] = "1"
 
-import model.tiled
+import model.tiles
 from model.dispatch import choose
 from model.errors import ModelError
 from model.relations import relation_kl
@@ -184,7 +184,7 @@ def test_tiled_gradcheck():
 
 @pytest.mark.parametrize("tile", [1, 40, 150, 700, 1 << 20])
 def test_tiled_is_the_same_for_every_tile(monkeypatch, tile):
-    monkeypatch.setitem(model.tiled.TILE, "cpu", tile)
+    monkeypatch.setitem(model.tiles.TILE, "cpu", tile)
     tensors = inputs(3, 2, 11, 8, 4, torch.float64)
     options = {"teacher_bias": bias_for(2, 11), "student_bias": bias_for(1, 11)}
     got = loss_and_gradients("tiled", tensors, ragged(3, 11), torch.float64, **options)
@@ -206,7 +206,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_tiled_never_holds_a_whole_map(monkeypatch):
-    monkeypatch.setitem(model.tiled.TILE, "cpu", 4096)
+    monkeypatch.setitem(model.tiles.TILE, "cpu", 4096)
     tensors = inputs(2, 4, 128, 16, 16, torch.float32)
     largest = {}
     for which in ("tiled", "reference"):

@@ -1,0 +1,126 @@
+"""Attention with dropout in tiles: the same numbers as whole maps with the same decisions, forward and backward."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import model.tiles
+from model.attention import _Keep, attend, dropout_attention
+
+
+def parts(tokens=11, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, tokens, 4, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+def masks(tokens=11):
+    keys = torch.ones(2, 1, 1, tokens, dtype=torch.bool)
+    keys[0, ..., 7:] = False
+    return {
+        "none": None,
+        "keys": keys.expand(2, 1, tokens, tokens),
+        "added": torch.randn(1, 3, tokens, tokens, generator=torch.Generator().manual_seed(1)).double(),
+    }
+
+
+def decisions(seed, rate, shape):
+    """The dropout factor of every score, drawn as the tiles draw it: one tile here."""
+    keep = _Keep(rate, seed)
+    return keep(torch.Size(shape)).double() / keep.rate
+
+
+@pytest.mark.parametrize("mask", ["none", "keys", "added"])
+def test_equals_whole_maps_with_the_same_decisions(mask):
+    seen = masks()[mask]
+    torch.manual_seed(4)
+    q, k, v = parts()
+    output = dropout_attention(q, k, v, seen, 0.3)
+    torch.manual_seed(4)
+    factor = decisions(int(torch.randint(1 << 62, ())), 0.3, (2, 3, 11, 11))
+    scores = q @ k.transpose(-1, -2)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+    expected = (scores.softmax(-1) * factor) @ v
+    torch.testing.assert_close(output, expected)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours = torch.autograd.grad(output, (q, k, v), upstream)
+    theirs = torch.autograd.grad(expected, (q, k, v), upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("tile", [1, 50, 200])
+def test_gradcheck_for_every_tile(monkeypatch, tile):
+    monkeypatch.setitem(model.tiles.TILE, "cpu", tile)
+
+    def run(q, k, v):
+        torch.manual_seed(7)
+        return dropout_attention(q, k, v, masks(5)["added"], 0.2)
+
+    assert torch.autograd.gradcheck(run, tuple(parts(5)))
+
+
+def test_the_share_that_is_kept_is_right_at_every_place():
+    kept = _Keep(0.1, 3)(torch.Size((4_000_000,)))
+    for place in range(4):  # four decisions come from one 64-bit draw
+        share = kept[place::4].double().mean().item()
+        assert share == pytest.approx(0.9, abs=4 * (0.09 / 1_000_000) ** 0.5)
+    neighbours = (kept[0::4] & kept[1::4]).double().mean().item()
+    assert neighbours == pytest.approx(0.81, abs=0.002)
+
+
+def test_the_expectation_is_attention_without_dropout():
+    q, k, v = (part.detach() for part in parts())
+    mean = sum(dropout_attention(q, k, v, None, 0.1) for _ in range(3000)) / 3000
+    plain = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+    assert (mean - plain).abs().max() < 0.08
+
+
+def test_it_takes_one_draw_of_the_global_generator_and_nothing_else():
+    q, k, v = parts()
+    torch.manual_seed(1)
+    first = dropout_attention(q, k, v, None, 0.5)
+    after = torch.get_rng_state()
+    first.sum().backward()
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.manual_seed(1)
+    torch.randint(1 << 62, ())
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.manual_seed(1)
+    assert torch.equal(dropout_attention(q, k, v, None, 0.5), first)
+    assert not torch.equal(dropout_attention(q, k, v, None, 0.5), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_dropout_pytorchs_own_attention_runs(dtype):
+    q, k, v = (part.detach().to(dtype) for part in parts())
+    output, _ = attend(nn.Module(), q, k, v, masks()["keys"], is_causal=False)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=masks()["keys"])
+    assert torch.equal(output, expected.transpose(1, 2))
+
+
+def test_grouped_keys_and_the_scale():
+    q, k, v = (part.detach() for part in parts())
+    q = torch.cat([q, q], dim=1)  # six query heads on three key heads
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    torch.manual_seed(0)
+    output, _ = attend(module, q, k, v, None, dropout=1e-9, is_causal=False)  # rounds to nothing dropped
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+def test_nothing_is_left_in_a_cycle():
+    """An output kept as an attribute of its own graph would live until the garbage collector comes."""
+    gc.collect()
+    gc.disable()
+    try:
+        output = dropout_attention(*parts(), None, 0.1)
+        alive = weakref.ref(output)
+        del output
+        assert alive() is None
+    finally:
+        gc.enable()
