@@ -1,0 +1,130 @@
+"""Token ids of another program -> ids of the teacher's tokenizer, or a refusal.
+
+A stream tokenized for another vocabulary is the commonest silent error, so ids are mapped by what their tokens are
+called, never by number; a token that occurs and has no namesake in the teacher's vocabulary ends the import.
+Left out: re-tokenizing (decode to text and build from that instead).
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DataError
+from data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
+
+DROPPED = -2  # separators and padding of the source: packing puts its own
+UNMAPPED = -1
+
+
+class Mapping(NamedTuple):
+    """`ids[i]`: the teacher's id of the source's token i, or UNMAPPED or DROPPED; `names[i]` what it is called."""
+
+    ids: list[int]
+    names: list[str]
+    note: str
+
+
+def from_tokenizer(source: str, teacher: Any) -> Mapping:
+    """For streams made with the tokenizer `source` (folder or hub id): tokens of the same name are the same."""
+    loaded = load_tokenizer(source)
+    vocabulary, target = loaded.get_vocab(), teacher.get_vocab()
+    names = [""] * (max(vocabulary.values()) + 1)
+    for token, number in vocabulary.items():
+        names[number] = token
+    ids = [target.get(name, UNMAPPED) if name else UNMAPPED for name in names]
+    special = special_ids(loaded)
+    ours = special_ids(teacher)
+    for theirs, our in ((special.unk, ours.unk), (special.mask, ours.mask)):
+        if theirs >= 0:
+            ids[theirs] = our
+    for dropped in (special.cls, special.sep, special.pad, loaded.eos_token_id, loaded.bos_token_id):
+        if dropped is not None and dropped >= 0:
+            ids[dropped] = DROPPED
+    same = vocabulary_fingerprint(loaded) == vocabulary_fingerprint(teacher)
+    how = "the teacher's own vocabulary" if same else "tokens mapped by name to the teacher's vocabulary"
+    return Mapping(ids, names, f"{how} (tokenized with {source})")
+
+
+def from_fairseq_dict(path: Path, teacher: Any, encoder: Path | None) -> Mapping:
+    """For fairseq's `dict.txt` (`symbol count` a line behind <s> <pad> </s> <unk>). Where symbols are numbers of
+    a byte-pair `encoder.json` (token -> number), that file is needed too."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *_symbols(path)]
+    if encoder is not None:
+        by_number = {str(number): token for token, number in _json_object(encoder).items()}
+        names[4:] = [by_number.get(name, name) for name in names[4:]]
+    elif all(name.isdigit() or name.startswith("madeupword") for name in names[4:]):
+        raise DataError(
+            f"the symbols of {str(path)!r} are numbers of another vocabulary; name its encoder.json as `encoder`"
+        )
+    target, ours = teacher.get_vocab(), special_ids(teacher)
+    ids = [DROPPED, DROPPED, DROPPED, ours.unk, *(target.get(name, UNMAPPED) for name in names[4:])]
+    return Mapping(ids, names, f"symbols of {path.name} mapped by name to the teacher's vocabulary")
+
+
+def _symbols(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"dictionary {str(path)!r} cannot be read ({error}); name fairseq's dict.txt"
+        ) from error
+    symbols = []
+    for number, line in enumerate(lines, start=1):
+        parts = line.removesuffix(" #fairseq:overwrite").rsplit(" ", 1)
+        if len(parts) != 2 or not parts[1].isdigit():
+            raise DataError(
+                f"dictionary {str(path)!r}, line {number}: `symbol count` is expected, got {line[:40]!r}"
+            )
+        symbols.append(parts[0])
+    if not symbols:
+        raise DataError(f"dictionary {str(path)!r} is empty; name fairseq's dict.txt")
+    return symbols
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} cannot be read as JSON ({error}); name the encoder.json") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{str(path)!r} is no JSON object; name the encoder.json (token -> number)")
+    return found
+
+
+class Mapper:
+    """Applies a mapping to arrays of source ids."""
+
+    def __init__(self, ids: list[int], names: list[str], where: str):
+        self._ids, self._names, self._where = np.array(ids, dtype=np.int64), names, where
+
+    def __call__(self, tokens: npt.NDArray) -> npt.NDArray[np.uint32]:
+        """Teacher ids of the tokens that are kept. DataError names a token that cannot be mapped."""
+        mapped = self.map_all(tokens)
+        return mapped[mapped != DROPPED].astype(np.uint32)
+
+    def map_all(self, tokens: npt.NDArray) -> npt.NDArray[np.int64]:
+        """As above, with DROPPED left in place."""
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= len(self._ids)):
+            wrong = int(tokens[(tokens < 0) | (tokens >= len(self._ids))][0])
+            raise DataError(
+                f"{self._where}: token id {wrong} is outside the named vocabulary of {len(self._ids)}; "
+                "it was made with another tokenizer"
+            )
+        mapped = self._ids[tokens]
+        if (mapped == UNMAPPED).any():
+            wrong = int(tokens[mapped == UNMAPPED][0])
+            raise DataError(
+                f"{self._where}: token {self._names[wrong]!r} (id {wrong}) is not in the teacher's vocabulary; "
+                "build from the text instead, with the teacher's tokenizer"
+            )
+        return mapped
+
+
+def needs_tokenizer(source: str) -> DataError:
+    return DataError(
+        f"files of {source} do not say which vocabulary their token ids belong to; "
+        "name the tokenizer they were made with as `source_tokenizer`"
+    )

@@ -1,0 +1,350 @@
+"""Other programs' token files: parsed by their layout to the byte, mapped by name, or refused."""
+
+import importlib.util
+import io
+import json
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from data_cases import CLS, SEP, make_data, make_documents, make_tokenizer
+from transformers import AutoTokenizer
+
+from data.build import import_data
+from data.errors import DataError
+from data.indexed_rows import IndexedRows
+from data.manifest import load_manifest
+from data.reader import RowReader
+from data.sources.indexed import read_index
+from data.stream import Corpus, Stream
+
+SMALL = {"seq_len": 16, "rows_per_block": 8, "shard_bytes": 20_000, "processes": 1}
+
+
+def write_megatron(prefix, documents, dtype="<u2", code=8, modes=False):
+    """Documents are lists of sequences of ids; written from the layout table."""
+    sequences = [s for document in documents for s in document]
+    bounds = np.cumsum([0, *(len(document) for document in documents)])
+    lengths = [len(s) for s in sequences]
+    width = np.dtype(dtype).itemsize
+    pointers = (np.cumsum([0, *lengths])[:-1] * width).astype("<i8")
+    raw = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(bounds))
+    raw += np.array(lengths, "<i4").tobytes() + pointers.tobytes() + bounds.astype("<i8").tobytes()
+    raw += bytes(len(sequences)) if modes else b""
+    prefix.with_suffix(".idx").write_bytes(raw)
+    prefix.with_suffix(".bin").write_bytes(b"".join(np.array(s, dtype).tobytes() for s in sequences))
+    return prefix
+
+
+def write_fairseq(prefix, sequences, dtype="<u2", code=8):
+    lengths = [len(s) for s in sequences]
+    pointers = np.cumsum([0, *lengths])[:-1] * np.dtype(dtype).itemsize
+    raw = b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, code, len(sequences))
+    raw += np.array(lengths, "<i4").tobytes() + pointers.astype("<i8").tobytes()
+    prefix.with_suffix(".idx").write_bytes(raw)
+    prefix.with_suffix(".bin").write_bytes(b"".join(np.array(s, dtype).tobytes() for s in sequences))
+    return prefix
+
+
+def write_legacy(prefix, sequences):
+    lengths = [len(s) for s in sequences]
+    raw = b"TNTIDX\x00\x00" + struct.pack("<QQQQQ", 1, 4, 4, len(sequences), len(sequences))
+    raw += np.arange(len(sequences) + 1, dtype="<i8").tobytes()
+    raw += np.cumsum([0, *lengths]).astype("<i8").tobytes() + np.array(lengths, "<i8").tobytes()
+    prefix.with_suffix(".idx").write_bytes(raw)
+    prefix.with_suffix(".bin").write_bytes(b"".join((np.array(s, "<i4") + 1).tobytes() for s in sequences))
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def coded(teacher):
+    """Token ids of documents, by the teacher's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    return [
+        tokenizer(d, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+        for d in make_documents(40)
+    ]
+
+
+def documents_in(folder):
+    """Documents of a data set packed "document", each as one tuple, from rows in order of the shuffle."""
+    reader = RowReader(folder)
+    batch = reader.read(range(reader.num_rows))
+    mask = batch.mask if batch.mask is not None else torch.ones_like(batch.input_ids, dtype=torch.bool)
+    return sorted(tuple(row[m][1:-1].tolist()) for row, m in zip(batch.input_ids, mask, strict=True))
+
+
+def pieces_of(coded):
+    return sorted(tuple(ids[i : i + 14]) for ids in coded for i in range(0, len(ids), 14))
+
+
+@pytest.mark.parametrize(("dtype", "code", "modes"), [("<u2", 8, False), ("<i4", 4, True), ("<i8", 5, False)])
+def test_megatron_documents_arrive_whole(tmp_path, teacher, coded, dtype, code, modes):
+    documents = [[ids[:3], ids[3:]] if len(ids) > 3 else [ids] for ids in coded]
+    prefix = write_megatron(tmp_path / "m", documents, dtype, code, modes)
+    options = {"source_tokenizer": teacher}
+    report = import_data(
+        [prefix], teacher, tmp_path / "out", source="megatron", options=options, packing="document", **SMALL
+    )
+    assert report.documents == 40 and documents_in(tmp_path / "out") == pieces_of(coded)
+    again = import_data(
+        [prefix], teacher, tmp_path / "out", source="megatron", options=options, packing="document", **SMALL
+    )
+    assert again == report
+
+
+def test_megatron_units_do_not_change_the_bytes(tmp_path, teacher, coded, monkeypatch):
+    prefix = write_megatron(tmp_path / "m", [[ids] for ids in coded])
+    options = {"source": "megatron", "options": {"source_tokenizer": teacher}, "held_out": 0.2, **SMALL}
+    one = import_data([prefix], teacher, tmp_path / "one", **options)
+    monkeypatch.setattr("data.sources.megatron.UNIT_TOKENS", 300)
+    many = import_data([prefix], teacher, tmp_path / "many", **options)
+    assert one.fingerprint == many.fingerprint and many.held_out_documents > 0
+
+
+def fairseq_dict(tmp_path, names):
+    path = tmp_path / "dict.txt"
+    path.write_text("".join(f"{name} {1000 - i}\n" for i, name in enumerate(names)) + "madeupword0000 0\n")
+    return path
+
+
+def as_fairseq(coded, teacher, separated):
+    """The documents in fairseq's own numbering: (names of the dictionary, sequences)."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    names = list(reversed([t for t in tokenizer.get_vocab() if not t.startswith("[")]))
+    number = {name: i + 4 for i, name in enumerate(names)}
+    sequences = []
+    for ids in coded:
+        own = [number[token] for token in tokenizer.convert_ids_to_tokens(ids)]
+        cut = len(own) // 2
+        sequences += [[*own[:cut], 2], [*own[cut:], 2], [2]] if separated else [[*own, 2]]
+    return names, sequences
+
+
+@pytest.mark.parametrize("separated", [True, False])
+@pytest.mark.parametrize("layout", ["fairseq", "fairseq-legacy"])
+def test_fairseq_documents_arrive_whole_and_mapped_by_name(tmp_path, teacher, coded, separated, layout):
+    names, sequences = as_fairseq(coded, teacher, separated)
+    write = write_fairseq if layout == "fairseq" else write_legacy
+    prefix = write(tmp_path / "f", sequences)
+    options = {"dict": str(fairseq_dict(tmp_path, names))}
+    report = import_data(
+        [prefix], teacher, tmp_path / "out", source=layout, options=options, packing="document", **SMALL
+    )
+    assert report.documents == 40 and documents_in(tmp_path / "out") == pieces_of(coded)
+
+
+def test_fairseq_symbols_that_are_numbers_need_the_encoder(tmp_path, teacher, coded):
+    names, sequences = as_fairseq(coded, teacher, True)
+    prefix = write_fairseq(tmp_path / "f", sequences)
+    numbers = fairseq_dict(tmp_path, [str(i) for i in range(len(names))])
+    call = {"source": "fairseq", "packing": "document", **SMALL}
+    with pytest.raises(
+        DataError, match=r"symbols of .* are numbers of another vocabulary; name its encoder\.json"
+    ):
+        import_data([prefix], teacher, tmp_path / "out", options={"dict": str(numbers)}, **call)
+    (tmp_path / "encoder.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    options = {"dict": str(numbers), "encoder": str(tmp_path / "encoder.json")}
+    import_data([prefix], teacher, tmp_path / "out", options=options, **call)
+    assert documents_in(tmp_path / "out") == pieces_of(coded)
+
+
+def test_a_token_without_namesake_is_refused(tmp_path, teacher, coded):
+    other = make_tokenizer(tmp_path / "other", extra_tokens=3)
+    call = {"source": "megatron", "options": {"source_tokenizer": other}, **SMALL}
+    fine = write_megatron(tmp_path / "fine", [[ids] for ids in coded])
+    import_data([fine], teacher, tmp_path / "fine-out", **call)
+    extra = len(AutoTokenizer.from_pretrained(teacher))
+    bad = write_megatron(tmp_path / "bad", [[ids] for ids in [*coded, [5, extra + 1]]])
+    with pytest.raises(
+        DataError, match=rf"token '\[x1\]' \(id {extra + 1}\) is not in the teacher's vocabulary"
+    ):
+        import_data([bad], teacher, tmp_path / "out", **call)
+    worse = write_megatron(tmp_path / "worse", [[[5, 60_000]]])
+    with pytest.raises(DataError, match="token id 60000 is outside the named vocabulary of"):
+        import_data([worse], teacher, tmp_path / "out", **call)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_do_not_say_their_vocabulary_are_refused(tmp_path, teacher, coded):
+    prefix = write_megatron(tmp_path / "m", [[ids] for ids in coded])
+    with pytest.raises(
+        DataError, match=r"files of megatron do not say .* name the tokenizer .* `source_tokenizer`"
+    ):
+        import_data([prefix], teacher, tmp_path / "out", source="megatron", **SMALL)
+    with pytest.raises(DataError, match=r"files of fairseq need fairseq's dict\.txt"):
+        import_data([prefix], teacher, tmp_path / "out", source="fairseq", **SMALL)
+    with pytest.raises(DataError, match=r"source 'megatron' has no option 'dict'; allowed: source_tokenizer"):
+        import_data([prefix], teacher, tmp_path / "out", source="megatron", options={"dict": "x"}, **SMALL)
+    with pytest.raises(
+        DataError, match="source 'arrow' is not known; there are: fairseq, fairseq-legacy, megatron"
+    ):
+        import_data([prefix], teacher, tmp_path / "out", source="arrow", **SMALL)
+
+
+def test_layouts_are_told_apart_and_damage_is_named(tmp_path):
+    megatron = write_megatron(tmp_path / "m", [[[1, 2], [3]], [[4]]])
+    fairseq = write_fairseq(tmp_path / "f", [[1, 2], [3]])
+    assert read_index(megatron, "megatron").documents.tolist() == [0, 2, 3]
+    assert read_index(f"{fairseq}.idx", "fairseq").lengths.tolist() == [2, 1]
+    with pytest.raises(
+        DataError, match=r"has the layout of fairseq, not of megatron; import it with --from fairseq"
+    ):
+        read_index(fairseq, "megatron")
+    with pytest.raises(DataError, match="has the layout of megatron, not of fairseq"):
+        read_index(megatron, "fairseq")
+    whole = megatron.with_suffix(".idx").read_bytes()
+    for cut in (3, 20, 33, len(whole) - 1):
+        megatron.with_suffix(".idx").write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"(cut short|no index)"):
+            read_index(megatron, "megatron")
+    for at, message in ((9, "has version 0"), (17, "values of type 9"), (-8, "document bounds")):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        megatron.with_suffix(".idx").write_bytes(damaged)
+        with pytest.raises(DataError, match=message):
+            read_index(megatron, "megatron")
+    megatron.with_suffix(".idx").write_bytes(whole)
+    megatron.with_suffix(".bin").write_bytes(b"\x01\x00")
+    with pytest.raises(DataError, match="holds 1 tokens, but its index points up to 4"):
+        read_index(megatron, "megatron")
+    with pytest.raises(DataError, match=r"nothing\.idx' is missing; name the common prefix"):
+        read_index(tmp_path / "nothing", "megatron")
+
+
+def test_a_pair_is_read_in_place(tmp_path, teacher, coded):
+    prefix = write_megatron(tmp_path / "m", [[[*ids, SEP]] for ids in coded])
+    rows = IndexedRows(prefix, tokenizer=teacher, seq_len=16, source_tokenizer=teacher)
+    stream = [token for ids in coded for token in (*ids, SEP)]
+    batch = rows.read([1, 0])
+    assert batch.input_ids[1].tolist() == [CLS, *stream[:14], SEP]
+    assert batch.input_ids[0].tolist() == [CLS, *stream[14:28], SEP]
+    assert rows.num_rows == len(stream) // 14
+    with pytest.raises(DataError, match=r"there are 0 to \d+"):
+        rows.read([rows.num_rows])
+    with pytest.raises(DataError, match="files of megatron do not say which vocabulary"):
+        IndexedRows(prefix, tokenizer=teacher, seq_len=16)
+    names, sequences = as_fairseq(coded, teacher, False)
+    legacy = write_legacy(tmp_path / "l", sequences)
+    same = IndexedRows(legacy, tokenizer=teacher, seq_len=16, fairseq_dict=fairseq_dict(tmp_path, names))
+    assert torch.equal(same.read(range(same.num_rows)).input_ids, rows.read(range(rows.num_rows)).input_ids)
+    assert same.fingerprint != rows.fingerprint
+
+
+def test_a_pair_in_place_is_a_stream_and_a_corpus(tmp_path, teacher, coded):
+    prefix = write_megatron(tmp_path / "m", [[ids] for ids in coded])
+    rows = IndexedRows(prefix, tokenizer=teacher, seq_len=16, source_tokenizer=teacher)
+    stream = Stream(rows, seed=1, batch=8, micro_batch=4)
+    assert stream.micro_batch(3, 1).input_ids.shape == (4, 16) and stream.fingerprint == rows.fingerprint
+    folder = make_data(tmp_path / "d")
+    mixed = Stream([Corpus(rows, 1), Corpus(RowReader(folder), 1)], seed=1, batch=8, micro_batch=8)
+    assert mixed.micro_batch(0, 0).input_ids.shape == (8, 16)
+    assert mixed.counters.rows == 4 + 8
+
+
+def write_tar(path, samples):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, raw in samples:
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    return path
+
+
+def npy(ids):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(ids, np.int32))
+    return buffer.getvalue()
+
+
+def test_tars_of_text_json_and_tokens(tmp_path, teacher, coded):
+    documents = make_documents(40)
+    call = {"source": "webdataset", "packing": "document", **SMALL}
+    cases = {
+        "txt": [(f"{i:04d}.txt", d.encode()) for i, d in enumerate(documents)],
+        "json": [
+            (f"{i:04d}.json", json.dumps({"id": "x", "t": d}).encode()) for i, d in enumerate(documents)
+        ],
+        "npy": [(f"{i:04d}.tokens.npy", npy(ids)) for i, ids in enumerate(coded)],
+    }
+    for kind, samples in cases.items():
+        half = len(samples) // 2
+        tars = [
+            write_tar(tmp_path / f"{kind}-{n}.tar", part)
+            for n, part in enumerate((samples[:half], samples[half:]))
+        ]
+        options = {"source_tokenizer": teacher} if kind == "npy" else {}
+        import_data(tars, teacher, tmp_path / kind, options=options, **call)
+        assert documents_in(tmp_path / kind) == pieces_of(coded)
+    manifests = [load_manifest(tmp_path / kind).fingerprint for kind in cases]
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+def test_tars_are_read_strictly(tmp_path, teacher):
+    samples = [(f"{i:04d}.txt", d.encode()) for i, d in enumerate(make_documents(20))]
+    path = write_tar(tmp_path / "a.tar", samples)
+    whole = path.read_bytes()
+    second = 512 + -(-len(samples[0][1]) // 512) * 512
+
+    def read():
+        import_data([path], teacher, tmp_path / "out", source="webdataset", **SMALL)
+
+    for damaged, message in (
+        (whole[: second + 150] + b"x" + whole[second + 151 :], rf"is damaged at byte {second}"),
+        (whole[: second + 100], "is damaged at byte"),
+        (whole[:5000], "cut short"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=message):
+            read()
+    write_tar(path, [*samples, ("x.bin", b"123")])
+    with pytest.raises(DataError, match=r"sample 'x': part 'txt' is missing"):
+        read()
+    write_tar(path, [("x.cls", b"1")])
+    with pytest.raises(DataError, match=r"has no field None of kind txt, json, npy; its samples have: cls"):
+        read()
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_in_a_tar_or_its_name_is_executed(tmp_path, teacher):
+    bomb = np.array([{"a": 1}], dtype=object)
+    buffer = io.BytesIO()
+    np.save(buffer, bomb, allow_pickle=True)
+    path = write_tar(tmp_path / "a.tar", [("0.npy", buffer.getvalue())])
+    call = {"source": "webdataset", "options": {"source_tokenizer": teacher}, **SMALL}
+    with pytest.raises(DataError, match=r"Object arrays cannot be loaded"):
+        import_data([path], teacher, tmp_path / "out", **call)
+    with pytest.raises(DataError, match=r"scheme 'pipe' is not read by the importer"):
+        import_data([f"pipe:touch {tmp_path}/touched"], teacher, tmp_path / "out", **call)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_files_of_the_real_megatron_writer(tmp_path, teacher, coded):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "real.bin"), dtype=np.uint16)
+    for ids in coded:
+        builder.add_document(torch.tensor(ids), [2, len(ids) - 2] if len(ids) > 2 else [len(ids)])
+    builder.finalize(str(tmp_path / "real.idx"))
+    mine = write_megatron(tmp_path / "mine", [[i[:2], i[2:]] if len(i) > 2 else [i] for i in coded])
+    for ending in (".idx", ".bin"):
+        assert (tmp_path / f"real{ending}").read_bytes() == mine.with_suffix(ending).read_bytes()
+    options = {"source_tokenizer": teacher}
+    import_data(
+        [tmp_path / "real"],
+        teacher,
+        tmp_path / "o",
+        source="megatron",
+        options=options,
+        packing="document",
+        **SMALL,
+    )
+    assert documents_in(tmp_path / "o") == pieces_of(coded)
