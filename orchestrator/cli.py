@@ -101,11 +101,12 @@ def run_recipe(options: argparse.Namespace) -> int:
         summary = Summary.read(workdir.summary)
         print(f"every stage of {recipe.name} is done already in {workdir.root}", file=sys.stderr)
     else:
-        from orchestrator.curriculum import run_recipe
+        with workdir.claim(recipe):  # before anything heavy is imported
+            from orchestrator.curriculum import run_recipe
 
-        summary = run_recipe(
-            recipe, options.recipe, workdir, launcher=options.launcher, address=options.address
-        )
+            summary = run_recipe(
+                recipe, options.recipe, workdir, launcher=options.launcher, address=options.address
+            )
     print(f"\n{summary.table()}\n\n{summary.next_steps()}")
     return 0
 

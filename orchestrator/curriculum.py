@@ -26,6 +26,7 @@ from orchestrator.progress import Line, StageProgress, build_reporter
 from orchestrator.publish import publish
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_types import Stage
+from orchestrator.references import StudentRef
 from orchestrator.signals import StopRequest
 from orchestrator.stage import StageJob, StudentJob
 from orchestrator.summary import ModelEntry, Summary
@@ -40,15 +41,21 @@ def run_recipe(
 ) -> Summary:
     """Run every stage that is not done, and return the summary of the whole curriculum.
 
-    `launcher`: "ray", or "inline" for the same worker in this process; `address`: of a Ray cluster, None for
-    RAY_ADDRESS or a local one. Raises `Stopped` after SIGINT or SIGTERM, `UserError` for bad input,
-    `InfrastructureError` when the workers kept dying.
+    The caller holds `workdir.claim`. `launcher`: "ray", or "inline" for the same worker in this process; `address`:
+    of a Ray cluster, None for RAY_ADDRESS or a local one. Raises `Stopped` after SIGINT or SIGTERM, `UserError` for
+    bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
-    with workdir.claim(recipe, recipe_file), StopRequest() as stop, ExitStack() as stack:
+    with StopRequest() as stop, ExitStack() as stack:
         line = Line()
         stack.callback(line.close)
         dataset = prepare_data(recipe, workdir, build_reporter(line, stop))
+        for stage in recipe.stages:
+            if not isinstance(
+                stage.teacher_ref, StudentRef
+            ):  # those exist already: say now what does not fit
+                check_stage(stage, model_folder(stage.teacher_ref, recipe, workdir), dataset)
+        workdir.adopt(recipe, recipe_file)
         line.show("opening the tracking store", force=True)
         tracking = Tracking.open(
             workdir.root,
@@ -74,7 +81,12 @@ def run_recipe(
         students = {entry.name for entry in models if entry.registered}
         shown = [e for e in models if e.registered or e.name not in students]
         summary = Summary(
-            recipe.name, tuple(shown), time.monotonic() - began, tracking.look, str(workdir.root.resolve())
+            recipe=recipe.name,
+            models=tuple(shown),
+            seconds=time.monotonic() - began,
+            look=tracking.look,
+            workdir=str(workdir.root),
+            alias=recipe.tracking.alias,
         )
         write_json(workdir.summary, summary.to_json())
         return summary

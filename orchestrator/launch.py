@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PROCESS_GROUP_TIMEOUT_SECONDS = 300
 MAX_FAILURES = 3
+CONNECT_SECONDS = 10
 
 
 @contextmanager
@@ -37,20 +39,29 @@ def ray_cluster(address: str | None, max_workers: int) -> Iterator[None]:
     given = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if given:
+        check_answers(given)
         options["address"] = given
     else:
         options |= {"resources": {"trainer": max_workers}, "include_dashboard": False}
-    try:
-        ray.init(**options)
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster answers at {given}: start one with `ray start --head`, or drop --address/RAY_ADDRESS "
-            f"for a local one ({str(error).splitlines()[0]})"
-        ) from error
+    ray.init(**options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_answers(address: str) -> None:
+    """Raise `UserError` if nobody listens at HOST:PORT: `ray.init` would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto" and the like: Ray finds out by itself, at once
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}): start one with `ray start --head`, "
+            f"or drop --address and RAY_ADDRESS for a local one"
+        ) from error
 
 
 def worker_resources(min_workers: int, use_gpu: bool) -> dict[str, float]:

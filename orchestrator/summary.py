@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class Summary:
     seconds: float
     look: str
     workdir: str
+    alias: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,19 +73,35 @@ class Summary:
         return "\n".join(line.rstrip() for line in lines)
 
     def next_steps(self) -> str:
+        """Commands that work as they stand, from the current folder."""
         last = self.models[-1]
-        registered = last.registered.split(" ")[0]
+        name = last.registered.split(" ")[0]
+        look = (
+            f"{command('mlflow')}{self.look.removeprefix('mlflow')}"
+            if self.look.startswith("mlflow ")
+            else self.look
+        )
+        load = f"import transformers; print(transformers.AutoModel.from_pretrained('{last.folder}'))"
         return "\n".join(
             (
-                f"Look further (work directory {self.workdir}, this run took {duration(self.seconds)}):",
-                f"  the tracked runs    {self.look}",
-                f"  pictures            {Path(last.folder).parent.parent}/*.png",
-                f'  load the student    python -c "from transformers import AutoModel; '
-                f"print(AutoModel.from_pretrained('{last.folder}').num_parameters())\"",
-                f"  pull it anywhere    minilm pull models:/{registered}@ALIAS DIR",
-                "  another recipe      minilm check recipes/*.yaml; minilm run recipes/bert-l6-h384-ta.yaml",
+                f"Look further (work directory {self.workdir}; {duration(self.seconds)} for this run):",
+                f"  the tracked runs   {look}",
+                f"  the pictures       {Path(last.folder).parent.parent}/*.png",
+                f'  load the student   {command("python")} -c "{load}"',
+                f"  pull it            {command('minilm')} pull models:/{name}@{self.alias} DIR "
+                f"--workdir {self.workdir}",
+                f"  another recipe     {command('minilm')} check recipes/*.yaml",
             )
         )
+
+
+def command(name: str) -> str:
+    """How this environment's `name` is called from here: by its name if the PATH finds it, else by its path."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if found and Path(found).parent == own.parent:
+        return name
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
 
 
 def divergence(model: ModelEntry) -> str:

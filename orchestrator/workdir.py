@@ -62,7 +62,7 @@ class Workdir:
         return same and self.summary.exists()
 
     @contextmanager
-    def claim(self, recipe: Recipe, recipe_file: Path) -> Iterator[None]:
+    def claim(self, recipe: Recipe) -> Iterator[None]:
         """Hold the directory for this process and this recipe.
 
         Raises `UserError` when it belongs to another recipe, `LeaseHeld` when another process works in it.
@@ -86,9 +86,12 @@ class Workdir:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
             self.check_recipe(recipe)
-            write_json(self.run, {"recipe": recipe.result_fields()})
-            shutil.copyfile(recipe_file, self.root / "recipe.yaml")
             yield
+
+    def adopt(self, recipe: Recipe, recipe_file: Path) -> None:
+        """Make the directory this recipe's for good; called once its inputs have been found sound."""
+        write_json(self.run, {"recipe": recipe.result_fields()})
+        shutil.copyfile(recipe_file, self.root / "recipe.yaml")
 
     def check_recipe(self, recipe: Recipe) -> None:
         record = read_json(self.run)

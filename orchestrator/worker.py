@@ -203,7 +203,13 @@ class StageRun:
 
     def beat(self, doing: str, step: int, *, force: bool = False) -> None:
         if self.world.is_main and (self.clock.due("heartbeat", HEARTBEAT_SECONDS) or force):
-            beat = {"doing": doing, "step": step, "time": time.time(), "metrics": self.last_metrics}
+            beat = {
+                "doing": doing,
+                "step": step,
+                "time": time.time(),
+                "pid": os.getpid(),
+                "metrics": self.last_metrics,
+            }
             write_json(self.folder.heartbeat, beat, durable=False)
 
     def checkpoint_due(self, done: int) -> bool:

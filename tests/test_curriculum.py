@@ -1,0 +1,282 @@
+"""Whole curricula as people run them: `minilm run` in processes of its own, killed, stopped, repeated, misused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.export import weights_digest
+from orchestrator.files import read_json
+from orchestrator.stage import StageFolder
+
+
+def write_recipe(folder: Path, text: Path, teacher: Path, **changes: object) -> Path:
+    """A curriculum of two stages, teacher → assistant → student, of 40 steps each."""
+    stage = {"batch": 8, "steps": 40, "peak_lr": 1e-3, "warmup_steps": 4, "held_out_rows": 8}
+    recipe = {
+        "name": "tiny",
+        "data": {"text": str(text), "tokenizer": str(teacher), "seq_len": 32, "held_out": 0.1},
+        "stages": [
+            {"name": "assistant", "teacher": str(teacher), "student": {"layers": 3, "hidden": 24}, **stage},
+            {"name": "small", "teacher": "assistant", "student": {"layers": 1, "hidden": 24}, **stage},
+        ],
+        "compute": {"micro_batch": 4, "threads": 1, "checkpoint_every_steps": 4},
+        "tracking": {"log_every": 4},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes))
+    return path
+
+
+def minilm(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+        env=os.environ | {"MLFLOW_TRACKING_URI": ""} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str | Path, expect: int = 0, **environment: str) -> tuple[str, str]:
+    process = minilm(*arguments, **environment)
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == expect, f"exit code {process.returncode}\n{out}\n{errors}"
+    return out, errors
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "".join(map(str, process.communicate()))
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def digests(workdir: Path) -> dict[str, str]:
+    return {
+        stage: weights_digest(StageFolder(workdir / "stages" / stage).student(stage))
+        for stage in ("assistant", "small")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) -> Path:
+    """A folder with the recipe and the work directory of a run that was left alone."""
+    folder = tmp_path_factory.mktemp("finished")
+    run("run", write_recipe(folder, text, teacher), "--workdir", folder / "work", "--launcher", "inline")
+    return folder
+
+
+def test_a_run_ends_with_a_table_of_all_models(finished):
+    out, errors = run("run", finished / "tiny.yaml", "--workdir", finished / "work", "--launcher", "inline")
+    assert "every stage of tiny is done already" in errors
+    for expected in (
+        "(teacher)",
+        "assistant (stage assistant)",
+        "small (stage small)",
+        "tiny-small v1",
+        "3 x 48",
+    ):
+        assert expected in out
+    summary = json.loads((finished / "work" / "summary.json").read_text())
+    assert [m["name"] for m in summary["models"]][1:] == ["assistant", "small"]
+    for model in summary["models"][1:]:
+        assert set(model["before"]) == set(model["after"]) == {"attention", "value"}
+        assert sum(model["after"].values()) < sum(model["before"].values())
+
+
+def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow(finished):
+    program = (
+        "import sys; from orchestrator.cli import main; "
+        f"code = main(['run', {str(finished / 'tiny.yaml')!r}, '--workdir', {str(finished / 'work')!r}]); "
+        "sys.exit(code or bool({'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_what_was_tracked(finished):
+    """Through MLflow's own client: parameters, tags, points once each, pictures, the recipe file."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished / 'work' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id])
+    parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
+    stages = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert set(stages) == {"assistant", "small"}
+    assert all(r.info.status == "FINISHED" for r in runs)
+    assert parent.data.params["stages.assistant.peak_lr"] == "0.001"
+    manifest = read_json(finished / "work" / "data" / "manifest.json")
+    assert manifest is not None
+    assert len(parent.data.tags["minilm.data_fingerprint"]) == 64
+    assert [a.path for a in client.list_artifacts(parent.info.run_id, "recipe")] == ["recipe/tiny.yaml"]
+    for name, stage in stages.items():
+        for metric in ("loss", "attention", "value", "gradient_norm"):
+            history = client.get_metric_history(stage.info.run_id, f"{name}/{metric}")
+            assert sorted(p.step for p in history) == list(range(4, 41, 4))
+        assert {"learning_rate", "rows_per_second", "tokens_per_second"} <= set(stage.data.metrics)
+        held_out = client.get_metric_history(stage.info.run_id, f"{name}/heldout/value")
+        assert sorted(p.step for p in held_out) == [0, 40]
+        pictures = {a.path for a in client.list_artifacts(stage.info.run_id, "pictures")}
+        assert pictures == {"pictures/attention_maps.png", "pictures/loss_curves.png"}
+
+
+def test_a_registered_student_loads_without_our_code(finished, tmp_path):
+    out, _ = run("pull", "models:/tiny-small@newest", tmp_path / "small", "--workdir", finished / "work")
+    assert "version 1" in out
+    program = (
+        "import sys, transformers; "
+        f"model = transformers.AutoModel.from_pretrained({str(tmp_path / 'small')!r}); "
+        f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(tmp_path / 'small')!r}); "
+        "output = model(**tokenizer('time year people way', return_tensors='pt')); "
+        "assert output.last_hidden_state.shape == (1, 6, 24), output.last_hidden_state.shape; "
+        "assert not {'orchestrator', 'model', 'data'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=tmp_path)
+
+
+def test_killed_in_a_stage_between_stages_and_while_publishing_the_weights_are_the_same(finished, tmp_path):
+    """SIGKILL of the whole driver, three times; then it goes on to the same bits, points and versions."""
+    recipe, work = finished / "tiny.yaml", tmp_path / "work"
+    first, second = (StageFolder(work / "stages" / name) for name in ("assistant", "small"))
+    moments = (
+        lambda: (first.checkpoints / "step-000000012").exists(),
+        lambda: first.done.exists(),
+        lambda: (second.checkpoints / "step-000000024").exists(),
+    )
+    for reached in moments:
+        process = minilm("run", recipe, "--workdir", work, "--launcher", "inline")
+        wait_for(reached, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not second.done.exists()
+    run("run", recipe, "--workdir", work, "--launcher", "inline")
+    assert digests(work) == digests(finished / "work")
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{work / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert len(runs) == 3, "a resumed run goes on in the same MLflow runs"
+    for run_ in runs:
+        for metric in run_.data.metrics:
+            steps = [p.step for p in client.get_metric_history(run_.info.run_id, metric)]
+            assert len(steps) == len(set(steps)), f"{metric} has double points"
+    assert [int(v.version) for v in client.search_model_versions("name = 'tiny-assistant'")] == [1]
+
+
+def test_sigterm_stops_at_a_step_boundary_with_its_own_exit_code(finished, tmp_path):
+    recipe, work = finished / "tiny.yaml", tmp_path / "work"
+    override = ("--set", "stages.assistant.steps=100000", "--set", "stages.assistant.warmup_steps=10")
+    folder = StageFolder(work / "stages" / "assistant")
+    process = minilm("run", recipe, "--workdir", work, "--launcher", "inline", *override)
+    wait_for(lambda: (folder.checkpoints / "step-000000008").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "minilm: stopped: stage assistant is stopped; the same command goes on" in errors
+    assert not (folder.root / "failure.json").exists()
+
+
+def test_a_work_directory_of_another_recipe_is_refused(finished):
+    _, errors = run(
+        "run",
+        finished / "tiny.yaml",
+        "--workdir",
+        finished / "work",
+        "--set",
+        "stages.small.steps=41",
+        expect=2,
+    )
+    assert errors.startswith("minilm: error: work directory")
+    assert "stages.1.steps is 40 there and 41 now; give another --workdir" in errors
+
+
+def test_a_second_run_in_the_same_work_directory_is_refused(finished, tmp_path):
+    recipe, work = finished / "tiny.yaml", tmp_path / "work"
+    override = ("--set", "stages.assistant.steps=100000", "--set", "stages.assistant.warmup_steps=10")
+    process = minilm("run", recipe, "--workdir", work, "--launcher", "inline", *override)
+    try:
+        wait_for(lambda: StageFolder(work / "stages" / "assistant").heartbeat.exists(), process)
+        _, errors = run("run", recipe, "--workdir", work, "--launcher", "inline", *override, expect=6)
+        assert f"another run works in {work} (process {process.pid} on" in errors
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def bad_tokenizer(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, object], str]:
+    from conftest import make_teacher
+
+    other = make_teacher(tmp_path / "other", extra_words=("zebra",))
+    shutil.copy(teacher / "config.json", other / "config.json")
+    data = {"text": str(text), "tokenizer": str(other), "seq_len": 32, "held_out": 0.1}
+    return {"data": data}, "the data was made with a vocabulary of"
+
+
+def missing_text(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, object], str]:
+    data = {"text": str(tmp_path / "absent.txt"), "tokenizer": str(teacher), "seq_len": 32}
+    return {"data": data}, "absent.txt' does not exist"
+
+
+def empty_text(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, object], str]:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    return {"data": {"text": str(empty), "tokenizer": str(teacher), "seq_len": 32}}, "empty.txt"
+
+
+def too_long_rows(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, object], str]:
+    data = {"text": str(text), "tokenizer": str(teacher), "seq_len": 128, "held_out": 0.1}
+    return {"data": data}, "rows are 128 tokens long, the teacher takes at most 64"
+
+
+@pytest.mark.parametrize("make", [bad_tokenizer, missing_text, empty_text, too_long_rows])
+def test_bad_input_is_one_line_and_exit_code_2(make, tmp_path, text, teacher):
+    changes, expected = make(tmp_path, text, teacher)
+    recipe = write_recipe(tmp_path, text, teacher, **changes)
+    _, errors = run("run", recipe, "--workdir", tmp_path / "work", "--launcher", "inline", expect=2)
+    lines = [line for line in errors.splitlines() if line.startswith("minilm: error:")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert "Traceback" not in errors
+    assert not (tmp_path / "work" / "stages").exists() or not list((tmp_path / "work").rglob("*.safetensors"))
+
+
+def test_a_flipped_bit_in_a_shard_ends_the_run_naming_the_shard(finished, tmp_path):
+    recipe, work = finished / "tiny.yaml", tmp_path / "work"
+    shutil.copytree(finished / "work" / "data", work / "data")
+    shard = next((work / "data").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[8192] ^= 1
+    shard.write_bytes(content)
+    _, errors = run("run", recipe, "--workdir", work, "--launcher", "inline", expect=2)
+    assert shard.name in errors
+    assert "Traceback" not in errors
+
+
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(finished, tmp_path):
+    """A real full file system: a small tmpfs holds the stages."""
+    work = tmp_path / "work"
+    stages = work / "stages"
+    stages.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(stages)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        _, errors = run("run", finished / "tiny.yaml", "--workdir", work, "--launcher", "inline", expect=2)
+        assert "minilm: error: stage assistant: no space left on the disk of" in errors
+        assert "Traceback" not in errors
+        assert not list(stages.rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(stages)], check=True)

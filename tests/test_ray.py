@@ -1,0 +1,156 @@
+"""The same curricula under a real Ray: a job submitted to a head node, workers and driver killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
+
+from orchestrator.errors import UserError
+from orchestrator.files import read_json
+from orchestrator.launch import check_answers
+from orchestrator.metrics import read_all_points
+from orchestrator.stage import StageFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """`ray start --head`, as an operator types it, with a home of its own; the environment that reaches it."""
+    dashboard = free_port()
+    environment = {
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        "--port",
+        str(free_port()),
+        "--dashboard-port",
+        str(dashboard),
+    ]
+    command += [
+        "--resources",
+        '{"trainer": 2}',
+        "--num-cpus",
+        "2",
+        "--temp-dir",
+        f"/tmp/minilm-ray-{os.getpid()}",
+    ]
+    process = subprocess.Popen(
+        [BIN / command[0], *command[1:]],
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        assert process.poll() is None, "the Ray head has died"
+        assert time.monotonic() < deadline, "the Ray head does not come up"
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/version", timeout=1)
+            break
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    try:
+        yield environment
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path, text, teacher):  # noqa: F811
+    """`ray job submit --working-dir . -- minilm run RECIPE`; the losses are the one-worker run's."""
+    compute = {"micro_batch": 4, "threads": 1, "workers": 2, "checkpoint_every_steps": 4}
+    recipe = write_recipe(tmp_path, text, teacher, compute=compute)
+    command = ["ray", "job", "submit", "--working-dir", ".", "--", "minilm", "run", str(recipe)]
+    done = subprocess.run(
+        [BIN / command[0], *command[1:]],
+        env=os.environ | head,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"Job 'raysubmit_\w+' succeeded", done.stdout)
+    assert "tiny-small v1" in done.stdout
+    work = Path(head["HOME"]) / "minilm-runs" / "tiny"
+    assert (work / "stages" / "assistant" / "worker-1.log").exists(), "the second worker left no trace"
+    for stage in ("assistant", "small"):
+        ours, theirs = (
+            read_all_points(StageFolder(folder / "stages" / stage).points)
+            for folder in (work, finished / "work")
+        )
+        assert [p.step for p in ours] == [p.step for p in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.metrics[f"{stage}/loss"] == pytest.approx(b.metrics[f"{stage}/loss"], rel=1e-3)
+
+
+def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path):  # noqa: F811
+    """A local cluster of `minilm run` itself: SIGKILL the worker in the first stage, the driver in the second."""
+    recipe, work = finished / "tiny.yaml", tmp_path / "work"
+    first, second = (StageFolder(work / "stages" / name) for name in ("assistant", "small"))
+    process = minilm("run", recipe, "--workdir", work)
+    wait_for(lambda: (first.checkpoints / "step-000000008").exists(), process)
+    beat = read_json(first.heartbeat)
+    assert beat["pid"] != process.pid
+    os.kill(beat["pid"], signal.SIGKILL)
+    wait_for(lambda: (second.checkpoints / "step-000000008").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not second.done.exists()
+    assert (first.root / "worker-0.log").read_text().count("resumes at step") == 1
+    run("run", recipe, "--workdir", work)
+    assert digests(work) == digests(finished / "work")
+
+
+def test_a_cluster_without_room_is_refused_with_what_it_has(head, finished, tmp_path):  # noqa: F811
+    override = (
+        "--set",
+        "compute.workers=3",
+        "--set",
+        "stages.assistant.batch=12",
+        "--set",
+        "stages.small.batch=12",
+    )
+    arguments = (finished / "tiny.yaml", "--workdir", tmp_path / "work", "--address", "auto", *override)
+    _, errors = run("run", *arguments, expect=2, **head)
+    assert (
+        "the Ray cluster has 2 trainer, the recipe asks for 3 workers with one each; lower compute.workers"
+        in errors
+    )
+    assert "Traceback" not in errors
+
+
+def test_an_address_where_no_cluster_answers():
+    with pytest.raises(
+        UserError, match="no Ray cluster answers at 127.0.0.1:1 .* `ray start --head`, or drop"
+    ):
+        check_answers("127.0.0.1:1")
