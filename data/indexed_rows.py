@@ -65,7 +65,10 @@ class IndexedRows:
         size = max(teacher.get_vocab().values()) + 1
         self.tokenizer = TokenizerInfo(vocabulary_fingerprint(teacher), size, *special)
         self.fingerprint = _fingerprint(index.prefix, seq_len, mapping.ids)
-        self.counters = Counters(0, 0, 0)
+        self.counters = Counters()
+
+    def announce(self, current: npt.NDArray[np.int64], coming: npt.NDArray[np.int64]) -> None:
+        """Windows need no care: the file is local."""
 
     def read(self, row_ids: npt.ArrayLike) -> Batch:
         """The rows of these numbers, in the order given; rows have no padding. DataError for a token without

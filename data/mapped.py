@@ -28,13 +28,23 @@ def damage(folder: Path, name: str, block: int, offset: int, what: str) -> DataE
 
 
 class MappedShard:
-    """Blocks of shard number `index`; `verified` (bool [blocks]) remembers which blocks were found whole."""
+    """Blocks of shard number `index`; `verified` (bool [blocks]) remembers which blocks were found whole.
 
-    def __init__(self, folder: Path, manifest: Manifest, index: int, verified: npt.NDArray[np.bool_]):
+    `path` is where the file lies when not in `folder` under its name (a cache).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        index: int,
+        verified: npt.NDArray[np.bool_],
+        path: Path | None = None,
+    ):
         self._folder, self._manifest = folder, manifest
         self.info, self.layout, self._verified = manifest.shard(index), manifest.layout, verified
         self._checksums: npt.NDArray[np.uint64] | None = None
-        self._bytes = self._map(folder / self.info.name)
+        self._bytes = self._map(path or folder / self.info.name)
         self._whole, self._last = self._views()
         self._grid = self._one_grid()
 

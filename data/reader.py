@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.manifest import TokenizerInfo, load_manifest
+from data.manifest import Shard, TokenizerInfo, load_manifest
 from data.mapped import MappedShard
 
 _MAX_OPEN_SHARDS = 256
@@ -32,11 +32,15 @@ class Batch(NamedTuple):
 
 
 class Counters(NamedTuple):
-    """What a reader did so far: rows and bytes of tokens handed out, blocks whose checksum was compared."""
+    """What a reader did so far: rows and bytes of tokens handed out, blocks whose checksum was compared; for remote
+    data also shards that were in the cache already, bytes fetched, and requests tried again."""
 
-    rows: int
-    row_bytes: int
-    checked_blocks: int
+    rows: int = 0
+    row_bytes: int = 0
+    checked_blocks: int = 0
+    cache_hits: int = 0
+    fetched_bytes: int = 0
+    retries: int = 0
 
 
 class RowReader:
@@ -46,9 +50,13 @@ class RowReader:
         self.folder = Path(folder)
         self.manifest = load_manifest(self.folder)
         self.verify, self.pin = verify, pin
-        self.counters = Counters(0, 0, 0)
+        self._counters = Counters()
         self._shards: OrderedDict[int, MappedShard] = OrderedDict()
         self._verified: dict[int, npt.NDArray[np.bool_]] = {}
+
+    @property
+    def counters(self) -> Counters:
+        return self._counters
 
     @property
     def num_rows(self) -> int:
@@ -105,11 +113,22 @@ class RowReader:
                 tokens[here] = mapped.gather(blocks[here], rows[here], np.empty_like(tokens[: len(here)]))
             if lengths is not None:
                 lengths[here] = mapped.gather_lengths(blocks[here], rows[here])
-        done = self.counters
-        self.counters = Counters(
+        done = self._counters
+        self._counters = Counters(
             done.rows + len(wanted), done.row_bytes + tokens.nbytes, done.checked_blocks + num_checked
         )
         return lengths
+
+    def locate(self, shard: Shard) -> Path:
+        """Where the file of a shard lies."""
+        return self.folder / shard.name
+
+    def announce(self, current: npt.NDArray[np.int64], coming: npt.NDArray[np.int64]) -> None:
+        """Told when a windowed stream enters a window: its shards and the next window's. Local files need no care."""
+
+    def forget(self, shard: int) -> None:
+        """Unmap a shard; it is mapped again when needed."""
+        self._shards.pop(shard, None)
 
     def _open(self, shard: int) -> MappedShard:
         if shard in self._shards:
@@ -117,9 +136,9 @@ class RowReader:
             return self._shards[shard]
         while len(self._shards) >= _MAX_OPEN_SHARDS:
             self._shards.popitem(last=False)
-        num_blocks = self.manifest.shard(shard).num_blocks
-        verified = self._verified.setdefault(shard, np.zeros(num_blocks, dtype=bool))
-        mapped = MappedShard(self.folder, self.manifest, shard, verified)
+        info = self.manifest.shard(shard)
+        verified = self._verified.setdefault(shard, np.zeros(info.num_blocks, dtype=bool))
+        mapped = MappedShard(self.folder, self.manifest, shard, verified, self.locate(info))
         self._shards[shard] = mapped
         return mapped
 

@@ -51,6 +51,7 @@ class Rows(Protocol):
     def counters(self) -> Counters: ...
 
     def read(self, row_ids: npt.ArrayLike) -> Batch: ...
+    def announce(self, current: npt.NDArray[np.int64], coming: npt.NDArray[np.int64]) -> None: ...
 
 
 class Corpus(NamedTuple):
@@ -100,6 +101,7 @@ class Stream:
             _order(corpus.rows, seed if alone else derive(seed, 4, number), window)
             for number, corpus in enumerate(self.corpora)
         ]
+        self._windows: dict[int, tuple[int, int]] = {}
         ends = np.cumsum([corpus.rows.num_rows for corpus in self.corpora])
         self._first_rows = np.concatenate([[0], ends[:-1]])
 
@@ -140,6 +142,9 @@ class Stream:
         """Micro-batch `index` of optimiser step `step`: a pure function of both, the seed and the data."""
         corpus, counters = self._positions(step, index)
         rows = self._rows(corpus, counters)
+        for number in range(len(self.corpora)):
+            if (mine := counters[corpus == number]).size:
+                self._enter_window(number, int(mine[0]))
         if len(self.corpora) == 1:
             return self.corpora[0].rows.read(rows)
         parts = [(number, np.flatnonzero(corpus == number)) for number in np.unique(corpus)]
@@ -173,6 +178,19 @@ class Stream:
             here = np.flatnonzero(corpus == number)
             rows[here] = self._orders[number].rows(int(counters[here[0]]), len(here))
         return rows
+
+    def _enter_window(self, number: int, counter: int) -> None:
+        """Tell a corpus which window it is in, and which comes next, whenever that changes."""
+        order = self._orders[number]
+        if not isinstance(order, WindowedOrder):
+            return
+        epoch, window = order.window_of(counter)
+        if self._windows.get(number) == (epoch, window):
+            return
+        self._windows[number] = (epoch, window)
+        last = window + 1 == order.num_windows
+        coming = order.shards_of(epoch + 1, 0) if last else order.shards_of(epoch, window + 1)
+        self.corpora[number].rows.announce(order.shards_of(epoch, window), coming)
 
     def position(self, row: int, epoch: int) -> tuple[int, int]:
         """(step, place in the batch) at which `epoch` of the row's corpus reads row number `row`."""

@@ -1,0 +1,172 @@
+"""A data set behind a URL: fetched piece by piece, checked against pins, retried when the network stumbles.
+
+Schemes are a closed list (file, http, https, s3, gs); fsspec does the transport, nothing else of it is used: no
+`pipe:`, no chained URLs, no shell, no pickles. Every request asks for a byte range and must answer with exactly
+that many bytes in time; what arrives must have the sha256 that the manifest pins. A stumble (5xx, reset, stall,
+short body, wrong bytes) is retried with exponential back-off and jitter, counted and logged; what is still wrong
+after the last try is an error that names URL, file and cause. An object that arrives whole and with the same wrong
+hash twice was replaced, which is said at once.
+"""
+
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import fsspec  # type: ignore[import-untyped]
+from fsspec.asyn import AsyncFileSystem, sync  # type: ignore[import-untyped]
+from fsspec.exceptions import FSTimeoutError  # type: ignore[import-untyped]
+
+from data.errors import DataError
+
+SCHEMES = ("file", "http", "https", "s3", "gs")
+_PIECE_BYTES = 8 << 20
+
+log = logging.getLogger("minilm.data")
+
+
+class Patience(NamedTuple):
+    """How long to try: `tries` of every request and of every file; waits double from `first_wait_seconds` up to
+    `longest_wait_seconds`, times a random factor in 0.5 … 1; a request may take `request_seconds`."""
+
+    tries: int = 6
+    first_wait_seconds: float = 0.5
+    longest_wait_seconds: float = 30.0
+    request_seconds: float = 60.0
+
+
+class Stumble(Exception):
+    """A failure that another try may cure; the text is the cause."""
+
+
+def is_remote(given: str | Path) -> bool:
+    return "://" in str(given)
+
+
+def _checked(url: str) -> tuple[str, str]:
+    scheme, _, path = url.partition("://")
+    if "::" in url or scheme not in SCHEMES or not path:
+        raise DataError(
+            f"{url!r} cannot be read from; allowed are URLs of {', '.join(f'{s}://' for s in SCHEMES)}"
+        )
+    return scheme, path
+
+
+class Store:
+    """The files under a URL. `options` go to fsspec's file system (endpoint, credentials: never to a shell)."""
+
+    def __init__(self, url: str, *, patience: Patience | None = None, options: dict[str, Any] | None = None):
+        scheme, _ = _checked(url)
+        self.url = url.rstrip("/")
+        self.patience = patience or Patience()
+        self.num_retries = 0
+        self._lock = Lock()
+        try:
+            self._fs = fsspec.filesystem(scheme, **(options or {}))
+        except (ImportError, ValueError) as error:
+            raise DataError(
+                f"{url!r}: reading {scheme}:// needs a package that is not installed ({error})"
+            ) from error
+
+    def read(self, name: str) -> bytes:
+        """A small file whole (manifest, checksums, tokenizer)."""
+        return self._persist(name, lambda: self._request(name, None, None))
+
+    def sha256(self, name: str, num_bytes: int) -> str:
+        """The hash of a file of known size, fetched and not kept."""
+        digest = hashlib.sha256()
+        for piece in self._pieces(name, num_bytes):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def fetch(self, name: str, num_bytes: int, sha256: str, into: Path) -> None:
+        """Fetch a file to `into`, checked: DataError unless it has the pinned size and hash."""
+        found: list[str] = []
+
+        def once() -> None:
+            digest = hashlib.sha256()
+            with into.open("wb") as file:
+                for piece in self._pieces(name, num_bytes):
+                    digest.update(piece)
+                    file.write(piece)
+            if digest.hexdigest() == sha256:
+                return
+            found.append(digest.hexdigest())
+            if found.count(found[-1]) > 1:
+                raise DataError(
+                    f"{self.url}/{name}: the object was replaced: its sha256 is {found[-1][:16]}…, the manifest pins "
+                    f"{sha256[:16]}…; put the right one back, or use the data set's new manifest in a new run"
+                )
+            raise Stumble(f"its sha256 is {found[-1][:16]}…, the manifest pins {sha256[:16]}…")
+
+        self._persist(name, once)
+
+    def _pieces(self, name: str, num_bytes: int) -> Iterator[bytes]:
+        for start in range(0, num_bytes, _PIECE_BYTES):
+            end = min(start + _PIECE_BYTES, num_bytes)
+            yield self._persist(name, partial(self._range, name, start, end, num_bytes))
+
+    def _range(self, name: str, start: int, end: int, num_bytes: int) -> bytes:
+        found = self._request(name, start, end)
+        if len(found) == num_bytes > end - start:  # a server that knows no ranges
+            found = found[start:end]
+        if len(found) != end - start:
+            raise Stumble(f"bytes {start} to {end} were asked for, {len(found)} came")
+        return found
+
+    def _request(self, name: str, start: int | None, end: int | None) -> bytes:
+        """One request. Stumble for what may pass, DataError for what will not."""
+        path = f"{self.url}/{name}"
+        try:
+            if isinstance(self._fs, AsyncFileSystem):
+                seconds = self.patience.request_seconds
+                found = sync(self._fs.loop, self._fs._cat_file, path, start=start, end=end, timeout=seconds)
+            else:
+                found = self._fs.cat_file(path, start=start, end=end)
+            return bytes(found)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path}: there is no such object; give the URL of a data set's folder"
+            ) from error
+        except PermissionError as error:
+            raise DataError(f"{path}: access is denied ({_line(error)}); check the credentials") from error
+        except (TimeoutError, FSTimeoutError) as error:
+            raise Stumble(f"no answer within {self.patience.request_seconds:g} s") from error
+        except Exception as error:  # every transport has its own exceptions
+            status = getattr(error, "status", None)
+            if isinstance(status, int) and 400 <= status < 500 and status not in (408, 416, 425, 429):
+                raise DataError(
+                    f"{path}: the server refuses ({_line(error)}); check URL and credentials"
+                ) from error
+            raise Stumble(_line(error)) from error
+
+    def _persist(self, name: str, once: Callable[[], Any]) -> Any:
+        """Try `once` until it does not stumble. DataError with the last cause when patience ends."""
+        for tried in range(1, self.patience.tries + 1):
+            try:
+                return once()
+            except Stumble as stumble:
+                cause = str(stumble)
+            if tried == self.patience.tries:
+                break
+            wait = min(
+                self.patience.longest_wait_seconds, self.patience.first_wait_seconds * 2 ** (tried - 1)
+            )
+            wait *= random.uniform(0.5, 1.0)
+            with self._lock:
+                self.num_retries += 1
+            log.warning("%s/%s: %s; try %d in %.1f s", self.url, name, cause, tried + 1, wait)
+            time.sleep(wait)
+        raise DataError(
+            f"{self.url}/{name}: {cause} (tried {self.patience.tries} times); check the server and run the same "
+            "command again"
+        )
+
+
+def _line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

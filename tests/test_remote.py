@@ -1,0 +1,317 @@
+"""Remote data: each run equals the fault-free run, or stops with an error that names URL, file and cause."""
+
+import importlib.util
+import multiprocessing
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from bad_server import BadServer
+from data_cases import make_data
+
+from data import remote
+from data.cache import Cache
+from data.errors import DataError
+from data.manifest import load_manifest
+from data.remote import Patience, Store
+from data.remote_reader import RemoteReader
+from data.stream import Stream
+
+QUICK = Patience(tries=4, first_wait_seconds=0.01, longest_wait_seconds=0.05, request_seconds=1.0)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("remote"), documents=80)
+
+
+@pytest.fixture
+def server(original, tmp_path):
+    running = BadServer(shutil.copytree(original, tmp_path / "served"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def reader(server, tmp_path):
+    opened = []
+
+    def open_it(url=None, **options):
+        options = {"cache": tmp_path / "cache", "patience": QUICK, **options}
+        opened.append(RemoteReader(url or server.url, **options))
+        return opened[-1]
+
+    yield open_it
+    for one in opened:
+        one.close()
+
+
+def digest(stream, steps=12):
+    """All that a run consumes."""
+    batches = list(stream.iterate(0, steps, range(stream.num_micro_batches)))
+    return torch.cat([b.input_ids for b in batches]), torch.cat([b.row_ids for b in batches])
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+OPTIONS = {"seed": 5, "batch": 24, "micro_batch": 8}
+
+
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_remote_rows_equal_local_rows(original, reader, window):
+    local = Stream(original, window=window, **OPTIONS)
+    far = Stream(reader(), window=window, **OPTIONS)
+    assert equal(digest(far), digest(local)) and far.fingerprint == local.fingerprint
+    counters = far.counters
+    assert counters.rows == 12 * 24 and counters.fetched_bytes > 0 and counters.retries == 0
+
+
+CURABLE = ["500", "503", "429", "reset", "stall", "short", "wrong-range", "flip"]
+
+
+@pytest.mark.parametrize("fault", CURABLE)
+def test_a_fault_that_passes_changes_nothing(original, server, reader, fault):
+    server.faults = {
+        "manifest.json": ["500"],
+        "shard-000000.tar": [fault],
+        "shard-000002.tar": [fault, fault],
+    }
+    if fault == "flip":  # the same wrong hash twice is taken for a replaced object
+        server.faults["shard-000002.tar"] = [fault]
+    far = Stream(reader(), window=2, **OPTIONS)
+    assert equal(digest(far), digest(Stream(original, window=2, **OPTIONS)))
+    assert far.counters.retries >= 2  # aiohttp itself tries once again after a reset
+    assert not server.faults["shard-000000.tar"] and not server.faults["shard-000002.tar"]
+
+
+CAUSES = {
+    "500": "500",
+    "reset": "(reset|disconnected|closed)",
+    "stall": "no answer within 1 s",
+    "short": "(not enough|payload|came)",
+    "wrong-range": "bytes 0 to .* were asked for",
+    "flip": "the object was replaced",
+    "404": "there is no such object",
+    "403": "the server refuses",
+}
+
+
+@pytest.mark.parametrize("fault", CAUSES)
+def test_a_fault_that_stays_is_an_error_with_url_shard_and_cause(server, reader, fault):
+    server.always["shard-000001.tar"] = fault
+    far = Stream(reader(patience=QUICK._replace(tries=2)), **OPTIONS)
+    with pytest.raises(DataError, match=rf"(?is){server.url}/shard-000001\.tar: .*{CAUSES[fault]}") as caught:
+        digest(far)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_object_is_an_error_at_once(server, reader):
+    path = server.folder / "shard-000001.tar"
+    raw = bytearray(path.read_bytes())
+    raw[5000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(
+        DataError, match=r"shard-000001\.tar: the object was replaced: its sha256 is \w+…, the manifest"
+    ):
+        digest(Stream(reader(), **OPTIONS))
+    assert server.requests.count("shard-000001.tar") == 2
+
+
+def test_a_changed_manifest_is_an_error(server, reader, tmp_path):
+    first = reader().fingerprint
+    other = make_data(tmp_path / "other", documents=30)
+    shutil.copy(other / "manifest.json", server.folder / "manifest.json")
+    with pytest.raises(DataError, match=r"manifest\.json: the data set was replaced: its fingerprint is"):
+        reader(fingerprint=first)
+    (server.folder / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=r"manifest\.json' is damaged"):
+        reader()
+
+
+def test_a_server_without_ranges_is_good_enough(original, server, reader):
+    server.always = {f"shard-{i:06d}.tar": "no-range" for i in range(load_manifest(original).num_shards)}
+    assert equal(digest(Stream(reader(), **OPTIONS)), digest(Stream(original, **OPTIONS)))
+
+
+def test_random_faults_everywhere(original, server, reader, tmp_path):
+    rng = random.Random(3)
+    wanted = digest(Stream(original, window=1, **OPTIONS))
+    names = [path.name for path in server.folder.iterdir() if path.is_file()]
+    for round_number in range(4):
+        kinds = ["500", "reset", "short", "wrong-range", "no-range"]
+        server.faults = {name: rng.choices(kinds, k=rng.randint(0, 3)) for name in names}
+        far = Stream(reader(cache=tmp_path / f"cache{round_number}"), window=1, **OPTIONS)
+        assert equal(digest(far), wanted)
+
+
+def test_a_second_reader_on_the_node_fetches_nothing(original, server, reader):
+    first = Stream(reader(), **OPTIONS)
+    digest(first)
+    shards = [name for name in server.requests if name.endswith(".tar")]
+    again = Stream(reader(), **OPTIONS)
+    assert equal(digest(again), digest(Stream(original, **OPTIONS)))
+    assert [name for name in server.requests if name.endswith(".tar")] == shards
+    assert (
+        again.counters.fetched_bytes == 0 and again.counters.cache_hits == load_manifest(original).num_shards
+    )
+
+
+def test_only_two_windows_are_held_and_the_bound_is_kept(original, server, reader, tmp_path):
+    size = load_manifest(original).shard(0).num_bytes
+    far = Stream(reader(max_cache_bytes=2 * size), window=1, **OPTIONS)
+    assert load_manifest(original).num_shards > 4
+    most = 0
+    for step in range(30):
+        for index in range(far.num_micro_batches):
+            far.micro_batch(step, index)
+            held = [p for p in (tmp_path / "cache" / "shards").iterdir() if len(p.name) == 64]
+            most = max(most, len(held))
+    assert most <= 5  # two windows, and what is let go while the next is on its way
+    names = [name for name in server.requests if name.endswith(".tar")]
+    assert len(names) > load_manifest(original).num_shards  # evicted ones came again
+
+
+def test_the_next_window_is_fetched_ahead(original, server, reader):
+    far = Stream(reader(), window=1, **OPTIONS)
+    far.micro_batch(0, 0)
+    deadline = time.monotonic() + 5
+    while len({n for n in server.requests if n.endswith(".tar")}) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    order = far._orders[0]
+    wanted = {f"shard-{int(s):06d}.tar" for n in (0, 1) for s in order.shards_of(0, n)}
+    assert {n for n in server.requests if n.endswith(".tar")} == wanted
+
+
+def take_one(folder, log, barrier):
+    cache = Cache(folder, 10**6)
+    barrier.wait()
+
+    def fetch(into):
+        with log.open("a") as file:
+            file.write("fetched\n")
+        time.sleep(0.1)
+        into.write_bytes(b"x" * 100)
+
+    lease = cache.take("a" * 64, 100, fetch)
+    assert lease.path.read_bytes() == b"x" * 100
+    lease.release()
+
+
+def test_processes_of_a_node_fetch_a_file_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    arguments = (tmp_path / "cache", tmp_path / "log", barrier)
+    processes = [context.Process(target=take_one, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "log").read_text() == "fetched\n"
+
+
+def test_the_cache_evicts_the_least_recently_used_that_nobody_holds(tmp_path):
+    cache = Cache(tmp_path, 250)
+
+    def take(letter):
+        return cache.take(letter * 64, 100, lambda into: into.write_bytes(letter.encode() * 100))
+
+    held = take("a")
+    take("b").release()
+    take("c").release()
+    assert {p.name[0] for p in tmp_path.iterdir() if p.is_file()} == {"a", "c"}
+    take("d").release()
+    held.release()
+    take("e").release()
+    assert {p.name[0] for p in tmp_path.iterdir() if p.is_file()} == {"d", "e"}
+
+
+def test_a_fetch_that_fails_or_is_killed_leaves_nothing_behind(tmp_path):
+    cache = Cache(tmp_path, 1000)
+
+    def failing(into):
+        into.write_bytes(b"half")
+        raise DataError("no")
+
+    with pytest.raises(DataError, match="no"):
+        cache.take("a" * 64, 100, failing)
+    (tmp_path / f".{'a' * 64}.999.part").write_bytes(b"left by a killed process")
+    cache.take("a" * 64, 3, lambda into: into.write_bytes(b"abc")).release()
+    assert {p.name for p in tmp_path.iterdir()} == {"a" * 64, "locks"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["pipe:cat x", "ftp://x/y", "simplecache::http://x/y", "/a/folder", "s3://", "memory://x", "ssh://h/x"],
+)
+def test_other_schemes_are_refused(url):
+    with pytest.raises(
+        DataError, match=r"cannot be read from; allowed are URLs of file://, http://, https://, s3://"
+    ):
+        Store(url)
+
+
+def test_file_urls(original, reader):
+    assert equal(digest(Stream(reader(f"file://{original}"), **OPTIONS)), digest(Stream(original, **OPTIONS)))
+
+
+def test_waits_grow_with_jitter_and_have_a_bound(server, monkeypatch):
+    waits = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    server.always["manifest.json"] = "500"
+    patience = Patience(tries=7, first_wait_seconds=1, longest_wait_seconds=10, request_seconds=1)
+    with pytest.raises(
+        DataError, match=r"manifest\.json: 500.*\(tried 7 times\); check the server and run the same"
+    ):
+        Store(server.url, patience=patience).read("manifest.json")
+    for wait, longest in zip(waits, (1, 2, 4, 8, 10, 10), strict=True):
+        assert longest / 2 <= wait <= longest
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("moto") is None or importlib.util.find_spec("s3fs") is None,
+    reason="moto and s3fs are not installed",
+)
+def test_an_s3_endpoint_on_loopback(original, reader, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
+    )
+    try:
+        import s3fs
+
+        options = {"key": "k", "secret": "s", "client_kwargs": {"region_name": "eu-west-1"}}
+        options["endpoint_url"] = f"http://127.0.0.1:{port}"
+        system = s3fs.S3FileSystem(**options)
+        for _ in range(100):
+            try:
+                system.mkdir("bucket")
+                break
+            except Exception:
+                time.sleep(0.2)
+        system.put(f"{original}/", "bucket/set/", recursive=True)
+        far = Stream(reader("s3://bucket/set", options=options), window=2, **OPTIONS)
+        assert equal(digest(far), digest(Stream(original, window=2, **OPTIONS)))
+        bad = bytearray((original / "shard-000001.tar").read_bytes())
+        bad[5000] ^= 1
+        system.pipe("bucket/set/shard-000001.tar", bytes(bad))
+        system.rm("bucket/set/shard-000002.tar")
+        changed = reader("s3://bucket/set", options=options, cache=tmp_path / "other")
+        with pytest.raises(DataError, match=r"s3://bucket/set/shard-000001\.tar: the object was replaced"):
+            changed.read([changed.shard_rows])
+        with pytest.raises(DataError, match=r"s3://bucket/set/shard-000002\.tar: there is no such object"):
+            changed.read([2 * changed.shard_rows])
+    finally:
+        process.terminate()
+        process.wait()
