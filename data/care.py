@@ -1,157 +1,32 @@
-"""Care of a data set: verify every byte, repair what is damaged, convert to one record a row.
+"""Care of a data set: repair what is damaged, convert to one record a row.
 
 Whatever replaces a file is checked against the manifest before it takes the name. Each function returns a small
 object with `.text()` for a person and `.as_dict()` for a program.
 """
 
-import hashlib
 import json
-import mmap
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from data.build import import_data
 from data.build_identity import BUILD_FILE
 from data.errors import DataError
 from data.manifest import (
-    CHECKSUMS,
-    HELD_OUT,
     TOKENIZER,
-    Manifest,
-    Shard,
-    block_checksums,
     load_manifest,
     shard_name,
 )
-from data.mapped import MappedShard
 from data.reader import RowReader
 from data.shard import record_tar
-from data.tokenizer import load_tokenizer, vocabulary_fingerprint
+from data.verify import verify
 
 _REPAIR = ".repair"
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One damaged place: `block` and `offset` (bytes) are None where a whole file is meant."""
-
-    file: str
-    block: int | None
-    offset: int | None
-    what: str
-
-    def text(self) -> str:
-        where = "" if self.block is None else f", block {self.block}, at byte {self.offset}"
-        return f"{self.file}{where}: {self.what}"
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    folder: str
-    fingerprint: str
-    shards: int
-    num_bytes: int
-    seconds: float
-    damage: list[Damage]
-
-    @property
-    def whole(self) -> bool:
-        return not self.damage
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "whole": self.whole}
-
-    def text(self) -> str:
-        speed = self.num_bytes / max(self.seconds, 1e-9) / 1e6
-        lines = [f"{self.folder}: {self.shards} shards, {self.num_bytes:,} bytes read, {speed:,.0f} MB/s"]
-        lines += [f"damaged: {damage.text()}" for damage in self.damage]
-        if self.damage:
-            lines.append(f"mend it with: minilm data repair {self.folder} [--mirror FOLDER]")
-        else:
-            lines.append(f"whole: every byte is what the manifest {self.fingerprint[:16]} pins")
-        return "\n".join(lines)
-
-
-Progress = Callable[[int, int], None]
-
-
-def verify(folder: Path, *, threads: int | None = None, progress: Progress | None = None) -> VerifyReport:
-    """Compare every byte of a data set, and of its held-out split, with the manifest; damage is listed, not raised.
-
-    `progress(done, total)` is told bytes. DataError when there is no manifest or it is damaged itself.
-    """
-    folder, begin = Path(folder), time.monotonic()
-    splits = [folder, *([folder / HELD_OUT] if (folder / HELD_OUT).is_dir() else [])]
-    manifests = {split: load_manifest(split) for split in splits}
-    shards = [(split, manifest, shard) for split, manifest in manifests.items() for shard in manifest.shards]
-    damage = [d for split, manifest in manifests.items() for d in _check_tokenizer(split, manifest, folder)]
-    total, done = sum(shard.num_bytes for _, _, shard in shards), 0
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        for (_, _, shard), found in zip(shards, pool.map(partial(_check_shard, folder), shards), strict=True):
-            damage += found
-            done += shard.num_bytes
-            if progress is not None:
-                progress(done, total)
-    fingerprint = manifests[folder].fingerprint
-    return VerifyReport(str(folder), fingerprint, len(shards), total, time.monotonic() - begin, damage)
-
-
-def _check_tokenizer(split: Path, manifest: Manifest, folder: Path) -> list[Damage]:
-    name = str((split / TOKENIZER).relative_to(folder))
-    if not (split / TOKENIZER).is_dir():
-        return [Damage(name, None, None, "the tokenizer is missing")]
-    try:
-        found = vocabulary_fingerprint(load_tokenizer(str((split / TOKENIZER).absolute())))
-    except DataError as error:
-        return [Damage(name, None, None, str(error))]
-    if found != manifest.tokenizer.vocabulary_fingerprint:
-        return [Damage(name, None, None, "its vocabulary is not the one that the manifest pins")]
-    return []
-
-
-def _check_shard(folder: Path, place: tuple[Path, Manifest, Shard]) -> list[Damage]:
-    split, manifest, shard = place
-    path = split / shard.name
-    name = str(path.relative_to(folder))
-    damage = []
-    try:
-        block_checksums(split, manifest, shard.number)
-    except DataError as error:
-        damage.append(Damage(str((split / CHECKSUMS).relative_to(folder)), None, None, str(error)))
-    if not path.is_file():
-        return [*damage, Damage(name, None, None, "the file is missing")]
-    if _sha256(path) == shard.sha256:
-        return damage
-    try:
-        mapped = MappedShard(split, manifest, shard.number, np.zeros(shard.num_blocks, dtype=bool))
-    except DataError as error:
-        return [*damage, Damage(name, None, None, str(error))]
-    for block in range(shard.num_blocks):
-        try:
-            mapped.verify(np.array([block]))
-        except DataError:
-            at = mapped.span(block)[0]
-            what = "its bytes do not have the pinned checksum"
-            damage.append(Damage(name, shard.first_block + block, at, what))
-    return damage or [Damage(name, None, None, "its bytes do not have the pinned sha256")]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        if not file.seek(0, 2):
-            return hashlib.sha256().hexdigest()
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            return hashlib.sha256(mapped).hexdigest()
 
 
 @dataclass(frozen=True)

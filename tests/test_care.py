@@ -7,10 +7,11 @@ import pytest
 import webdataset
 from data_cases import make_data, make_documents
 
-from data.care import convert, repair, verify
+from data.care import convert, repair
 from data.errors import DataError
 from data.manifest import load_manifest
 from data.reader import RowReader
+from data.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from data.manifest import load_manifest
 from data.remote import Patience, Store
 from data.remote_reader import RemoteReader
 from data.stream import Stream
+from data.verify import verify
 
 QUICK = Patience(tries=4, first_wait_seconds=0.01, longest_wait_seconds=0.05, request_seconds=1.0)
 
@@ -274,6 +275,16 @@ def test_waits_grow_with_jitter_and_have_a_bound(server, monkeypatch):
         Store(server.url, patience=patience).read("manifest.json")
     for wait, longest in zip(waits, (1, 2, 4, 8, 10, 10), strict=True):
         assert longest / 2 <= wait <= longest
+
+
+def test_verify_reads_a_url(server):
+    assert verify(server.url).whole
+    path = server.folder / "shard-000001.tar"
+    path.write_bytes(path.read_bytes().replace(b"NUMPY", b"NUMPI", 1))
+    (server.folder / "shard-000003.tar").unlink()
+    report = verify(server.url)
+    assert [damage.file for damage in report.damage] == ["shard-000001.tar", "shard-000003.tar"]
+    assert "there is no such object" in report.text() and "put a whole copy there" in report.text()
 
 
 @pytest.mark.skipif(
