@@ -1,0 +1,221 @@
+"""What a stage needs becomes folders, and what does not fit together is said before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_teacher
+
+from data.manifest import load_manifest
+from orchestrator.errors import UserError
+from orchestrator.inputs import Dataset, check_stage, model_folder, prepare_data, tokenizer_name
+from orchestrator.recipe import Recipe, load_recipe
+from orchestrator.references import FolderRef
+from orchestrator.workdir import Workdir
+
+
+def recipe_with(
+    tmp_path: Path, teacher: Path | str, shards: Path, student: dict[str, object], **stage: object
+) -> Recipe:
+    path = tmp_path / "r.yaml"
+    values = {
+        "name": "only",
+        "teacher": str(teacher),
+        "student": student,
+        "batch": 32,
+        "steps": 9,
+        "peak_lr": 1e-3,
+    }
+    path.write_text(
+        yaml.safe_dump(
+            {"name": "r", "data": {"shards": str(shards)}, "stages": [values | {"warmup_steps": 1} | stage]}
+        )
+    )
+    return load_recipe(path)
+
+
+def complaint(recipe: Recipe, teacher: Path, shards: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        check_stage(recipe.stages[0], teacher, Dataset(shards, load_manifest(shards)))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_heads_that_do_not_divide_hidden(tmp_path, teacher, shards):
+    recipe = recipe_with(tmp_path, teacher, shards, {"layers": 1, "hidden": 30})
+    assert "hidden 30, which 4 heads do not divide; give a multiple of 4" in complaint(
+        recipe, teacher, shards
+    )
+
+
+def test_head_counts_that_differ_where_the_objective_needs_them_equal(tmp_path, teacher, shards):
+    recipe = recipe_with(tmp_path, teacher, shards, {"layers": 1, "hidden": 24, "heads": 2})
+    assert "the teacher has 4 heads and the student 2; give both the same number" in complaint(
+        recipe, teacher, shards
+    )
+    split = recipe_with(
+        tmp_path,
+        teacher,
+        shards,
+        {"layers": 1, "hidden": 24, "heads": 2},
+        objective="minilmv2",
+        relation_heads=6,
+    )
+    check_stage(split.stages[0], teacher, Dataset(shards, load_manifest(shards)))
+
+
+def test_a_teacher_layer_that_does_not_exist(tmp_path, teacher, shards):
+    recipe = recipe_with(tmp_path, teacher, shards, {"layers": 1, "hidden": 24}, teacher_layer=4)
+    assert "layer 4 does not exist; bert has layers 1 to 3" in complaint(recipe, teacher, shards)
+
+
+def test_a_tokenizer_of_the_same_size_that_is_not_the_teachers(tmp_path, teacher, shards):
+    """The commonest silent error: every id is in range, and means another word."""
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["time"], vocabulary["year"] = vocabulary["year"], vocabulary["time"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = recipe_with(tmp_path, other, shards, {"layers": 1, "hidden": 24})
+    message = complaint(recipe, other, shards)
+    assert "the data was made with another tokenizer than the teacher's" in message
+    assert f"build the data with `--tokenizer {other}`" in message
+
+
+def test_a_larger_vocabulary_than_the_teachers(tmp_path, teacher, text):
+    from data.build import build
+
+    big = make_teacher(tmp_path / "big", extra_words=("zebra", "yak"))
+    out = tmp_path / "shards"
+    build([text], str(big), out, seq_len=32, held_out=0.1, processes=1)
+    recipe = recipe_with(tmp_path, teacher, out, {"layers": 1, "hidden": 24})
+    assert "made with a vocabulary of" in complaint(recipe, teacher, out)
+
+
+def test_shards_without_a_held_out_split(tmp_path, teacher, text):
+    from data.build import build
+
+    out = tmp_path / "shards"
+    build([text], str(teacher), out, seq_len=32, processes=1)
+    recipe = recipe_with(tmp_path, teacher, out, {"layers": 1, "hidden": 24})
+    with pytest.raises(
+        UserError, match=r"has no held-out split.*build it again with `minilm data build --held-out"
+    ):
+        prepare_data(recipe, Workdir(tmp_path / "work"), None)
+
+
+def test_a_folder_that_is_no_model(tmp_path, teacher, shards):
+    recipe = recipe_with(tmp_path, teacher, shards, {"layers": 1, "hidden": 24})
+    with pytest.raises(
+        UserError, match=r"is not a model folder \(no config.json in it\); give a transformers folder"
+    ):
+        model_folder(FolderRef(tmp_path), recipe, Workdir(tmp_path / "work"))
+
+
+def test_the_tokenizer_of_data_build_may_be_a_folder_or_hub_id(tmp_path, teacher):
+    assert tokenizer_name(str(teacher)) == str(teacher)
+    assert tokenizer_name("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
+    with pytest.raises(UserError, match="`minilm pull` brings a registered model down"):
+        tokenizer_name("models:/a@newest")
+
+
+@pytest.fixture
+def hub(teacher: Path) -> Iterator[tuple[str, list[str]]]:
+    """A server with the two calls of a model hub that a download makes; its address, and what was asked of it."""
+    asked: list[str] = []
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    files = {p.name: p.read_bytes() for p in teacher.iterdir()} | {"pytorch_model.bin": b"a pickle"}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            if self.path.startswith("/api/models/someone/tiny/tree"):
+                tree = [
+                    {"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()
+                ]
+                self.answer(json.dumps(tree).encode(), {"Content-Type": "application/json"})
+            elif self.path.startswith("/api/models/someone/tiny"):
+                listing = {
+                    "id": "someone/tiny",
+                    "sha": commit,
+                    "siblings": [{"rfilename": name} for name in files],
+                }
+                self.answer(json.dumps(listing).encode(), {"Content-Type": "application/json"})
+            elif (name := self.path.rpartition("/")[2]) in files and "someone/tiny" in self.path:
+                etag = hashlib.sha256(files[name]).hexdigest()
+                self.answer(files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        def answer(self, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(200)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def download(hub_id: str, folder: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    program = (
+        "import sys; from pathlib import Path; from orchestrator.inputs import download\n"
+        "from orchestrator.errors import UserError\n"
+        "try: print(download(sys.argv[1], Path(sys.argv[2])))\n"
+        "except UserError as error: sys.exit(str(error))"
+    )
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(folder / "hf")}
+    return subprocess.run(
+        [sys.executable, "-c", program, hub_id, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_hub_id_becomes_a_folder_without_pickles_and_is_asked_for_once(hub, teacher, tmp_path):
+    endpoint, asked = hub
+    done = download("someone/tiny", tmp_path, endpoint)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert (folder / "model.safetensors").read_bytes() == (teacher / "model.safetensors").read_bytes()
+    assert not (folder / "pytorch_model.bin").exists()
+    asked.clear()
+    assert download("someone/tiny", tmp_path, endpoint).stdout.strip() == str(folder)
+    assert asked == []
+
+
+def test_a_hub_id_that_does_not_exist_is_one_line(hub, tmp_path):
+    done = download("someone/absent", tmp_path, hub[0])
+    assert done.returncode == 1
+    assert done.stderr.startswith("model someone/absent cannot be downloaded (")
+    assert done.stderr.strip().endswith("or give a local folder instead")
+    assert done.stderr.count("\n") == 1
