@@ -19,7 +19,7 @@ from pathlib import Path
 
 from model.export import weights_digest
 from orchestrator import launch
-from orchestrator.errors import InfrastructureError, Stopped, UserError
+from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.inputs import Dataset, check_stage, model_folder, prepare_data
 from orchestrator.progress import Line, StageProgress, build_reporter
@@ -178,6 +178,10 @@ class Driver:
             checkpoint_every_steps=compute.checkpoint_every_steps,
             checkpoint_every_seconds=compute.checkpoint_every_seconds,
             keep_checkpoints=compute.keep_checkpoints,
+            keep_every_steps=compute.keep_every_steps,
+            reduction=compute.reduction,
+            on_nonfinite=compute.on_nonfinite,
+            max_skipped_steps=compute.max_skipped_steps,
             digest=hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
         )
 
@@ -199,7 +203,8 @@ class Driver:
         self.line.close()
         failure = read_json(folder.failure)
         if failure is not None:
-            raise UserError(failure["message"])
+            kind = NoProgress if failure["exit_code"] == NoProgress.exit_code else UserError
+            raise kind(failure["message"])
         if (error := future.exception()) is not None:
             if self.launcher == "inline":
                 raise error

@@ -189,7 +189,7 @@ class Stage(_Section):
 
 
 class Compute(_Section):
-    """Where and how it is computed. Only `micro_batch` and `precision` change the result."""
+    """Where and how it is computed. Only `micro_batch` and `precision` change the result by more than rounding."""
 
     workers: Count = 1
     """Processes that share a step's micro-batches, one device each."""
@@ -206,7 +206,17 @@ class Compute(_Section):
     checkpoint_every_seconds: Positive = 60.0
     """Seconds between checkpoints."""
     keep_checkpoints: Count = 2
-    """Checkpoints kept for each stage."""
+    """Newest checkpoints kept for each stage."""
+    keep_every_steps: Count | None = None
+    """A checkpoint of every so many steps is made, and kept for good; default: none."""
+    reduction: Literal["exact", "fast"] = "exact"
+    """How gradients are added. exact: as 64-bit integers, so that any number of workers gives the same
+    bits; fast: in float32, with less memory."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite. stop: the run ends and names the rows; skip: that update is
+    left out. No weight moves by it either way."""
+    max_skipped_steps: Whole = 10
+    """Updates of a student that on_nonfinite: skip may leave out; one more ends the run."""
 
 
 class Tracking(_Section):

@@ -2,7 +2,8 @@
 
 A `StageJob` is made from the recipe by `curriculum`, travels to the workers as JSON and is kept beside the
 stage's output, so that `python -m orchestrator.worker JOB.json` (also under torchrun) repeats what Ray started.
-Invariant: `digest` covers all that determines the weights, and nothing that does not.
+Invariant: `digest` covers all that determines the weights but for rounding (workers, threads, `reduction`) and for
+what happens after a number that is not finite, so that either may change between two attempts.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class StageJob:
     checkpoint_every_steps: int | None
     checkpoint_every_seconds: float
     keep_checkpoints: int
+    keep_every_steps: int | None
+    reduction: str
+    on_nonfinite: str
+    max_skipped_steps: int
     digest: str
     attempt: str = "inline"
 
@@ -114,6 +119,11 @@ class StageFolder:
     def failure(self) -> Path:
         """A worker's one-line error that no retry can cure."""
         return self.root / "failure.json"
+
+    @property
+    def failed_step(self) -> Path:
+        """The rows of the step that an error is about."""
+        return self.root / "failed-step.json"
 
     @property
     def done(self) -> Path:

@@ -1,21 +1,36 @@
 """One optimiser update: micro-batches → gradient sums → sum over workers → AdamW, for every student of the stage.
 
-The teacher's forward pass is shared; each student has its own flat gradient, optimiser and dropout stream, so its
+The teacher's forward pass is shared; each student has its own gradient sum, optimiser and dropout stream, so its
 weights do not depend on the students beside it. Dropout is seeded by (run seed, student, step, micro-batch): who
 computes a micro-batch does not matter. No Ray, no MLflow, no host sync on the device.
+
+A gradient or loss that is not finite never moves a weight: the sum that all ranks share says so on the device, and
+the fused AdamW leaves that update out on the device too. The host hears of it when it next reads (log steps).
+
+Out of memory: this worker computes its share of the step again in halves, and from the next step on every worker
+does. The rows and their weight in the loss stay; the dropout masks and the last bits do not: a half has a mask of
+its own, because memory for the whole micro-batch's is what was missing.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from model.distiller import Distiller
+from orchestrator.reduction import make_sum
 from orchestrator.world import World
+
+log = logging.getLogger(__name__)
+
+MicroBatch = tuple[int, Tensor, Tensor | None]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -25,11 +40,16 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class StudentState:
-    """A student's trained parameters, their flat gradient, and its optimiser.
+    """A student's trained parameters, the sum of their gradients, and its optimiser.
 
-    `gradient` is one float32 vector; every `parameter.grad` is a view into it, so the sum over workers and the
+    `sums.gradient` is one float32 vector; every `parameter.grad` is a view into it, so the sum over workers and the
     norm are single operations. AdamW is Adam with decoupled weight decay (MiniLM, section 4.1); biases and
     normalisation weights, the parameters with fewer than two dimensions, are not decayed.
+
+    `reduction`: "exact" or "fast" (see `reduction`), for steps of `num_micro_batches` and `num_terms` loss terms.
+    `on_nonfinite`: after an update that was not finite, "stop" leaves all later ones out too, "skip" goes on.
+    `refused` int64 [3], on the device: how many updates were not finite and so left out; the first ("stop") or last
+    ("skip") step of them, -1 for none; 1 when it has come to a stop.
     """
 
     def __init__(
@@ -40,13 +60,18 @@ class StudentState:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        reduction: str = "fast",
+        num_micro_batches: int = 1,
+        num_terms: int = 1,
+        on_nonfinite: str = "stop",
     ):
         self.name = name
         self.parameters = parameters
-        first = next(iter(parameters.values()))
-        self.gradient = torch.zeros(
-            sum(p.numel() for p in parameters.values()), dtype=torch.float32, device=first.device
-        )
+        self.on_nonfinite = on_nonfinite
+        device = next(iter(parameters.values())).device
+        size = sum(p.numel() for p in parameters.values())
+        self.sums = make_sum(reduction, size, num_terms, device, num_micro_batches)
+        self.refused = torch.tensor([0, -1, 0], dtype=torch.int64, device=device)
         offset = 0
         for parameter in parameters.values():
             parameter.grad = self.gradient[offset : offset + parameter.numel()].view_as(parameter)
@@ -56,71 +81,151 @@ class StudentState:
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
-    def update(self, *, count: float, learning_rate: float, max_gradient_norm: float | None) -> Tensor:
-        """Divide the summed gradient by `count`, clip, step. Returns the norm before clipping, on the device."""
-        self.gradient.div_(count)
+    @property
+    def gradient(self) -> Tensor:
+        return self.sums.gradient
+
+    def update(
+        self, finite: Tensor, *, step: int, learning_rate: float, max_gradient_norm: float | None
+    ) -> Tensor:
+        """Clip the mean gradient and move the weights, unless it is not `finite`; returns the norm before clipping.
+
+        `finite`: a bool scalar on the device. The norm stays there too.
+        """
         norm = torch.linalg.vector_norm(self.gradient)
+        finite = finite & torch.isfinite(norm)
         if max_gradient_norm is not None:
             self.gradient.mul_(torch.clamp(max_gradient_norm / (norm + 1e-6), max=1.0))
+        count, last, stopped = self.refused
+        refuse = ~finite & (stopped == 0)
+        stop = refuse if self.on_nonfinite == "stop" else torch.zeros_like(refuse)
+        self.refused = torch.stack((count + refuse, torch.where(refuse, step, last), stopped | stop))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.optimizer.found_inf = (~finite | stopped).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         return norm
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """`terms` [students, terms]: this worker's undivided sums; `norms` [students]: of the global gradient.
+    """`terms` float64 [students, terms]: the global means; `norms` [students]: of the mean gradient.
 
-    Both stay on the device; `count` (global divisor) and `stop` (somebody asks to stop) are host values.
+    Both stay on the device and are the same on all ranks, as are the host values: `count`, what the sums were
+    divided by; `told`, the sums over ranks of what each had to tell; `parts`, into how many each micro-batch is cut
+    from the next step on.
     """
 
     terms: Tensor
     norms: Tensor
-    count: float
-    stop: bool
+    count: int
+    told: list[int]
+    parts: int
 
 
 def train_step(
     distiller: Distiller,
     students: list[StudentState],
-    micro_batches: Iterable[tuple[int, Tensor, Tensor | None]],
+    micro_batches: Iterable[MicroBatch],
     *,
     step: int,
     seed: int,
     learning_rate: float,
     max_gradient_norm: float | None,
     autocast: torch.dtype | None,
-    stop: bool,
     world: World,
+    seq_len: int,
+    tell: Callable[[], Sequence[int]] = tuple,
+    parts: int = 1,
 ) -> StepOutcome:
     """Update every student once from this worker's `micro_batches`: (number in the global batch, ids, mask) on the CPU.
 
-    The loss is the objective's mean over the whole global batch: sums over micro-batches and workers, divided
-    once by the global count.
+    The loss is the objective's mean over the whole global batch: sums over micro-batches and workers, divided once
+    by the global count. `seq_len`: tokens of a row. `tell()` is called when the rows are through, and returns as
+    many integers on every rank. `parts`: into how many pieces each micro-batch is cut. Raises
+    `torch.OutOfMemoryError` when half a micro-batch does not fit either.
     """
-    device = world.device
-    for student in students:
-        student.gradient.zero_()
-    terms = torch.zeros(len(students), distiller.num_terms, dtype=torch.float32, device=device)
-    count = 0.0
-    for index, ids, mask in micro_batches:
-        count += float(distiller.count(mask, ids.shape))
-        ids = ids.to(device, non_blocking=True)
-        mask = None if mask is None else mask.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            taught = distiller.teach(ids, mask)
-        for row, student in enumerate(students):
-            dropout = derive_seed(seed, "dropout", student.name, step, index)
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                sums = distiller.term_sums(student.name, taught, ids, mask, dropout_seed=dropout)
-            (sums * distiller.weights).sum().backward()
-            terms[row] += sums.detach()
-    count, stops = world.sum_host([count, float(stop)])
-    norms = []
-    for student in students:
-        world.sum_gradient(student.gradient)
-        norms.append(
-            student.update(count=count, learning_rate=learning_rate, max_gradient_norm=max_gradient_norm)
+    taken: list[MicroBatch] = []
+    coming = iter(micro_batches)
+    work = Share(distiller, students, step, seed, autocast, world.device, seq_len)
+    out_of_memory = False
+    try:
+        work.compute(_noting(coming, taken), parts)
+    except torch.OutOfMemoryError:
+        if parts > 1 or taken[-1][1].shape[0] < 2:
+            raise
+        out_of_memory = True  # go on outside: the error's traceback holds on to the tensors
+    if out_of_memory:
+        log.warning(
+            "step %d: out of memory with %d rows at once; from here on each micro-batch is computed in halves: "
+            "same rows and weights in the loss, other dropout masks and last bits",
+            step,
+            taken[-1][1].shape[0],
         )
-    return StepOutcome(terms, torch.stack(norms), count, stops > 0)
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        work.compute(chain(taken, coming), 2)
+    count, halved, *told = world.sum_integers([work.count, int(out_of_memory), *tell()])
+    terms, norms = [], []
+    for student in students:
+        means, finite = student.sums.finish(world, count * work.unit)
+        terms.append(means)
+        norms.append(
+            student.update(
+                finite, step=step, learning_rate=learning_rate, max_gradient_norm=max_gradient_norm
+            )
+        )
+    return StepOutcome(torch.stack(terms), torch.stack(norms), count, told, 2 if halved else parts)
+
+
+def _noting(coming: Iterable[MicroBatch], taken: list[MicroBatch]) -> Iterable[MicroBatch]:
+    for micro_batch in coming:
+        taken.append(micro_batch)
+        yield micro_batch
+
+
+class Share:
+    """What one worker computes of one step: forward and backward of its micro-batches, into the students' sums.
+
+    `unit`: a power of two by which losses are multiplied, so that a row's weighs about 1 whatever the objective's
+    reduction counts (rows or tokens), and gradients have the magnitude that `reduction.ExactSum` is made for.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        students: list[StudentState],
+        step: int,
+        seed: int,
+        autocast: torch.dtype | None,
+        device: torch.device,
+        seq_len: int,
+    ):
+        self.distiller, self.students, self.step, self.seed = distiller, students, step, seed
+        self.autocast, self.device = autocast, device
+        self.count = 0
+        self.unit = 2.0 ** -math.ceil(math.log2(int(distiller.count(None, (1, seq_len)))))
+
+    def compute(self, micro_batches: Iterable[MicroBatch], parts: int) -> None:
+        """All of `micro_batches`, each in `parts` pieces of rows."""
+        self.count = 0
+        for student in self.students:
+            student.sums.begin()
+        for index, ids, mask in micro_batches:
+            masks: Sequence[Tensor | None] = [None] * parts if mask is None else mask.chunk(parts)
+            for part, (part_ids, part_mask) in enumerate(zip(ids.chunk(parts), masks, strict=False)):
+                self.compute_part((index,) if parts == 1 else (index, part), part_ids, part_mask)
+
+    def compute_part(self, number: tuple[int, ...], ids: Tensor, mask: Tensor | None) -> None:
+        self.count += int(self.distiller.count(mask, ids.shape))
+        ids = ids.to(self.device, non_blocking=True)
+        mask = None if mask is None else mask.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            taught = self.distiller.teach(ids, mask)
+        for student in self.students:
+            dropout = derive_seed(self.seed, "dropout", student.name, self.step, *number)
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                sums = self.distiller.term_sums(student.name, taught, ids, mask, dropout_seed=dropout)
+            sums = sums * self.unit
+            (sums * self.distiller.weights).sum().backward()
+            student.sums.add(sums.detach())

@@ -2,7 +2,8 @@
 
 Ray Train sets the same variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so
 neither this file nor the loop knows who started it. Small host values (row counts, a stop request) travel by a
-gloo group on the CPU: reading them never waits for the device.
+gloo group on the CPU: reading them never waits for the device. A rank that fails closes its connections, so that
+the others end at once and not after the process group's timeout.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ import torch.distributed as dist
 from orchestrator.errors import UserError
 
 PROCESS_GROUP_TIMEOUT = timedelta(seconds=300)
+
+
+class PeerFailed(Exception):
+    """Another rank has an error and reports it; this one has only to end."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,22 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def sum_gradient(self, gradient: torch.Tensor) -> None:
-        """Sum a flat gradient over ranks, in place."""
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Element-wise sums over ranks of a few host integers below 2^63, exactly."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def from_main(self, values: Sequence[int]) -> list[int]:
+        """The main rank's integers, on every rank; the others give as many of any value."""
+        return self.sum_integers(values if self.is_main else [0] * len(values))
+
+    def sum_device(self, values: torch.Tensor) -> None:
+        """Sum a tensor on the device over ranks, in place; the device waits, the host does not."""
         if self.size > 1:
-            dist.all_reduce(gradient)
+            dist.all_reduce(values)
 
 
 def pick_device(device: str, local_rank: int) -> torch.device:
@@ -82,8 +99,10 @@ def join_world(device: str, threads: int | None) -> Iterator[World]:
         control = (
             dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
         )
+    failed = True
     try:
         yield World(rank, size, local_size, picked, control)
+        failed = False
     finally:
-        if ours:
+        if ours or (failed and size > 1):
             dist.destroy_process_group()

@@ -47,6 +47,10 @@ def make_job(
         "checkpoint_every_steps": 3,
         "checkpoint_every_seconds": 3600.0,
         "keep_checkpoints": 2,
+        "keep_every_steps": None,
+        "reduction": "exact",
+        "on_nonfinite": "stop",
+        "max_skipped_steps": 10,
         "digest": "digest",
         "attempt": "inline",
     }

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import checkpoint
-from orchestrator.checkpoint import Identity
+from orchestrator.checkpoint import Facts, Identity
 from orchestrator.errors import UserError
 from orchestrator.step import StudentState
 from orchestrator.tensorfile import write_tensors
 
 MINE = Identity("recipe-a", "data-a")
+FACTS = Facts({"digest": "0", "seed": 1, "batch": 8}, threads=3, parts=2)
 
 
 def make(seed: int) -> tuple[dict[str, torch.nn.Module], list[StudentState]]:
@@ -31,12 +32,12 @@ def advance(states: list[StudentState], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for state in states:
         state.gradient.copy_(torch.randn(state.gradient.shape, generator=generator))
-        state.update(count=1.0, learning_rate=0.01, max_gradient_norm=None)
+        state.update(torch.tensor(True), step=step, learning_rate=0.01, max_gradient_norm=None)
 
 
-def save(folder, step, models, states, keep=2, identity=MINE):
-    weights = {name: model.state_dict() for name, model in models.items()}
-    return checkpoint.save(folder, step, weights, states, identity, keep=keep)
+def save(folder, step, models, states, keep=2, identity=MINE, **options):
+    parts = checkpoint.capture(models, states)
+    return checkpoint.write(folder, step, parts, identity, FACTS, keep=keep, **options)
 
 
 def test_a_restored_run_continues_bit_for_bit(tmp_path):
@@ -45,7 +46,7 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
         advance(states, step)
     save(tmp_path, 3, models, states)
     other_models, other_states = make(1)
-    assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == 3
+    assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == (3, FACTS)
     for step in range(3, 6):
         advance(states, step)
         advance(other_states, step)
@@ -84,7 +85,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     else:
         (newest / "checkpoint.json").write_text("{")
     other_models, other_states = make(5)
-    assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == 1
+    assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == (1, FACTS)
     assert all(torch.equal(v, other_models["s"].state_dict()[k]) for k, v in first.items())
     assert "step-000000002 is damaged" in caplog.text
 
@@ -110,7 +111,7 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     """What a SIGKILL in the middle of a save leaves: the temporary folder."""
     path = save(tmp_path, 1, *make(0))
     shutil.copytree(path, tmp_path / ".step-000000002.999.tmp")
-    assert checkpoint.restore_newest(tmp_path, *make(0), MINE) == 1
+    assert checkpoint.restore_newest(tmp_path, *make(0), MINE) == (1, FACTS)
 
 
 @pytest.mark.parametrize("limit", [0, 5, 100, 250])

@@ -16,28 +16,39 @@ from orchestrator.world import World
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
 
 
-def one_step(job, *, micro_batch: int | None = None, students: tuple[str, ...] | None = None):
-    """Run step 0 of a job and return its students, their flat gradients and the outcome."""
-    distiller = build_distiller(job, ALONE.device)
-    states = [
-        StudentState(name, encoder.trained_parameters(), betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01)
+def one_step(job, *, micro_batch: int | None = None, distiller=None, step=0, states=None, **changes):
+    """Run a step (0) of a job and return its distiller, the students' states and the outcome."""
+    distiller = distiller or build_distiller(job, ALONE.device)
+    states = states or [
+        StudentState(
+            name,
+            encoder.trained_parameters(),
+            betas=(0.9, 0.999),
+            eps=1e-6,
+            weight_decay=0.01,
+            reduction=job.reduction,
+            num_micro_batches=job.batch // (micro_batch or job.micro_batch),
+            num_terms=distiller.num_terms,
+            on_nonfinite=job.on_nonfinite,
+        )
         for name, encoder in distiller.students.items()
     ]
     stream = Stream(
         Path(job.data), seed=job.seed, batch=job.batch, micro_batch=micro_batch or job.micro_batch
     )
-    batches = ((i, *stream.micro_batch(0, i)[:2]) for i in range(stream.num_micro_batches))
+    batches = ((i, *stream.micro_batch(step, i)[:2]) for i in range(stream.num_micro_batches))
     outcome = train_step(
         distiller,
         states,
         batches,
-        step=0,
+        step=step,
         seed=job.seed,
         learning_rate=1e-3,
         max_gradient_norm=None,
         autocast=None,
-        stop=False,
         world=ALONE,
+        seq_len=stream.manifest.seq_len,
+        **changes,
     )
     return distiller, states, outcome
 
@@ -95,13 +106,16 @@ def test_biases_and_norms_are_not_decayed(shards, teacher, tmp_path):
     assert len(decayed) + len(others) == len(state.parameters)
 
 
+TRUE = torch.tensor(True)
+
+
 def test_the_first_update_is_adam_with_decoupled_decay():
     parameter = torch.nn.Parameter(torch.tensor([[0.5, -2.0]]))
     state = StudentState("s", {"w": parameter}, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
-    gradient = torch.tensor([6.0, -0.3])
-    state.gradient.copy_(gradient)
-    norm = state.update(count=2.0, learning_rate=0.01, max_gradient_norm=None)
-    mean = (gradient / 2).double()
+    mean = torch.tensor([3.0, -0.15])
+    state.gradient.copy_(mean)
+    norm = state.update(TRUE, step=0, learning_rate=0.01, max_gradient_norm=None)
+    mean = mean.double()
     assert norm == pytest.approx(float(mean.norm()))
     # after one update both bias-corrected moments are exactly g and g²
     start = torch.tensor([0.5, -2.0], dtype=torch.float64)
@@ -114,15 +128,98 @@ def test_clipping_scales_the_gradient_down_to_the_norm_and_never_up():
         parameter = torch.nn.Parameter(torch.zeros(1, 2))
         state = StudentState("s", {"w": parameter}, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
         state.gradient.copy_(torch.tensor([3.0, 4.0]))
-        assert state.update(count=1.0, learning_rate=0.0, max_gradient_norm=norm) == pytest.approx(5.0)
+        given = state.update(TRUE, step=0, learning_rate=0.0, max_gradient_norm=norm)
+        assert given == pytest.approx(5.0)
         assert float(state.gradient.norm()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_request_to_stop_is_in_the_outcome(shards, teacher, tmp_path):
-    outcome = one_step(make_job(shards, teacher, tmp_path))[2]
+@pytest.mark.parametrize(("policy", "moves"), [("stop", False), ("skip", True)])
+def test_a_gradient_that_is_not_finite_moves_nothing(policy, moves):
+    """ "stop" freezes everything from there on; "skip" goes on as if that update had never been."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(4, generator=generator) for _ in range(3)]
+    twins = []
+    for given in ([*gradients[:1], torch.tensor([1.0, float("nan"), 1.0, 1.0]), *gradients[1:]], gradients):
+        parameter = torch.nn.Parameter(torch.ones(2, 2))
+        state = StudentState(
+            "s", {"w": parameter}, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1, on_nonfinite=policy
+        )
+        seen = []
+        for step, gradient in enumerate(given):
+            state.gradient.copy_(gradient)
+            state.update(torch.isfinite(gradient).all(), step=step, learning_rate=0.1, max_gradient_norm=1.0)
+            seen.append(parameter.detach().clone())
+        twins.append((seen, state))
+    (seen, state), (without, _) = twins
+    assert torch.equal(seen[1], seen[0])
+    assert torch.equal(seen[-1], without[-1]) is moves
+    assert torch.equal(seen[-1], seen[0]) is not moves
+    assert state.refused.tolist() == [1, 1, int(not moves)]
+
+
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_a_loss_that_is_not_finite_is_seen_without_reading_the_device(shards, teacher, tmp_path, reduction):
+    job = make_job(shards, teacher, tmp_path, reduction=reduction)
+    distiller = build_distiller(job, ALONE.device)
+    with torch.no_grad():
+        next(iter(distiller.students["small"].trained_parameters().values()))[5] = float("nan")
+    before = {k: v.clone() for k, v in distiller.students["small"].model.state_dict().items()}
+    _, (state,), _ = one_step(job, distiller=distiller, step=7)
+    assert state.refused.tolist() == [1, 7, 1]
+    for name, value in distiller.students["small"].model.state_dict().items():
+        assert torch.equal(value.nan_to_num(9.0), before[name].nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_out_of_memory_halves_the_computation_and_not_the_batch(
+    shards, teacher, tmp_path, reduction, monkeypatch, caplog
+):
+    job = make_job(shards, teacher, tmp_path, dropout=0.0, reduction=reduction)
+    whole, (expected,), outcome = one_step(job)
+    distiller = build_distiller(job, ALONE.device)
+    original, calls = distiller.term_sums, []
+
+    def small_memory(name, taught, ids, mask, **rest):
+        calls.append(len(ids))
+        sums = original(name, taught, ids, mask, **rest)
+        if len(ids) > 2 and len(calls) == 2:  # in the middle of the step, when a gradient is there already
+            raise torch.OutOfMemoryError("not enough")
+        return sums
+
+    monkeypatch.setattr(distiller, "term_sums", small_memory)
+    _, (state,), halved = one_step(job, distiller=distiller)
+    assert calls == [4, 4, 2, 2, 2, 2]
+    assert halved.parts == 2
+    assert outcome.parts == 1
+    assert halved.count == outcome.count == 8
+    torch.testing.assert_close(state.gradient, expected.gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(halved.terms, outcome.terms, rtol=1e-5, atol=0.0)
+    assert "step 0: out of memory with 4 rows at once; from here on" in caplog.text
+
+
+def test_out_of_memory_with_halves_too_is_raised(shards, teacher, tmp_path, monkeypatch):
+    job = make_job(shards, teacher, tmp_path)
+    distiller = build_distiller(job, ALONE.device)
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("not enough")
+
+    monkeypatch.setattr(distiller, "term_sums", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        one_step(job, distiller=distiller)
+
+
+def test_what_a_rank_tells_is_in_the_outcome(shards, teacher, tmp_path):
+    order = []
+    job = make_job(shards, teacher, tmp_path)
+    distiller = build_distiller(job, ALONE.device)
+    teach = distiller.teach
+    distiller.teach = lambda *a: order.append("rows") or teach(*a)
+    outcome = one_step(job, distiller=distiller, tell=lambda: order.append("tell") or [5, 6])[2]
     assert isinstance(outcome, StepOutcome)
     assert outcome.count == 8
-    assert outcome.stop is False
+    assert outcome.told == [5, 6]
+    assert order == ["rows", "rows", "tell"]
 
 
 def test_seeds_are_fixed_for_ever_and_differ():

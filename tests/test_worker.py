@@ -17,12 +17,15 @@ import torch
 from support import make_job
 
 from data.stream import Stream
+from model.distiller import Distiller
 from model.export import weights_digest
 from orchestrator import checkpoint
 from orchestrator.errors import UserError
 from orchestrator.metrics import read_all_points
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.worker import Superseded, run_stage
+
+CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share")
 
 
 def digest(job: StageJob, name: str = "small") -> str:
@@ -62,10 +65,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(shards, teacher, t
     assert digest(parts) == digest(whole)
     for file in ("points", "heldout_points"):
         ours, theirs = (
-            [
-                (p.step, {k: v for k, v in p.metrics.items() if "per_second" not in k})
-                for p in read_all_points(path)
-            ]
+            [(p.step, {k: v for k, v in p.metrics.items() if k not in CLOCK}) for p in read_all_points(path)]
             for path in (getattr(folder, file), getattr(StageFolder(Path(whole.folder)), file))
         )
         assert ours == theirs
@@ -184,13 +184,42 @@ def test_a_worker_of_an_older_attempt_does_not_save(shards, teacher, tmp_path):
     assert checkpoint.list_checkpoints(folder.checkpoints) == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_advice(shards, teacher, tmp_path):
-    job = make_job(shards, teacher, tmp_path, peak_lr=1e30, warmup_steps=0, checkpoint_every_steps=None)
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(shards, teacher, tmp_path):
+    job = make_job(
+        shards, teacher, tmp_path, batch=12, peak_lr=1e30, warmup_steps=0, checkpoint_every_steps=None
+    )
     with pytest.raises(
-        UserError, match=r"student small is not finite at step \d+; lower peak_lr \(now 1e\+30\)"
+        UserError,
+        match=r"small is not finite at step 1, of rows \d+(, \d+){7}, … \(12 rows, all in .*failed-step.json\); "
+        r"no weight has moved by it; lower peak_lr \(now 1e\+30\)",
     ):
         run_stage(job)
     assert checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints) == []
+    stream = Stream(shards, seed=job.seed, batch=12, micro_batch=12)
+    failed = json.loads(StageFolder(tmp_path).failed_step.read_text())
+    assert failed == {"step": 1, "row_ids": stream.row_ids(1, 0).tolist()}
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_bounded(shards, teacher, tmp_path, monkeypatch):
+    """Micro-batches with a certain row have a loss of NaN: their steps leave no trace but a count."""
+    job = make_job(shards, teacher, tmp_path, on_nonfinite="skip", max_skipped_steps=2, steps=9, log_every=1)
+    stream = Stream(shards, seed=job.seed, batch=8, micro_batch=8)
+    poison_ids = stream.micro_batch(4, 0).input_ids[:1]
+    original = Distiller.term_sums
+
+    def term_sums(self, name, taught, ids, mask, **rest):
+        sums = original(self, name, taught, ids, mask, **rest)
+        bad = bool((ids == poison_ids).all(1).any())
+        return sums * float("nan") if bad else sums
+
+    monkeypatch.setattr(Distiller, "term_sums", term_sums)
+    assert run_stage(job)
+    points = read_all_points(StageFolder(tmp_path).points)
+    assert [p.metrics["small/skipped_steps"] for p in points] == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    meta, tensors = checkpoint.read(checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)[-1])
+    assert tensors["small.optimizer.safetensors"]["refused"].tolist() == [1, 4, 0]
+    with pytest.raises(UserError, match=r"not finite at step 4, and 1 updates were skipped .*steps is 0\)"):
+        run_stage(replace(job, folder=str(tmp_path / "none"), max_skipped_steps=0))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,0 +1,57 @@
+"""Is a stage getting anywhere? Counts the attempts that died at the same step, in two small files.
+
+`reached` holds the step that is being computed, rewritten in place before each step (microseconds; in the kernel,
+so it survives the process). `attempts.json` is written when an attempt begins its loop: where the last one died, and
+how many in a row died there. Attempts that never reach their loop count for nothing; those that died at different
+steps, such as by a machine that comes and goes, start the count again.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from orchestrator.files import read_json, write_json
+
+MAX_FAILURES = 3
+WIDTH = 20
+
+
+class Attempts:
+    """Of the stage in `folder`; for the main rank."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._record = folder / "attempts.json"
+        self._reached = os.open(folder / "reached", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def begin(self, first: int) -> int | None:
+        """An attempt begins at step `first`. Returns the step at which the last three died, or None to go on.
+
+        After an answer the count starts again: whoever changes something and runs again gets new attempts.
+        """
+        record = read_json(self._record) or {"running": False, "step": -1, "failures": 0}
+        step, failures = record["step"], record["failures"]
+        if record["running"]:
+            died_at = int(os.pread(self._reached, WIDTH, 0) or -1)
+            step, failures = died_at, failures + 1 if died_at == step else 1
+        if failures >= MAX_FAILURES:
+            self._write(running=False, step=-1, failures=0)
+            return int(step)
+        self.reach(first)
+        self._write(running=True, step=step, failures=failures)
+        return None
+
+    def reach(self, step: int) -> None:
+        """Step `step` is about to be computed."""
+        os.pwrite(self._reached, b"%*d" % (WIDTH, step), 0)
+
+    def end(self) -> None:
+        """The attempt ends in good order: done, stopped on request, or with an error that names its cause."""
+        self._write(running=False, step=-1, failures=0)
+
+    def close(self) -> None:
+        os.close(self._reached)
+
+    def _write(self, *, running: bool, step: int, failures: int) -> None:
+        write_json(self._record, {"running": running, "step": step, "failures": failures}, durable=False)
