@@ -21,6 +21,17 @@ _HEAD_ROWS = re.compile(r"\.(query|key|value|q_lin|k_lin|v_lin|q_proj|k_proj|v_p
 _HEAD_COLUMNS = re.compile(r"\.(attention\.output\.dense|out_lin|o_proj|attn\.o)\.weight$")
 
 
+INITIALIZATIONS = ("random", "teacher-layers")
+
+
+def initialize(student: PreTrainedModel, teacher: PreTrainedModel, how: str) -> None:
+    """Give a student, built at random, the start that a recipe names: one of `INITIALIZATIONS`."""
+    if how not in INITIALIZATIONS:
+        raise ModelError(f"initialisation {how!r} is not known; use one of {', '.join(INITIALIZATIONS)}")
+    if how == "teacher-layers":
+        from_teacher(student, teacher)
+
+
 def picked_layers(teacher_layers: int, student_layers: int) -> list[int]:
     """The teacher layer (1-based) that each student layer starts from: 12 -> 6 gives 2, 4, 6, 8, 10, 12."""
     if student_layers > teacher_layers:

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from model.encoder import FAMILIES, build_student
 from model.errors import ModelError
-from model.initialize import from_teacher, picked_layers
+from model.initialize import from_teacher, initialize, picked_layers
 
 
 def build(architecture="bert", layers=4, hidden=16, heads=4, seed=0, **changes):
@@ -85,3 +85,18 @@ def test_students_that_do_not_fit(student, message):
 def test_modernbert_has_no_slice():
     with pytest.raises(ModelError, match=r"^modernbert keeps q, k and v in one matrix: no slice is defined"):
         from_teacher(build("modernbert", layers=2, hidden=8), build("modernbert"))
+
+
+def test_a_recipe_names_the_start():
+    teacher, student, other = build(layers=4), build(layers=2, seed=1), build(layers=2, seed=1)
+    start = student.embeddings.word_embeddings.weight.clone()
+    initialize(student, teacher, "random")
+    assert torch.equal(student.embeddings.word_embeddings.weight, start)
+    initialize(student, teacher, "teacher-layers")
+    from_teacher(other, teacher)
+    for mine, same in zip(student.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, same)
+    with pytest.raises(
+        ModelError, match=r"^initialisation 'zero' is not known; use one of random, teacher-layers$"
+    ):
+        initialize(student, teacher, "zero")

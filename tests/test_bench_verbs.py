@@ -1,0 +1,38 @@
+"""`minilm bench`: the arguments reach the benches, the rows come out as a table or as JSON lines."""
+
+import argparse
+import json
+
+import pytest
+
+from model import bench
+from orchestrator.bench_verbs import add_bench_verbs
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e11)
+    monkeypatch.setattr(bench, "peak_bytes", lambda step, held, device: step() or 7)
+
+
+def call(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_bench_verbs(parser)
+    options = parser.parse_args([*arguments, "--device", "cpu", "--heads", "2", "--repeats", "2"])
+    return options.run(options)
+
+
+def test_loss_prints_a_table(capsys):
+    assert call("loss", "--batch", "1", "--tokens", "8", "--heads-of", "8,4") == 0
+    out = capsys.readouterr().out
+    assert "reference" in out and "tiled" in out and "1x2x8x8, heads of 8 and 4" in out
+
+
+def test_step_prints_json_lines(capsys):
+    assert (
+        call("step", "--teacher", "2x8", "--students", "1x4,1x8", "--batch", "1", "--tokens", "8", "--json")
+        == 0
+    )
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["way"] for row in rows] == ["by-hand", "ours", "by-hand", "ours", "ours"]
+    assert rows[-1]["shape"] == "2x8 to 1x4 + 1x8, 1x8" and rows[0]["bench"] == "step"
