@@ -38,6 +38,12 @@ from orchestrator.recipe_fields import (
 from orchestrator.references import Reference, parse_reference
 
 
+ObjectiveName = Literal[
+    "minilm", "minilmv2", "attention-only", "value-mse", "layer-to-layer", "hidden-relation"
+]
+RelationPart = Literal["q", "k", "v", "hidden"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -107,8 +113,22 @@ class Student(_Section):
     """Attention heads; default: the teacher's."""
     dropout: BelowOne = 0.1
     """Dropout of the student while it trains."""
-    init: Literal["random"] = "random"
-    """How the weights start."""
+    init: Literal["random", "teacher-layers"] = "random"
+    """How the weights start: random, or teacher-layers: a uniform pick of the teacher's layers, sliced where
+    the student is narrower."""
+
+
+class RelationTerm(_Section):
+    """One term of the loss: softmax(x yᵀ / √d) of teacher and student compared by KL."""
+
+    name: Slug
+    """Under which it is logged."""
+    x: RelationPart
+    """q, k, v, or hidden: the tapped layer's output."""
+    y: RelationPart
+    """Likewise."""
+    weight: Positive = 1.0
+    """Of this term in the loss."""
 
 
 class Stage(_Section):
@@ -123,8 +143,11 @@ class Stage(_Section):
     """The teacher's layer that is imitated, counted from 1."""
     students: Annotated[tuple[Student, ...], Field(min_length=1)]
     """Students that share the teacher's forward pass; `student:` is the short form for one."""
-    objective: Literal["minilm", "minilmv2"] = "minilm"
-    """minilm: Q-K and V-V relations; minilmv2: Q-Q, K-K and V-V relations."""
+    objective: ObjectiveName = "minilm"
+    """minilm: Q-K and V-V relations; minilmv2: Q-Q, K-K and V-V relations; the papers' ablation arms:
+    attention-only, value-mse, layer-to-layer, hidden-relation."""
+    relations: Annotated[tuple[RelationTerm, ...], Field(min_length=1)] | None = None
+    """A list of terms instead of the objective's own."""
     relation_heads: Count | None = None
     """Split both sides into so many heads before they are compared; default: into their own, which must
     then be equally many."""
@@ -178,8 +201,15 @@ class Stage(_Section):
         return parse_reference(self.teacher, self._earlier_students)
 
     def objective_fields(self) -> dict[str, Any]:
-        """The objective as plain values: name, reduction, relation_heads."""
-        return {"name": self.objective, "reduction": self.reduction, "relation_heads": self.relation_heads}
+        """The objective as plain values, for `model.objective.Objective.named`."""
+        fields: dict[str, Any] = {
+            "name": self.objective,
+            "reduction": self.reduction,
+            "relation_heads": self.relation_heads,
+        }
+        if self.relations is not None:
+            fields["relations"] = [relation.model_dump() for relation in self.relations]
+        return fields
 
     def result_fields(self) -> dict[str, Any]:
         """Everything here that determines the result, as JSON values; paths as the file has them."""
@@ -294,6 +324,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "data": Data,
     "stages": Stage,
     "students": Student,
+    "relations": RelationTerm,
     "compute": Compute,
     "tracking": Tracking,
 }

@@ -319,7 +319,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         "recipe.yaml:6: stages.0.peak_lr: missing; add it (Learning rate at the end of the warm-up)",
         "recipe.yaml:10: stages.0.steps: given -100; allowed: greater than or equal to 1",
         "recipe.yaml:11: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "
-        "teacher_layer, student, students, objective, relation_heads, reduction, batch, micro_batch, steps, "
+        "teacher_layer, student, students, objective, relations, relation_heads, reduction, batch, micro_batch, steps, "
         "peak_lr, warmup_steps, schedule, adam_betas, adam_eps, weight_decay, max_gradient_norm, "
         "eval_every, held_out_rows",
         "recipe.yaml:15: stages.1.student.heads: given 12; allowed: heads that divide hidden "
@@ -341,7 +341,9 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         ("stages.0.peak_lr=fast", "stages.0.peak_lr: given 'fast'; allowed: a number"),
         ("stages.0.peak_lr=0", "stages.0.peak_lr: given 0; allowed: greater than 0"),
         ("stages.0.peak_lr=1e999", "stages.0.peak_lr: given inf; allowed: a finite number"),
-        ("stages.0.objective=minilm2", "allowed: 'minilm' or 'minilmv2'; did you mean 'minilmv2'?"),
+        ("stages.0.objective=minilm2", "'hidden-relation'; did you mean 'minilmv2'?"),
+        ("stages.0.relations=[{name: a, x: q, y: z}]", "'q', 'k', 'v' or 'hidden'"),
+        ("stages.0.relations=[]", "relations"),
         ("stages.0.adam_betas=0.9", "stages.0.adam_betas: given 0.9; allowed: a list"),
         ("stages.0.adam_betas=[0.9, 0.99, 0.9]", "given [0.9, 0.99, 0.9]; allowed: at most 2 items"),
         ("stages.0.teacher_layer=0", "given 0; allowed: last, or a layer's number counted from 1"),
@@ -479,3 +481,21 @@ def test_loading_a_recipe_is_light() -> None:
     code = f"import sys, orchestrator.recipe; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_objective_of_the_model_can_be_named_and_no_other():
+    from typing import get_args
+
+    from model.objective import OBJECTIVES
+    from orchestrator.recipe_types import ObjectiveName
+
+    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
+
+
+def test_a_list_of_relations_reaches_the_objective(tmp_path):
+    from model.objective import Objective
+
+    recipe = load(tmp_path, BASE, "stages.0.relations=[{name: key, x: k, y: k, weight: 0.5}]")
+    objective = Objective.named(**recipe.stages[0].objective_fields())
+    assert objective.names == ("key",)
+    assert objective.weights.tolist() == [0.5]
