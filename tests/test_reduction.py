@@ -1,0 +1,162 @@
+"""Sums of micro-batches: exact ones do not depend on order or workers, bit for bit; fast ones only but for rounding."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import worker_pool
+from support import make_job
+
+from model.export import weights_digest
+from orchestrator.metrics import read_all_points
+from orchestrator.reduction import GRADIENT_UNIT, ExactSum, FastSum, make_sum
+from orchestrator.stage import StageFolder, StageJob
+from orchestrator.worker import run_stage
+from orchestrator.world import World
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_size=1, device=CPU, control=None)
+CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share")
+
+
+def parts(count: int, size: int = 1000, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients of many magnitudes, and two loss terms, of `count` micro-batches."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-20, 4, (count, size), generator=generator).float().exp2()
+    gradients = torch.randn(count, size, generator=generator) * exponents
+    return list(zip(gradients, torch.rand(count, 2, generator=generator) * 30, strict=True))
+
+
+def added(kind: str, given: list[tuple[torch.Tensor, torch.Tensor]], count: float = 3.0):
+    total = make_sum(kind, given[0][0].numel(), 2, CPU, len(given))
+    total.begin()
+    for gradient, terms in given:
+        total.gradient += gradient
+        total.add(terms)
+    means, finite = total.finish(ALONE, count)
+    return total.gradient.clone(), means, bool(finite)
+
+
+def test_an_exact_sum_is_the_same_in_every_order_and_a_fast_one_is_not():
+    given = parts(5)
+    exact, fast = (
+        {(g.numpy().tobytes(), t.numpy().tobytes()) for g, t, _ in results}
+        for results in (
+            [added(kind, list(order)) for order in itertools.permutations(given)]
+            for kind in ("exact", "fast")
+        )
+    )
+    assert len(exact) == 1
+    assert len(fast) > 1
+
+
+@pytest.mark.parametrize("kind", ["exact", "fast"])
+def test_sums_are_near_those_in_float64(kind):
+    given = parts(8)
+    truth = torch.stack([g.double() for g, _ in given]).sum(0) / 3
+    gradient, terms, finite = added(kind, given)
+    assert finite
+    absolute = 8 * GRADIENT_UNIT / 2 / 3 if kind == "exact" else 1e-6
+    assert ((gradient.double() - truth).abs() <= absolute + 2**-24 * truth.abs()).all()
+    torch.testing.assert_close(
+        terms, torch.stack([t.double() for _, t in given]).sum(0) / 3, rtol=1e-6, atol=0
+    )
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    given = parts(3, size=1001)
+    whole = added("exact", given)
+    monkeypatch.setattr("orchestrator.reduction.CPU_CHUNK", 17)
+    cut = added("exact", given)
+    assert torch.equal(whole[0], cut[0])
+
+
+@pytest.mark.parametrize("kind", ["exact", "fast"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["gradient", "terms"])
+def test_what_is_not_finite_is_told(kind, value, where):
+    given = parts(3)
+    given[1][where == "terms"][1] = value
+    assert added(kind, given)[2] is False
+    assert added(kind, parts(3))[2] is True
+
+
+def test_an_exact_sum_says_when_a_value_is_beyond_its_range_and_holds_all_up_to_it():
+    limit = 2.0 ** (21 - 2)  # four micro-batches
+    for value, held in ((limit, True), (-limit, True), (limit * 1.001, False), (-limit * 1.001, False)):
+        given = [(torch.tensor([value]), torch.zeros(2)) for _ in range(4)]
+        gradient, _, finite = added("exact", given, count=1.0)
+        assert finite is held
+        if held:
+            assert gradient.item() == 4 * value
+
+
+def test_a_new_step_begins_with_nothing():
+    given = parts(3)
+    for total in (ExactSum(1000, 2, CPU, 3), FastSum(1000, 2, CPU)):
+        results = []
+        for _ in range(2):
+            total.gradient.fill_(7.0)  # what an attempt that ran out of memory may leave
+            total.begin()
+            for gradient, terms in given:
+                total.gradient += gradient
+                total.add(terms)
+            results.append([total.finish(ALONE, 1.0)[0], total.gradient.clone()])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def logged(job: StageJob) -> list[tuple[int, dict[str, float]]]:
+    points = read_all_points(StageFolder(Path(job.folder)).points)
+    return [(p.step, {k: v for k, v in p.metrics.items() if k not in CLOCK}) for p in points]
+
+
+def through_a_schedule(job: StageJob, schedule: list[tuple[int, int, int]], last: int) -> None:
+    """Run `job` with (workers, killed rank, after the checkpoint of this step) in turn, then with `last` workers."""
+    for workers, rank, step in schedule:
+        codes = worker_pool.kill_at(worker_pool.start(job, workers), rank, job, step)
+        assert codes[rank] == -9
+        assert 0 not in codes
+    assert worker_pool.join(worker_pool.start(job, last)) == [0] * last, worker_pool.log(job)
+
+
+def test_exact_weights_and_losses_are_bit_identical_for_any_workers_and_kills(shards, teacher, tmp_path):
+    """1 → 2 → 3 → 2 workers with SIGKILLs between, against one undisturbed worker."""
+    job = make_job(shards, teacher, tmp_path / "one", batch=12, steps=60, log_every=1, max_gradient_norm=1.0)
+    assert run_stage(job)
+    disturbed = replace(job, folder=str(tmp_path / "disturbed"))
+    through_a_schedule(disturbed, [(1, 0, 6), (2, 1, 18), (3, 0, 30)], last=2)
+    one, other = (StageFolder(Path(j.folder)) for j in (job, disturbed))
+    assert weights_digest(one.student("small")) == weights_digest(other.student("small"))
+    assert logged(job) == logged(disturbed)
+    assert one.done.read_text() == other.done.read_text()  # the ledger of rows too
+
+
+def test_fast_losses_agree_but_for_rounding(shards, teacher, tmp_path):
+    job = make_job(
+        shards, teacher, tmp_path / "one", batch=12, steps=20, log_every=1, peak_lr=1e-4, reduction="fast"
+    )
+    compare_fast(job, tmp_path, kill_after=6)
+
+
+@pytest.mark.slow
+def test_fast_losses_agree_but_for_rounding_at_every_step_of_200(shards, teacher, tmp_path):
+    job = make_job(
+        shards, teacher, tmp_path / "one", batch=12, steps=200, log_every=1, peak_lr=1e-4, reduction="fast"
+    )
+    compare_fast(job, tmp_path, kill_after=60)
+
+
+def compare_fast(job: StageJob, tmp_path: Path, kill_after: int) -> None:
+    assert run_stage(job)
+    disturbed = replace(job, folder=str(tmp_path / "disturbed"))
+    through_a_schedule(disturbed, [(3, 2, kill_after)], last=2)
+    ours, theirs = logged(job), logged(disturbed)
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    for (_, a), (_, b) in zip(ours, theirs, strict=True):
+        assert b["small/loss"] == pytest.approx(a["small/loss"], rel=1e-5)
+    digests = [weights_digest(StageFolder(Path(j.folder)).student("small")) for j in (job, disturbed)]
+    assert digests[0] != digests[1]  # or exact sums would be for nothing
