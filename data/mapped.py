@@ -1,20 +1,26 @@
-"""One shard file mapped into memory: addresses in closed form, checksums on first use, rows gathered by
-index.
+"""All shards of a data set mapped side by side: checksums on first use, rows gathered by index.
 
-Invariant: no byte leaves a block before the block's checksum has been compared. The file's size and its end
-are checked when it is opened; nothing walks the tar.
+Invariant: no row is handed out before the checksum of its block was compared, and none of a shard that is not
+mapped: `_ready` knows both, block by block. A file's size and end are checked when it is mapped; nothing walks a tar.
 """
 
 import mmap
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data.address_space import AddressSpace
 from data.errors import DataError
-from data.manifest import HELD_OUT, MANIFEST, Manifest, block_checksums
-from data.shard import TRAILER_BYTES
+from data.manifest import HELD_OUT, MANIFEST, Manifest, Shard, block_checksums
+from data.shard import ALIGNMENT, TRAILER_BYTES
+
+I64 = npt.NDArray[np.int64]
+
+_MAX_MAPPED_SHARDS = 20_000  # two areas each; the kernel allows a process 65,530
 
 
 def damage(folder: Path, name: str, block: int, offset: int, what: str) -> DataError:
@@ -27,133 +33,138 @@ def damage(folder: Path, name: str, block: int, offset: int, what: str) -> DataE
     )
 
 
-class MappedShard:
-    """Blocks of shard number `index`; `verified` (bool [blocks]) remembers which blocks were found whole.
-
-    `path` is where the file lies when not in `folder` under its name (a cache).
-    """
+class MappedShards:
+    """Rows of the data set in `folder`. `locate` says where a shard's file lies (a cache, or the folder itself)."""
 
     def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        index: int,
-        verified: npt.NDArray[np.bool_],
-        path: Path | None = None,
+        self, folder: Path, manifest: Manifest, locate: Callable[[Shard], Path], *, verify: bool = True
     ):
-        self._folder, self._manifest = folder, manifest
-        self.info, self.layout, self._verified = manifest.shard(index), manifest.layout, verified
-        self._checksums: npt.NDArray[np.uint64] | None = None
-        self._bytes = self._map(path or folder / self.info.name)
-        self._whole, self._last = self._views()
-        self._grid = self._one_grid()
+        self._folder, self._manifest, self._locate, self._verify = folder, manifest, locate, verify
+        self.layout = layout = manifest.layout
+        whole = layout.shard_bytes(manifest.blocks_per_shard, manifest.rows_per_block)
+        page = max(ALIGNMENT, mmap.PAGESIZE)
+        self._slot = -(-whole // page) * page
+        self._space = AddressSpace(manifest.num_shards * self._slot)
+        self._mapped: OrderedDict[int, None] = OrderedDict()
+        self._checksums: dict[int, npt.NDArray[np.uint64]] = {}
+        self._ready = np.zeros(manifest.num_blocks, dtype=bool)
+        self._verified = np.zeros(manifest.num_blocks, dtype=bool)
+        self.num_checked = 0
+        self._rows = self._row_view()
+        self._grid = self._grid_view()
 
-    def _map(self, path: Path) -> memoryview:
-        info, layout = self.info, self.layout
+    def _row_view(self) -> npt.NDArray:
+        """All tokens as [shards, blocks, rows, seq_len], nothing copied."""
+        layout, dtype = self.layout, np.dtype(self.layout.dtype).newbyteorder("<")
+        shape = (self._manifest.num_shards, layout.blocks_per_shard, layout.rows_per_block, layout.seq_len)
+        strides = (self._slot, layout.stride_bytes, layout.row_bytes, dtype.itemsize)
+        return np.ndarray(shape, dtype, buffer=self._space.bytes, offset=layout.tokens_at(0), strides=strides)
+
+    def _grid_view(self) -> npt.NDArray | None:
+        """All tokens as one [rows, seq_len] with junk between blocks; None where a row's bytes do not divide the
+        distance of blocks (seq_len not a power of two)."""
+        layout, begin = self.layout, self.layout.tokens_at(0)
+        if layout.stride_bytes % layout.row_bytes or self._slot % layout.row_bytes:
+            return None
+        num_rows = (len(self._space.bytes) - begin) // layout.row_bytes
+        dtype = np.dtype(layout.dtype).newbyteorder("<")
+        return np.ndarray((num_rows, layout.seq_len), dtype, buffer=self._space.bytes, offset=begin)
+
+    def gather(self, wanted: I64, into: npt.NDArray) -> I64 | None:
+        """Copy rows `wanted` to `into` ([n, seq_len], contiguous, stored dtype); their stored lengths (int64
+        [n]) where packing is "document". DataError names the first damaged block."""
+        layout = self.layout
+        blocks, rows = np.divmod(wanted, layout.rows_per_block)
+        if not self._ready[blocks].all():
+            self._prepare(np.unique(blocks[~self._ready[blocks]]), keep=blocks)
+        shards, inner = np.divmod(blocks, layout.blocks_per_shard)
+        if self._grid is not None:
+            index = shards * (self._slot // layout.row_bytes)
+            index += inner * (layout.stride_bytes // layout.row_bytes)
+            index += rows
+            np.take(self._grid, index, axis=0, out=into, mode="clip")  # mode "raise" would copy twice
+        else:
+            into[...] = self._rows[shards, inner, rows]
+        return self._lengths(blocks, rows) if layout.has_lengths else None
+
+    def _lengths(self, blocks: I64, rows: I64) -> I64:
+        layout, manifest = self.layout, self._manifest
+        dtype = np.dtype(layout.lengths_dtype).newbyteorder("<")
+        out = np.empty(len(blocks), dtype=np.int64)
+        for block in np.unique(blocks):
+            shard, inner = divmod(int(block), layout.blocks_per_shard)
+            num_rows = manifest.rows_in_block(int(block))
+            at = shard * self._slot + layout.lengths_at(inner, num_rows)
+            here = blocks == block
+            out[here] = np.ndarray((num_rows,), dtype, buffer=self._space.bytes, offset=at)[rows[here]]
+        return out
+
+    def _prepare(self, blocks: I64, keep: I64) -> None:
+        """Map and verify these blocks; shards of the blocks in `keep` stay mapped."""
+        per_shard = self.layout.blocks_per_shard
+        shards = np.unique(blocks // per_shard)
+        self._make_room(len(shards), set((keep // per_shard).tolist()))
+        for shard in shards.tolist():
+            if shard not in self._mapped:
+                self._map(shard)
+            mine = blocks[blocks // per_shard == shard]
+            if self._verify:
+                for block in mine[~self._verified[mine]].tolist():
+                    self.check(block)
+            self._ready[mine] = True
+
+    def _make_room(self, count: int, keep: set[int]) -> None:
+        oldest = [shard for shard in self._mapped if shard not in keep] if self._full(count) else []
+        for shard in oldest:
+            if not self._full(count):
+                return
+            self.forget(shard)
+
+    def _full(self, count: int) -> bool:
+        return len(self._mapped) + count > _MAX_MAPPED_SHARDS
+
+    def _map(self, number: int) -> None:
+        info, layout = self._manifest.shard(number), self.layout
         try:
-            with path.open("rb") as file:
+            with self._locate(info).open("rb") as file:
                 found = file.seek(0, 2)
-                mapped = (
-                    memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)) if found else memoryview(b"")
-                )
+                if found != info.num_bytes:
+                    inside = max(0, found - layout.tokens_at(0)) // layout.stride_bytes
+                    block = info.first_block + min(inside, info.num_blocks - 1)
+                    what = f"the file has {found} bytes instead of {info.num_bytes}"
+                    raise damage(self._folder, info.name, block, min(found, info.num_bytes), what)
+                self._space.map(file.fileno(), number * self._slot, info.num_bytes)
         except FileNotFoundError as error:
             raise damage(self._folder, info.name, info.first_block, 0, "the file is missing") from error
-        if found != info.num_bytes:
-            block = min(max(0, found - layout.tokens_at(0)) // layout.stride_bytes, info.num_blocks - 1)
-            what = f"the file has {found} bytes instead of {info.num_bytes}"
-            raise damage(self._folder, info.name, info.first_block + block, min(found, info.num_bytes), what)
-        if any(mapped[-TRAILER_BYTES:]):
-            at = info.num_bytes - TRAILER_BYTES
+        self._mapped[number] = None
+        end = number * self._slot + info.num_bytes
+        if self._verify and self._space.bytes[end - TRAILER_BYTES : end].any():
+            self.forget(number)
             last = info.first_block + info.num_blocks - 1
-            raise damage(self._folder, info.name, last, at, "the end of the archive is not zero")
-        return mapped
+            what = "the end of the archive is not zero"
+            raise damage(self._folder, info.name, last, info.num_bytes - TRAILER_BYTES, what)
 
-    def _views(self) -> tuple[npt.NDArray, npt.NDArray]:
-        """Tokens as [whole blocks, rows_per_block, seq_len] and [rows of the last block, seq_len], nothing
-        copied."""
-        layout, info = self.layout, self.info
-        last = info.num_blocks - 1
-        rows_of_last = info.num_rows - last * layout.rows_per_block
-        dtype = np.dtype(layout.dtype).newbyteorder("<")
-        whole: npt.NDArray = np.ndarray(
-            (last, layout.rows_per_block, layout.seq_len),
-            dtype,
-            buffer=self._bytes,
-            offset=layout.tokens_at(0),
-            strides=(layout.stride_bytes, layout.row_bytes, dtype.itemsize),
-        )
-        tail: npt.NDArray = np.ndarray(
-            (rows_of_last, layout.seq_len), dtype, buffer=self._bytes, offset=layout.tokens_at(last)
-        )
-        return whole, tail
+    def forget(self, number: int) -> None:
+        """Unmap a shard; it is mapped again when it is needed. What was verified stays verified."""
+        if number in self._mapped:
+            info = self._manifest.shard(number)
+            self._ready[info.first_block : info.first_block + info.num_blocks] = False
+            del self._mapped[number]
+            self._space.unmap(number * self._slot, self._slot)
 
-    def _one_grid(self) -> npt.NDArray | None:
-        """All tokens as one [rows, seq_len] whose rows between blocks are junk; None where strides do not
-        allow."""
-        row_bytes, begin = self.layout.row_bytes, self.layout.tokens_at(0)
-        if self.layout.stride_bytes % row_bytes:
-            return None
-        num_rows = (self.info.num_bytes - begin) // row_bytes
-        dtype = np.dtype(self.layout.dtype).newbyteorder("<")
-        return np.ndarray((num_rows, self.layout.seq_len), dtype, buffer=self._bytes, offset=begin)
-
-    def verify(self, blocks: npt.NDArray[np.int64]) -> int:
-        """Compare the checksums of these blocks of the shard unless that was done; how many were compared
-        now.
-
-        DataError names the first bad one.
-        """
-        pending = blocks[~self._verified[blocks]]
-        if not pending.size:
-            return 0
-        if self._checksums is None:
-            self._checksums = block_checksums(self._folder, self._manifest, self.info.number)
-        pending = np.unique(pending)
-        for block in pending:
-            begin, end = self.span(int(block))
-            if xxhash.xxh3_64_intdigest(self._bytes[begin:end]) != self._checksums[block]:
-                what = f"its {end - begin} bytes do not have the checksum that the manifest pins"
-                raise damage(self._folder, self.info.name, self.info.first_block + int(block), begin, what)
-            self._verified[block] = True
-        return len(pending)
-
-    def span(self, block: int) -> tuple[int, int]:
-        """Begin and end of a block of this shard in the file, headers included."""
-        rows = self._manifest.rows_in_block(self.info.first_block + block)
-        return self.layout.begin_of_block(block), self.layout.end_of_block(block, rows)
-
-    def gather(
-        self, blocks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], into: npt.NDArray
-    ) -> npt.NDArray:
-        """Copy row rows[i] of block blocks[i] to into[i] ([n, seq_len], contiguous), and return it.
-
-        Where rows lie on one grid (row_bytes divides the stride: seq_len a power of two) this is one `take`.
-        """
-        if self._grid is not None:
-            index = blocks * (self.layout.stride_bytes // self.layout.row_bytes) + rows
-            return np.take(self._grid, index, axis=0, out=into, mode="clip")  # "raise" would copy twice
-        is_last = blocks == self.info.num_blocks - 1
-        into[is_last] = self._last[rows[is_last]]
-        inner = ~is_last
-        into[inner] = self._whole[blocks[inner], rows[inner]]
-        return into
-
-    def gather_lengths(
-        self, blocks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """Stored lengths of these rows, int64 [n]; only where packing is "document"."""
-        lengths = np.empty(len(blocks), dtype=np.int64)
-        for block in np.unique(blocks):
-            here = blocks == block
-            lengths[here] = self.lengths(int(block))[rows[here]]
-        return lengths
-
-    def tokens(self, block: int) -> npt.NDArray:
-        """The tokens of a block [rows, seq_len], mapped, not copied."""
-        return self._last if block == self.info.num_blocks - 1 else self._whole[block]
-
-    def lengths(self, block: int) -> npt.NDArray:
-        """The stored lengths of a block's rows [rows]; only where packing is "document"."""
-        rows = self._manifest.rows_in_block(self.info.first_block + block)
-        dtype = np.dtype(self.layout.lengths_dtype).newbyteorder("<")
-        return np.ndarray((rows,), dtype, buffer=self._bytes, offset=self.layout.lengths_at(block, rows))
+    def check(self, block: int) -> None:
+        """Compare the checksum of a block whose shard is mapped. DataError says where it is damaged."""
+        number, inner = divmod(block, self.layout.blocks_per_shard)
+        if number not in self._mapped:
+            self._map(number)
+        if number not in self._checksums:
+            self._checksums[number] = block_checksums(self._folder, self._manifest, number)
+        begin = self.layout.begin_of_block(inner)
+        end = self.layout.end_of_block(inner, self._manifest.rows_in_block(block))
+        at = number * self._slot
+        found = xxhash.xxh3_64_intdigest(self._space.bytes[at + begin : at + end].data)
+        if found != self._checksums[number][inner]:
+            what = f"its {end - begin} bytes do not have the checksum that the manifest pins"
+            raise damage(self._folder, self._manifest.shard(number).name, block, begin, what)
+        self._verified[block] = True
+        self.num_checked += 1

@@ -6,8 +6,6 @@ manifest alone, whatever the number of rows. Left out: which rows a step needs (
 storage.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +15,7 @@ import torch
 from torch import Tensor
 
 from data.manifest import Shard, TokenizerInfo, load_manifest
-from data.mapped import MappedShard
-
-_MAX_OPEN_SHARDS = 256
+from data.mapped import MappedShards
 
 
 class Batch(NamedTuple):
@@ -49,10 +45,9 @@ class RowReader:
     def __init__(self, folder: Path, *, verify: bool = True, pin: bool = False):
         self.folder = Path(folder)
         self.manifest = load_manifest(self.folder)
-        self.verify, self.pin = verify, pin
+        self.pin = pin
         self._counters = Counters()
-        self._shards: OrderedDict[int, MappedShard] = OrderedDict()
-        self._verified: dict[int, npt.NDArray[np.bool_]] = {}
+        self._mapped = MappedShards(self.folder, self.manifest, self.locate, verify=verify)
 
     @property
     def counters(self) -> Counters:
@@ -99,23 +94,10 @@ class RowReader:
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < manifest.rows):
             manifest.place(int(wanted.min()))
             manifest.place(int(wanted.max()))
-        blocks, rows = np.divmod(wanted, manifest.rows_per_block)
-        shards, blocks = np.divmod(blocks, manifest.blocks_per_shard)
-        lengths = np.empty(len(wanted), dtype=np.int64) if manifest.layout.has_lengths else None
-        num_checked = 0
-        for shard, here in _groups(shards):
-            mapped = self._open(shard)
-            if self.verify:
-                num_checked += mapped.verify(blocks[here])
-            if isinstance(here, slice):
-                mapped.gather(blocks, rows, tokens)
-            else:
-                tokens[here] = mapped.gather(blocks[here], rows[here], np.empty_like(tokens[: len(here)]))
-            if lengths is not None:
-                lengths[here] = mapped.gather_lengths(blocks[here], rows[here])
+        lengths = self._mapped.gather(wanted, tokens)
         done = self._counters
         self._counters = Counters(
-            done.rows + len(wanted), done.row_bytes + tokens.nbytes, done.checked_blocks + num_checked
+            done.rows + len(wanted), done.row_bytes + tokens.nbytes, self._mapped.num_checked
         )
         return lengths
 
@@ -127,30 +109,5 @@ class RowReader:
         """Told when a windowed stream enters a window: its shards and the next window's. Local files need no care."""
 
     def forget(self, shard: int) -> None:
-        """Unmap a shard; it is mapped again when needed."""
-        self._shards.pop(shard, None)
-
-    def _open(self, shard: int) -> MappedShard:
-        if shard in self._shards:
-            self._shards.move_to_end(shard)
-            return self._shards[shard]
-        while len(self._shards) >= _MAX_OPEN_SHARDS:
-            self._shards.popitem(last=False)
-        info = self.manifest.shard(shard)
-        verified = self._verified.setdefault(shard, np.zeros(info.num_blocks, dtype=bool))
-        mapped = MappedShard(self.folder, self.manifest, shard, verified, self.locate(info))
-        self._shards[shard] = mapped
-        return mapped
-
-
-def _groups(shards: npt.NDArray[np.int64]) -> Iterator[tuple[int, slice | npt.NDArray[np.int64]]]:
-    """(shard, where it stands in `shards`) for each shard; a slice of everything where there is only one."""
-    if not shards.size:
-        return
-    if (shards == shards[0]).all():
-        yield int(shards[0]), slice(None)
-        return
-    order = np.argsort(shards, kind="stable")
-    ordered = shards[order]
-    for here in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):
-        yield int(shards[here[0]]), here
+        """Unmap a shard; it is mapped again when it is needed."""
+        self._mapped.forget(shard)

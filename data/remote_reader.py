@@ -100,8 +100,8 @@ class RemoteReader(RowReader):
     def close(self) -> None:
         """Let every shard go and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._shards.clear()
-        for future in self._leases.values():
+        for shard, future in self._leases.items():
+            self.forget(shard)
             _release(future)
         self._leases.clear()
 

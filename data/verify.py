@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data.errors import DataError
 from data.manifest import (
     CHECKSUMS,
@@ -29,7 +27,7 @@ from data.manifest import (
     load_manifest,
     parse_manifest,
 )
-from data.mapped import MappedShard
+from data.mapped import MappedShards
 from data.remote import Store, is_remote
 from data.tokenizer import load_tokenizer, vocabulary_fingerprint
 
@@ -173,17 +171,16 @@ def _check_shard(folder: Path, place: tuple[Path, Manifest, Shard]) -> list[Dama
         return [*damage, Damage(name, None, None, "the file is missing")]
     if _sha256(path) == shard.sha256:
         return damage
-    try:
-        mapped = MappedShard(split, manifest, shard.number, np.zeros(shard.num_blocks, dtype=bool))
-    except DataError as error:
-        return [*damage, Damage(name, None, None, str(error))]
-    for block in range(shard.num_blocks):
+    mapped = MappedShards(split, manifest, lambda info: split / info.name)
+    for inner in range(shard.num_blocks):
+        block = shard.first_block + inner
         try:
-            mapped.verify(np.array([block]))
-        except DataError:
-            at = mapped.span(block)[0]
-            what = "its bytes do not have the pinned checksum"
-            damage.append(Damage(name, shard.first_block + block, at, what))
+            mapped.check(block)
+        except DataError as error:
+            if path.stat().st_size != shard.num_bytes:
+                return [*damage, Damage(name, None, None, str(error))]
+            at = manifest.layout.begin_of_block(inner)
+            damage.append(Damage(name, block, at, "its bytes do not have the pinned checksum"))
     return damage or [Damage(name, None, None, "its bytes do not have the pinned sha256")]
 
 
