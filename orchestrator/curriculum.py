@@ -22,7 +22,7 @@ from orchestrator import launch
 from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.inputs import Dataset, check_stage, model_folder, prepare_data
-from orchestrator.progress import Line, StageProgress, build_reporter
+from orchestrator.progress import Line, StageProgress, build_reporter, duration
 from orchestrator.publish import publish
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_types import Stage
@@ -198,7 +198,7 @@ class Driver:
             if self.launcher == "inline":
                 future = launch.start_inline(job, pool)
             else:
-                future = launch.start_ray(job, self.recipe.compute.workers, pool)
+                future = launch.start_ray(job, self.recipe.compute.workers, self.wait_for_places(label), pool)
             self.watch(future, job, StageProgress(self.line, job, label))
         self.line.close()
         failure = read_json(folder.failure)
@@ -230,9 +230,24 @@ class Driver:
         if self.connected:
             return
         self.line.show("starting Ray", force=True)
-        self.stack.enter_context(launch.ray_cluster(self.address, self.recipe.compute.workers))
+        self.stack.enter_context(launch.ray_cluster(self.address, self.recipe.compute.workers[1]))
         self.stop.install()  # ray.init() replaces the SIGTERM handler
         self.connected = True
+
+    def wait_for_places(self, label: str) -> str:
+        """The resource a worker takes, once enough of it is free; a line says what is waited for."""
+        compute = self.recipe.compute
+        place = launch.place_for(compute.device, compute.workers[0])
+        began = time.monotonic()
+        while (free := launch.free_places(place)) < compute.workers[0]:
+            if self.stop.requested:
+                raise Stopped("stopped while waiting for the cluster; the same command goes on from here")
+            waited = duration(time.monotonic() - began)
+            self.line.show(
+                f"{label}  waiting for the cluster: {free:g} of {compute.workers[0]} {place} are free ({waited})"
+            )
+            time.sleep(1)
+        return place
 
     def say(self, text: str) -> None:
         self.line.close()

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.files import read_json, write_json
 from orchestrator.stage import StageJob
 
 log = logging.getLogger(__name__)
 
 PROCESS_GROUP_TIMEOUT_SECONDS = 300
-MAX_FAILURES = 3
+RESERVATION = "reservation.json"
+RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for free places (60)
 CONNECT_SECONDS = 10
 
 
@@ -64,23 +66,52 @@ def check_answers(address: str) -> None:
         ) from error
 
 
-def worker_resources(min_workers: int, use_gpu: bool) -> dict[str, float]:
-    """What one worker asks for on the connected cluster. Raises `UserError` if `min_workers` of it are not there."""
+def place_for(device: str, least: int) -> str:
+    """The resource of which every worker takes one: a GPU, the exclusive `trainer`, or where there is none a CPU.
+
+    Raises `UserError` when the connected cluster has fewer than `least` of it.
+    """
     import ray
 
     total = ray.cluster_resources()
-    name = "GPU" if use_gpu else "trainer" if "trainer" in total else "CPU"
-    if total.get(name, 0) < min_workers:
+    gpu = device == "cuda" or (device == "auto" and total.get("GPU", 0) >= least)
+    name = "GPU" if gpu else "trainer" if "trainer" in total else "CPU"
+    if total.get(name, 0) < least:
+        hint = "" if gpu else " (`ray start --resources '{\"trainer\": 1}'` gives a node a place for one)"
         raise UserError(
-            f"the Ray cluster has {total.get(name, 0):g} {name}, the recipe asks for {min_workers} workers with one "
-            f"each; lower compute.workers or add nodes"
-            + (
-                ""
-                if use_gpu
-                else " (`ray start --resources '{\"trainer\": 1}'` gives a node a place for one)"
-            )
+            f"the Ray cluster has {total.get(name, 0):g} {name}, the recipe asks for {least} workers with one "
+            f"each; lower compute.workers or add nodes{hint}"
         )
-    return {name: 1}
+    return name
+
+
+def free_places(place: str) -> float:
+    """How many of `place` nobody holds. Ray Train counts the total instead, and would wait for ever."""
+    import ray
+
+    return float(ray.available_resources().get(place, 0))
+
+
+def cancel_reservation(folder: Path) -> None:
+    """Withdraw what a driver that died had reserved: Ray would keep it for 180 s, and this run would wait for it.
+
+    Uses a private actor of Ray 2.60, so any failure is only logged: then the run starts later, not wrongly.
+    """
+    record = read_json(folder / RESERVATION)
+    if record is None:
+        return
+    try:
+        import ray
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        coordinator = get_or_create_autoscaling_coordinator()
+        ray.get(coordinator.cancel_request.remote(requester_id=record["requester"]), timeout=CONNECT_SECONDS)
+    except Exception as error:
+        log.warning(
+            "the reservation of an earlier run could not be cancelled (%s): it ends within 180 s", error
+        )
 
 
 def train_function(config: dict[str, Any]) -> None:
@@ -92,37 +123,46 @@ def train_function(config: dict[str, Any]) -> None:
     run_reporting(job)
 
 
-def start_ray(job: StageJob, workers: int | tuple[int, int], pool: ThreadPoolExecutor) -> Future[None]:
-    """Start the stage on the connected cluster; the future ends when its workers have returned, or with Ray's error."""
+def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadPoolExecutor) -> Future[None]:
+    """Start the stage on the connected cluster with workers[0] to workers[1] workers, a `place` each.
+
+    The future ends when the workers have returned, or with Ray's error. Any number of failures is survived as long
+    as steps are made: the workers themselves end a run whose same step keeps failing (`attempts`).
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    min_workers = workers if isinstance(workers, int) else workers[0]
-    use_gpu = job.device == "cuda"
-    storage = Path(job.folder) / "ray"
+    least, most = workers
+    folder = Path(job.folder)
     trainer = TorchTrainer(
         train_function,
         train_loop_config={"job": job.to_json()},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=worker_resources(min_workers, use_gpu)
+            num_workers=most if least == most else (least, most),
+            use_gpu=place == "GPU",
+            resources_per_worker={place: 1},
+            elastic_resize_monitor_interval_s=float(os.environ.get(RESIZE_SECONDS, "60")),
         ),
         torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=PROCESS_GROUP_TIMEOUT_SECONDS
+            backend="nccl" if place == "GPU" else "gloo", timeout_s=PROCESS_GROUP_TIMEOUT_SECONDS
         ),
         run_config=RunConfig(
             name=job.attempt,
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    cancel_reservation(folder)
+    write_json(folder / RESERVATION, {"requester": f"train-{trainer.train_run_context.run_id}"})
 
     def fit() -> None:
         try:
             trainer.fit()
         finally:
-            shutil.rmtree(storage, ignore_errors=True)
+            shutil.rmtree(folder / "ray", ignore_errors=True)
+            (folder / RESERVATION).unlink(missing_ok=True)
 
     return pool.submit(fit)
 

@@ -91,11 +91,9 @@ def _numbers(at: KeyPath, stage: Stage, compute: Compute | None) -> Iterator[Pro
         fits = max(size for size in range(1, min(micro_batch, stage.batch) + 1) if stage.batch % size == 0)
         what = f"given {micro_batch}; allowed: a divisor of the batch {stage.batch} of stage {stage.name!r}"
         yield (*at, "micro_batch"), f"{what}; {fits} would do"
-    elif compute and compute.workers > stage.batch // micro_batch:
+    elif compute and compute.workers[1] > stage.batch // micro_batch:
         most = stage.batch // micro_batch
-        what = (
-            f"given {compute.workers}; allowed: at most {most}, the micro-batches of a step ({stage.batch} / "
-        )
+        what = f"given {compute.workers[1]}; allowed: at most {most}, the micro-batches of a step ({stage.batch} / "
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"
 
 

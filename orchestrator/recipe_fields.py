@@ -61,6 +61,14 @@ def _auto_is_none(value: Any) -> Any:
     return None if value == "auto" else value
 
 
+def _workers(value: Any) -> Any:
+    least, most = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    numbers = [n for n in (least, most) if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
+    if len(numbers) < 2 or least > most:
+        raise ValueError("a number of at least 1, or [LEAST, MOST] for a run that grows and shrinks")
+    return least, most
+
+
 # A validator stands last, so that the bounds before it reach the JSON Schema.
 _NO_BOOL = BeforeValidator(_not_bool)
 Count = Annotated[int, Field(ge=1), _NO_BOOL]
@@ -75,6 +83,19 @@ CountOrAuto = Annotated[
     Count | None,
     BeforeValidator(_auto_is_none),
     WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+]
+Workers = Annotated[
+    tuple[int, int],
+    BeforeValidator(_workers),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
+            ],
+            "default": 1,
+        }
+    ),
 ]
 LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]

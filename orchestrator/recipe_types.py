@@ -34,9 +34,9 @@ from orchestrator.recipe_fields import (
     Slug,
     TextPaths,
     Whole,
+    Workers,
 )
 from orchestrator.references import Reference, parse_reference
-
 
 ObjectiveName = Literal[
     "minilm", "minilmv2", "attention-only", "value-mse", "layer-to-layer", "hidden-relation"
@@ -221,8 +221,9 @@ class Stage(_Section):
 class Compute(_Section):
     """Where and how it is computed. Only `micro_batch` and `precision` change the result by more than rounding."""
 
-    workers: Count = 1
-    """Processes that share a step's micro-batches, one device each."""
+    workers: Workers = (1, 1)
+    """Processes that share a step's micro-batches, one device each: a number, or [LEAST, MOST] for a run that
+    takes the places which the cluster has to give, and gives them back."""
     micro_batch: Count = 32
     """Rows computed at once, the unit of determinism; divides every stage's batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -127,7 +127,7 @@ def test_overrides_reach_every_corner(tmp_path: Path) -> None:
     )
     assert recipe.stages[1].students[1].layers == 3
     assert recipe.stages[0].students[0].ffn == 384
-    assert (recipe.compute.workers, recipe.seed) == (2, 7)
+    assert (recipe.compute.workers, recipe.seed) == ((2, 2), 7)
     assert [Path(text).name for text in recipe.data.text or ()] == ["a.txt", "b.txt"]
 
 
@@ -392,6 +392,8 @@ def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, expected: str)
         (["compute.micro_batch=48"], "compute.micro_batch: given 48; allowed: a divisor of the batch 64"),
         (["stages.1.micro_batch=5"], "stages.1.micro_batch: given 5; allowed: a divisor of the batch 32 of "
                                      "stage 'student'; 4 would do"),
+        (["compute.workers=[3, 1]"], "given [3, 1]; allowed: a number of at least 1, or [LEAST, MOST]"),
+        (["compute.workers=[1, 2]"], "given 2; allowed: at most 1, the micro-batches of a step (32 / 32)"),
         (["compute.workers=2"], "given 2; allowed: at most 1, the micro-batches of a step (32 / 32)"),
     ],
 )  # fmt: skip
