@@ -496,7 +496,7 @@ def log_to_file(job: StageJob) -> None:
     root.setLevel(logging.INFO)
 
 
-def run_reporting(job: StageJob) -> bool:
+def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -> bool:
     """`run_stage`, with errors that no retry can cure left in `failure.json` for the driver instead of raised.
 
     Started again by a supervisor after such an error, it returns at once.
@@ -505,7 +505,7 @@ def run_reporting(job: StageJob) -> bool:
     if reported(job):
         return False
     try:
-        return run_stage(job)
+        return run_stage(job, on_step)
     except (UserError, DataError, ModelError) as error:
         message, exit_code = str(error), getattr(error, "exit_code", UserError.exit_code)
     except OSError as error:

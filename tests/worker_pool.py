@@ -18,17 +18,25 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["orchestrator.worker"])
 
 
-def _work(job: str, environment: dict[str, str], errors: str) -> None:
+def _work(job: str, environment: dict[str, str], errors: str, dies_after: int | None) -> None:
     from orchestrator.worker import run_reporting
 
     os.environ.update(environment)
     sys.stderr = Path(errors).open("a", buffering=1)  # noqa: SIM115 (for the life of the process)
     os.dup2(sys.stderr.fileno(), 2)
-    sys.exit(0 if run_reporting(StageJob.from_json(job)) else 3)
+
+    def die(step: int) -> None:
+        if step == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.exit(0 if run_reporting(StageJob.from_json(job), die) else 3)
 
 
-def start(job: StageJob, size: int) -> list[BaseProcess]:
-    """The job on `size` workers; each exits with 0 when the stage is done, 3 when it is not, or dies of its error."""
+def start(job: StageJob, size: int, *, dies_after: int | None = None) -> list[BaseProcess]:
+    """The job on `size` workers; each exits with 0 when the stage is done, 3 when it is not, or dies of its error.
+
+    `dies_after`: they kill themselves after so many steps.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -38,7 +46,7 @@ def start(job: StageJob, size: int) -> list[BaseProcess]:
     for rank in range(size):
         own = shared | {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
         errors = str(Path(job.folder) / f"worker-{rank}.log")
-        processes.append(CONTEXT.Process(target=_work, args=(job.to_json(), own, errors)))
+        processes.append(CONTEXT.Process(target=_work, args=(job.to_json(), own, errors, dies_after)))
         processes[-1].start()
     return processes
 

@@ -1,0 +1,84 @@
+"""Attempts that die at the same step are counted; those that get on, or end in good order, are not."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import worker_pool
+from support import make_job
+
+from data.stream import Stream
+from orchestrator.attempts import Attempts
+from orchestrator.errors import NoProgress
+from orchestrator.stage import StageFolder
+from orchestrator.worker import run_stage
+
+
+def dies_at(folder: Path, first: int, *steps: int) -> int | None:
+    """An attempt that begins at `first` and dies while it computes the last of `steps`."""
+    attempts = Attempts(folder)
+    answer = attempts.begin(first)
+    for step in steps if answer is None else ():
+        attempts.reach(step)
+    attempts.close()
+    return answer
+
+
+def test_three_deaths_at_one_step_are_enough(tmp_path):
+    for _ in range(3):
+        assert dies_at(tmp_path, 5, 5, 6, 7) is None
+    assert dies_at(tmp_path, 5) == 7
+    assert dies_at(tmp_path, 5, 5, 6, 7) is None  # asked again, it tries again
+
+
+def test_deaths_at_different_steps_are_a_machine_that_comes_and_goes(tmp_path):
+    for last in (7, 8, 6, 8, 6, 7):
+        assert dies_at(tmp_path, 5, 5, last) is None
+    for _ in range(2):
+        assert dies_at(tmp_path, 5, 7) is None  # with the one before: three
+    assert dies_at(tmp_path, 5) == 7
+
+
+def test_a_good_end_forgets(tmp_path):
+    for _ in range(2):
+        dies_at(tmp_path, 0, 4)
+    attempts = Attempts(tmp_path)
+    assert attempts.begin(0) is None
+    attempts.reach(4)
+    attempts.end()
+    attempts.close()
+    for _ in range(3):
+        assert dies_at(tmp_path, 0, 4) is None
+
+
+def test_a_stage_that_dies_at_one_step_again_and_again_stops_and_names_its_rows(shards, teacher, tmp_path):
+    """Real deaths: SIGKILL by itself, in the same step of every attempt."""
+    job = make_job(shards, teacher, tmp_path, batch=12)
+    for _ in range(3):
+        assert worker_pool.join(worker_pool.start(job, 1, dies_after=5)) == [-signal.SIGKILL]
+    pattern = (
+        r"stage first: 3 attempts in a row ended while they computed step 4, "
+        r"of rows \d+(, \d+){7}, … \(12 rows, all in"
+    )
+    with pytest.raises(NoProgress, match=pattern) as raised:
+        run_stage(job)
+    assert raised.value.exit_code == 4
+    failed = json.loads(StageFolder(tmp_path).failed_step.read_text())
+    stream = Stream(shards, seed=job.seed, batch=12, micro_batch=12)
+    assert failed == {"step": 4, "row_ids": stream.row_ids(4, 0).tolist()}
+    assert run_stage(job)
+
+
+def test_all_ranks_hear_of_it_and_the_driver_gets_the_exit_code(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path)
+    for _ in range(3):
+        dies_at(tmp_path, 0, 4)
+    assert worker_pool.join(worker_pool.start(job, 2)) == [3, 3], worker_pool.log(job)
+    failure = json.loads(StageFolder(tmp_path).failure.read_text())
+    assert failure["exit_code"] == 4
+    assert re.match("stage first: 3 attempts in a row ended while they computed step 4", failure["message"])
+    assert worker_pool.join(worker_pool.start(job, 1)) == [3]  # a supervisor that starts it again: no storm
