@@ -74,18 +74,34 @@ class MappedShards:
         """Copy rows `wanted` to `into` ([n, seq_len], contiguous, stored dtype); their stored lengths (int64
         [n]) where packing is "document". DataError names the first damaged block."""
         layout = self.layout
-        blocks, rows = np.divmod(wanted, layout.rows_per_block)
+        numbers = wanted.view(np.uint64)  # unsigned division by a scalar is several times as fast
+        blocks = numbers // np.uint64(layout.rows_per_block)
         if not self._ready[blocks].all():
-            self._prepare(np.unique(blocks[~self._ready[blocks]]), keep=blocks)
-        shards, inner = np.divmod(blocks, layout.blocks_per_shard)
+            self._prepare(
+                np.unique(blocks[~self._ready[blocks]]).astype(np.int64), keep=blocks.astype(np.int64)
+            )
         if self._grid is not None:
-            index = shards * (self._slot // layout.row_bytes)
-            index += inner * (layout.stride_bytes // layout.row_bytes)
-            index += rows
+            index = self._grid_index(numbers, blocks)
             np.take(self._grid, index, axis=0, out=into, mode="clip")  # mode "raise" would copy twice
         else:
-            into[...] = self._rows[shards, inner, rows]
-        return self._lengths(blocks, rows) if layout.has_lengths else None
+            shards, inner = np.divmod(blocks, np.uint64(layout.blocks_per_shard))
+            into[...] = self._rows[shards, inner, numbers - blocks * np.uint64(layout.rows_per_block)]
+        if not layout.has_lengths:
+            return None
+        signed = blocks.astype(np.int64)
+        return self._lengths(signed, wanted - signed * layout.rows_per_block)
+
+    def _grid_index(self, numbers: npt.NDArray[np.uint64], blocks: npt.NDArray[np.uint64]) -> I64:
+        """Where rows stand on the grid: their numbers, and the junk behind every block and shard before them."""
+        layout = self.layout
+        block_junk = layout.stride_bytes // layout.row_bytes - layout.rows_per_block
+        index = blocks * np.uint64(block_junk)
+        index += numbers
+        if self._manifest.num_shards > 1:
+            rows_a_shard = layout.rows_per_block * layout.blocks_per_shard
+            shard_junk = self._slot // layout.row_bytes - rows_a_shard - block_junk * layout.blocks_per_shard
+            index += numbers // np.uint64(rows_a_shard) * np.uint64(shard_junk)
+        return index.view(np.int64)
 
     def _lengths(self, blocks: I64, rows: I64) -> I64:
         layout, manifest = self.layout, self._manifest

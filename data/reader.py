@@ -91,7 +91,7 @@ class RowReader:
         """Copy the rows `wanted` into `tokens` ([n, seq_len] of the stored dtype); their lengths, None if all
         whole."""
         manifest = self.manifest
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < manifest.rows):
+        if wanted.size and wanted.view(np.uint64).max() >= manifest.rows:  # below zero is huge, seen unsigned
             manifest.place(int(wanted.min()))
             manifest.place(int(wanted.max()))
         lengths = self._mapped.gather(wanted, tokens)
