@@ -69,7 +69,12 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def teach(self, input_ids: Tensor, mask: Tensor | None) -> Taps:
         """The teacher's taps, without gradients; good for every student of this batch."""
-        return self.teacher(input_ids, mask)
+        masked = self.objective.mask_tokens(input_ids, mask)
+        return (
+            self.teacher(input_ids, mask)
+            if masked is None
+            else self.teacher(masked.ids, mask, masked.positions)
+        )
 
     def term_sums(
         self,
@@ -85,15 +90,17 @@ class Distiller(nn.Module):
         dropout_seed: all that this student's dropout depends on; the global random state is left as it was.
         None draws from the global state, as any module does.
         """
+        masked = self.objective.mask_tokens(input_ids, mask)
+        inputs = (input_ids, mask) if masked is None else (masked.ids, mask, masked.positions)
         with _seeded(dropout_seed, input_ids.device):
-            student_taps = self.students[name](input_ids, mask)
+            student_taps = self.students[name](*inputs)
         earlier = [
             taps
             for at, taps in zip(self._watched, teacher_taps.earlier, strict=True)
             if at in self._mapped[name]
         ]
         taught = teacher_taps._replace(earlier=tuple(earlier)).to(student_taps.q.dtype)
-        return self.objective.term_sums(taught, student_taps, mask, self._projections[name])
+        return self.objective.term_sums(taught, student_taps, mask, self._projections[name], masked)
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """What an optimiser of student `name` updates: the student's, and the projections of its terms."""
@@ -127,6 +134,11 @@ def _compare(teacher: TappedEncoder, name: str, student: TappedEncoder, objectiv
             f"student {name!r} has a vocabulary of {s.vocab_size} and the teacher of {t.vocab_size};"
             " both must read the same tokens"
         )
+    for side, model in ((f"student {name!r}", student.model), ("the teacher", teacher.model)):
+        if objective.needs_head and model.base_model is model:
+            raise ModelError(
+                f"soft labels need a masked-language-model head, and {side} has none; load it with one"
+            )
     try:
         objective.check(t.num_attention_heads, t.hidden_size, s.num_attention_heads, s.hidden_size)
     except ModelError as error:

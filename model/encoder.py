@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from model.errors import ModelError
 from model.quiet import quiet_transformers
@@ -72,10 +72,13 @@ class EncoderShape:
     transformer_parameters: int
 
 
-def load_encoder(path_or_hub_id: str | Path, *, layer: int | str = "last") -> TappedEncoder:
+def load_encoder(
+    path_or_hub_id: str | Path, *, layer: int | str = "last", head: bool = False
+) -> TappedEncoder:
     """The encoder at a folder or hub id, in float32 and eval mode, tapped at `layer` (1-based, or "last").
 
-    Weights come from safetensors only. Heads of the checkpoint (MLM, pooler) are not loaded. ModelError when
+    Weights come from safetensors only. Heads of the checkpoint are left behind, but for the
+    masked-language-model head with `head`. ModelError when
     the folder or file is missing, the architecture has no tap, the layer does not exist, or weights are
     missing.
     """
@@ -84,7 +87,7 @@ def load_encoder(path_or_hub_id: str | Path, *, layer: int | str = "last") -> Ta
     name = str(path_or_hub_id)
     try:
         with quiet_transformers():
-            model, report = AutoModel.from_pretrained(
+            model, report = (AutoModelForMaskedLM if head else AutoModel).from_pretrained(
                 name,
                 config=config,
                 use_safetensors=True,
@@ -97,11 +100,12 @@ def load_encoder(path_or_hub_id: str | Path, *, layer: int | str = "last") -> Ta
         raise ModelError(
             f"cannot load the weights of {name}: {_one_line(error)}; a model.safetensors is needed"
         ) from error
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(key for key in report["missing_keys"] if ".pooler." not in f".{key}")
     if missing:
+        kind = f"a {config.model_type} encoder" + (" with its head" if head else "")
         raise ModelError(
-            f"{name} lacks {len(missing)} weights of a {config.model_type} encoder ({missing[0]}, …);"
-            " give the folder that its save_pretrained wrote"
+            f"{name} lacks {len(missing)} weights of {kind} ({missing[0]}, …); give the folder that its"
+            " save_pretrained wrote"
         )
     return TappedEncoder(model.eval(), number)
 
@@ -115,6 +119,7 @@ def build_student(
     ffn: int | None = None,
     dropout: float = 0.1,
     seed: int,
+    head: bool = False,
 ) -> PreTrainedModel:
     """A randomly initialised encoder of the teacher's architecture and vocabulary, on CPU, float32, in train
     mode.
@@ -135,7 +140,8 @@ def build_student(
     config = _resize(teacher_config, layers, hidden, heads, ffn or 4 * hidden, dropout)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        model = AutoModel.from_config(config, attn_implementation=family.attention, dtype=torch.float32)
+        build = AutoModelForMaskedLM if head else AutoModel
+        model = build.from_config(config, attn_implementation=family.attention, dtype=torch.float32)
     return model.train()
 
 

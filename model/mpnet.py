@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 def install(model: PreTrainedModel, attention: Callable[..., Any]) -> None:
     """Let every attention module of this MPNet call `attention(module, q, k, v, mask, bias=…, …)`.
     Idempotent."""
-    encoder: Any = model.encoder
+    encoder: Any = model.base_model.encoder
 
     def position_bias_of_one_row(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[1, heads, tokens, tokens]; transformers writes out a copy a row: 400 MB at 32 rows of 512."""

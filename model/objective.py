@@ -5,6 +5,7 @@
     attention-only    minilm without the value relation (MiniLM, table 5)
     value-mse         values by squared error, not their relation, through a projection (MiniLM, table 6)
     layer-to-layer    minilm's terms, the mean over the student's layers, mapped uniformly (MiniLM, table 7)
+    soft-label-mlm    the teacher's predictions for masked tokens, no relation (the baseline of MiniLM, table 3)
     hidden-relation   the relation of the last hidden states instead of the values' (MiniLM, section 3.2)
 
 Leaves out: the division by the number of sequences or tokens. A term here is an undivided numerator, so that
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from model.errors import ModelError
 from model.relations import query_weights, relation_heads, relation_kl, relation_weight
+from model.softlabels import Masked, mask_tokens, soft_label_rows
 from model.tap import Taps
 
 _PARTS = ("q", "k", "v", "hidden")
@@ -59,19 +61,32 @@ class SquaredError:
 
 
 @dataclass(frozen=True)
+class SoftLabels:
+    """The head's prediction for masked tokens, compared by KL over the vocabulary; see softlabels.py."""
+
+    name: str
+    weight: float = 1.0
+
+
+Term = Relation | SquaredError | SoftLabels
+
+
+@dataclass(frozen=True)
 class Objective:
     """A weighted list of terms, compared between the tapped layers of teacher and student.
 
     reduction: "sequence" or "token" (see `relation_kl`). relation_heads: re-split both sides into so many
     heads. layer_to_layer: average each term over all student layers, layer i of M against the teacher's
-    round-up(i·L/M).
+    round-up(i·L/M). mask_token_id, special_ids: of the tokenizer; soft labels mask the one, never the others.
     """
 
-    relations: tuple[Relation | SquaredError, ...]
+    relations: tuple[Term, ...]
     reduction: str = "sequence"
     relation_heads: int | None = None
     implementation: str = "auto"
     layer_to_layer: bool = False
+    mask_token_id: int | None = None
+    special_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.relations]
@@ -81,6 +96,10 @@ class Objective:
             )
         if self.reduction not in ("sequence", "token"):
             raise ModelError(f'reduction {self.reduction!r} is not known; use "sequence" or "token"')
+        if self.needs_head and self.reduction == "token":
+            raise ModelError(
+                'soft labels count by sequence: only some tokens have one; use reduction "sequence"'
+            )
 
     @staticmethod
     def named(name: str | None = None, **changes: Any) -> "Objective":
@@ -117,15 +136,31 @@ class Objective:
         """The fields of `Taps` that the terms read. With "hidden" the tapped layer runs to its end."""
         return frozenset(part for term in self.relations for part in _parts(term))
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether teacher and student must be loaded and built with a masked-language-model head."""
+        return "logits" in self.parts
+
+    def mask_tokens(self, input_ids: Tensor, mask: Tensor | None) -> Masked | None:
+        """The masked rows that soft labels are read from, the same for teacher and student; None without
+        such."""
+        if not self.needs_head:
+            return None
+        if self.mask_token_id is None:
+            raise ModelError("soft labels need mask_token_id; give the tokenizer's")
+        return mask_tokens(input_ids, mask, self.mask_token_id, self.special_ids)
+
     def term_sums(
         self,
         teacher: Taps,
         student: Taps,
         mask: Tensor | None,
         projections: Mapping[str, nn.Module] | None = None,
+        masked: Masked | None = None,
     ) -> Tensor:
         """[num_terms], float32 or better: each term's undivided, unweighted divergence."""
-        return torch.stack([self._term(t, teacher, student, mask, projections or {}) for t in self.relations])
+        extra = projections or {}, masked
+        return torch.stack([self._term(term, teacher, student, mask, *extra) for term in self.relations])
 
     def head_sums(self, teacher: Taps, student: Taps, mask: Tensor | None) -> dict[str, Tensor]:
         """Each relation's undivided divergence by head: name -> [heads]. Their mean is the term. For looking
@@ -177,12 +212,17 @@ class Objective:
 
     def _term(
         self,
-        term: Relation | SquaredError,
+        term: Term,
         teacher: Taps,
         student: Taps,
         mask: Tensor | None,
         projections: Mapping[str, nn.Module],
+        masked: Masked | None,
     ) -> Tensor:
+        if isinstance(term, SoftLabels):
+            assert masked is not None and teacher.logits is not None and student.logits is not None
+            rows_BK = soft_label_rows(teacher.logits, student.logits).masked_fill(~masked.valid, 0.0)
+            return (rows_BK * query_weights(masked.valid, student.logits.shape, "sequence", rows_BK)).sum()
         compare: Callable[[Taps, Taps], Tensor]
         if isinstance(term, Relation):
             compare = lambda t, s: self._relation(term, t, s, mask)  # noqa: E731
@@ -256,7 +296,9 @@ class Objective:
             return (rows_BT * query_weights(mask, got.shape, self.reduction, got)).sum()
 
 
-def _parts(term: Relation | SquaredError) -> tuple[str, ...]:
+def _parts(term: Term) -> tuple[str, ...]:
+    if isinstance(term, SoftLabels):
+        return ("logits",)
     if isinstance(term, SquaredError):
         return (term.part,)
     return (term.x, term.y, "bias") if (term.x, term.y) == ("q", "k") else (term.x, term.y)
@@ -276,8 +318,8 @@ def _projection(inputs: int, outputs: int) -> nn.Linear:
     return projection
 
 
-def _term_from(value: Any) -> Relation | SquaredError:
-    if isinstance(value, Relation | SquaredError):
+def _term_from(value: Any) -> Term:
+    if isinstance(value, Term):
         return value
     kind = SquaredError if "part" in value else Relation
     try:
@@ -296,5 +338,6 @@ OBJECTIVES = {
     "attention-only": Objective((_ATTENTION,)),
     "value-mse": Objective((_ATTENTION, SquaredError("value"))),
     "layer-to-layer": Objective((_ATTENTION, _VALUE), layer_to_layer=True),
+    "soft-label-mlm": Objective((SoftLabels("soft_labels"),)),
     "hidden-relation": Objective((_ATTENTION, Relation("hidden", "hidden", "hidden"))),
 }

@@ -38,7 +38,8 @@ class Taps(NamedTuple):
     rotation.
 
     bias: an additive position bias on the scores, broadcastable to [batch, heads, tokens, tokens], or None.
-    hidden: the layer's output [batch, tokens, hidden], if watched. earlier: taps of watched layers in front.
+    If watched: hidden, the layer's output [batch, tokens, hidden]; earlier, the taps of layers in front;
+    logits [batch, k, vocabulary] of the model's head, at the k positions asked for.
     """
 
     q: Tensor
@@ -47,12 +48,14 @@ class Taps(NamedTuple):
     bias: Tensor | None = None
     hidden: Tensor | None = None
     earlier: "tuple[Taps, ...]" = ()
+    logits: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Taps":
         """All tensors as `dtype`."""
         q, k, v, bias, hidden = (None if part is None else part.to(dtype) for part in self[:5])
         assert q is not None and k is not None and v is not None
-        return Taps(q, k, v, bias, hidden, tuple(taps.to(dtype) for taps in self.earlier))
+        logits = None if self.logits is None else self.logits.to(dtype)
+        return Taps(q, k, v, bias, hidden, tuple(taps.to(dtype) for taps in self.earlier), logits)
 
     def tensors(self, parts: Collection[str]) -> list[Tensor]:
         """The tensors of these fields, those of earlier layers included."""
@@ -90,7 +93,8 @@ class TappedEncoder(nn.Module):
     def watch(self, *, layers: Sequence[int] = (), parts: Collection[str] = ("q", "k", "v", "bias")) -> None:
         """Say what an objective reads: the taps of `layers` too (ascending, before the tap); which `parts`.
 
-        parts: fields of `Taps`. With "hidden" the tapped layer runs to its end and its output is handed out.
+        parts: fields of `Taps`. With "hidden" the tapped layer runs to its end and its output is handed out;
+        with "logits" all of the model runs.
         """
         if list(layers) != sorted(set(layers)) or any(not 1 <= layer < self.layer for layer in layers):
             raise ModelError(
@@ -122,17 +126,23 @@ class TappedEncoder(nn.Module):
         for block in self.blocks()[:-1]:
             block.compile()
 
-    def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Taps:
-        """input_ids int64 [batch, tokens]; mask bool [batch, tokens], True where a token is valid, None:
-        all."""
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Taps:
+        """input_ids int64 [batch, tokens]; mask bool [batch, tokens], True where a token is valid, None: all.
+
+        positions: int64 [batch, k], where logits are wanted, if these are watched.
+        """
         if mask is not None and (mask.dtype != torch.bool or mask.shape != input_ids.shape):
             raise ModelError(
                 f"mask is {mask.dtype} {list(mask.shape)}; for input_ids {list(input_ids.shape)} it must be"
                 " torch.bool of the same shape"
             )
         wanted = [self._attentions[layer - 1] for layer in (*self._earlier, self.layer)]
-        collection = _Collection(wanted, stop_at_last="hidden" not in self._parts)
-        if collection.stop_at_last:
+        collection = _Collection(wanted, stop_at_last=not {"hidden", "logits"} & self._parts)
+        logits = None
+        if positions is not None and "logits" in self._parts:
+            with _only_at(positions, self.model.base_model):
+                logits = _run(self.model, collection, input_ids, mask).logits
+        elif collection.stop_at_last:
             _run(self.model, collection, input_ids, mask)
         else:
             with _stop_after(self.blocks()[-1], collection):
@@ -142,7 +152,7 @@ class TappedEncoder(nn.Module):
                 f"{self.model.config.model_type} ended without reaching the tap of layer {self.layer}"
             )
         *earlier, last = collection.taps
-        return last._replace(earlier=tuple(earlier), hidden=collection.hidden)
+        return last._replace(earlier=tuple(earlier), hidden=collection.hidden, logits=logits)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that what is watched depends on, of those that require gradients.
@@ -152,7 +162,8 @@ class TappedEncoder(nn.Module):
         is computed and no random number drawn.
         """
         with _quietly(self.model), torch.enable_grad():
-            taps = self(_probe_ids(self.model))
+            ids = _probe_ids(self.model)
+            taps = self(ids, None, ids[:, :1] if "logits" in self._parts else None)
         reached: set[int] = set()
         seen: set[Any] = set()
         nodes = [tensor.grad_fn for tensor in taps.tensors(self._parts)]
@@ -210,13 +221,15 @@ _active = threading.local()
 
 def _run(
     model: PreTrainedModel, visitor: _Discovery | _Collection, input_ids: Tensor, mask: Tensor | None
-) -> None:
+) -> Any:
+    """The model's output, or None where the visitor ended the forward."""
     outer = getattr(_active, "visitor", None)
     _active.visitor = visitor
     try:
-        model(input_ids=input_ids, attention_mask=mask)
+        return model(input_ids=input_ids, attention_mask=mask)
     except _Reached as reached:
         reached.__traceback__ = None  # its frames hold every activation on the way to the tap
+        return None
     finally:
         _active.visitor = outer
 
@@ -233,6 +246,27 @@ def _stop_after(block: nn.Module, collection: _Collection) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _only_at(positions: Tensor, base: nn.Module) -> Iterator[None]:
+    """Let the head behind the base model see the hidden states at `positions` only."""
+    run = getattr(_active, "selecting", None)
+    _active.selecting = positions
+
+    def select(_base: nn.Module, _arguments: Any, output: Any) -> Any:
+        if getattr(_active, "selecting", None) is positions:  # not another thread's forward
+            hidden = output.last_hidden_state
+            at = positions[..., None].expand(-1, -1, hidden.shape[-1])
+            output["last_hidden_state"] = hidden.gather(1, at)
+        return output
+
+    handle = base.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+        _active.selecting = run
 
 
 def _attention(
