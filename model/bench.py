@@ -143,6 +143,8 @@ def bench_step(
         intermediate_size=4 * teacher.hidden,
         max_position_embeddings=max(512, tokens),
     )
+    if unknown := [way for way in ways if way not in _STEPS]:
+        raise ModelError(f"way {unknown[0]!r} is not known; use {', '.join(_STEPS)}")
     peak = matmul_peak(device, dtype)
     groups = [[size] for size in students] + ([list(students)] if len(students) > 1 else [])
     rows = []

@@ -17,7 +17,7 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--students", default="6x384", metavar="LxH,…", help="several share one teacher pass too"
     )
-    step.add_argument("--compile", action="store_true", help="measure compiled blocks as well")
+    step.add_argument("--ways", default="by-hand,ours", help="of by-hand, ours, ours-compiled")
     _add_common(step)
     step.set_defaults(run=bench_step)
 
@@ -33,9 +33,9 @@ def bench_loss(options: argparse.Namespace) -> int:
 def bench_step(options: argparse.Namespace) -> int:
     from model.bench import Size, bench_step
 
-    ways = ("by-hand", "ours", "ours-compiled") if options.compile else ("by-hand", "ours")
     students = [Size.parse(size) for size in options.students.split(",")]
-    rows = bench_step(teacher=Size.parse(options.teacher), students=students, ways=ways, **_common(options))
+    teacher, ways = Size.parse(options.teacher), options.ways.split(",")
+    rows = bench_step(teacher=teacher, students=students, ways=ways, **_common(options))
     return _print(rows, options.json)
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from model import bench
+from model.errors import ModelError
 from orchestrator.bench_verbs import add_bench_verbs
 
 
@@ -36,3 +37,8 @@ def test_step_prints_json_lines(capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["way"] for row in rows] == ["by-hand", "ours", "by-hand", "ours", "ours"]
     assert rows[-1]["shape"] == "2x8 to 1x4 + 1x8, 1x8" and rows[0]["bench"] == "step"
+
+
+def test_a_way_that_does_not_exist():
+    with pytest.raises(ModelError, match=r"^way 'theirs' is not known; use ours, ours-compiled, by-hand$"):
+        call("step", "--ways", "theirs")
