@@ -113,6 +113,11 @@ class Stream:
         return rows.manifest
 
     @property
+    def manifests(self) -> list[Manifest]:
+        """The manifests of all corpora that are data sets of ours, in order."""
+        return [corpus.rows.manifest for corpus in self.corpora if isinstance(corpus.rows, RowReader)]
+
+    @property
     def fingerprint(self) -> str:
         """Identity of what is read: the data set's own, or one over all corpora and weights."""
         if len(self.corpora) == 1:

@@ -1,0 +1,35 @@
+"""Folders, URLs and weights -> corpora that a `Stream` reads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.reader import RowReader
+from data.remote import is_remote
+from data.remote_reader import RemoteReader
+from data.stream import Corpus
+
+
+def open_rows(
+    place: str | Path, *, cache: Path | None = None, options: dict[str, Any] | None = None, pin: bool = False
+) -> RowReader:
+    """The data set in a folder, or behind a URL by way of the node's `cache`; `options` go to fsspec."""
+    if not is_remote(place):
+        return RowReader(Path(place).expanduser(), pin=pin)
+    if cache is None:
+        raise DataError(f"{str(place)!r} is remote; say where its shards may be kept on this node (cache)")
+    return RemoteReader(str(place), cache=cache, options=options, pin=pin)
+
+
+def open_corpora(
+    places: Sequence[tuple[str | Path, float]],
+    *,
+    cache: Path | None = None,
+    options: dict[str, Any] | None = None,
+    pin: bool = False,
+) -> list[Corpus]:
+    """Several data sets with their weights; what `Stream` takes as its source."""
+    return [
+        Corpus(open_rows(place, cache=cache, options=options, pin=pin), weight) for place, weight in places
+    ]
