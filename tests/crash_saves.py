@@ -1,0 +1,136 @@
+"""A process that is killed at every operation of a save in turn; run by test_saver. Prints a JSON line for each.
+
+usage: crash_saves.py FOLDER
+
+Faults: kill (SIGKILL itself) and full (no space left on device, for good). Each round forks a child with two sound
+checkpoints of steps 1 and 2. The child saves step 3 (which removes step 1) and is struck at its n-th operation: open,
+write (half of it is done), fsync, mkdir, rename, remove, rmdir. The parent then restores.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from test_checkpoint import FACTS, MINE, advance, make, save
+
+from orchestrator import checkpoint
+
+
+class Storage:
+    """Counts operations; strikes from number `at` on, or from the next one that needs space."""
+
+    def __init__(self, at: int, fault: str):
+        self.left, self.fault, self.struck = at, fault, False
+        for name in ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "open", "write"):
+            self.wrap(os, name)
+        original = Path.open
+        storage = self
+
+        def open_file(path, mode="r", *arguments, **options):
+            storage.operation(f"open {path.name}", writes="w" in mode)
+            file = original(path, mode, *arguments, **options)
+            return TornFile(file, storage) if mode == "wb" else file
+
+        Path.open = open_file
+
+    def wrap(self, module, name):
+        original = getattr(module, name)
+
+        def operation(*arguments, **options):
+            self.operation(name, writes=name in ("fsync", "mkdir", "write"))
+            return original(*arguments, **options)
+
+        setattr(module, name, operation)
+
+    def operation(self, what: str, *, writes: bool, torn=lambda: None) -> None:
+        self.left -= 1
+        if self.left > 0 or (self.fault == "full" and not writes):
+            return
+        torn()
+        if not self.struck:
+            print(json.dumps(what), end=" ", flush=True)
+        self.struck = True
+        if self.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class TornFile:
+    """A file whose write, when struck, has written half of what it was given."""
+
+    def __init__(self, file, storage: Storage):
+        self.file, self.storage = file, storage
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def write(self, content):
+        half = lambda: self.file.write(content[: len(content) // 2])  # noqa: E731
+        self.storage.operation("write", writes=True, torn=half)
+        return self.file.write(content)
+
+
+def child(folder: Path, at: int, fault: str) -> int:
+    models, states = make(0)
+    for step in range(3):
+        advance(states, step)
+    Storage(at, fault)
+    try:
+        save(folder, 3, models, states, keep=2)
+    except OSError as error:
+        return 28 if error.errno == errno.ENOSPC else 1
+    return 0
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    models, states = make(0)
+    for step in (1, 2):
+        advance(states, step - 1)
+        save(root / "sound", step, models, states)
+    for fault in ("kill", "full"):
+        at = 1
+        while strike(root, fault, at):
+            at += 1
+
+
+def strike(root: Path, fault: str, at: int) -> bool:
+    """One round; False when the save was through before its operation number `at`."""
+    folder = root / f"{fault}-{at}"
+    shutil.copytree(root / "sound", folder)
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(child(folder, at, fault))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left = sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+    models, states = make(9)
+    step, facts = checkpoint.restore_newest(folder, models, states, MINE) or (None, None)
+    found = {
+        "fault": fault,
+        "status": status,
+        "step": step,
+        "sound": facts == FACTS and all(checkpoint.read(p) for p in checkpoint.list_checkpoints(folder)),
+        "left": left,
+        "cleaned": not any(path.name.startswith((".", "damaged")) for path in folder.iterdir()),
+    }
+    print(json.dumps(found))
+    return status != 0
+
+
+if __name__ == "__main__":
+    main()
