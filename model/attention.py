@@ -45,6 +45,7 @@ def attend(
     return output.transpose(1, 2).contiguous(), None
 
 
+@torch.compiler.disable  # loops over tiles and makes a generator: nothing to gain for a compiler
 def dropout_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """dropout(softmax(q kᵀ + mask)) v for q, k, v [batch, heads, tokens, size]; q is scaled already.
 

@@ -118,13 +118,13 @@ class TappedEncoder(nn.Module):
                     return found
         raise ModelError(f"architecture {self.model.config.model_type} keeps its layers in no list")
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the layers in front of the tap, one by one; the tapped layer itself stays as it is.
 
         Off unless called: on a CPU it was measured not to pay (docs/benchmarks.md).
         """
         for block in self.blocks()[:-1]:
-            block.compile()
+            block.compile(backend=backend)
 
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Taps:
         """input_ids int64 [batch, tokens]; mask bool [batch, tokens], True where a token is valid, None: all.

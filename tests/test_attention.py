@@ -52,15 +52,15 @@ def test_equals_whole_maps_with_the_same_decisions(mask):
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("tile", [1, 50, 200])
+@pytest.mark.parametrize("tile", [1, 20, 200])
 def test_gradcheck_for_every_tile(monkeypatch, tile):
     monkeypatch.setitem(model.tiles.TILE, "cpu", tile)
 
     def run(q, k, v):
         torch.manual_seed(7)
-        return dropout_attention(q, k, v, masks(5)["added"], 0.2)
+        return dropout_attention(q, k, v, masks(3)["added"], 0.2)
 
-    assert torch.autograd.gradcheck(run, tuple(parts(5)))
+    assert torch.autograd.gradcheck(run, tuple(parts(3)))
 
 
 def test_the_share_that_is_kept_is_right_at_every_place():

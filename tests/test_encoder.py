@@ -302,6 +302,20 @@ def test_threads_do_not_see_each_other():
     assert not wrong
 
 
+def test_compiled_blocks_give_the_same_taps_and_trained_parameters():
+    """Traced by dynamo, run eagerly: what a compiler makes of it is not our concern, that it can be traced is."""
+    encoder = TappedEncoder(tiny_model(), 2)
+    input_ids, mask = batch()
+    plain, trained = encoder(input_ids, mask), list(encoder.trained_parameters())
+    encoder.compile_blocks(backend="eager")
+    taps = encoder(input_ids, mask)
+    for part in ("q", "k", "v"):
+        torch.testing.assert_close(getattr(taps, part), getattr(plain, part))
+    assert list(encoder.trained_parameters()) == trained
+    encoder.train()  # dropout in tiles is left out of the graph
+    assert encoder(input_ids, mask).q.shape == plain.q.shape
+
+
 def test_trained_parameters_draws_nothing_and_changes_no_mode():
     encoder = TappedEncoder(tiny_model(), LAYERS)
     encoder.train()
