@@ -12,7 +12,7 @@ Leaves out: the division by the number of sequences or tokens. A term here is an
 micro-batches and workers add up before one division by the global `count`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,55 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import ModelError
-from model.relations import query_weights, relation_heads, relation_kl, relation_weight
-from model.softlabels import Masked, mask_tokens, soft_label_rows
+from model.relations import relation_weight
+from model.softlabels import Masked, mask_tokens
 from model.tap import Taps
-
-_PARTS = ("q", "k", "v", "hidden")
-
-
-@dataclass(frozen=True)
-class Relation:
-    """softmax(x yᵀ / √d) with x, y of "q", "k", "v", "hidden", compared by KL; `name` is what it is logged
-    under.
-
-    Hidden states are split into as many heads as the attention has (or `relation_heads`).
-    """
-
-    name: str
-    x: str
-    y: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        for part in (self.x, self.y):
-            if part not in _PARTS:
-                raise ModelError(f"relation {self.name!r} is made of {part!r}; use {', '.join(_PARTS)}")
-
-
-@dataclass(frozen=True)
-class SquaredError:
-    """Mean squared error of one part, heads concatenated; where sizes differ a learned projection of the
-    student's."""
-
-    name: str
-    part: str = "v"
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.part not in _PARTS:
-            raise ModelError(f"squared error {self.name!r} is of {self.part!r}; use {', '.join(_PARTS)}")
-
-
-@dataclass(frozen=True)
-class SoftLabels:
-    """The head's prediction for masked tokens, compared by KL over the vocabulary; see softlabels.py."""
-
-    name: str
-    weight: float = 1.0
-
-
-Term = Relation | SquaredError | SoftLabels
+from model.terms import Relation, Setting, SoftLabels, SquaredError, Term
 
 
 @dataclass(frozen=True)
@@ -134,7 +89,7 @@ class Objective:
     @property
     def parts(self) -> frozenset[str]:
         """The fields of `Taps` that the terms read. With "hidden" the tapped layer runs to its end."""
-        return frozenset(part for term in self.relations for part in _parts(term))
+        return frozenset(part for term in self.relations for part in term.parts)
 
     @property
     def needs_head(self) -> bool:
@@ -163,21 +118,19 @@ class Objective:
         return torch.stack([self._term(term, teacher, student, mask, *extra) for term in self.relations])
 
     def head_sums(self, teacher: Taps, student: Taps, mask: Tensor | None) -> dict[str, Tensor]:
-        """Each relation's undivided divergence by head: name -> [heads]. Their mean is the term. For looking
-        at."""
+        """For looking at: each relation's undivided divergence by head, [heads] by name. Their mean is the term."""
+        heads = range(self.relation_heads or teacher.q.shape[1])
+        relations = [term for term in self.relations if isinstance(term, Relation)]
         with torch.no_grad():
             return {
                 term.name: torch.stack(
-                    [self._relation(term, teacher, student, mask, h) for h in range(heads)]
+                    [term.sum(self._setting, teacher, student, mask, head) for head in heads]
                 )
-                for term in self.relations
-                if isinstance(term, Relation)
-                for heads in [self.relation_heads or teacher.q.shape[1]]
+                for term in relations
             }
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
-        """What this batch's sums are divided by, an int64 scalar; `shape` = (rows, tokens) is read if mask is
-        None."""
+        """What this batch's sums are divided by, an int64 scalar; shape = (rows, tokens), read if mask is None."""
         rows, tokens = shape
         return relation_weight((rows, tokens) if mask is None else mask, self.reduction)
 
@@ -199,13 +152,9 @@ class Objective:
                 )
 
     def projections(self, teacher_hidden: int, student_hidden: int) -> dict[str, nn.Linear]:
-        """The modules that are trained beside a student, by term: one linear map per squared error of unequal
-        sizes.
-
-        Their start depends on the sizes alone: no random state is drawn from.
-        """
+        """What is trained beside a student, by term: a linear map for each squared error of unequal sizes."""
         return {
-            term.name: _projection(student_hidden, teacher_hidden)
+            term.name: SquaredError.projection(student_hidden, teacher_hidden)
             for term in self.relations
             if isinstance(term, SquaredError) and teacher_hidden != student_hidden
         }
@@ -220,102 +169,20 @@ class Objective:
         masked: Masked | None,
     ) -> Tensor:
         if isinstance(term, SoftLabels):
-            assert masked is not None and teacher.logits is not None and student.logits is not None
-            rows_BK = soft_label_rows(teacher.logits, student.logits).masked_fill(~masked.valid, 0.0)
-            return (rows_BK * query_weights(masked.valid, student.logits.shape, "sequence", rows_BK)).sum()
-        compare: Callable[[Taps, Taps], Tensor]
+            assert masked is not None
+            return term.sum(teacher, student, masked)
+        sides = [(teacher, student)]
+        if self.layer_to_layer:
+            sides += zip(teacher.earlier, student.earlier, strict=True)
         if isinstance(term, Relation):
-            compare = lambda t, s: self._relation(term, t, s, mask)  # noqa: E731
+            sums = [term.sum(self._setting, t, s, mask) for t, s in sides]
         else:
-            compare = lambda t, s: self._squared_error(term, t, s, mask, projections.get(term.name))  # noqa: E731
-        if not self.layer_to_layer:
-            return compare(teacher, student)
-        sides = (*teacher.earlier, teacher), (*student.earlier, student)
-        return torch.stack([compare(t, s) for t, s in zip(*sides, strict=True)]).mean()
+            sums = [term.sum(self._setting, t, s, mask, projections.get(term.name)) for t, s in sides]
+        return torch.stack(sums).mean()
 
-    def _relation(
-        self, term: Relation, teacher: Taps, student: Taps, mask: Tensor | None, head: int | None = None
-    ) -> Tensor:
-        (tx, ty, t_bias), (sx, sy, s_bias) = (self._sides(term, taps, head) for taps in (teacher, student))
-        return relation_kl(
-            tx,
-            ty,
-            sx,
-            sy,
-            mask,
-            reduction=f"{self.reduction}_sum",
-            teacher_bias=t_bias,
-            student_bias=s_bias,
-            implementation=self.implementation,
-        )
-
-    def _sides(self, term: Relation, taps: Taps, head: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        bias = self._bias(term, taps)
-        if head is None:
-            return self._heads(term.x, taps), self._heads(term.y, taps), bias
-        one = slice(head, head + 1)
-        if bias is not None and bias.dim() > 2 and bias.shape[-3] > 1:
-            bias = bias[..., one, :, :]
-        return self._heads(term.x, taps)[:, one], self._heads(term.y, taps)[:, one], bias
-
-    def _heads(self, name: str, taps: Taps) -> Tensor:
-        """The part as [batch, heads, tokens, size], re-split where the objective says so."""
-        part: Tensor = getattr(taps, name)
-        if name == "hidden":
-            part = part[:, None]
-        wanted = self.relation_heads or taps.q.shape[1]
-        return part if part.shape[1] == wanted else relation_heads(part, wanted)
-
-    def _bias(self, term: Relation, taps: Taps) -> Tensor | None:
-        """A position bias belongs to the attention distribution, which is Q-K and no other pair."""
-        if taps.bias is None or (term.x, term.y) != ("q", "k"):
-            return None
-        if self.relation_heads not in (None, taps.q.shape[1]):
-            raise ModelError(
-                f"{self.relation_heads} relation heads cannot carry a position bias made for"
-                f" {taps.q.shape[1]} heads; leave relation_heads out for q-k"
-            )
-        return taps.bias
-
-    def _squared_error(
-        self,
-        term: SquaredError,
-        teacher: Taps,
-        student: Taps,
-        mask: Tensor | None,
-        projection: nn.Module | None,
-    ) -> Tensor:
-        target, got = (_concatenated(term.part, taps) for taps in (teacher, student))
-        with torch.autocast(got.device.type, enabled=False):
-            dtype = torch.promote_types(got.dtype, torch.float32)
-            got = got.to(dtype) if projection is None else projection(got.to(dtype))
-            if mask is not None:  # what stands at padded positions must not leak, NaN included
-                got = got.masked_fill(~mask[..., None], 0.0)
-                target = target.masked_fill(~mask[..., None], 0.0)
-            rows_BT = (got - target.detach().to(dtype)).square().mean(dim=-1)
-            return (rows_BT * query_weights(mask, got.shape, self.reduction, got)).sum()
-
-
-def _parts(term: Term) -> tuple[str, ...]:
-    if isinstance(term, SoftLabels):
-        return ("logits",)
-    if isinstance(term, SquaredError):
-        return (term.part,)
-    return (term.x, term.y, "bias") if (term.x, term.y) == ("q", "k") else (term.x, term.y)
-
-
-def _concatenated(name: str, taps: Taps) -> Tensor:
-    """The part as [batch, tokens, hidden]."""
-    part: Tensor = getattr(taps, name)
-    return part if name == "hidden" else part.transpose(1, 2).flatten(-2)
-
-
-def _projection(inputs: int, outputs: int) -> nn.Linear:
-    projection = nn.Linear(inputs, outputs, bias=False, device="meta").to_empty(device="cpu")
-    start = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        projection.weight.copy_(start / inputs**0.5)
-    return projection
+    @property
+    def _setting(self) -> Setting:
+        return Setting(self.reduction, self.relation_heads, self.implementation)
 
 
 def _term_from(value: Any) -> Term:
