@@ -38,6 +38,7 @@ soak: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/minilm bench loss
 	$(BIN)/minilm bench step
+	$(BIN)/minilm bench stream
 
 check: .venv/.installed
 	$(BIN)/ruff check .

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from orchestrator.data_verbs import add_bench_stream
+
 
 def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
-    """Add the verbs `loss` and `step`; each sets `run`, a function of the parsed options."""
+    """Add the verbs `loss`, `step` and `stream`; each sets `run`, a function of the parsed options."""
     verbs = bench.add_subparsers(title="verbs", required=True, metavar="VERB")
+    add_bench_stream(verbs.add_parser("stream", help="rows a second, against memcpy and other readers"))
     loss = verbs.add_parser("loss", help="one relation's divergence: whole maps, tiles, fused kernels")
     loss.add_argument("--heads-of", default="64,32", metavar="T,S", help="head sizes of teacher and student")
     _add_common(loss)

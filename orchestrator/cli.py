@@ -15,6 +15,8 @@ from pathlib import Path
 
 from data.errors import DataError
 from model.errors import ModelError
+from orchestrator.bench_verbs import add_bench_verbs
+from orchestrator.data_verbs import add_data_verbs
 from orchestrator.errors import RecipeErrors, UserError
 
 
@@ -61,33 +63,21 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     check.set_defaults(run=check_recipes)
 
-    add_data_verbs(verbs.add_parser("data", help="build and look at data sets"))
+    add_data_verbs(verbs.add_parser("data", help="build, import, look at and care for data sets"))
+    add_bench_verbs(verbs.add_parser("bench", help="measure this machine: the loss, a step, the stream"))
 
     pull = verbs.add_parser("pull", help="bring a registered model down")
     pull.add_argument("uri", metavar="models:/NAME@ALIAS")
     pull.add_argument("out", type=Path, metavar="DIR")
     pull.add_argument("--workdir", type=Path, help="take it from this work directory's own registry")
     pull.set_defaults(run=pull_model)
+
+    promote = verbs.add_parser("promote", help="point an alias to a version of a registered model")
+    promote.add_argument("uri", metavar="models:/NAME/VERSION")
+    promote.add_argument("alias")
+    promote.add_argument("--workdir", type=Path, help="in this work directory's own registry")
+    promote.set_defaults(run=promote_model)
     return top
-
-
-def add_data_verbs(data: argparse.ArgumentParser) -> None:
-    verbs = data.add_subparsers(title="verbs", required=True, metavar="VERB")
-    build = verbs.add_parser("build", help="turn text into shards of token rows")
-    build.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, parquet; also .gz .xz .zst"
-    )
-    build.add_argument(
-        "--tokenizer", required=True, help="the teacher's: a folder, package:NAME/PATH or a hub id"
-    )
-    build.add_argument("--out", type=Path, required=True)
-    build.add_argument("--seq-len", type=int, default=512)
-    build.add_argument("--packing", choices=("full", "document"), default="full")
-    build.add_argument("--held-out", type=float, default=0.01, help="share of documents kept for measuring")
-    build.add_argument("--seed", type=int, default=0)
-    build.add_argument("--text-field", help="the field that holds the text (default: the longest)")
-    build.add_argument("--processes", type=int, help="default: the number of cores")
-    build.set_defaults(run=build_data)
 
 
 def run_recipe(options: argparse.Namespace) -> int:
@@ -130,42 +120,32 @@ def check_recipes(options: argparse.Namespace) -> int:
     return 0
 
 
-def build_data(options: argparse.Namespace) -> int:
-    from data.build import build
-    from orchestrator.inputs import text_inputs, tokenizer_name
-    from orchestrator.progress import Line, build_reporter
-    from orchestrator.signals import StopRequest
+def pull_model(options: argparse.Namespace) -> int:
+    from orchestrator import registry
 
-    line = Line()
-    with StopRequest() as stop:
-        report = build(
-            text_inputs(options.inputs),
-            tokenizer_name(options.tokenizer),
-            options.out,
-            seq_len=options.seq_len,
-            packing=options.packing,
-            held_out=options.held_out,
-            seed=options.seed,
-            text_field=options.text_field,
-            processes=options.processes,
-            progress=build_reporter(line, stop),
-        )
-    line.close()
-    print(report.text())
+    model = registry.pull(store(options), options.uri, options.out)
+    print(f"{model.name} version {model.version} is in {options.out}")
     return 0
 
 
-def pull_model(options: argparse.Namespace) -> int:
+def promote_model(options: argparse.Namespace) -> int:
     from orchestrator import registry
+
+    found = registry.resolve(store(options), options.uri)
+    registry.promote(store(options), found.name, found.version, options.alias)
+    print(f"models:/{found.name}@{options.alias} is version {found.version} now")
+    return 0
+
+
+def store(options: argparse.Namespace) -> str:
+    """The MLflow that holds the registry: the server that the environment names, or a work directory's own."""
     from orchestrator.tracking import tracking_uri
 
-    if options.workdir is None and "MLFLOW_TRACKING_URI" not in os.environ:
+    if options.workdir is None and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise UserError(
             "set MLFLOW_TRACKING_URI to the registry, or give --workdir DIR of the run that registered it"
         )
-    model = registry.pull(tracking_uri(options.workdir or Path()), options.uri, options.out)
-    print(f"{model.name} version {model.version} is in {options.out}")
-    return 0
+    return tracking_uri(options.workdir or Path())
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The value in `path`, or None where there is no such file."""
+    """The value in `path`, or None where there is no such file (nor can be one)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

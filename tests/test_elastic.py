@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_curriculum import minilm, run, wait_for, write_recipe
 
 from model.export import weights_digest
 from orchestrator.files import read_json
 from orchestrator.metrics import read_all_points
 from orchestrator.stage import StageFolder
-from test_curriculum import minilm, run, wait_for, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
