@@ -49,12 +49,14 @@ def build(
     rows_per_block: int = 1024,
     shard_bytes: int = 128 << 20,
     progress: Progress | None = None,
+    on_ray: bool = False,
 ) -> BuildReport:
     """Build the data set `out` from text `inputs` (files, folders, patterns); `held_out` of the documents go
     to the data set `out/held-out`.
 
     `progress` is called in this process at least every half second while tasks run; it may raise to stop the
-    build: no process is left behind, and the same call goes on later.
+    build: no process is left behind, and the same call goes on later. `on_ray` runs the tasks on a Ray cluster
+    instead of `processes` here; all its nodes must see `out` and the inputs under the same paths.
     DataError for bad arguments, text or tokenizer, and for a full disk.
     """
     return import_data(
@@ -71,6 +73,7 @@ def build(
         rows_per_block=rows_per_block,
         shard_bytes=shard_bytes,
         progress=progress,
+        on_ray=on_ray,
     )
 
 
@@ -89,6 +92,7 @@ def import_data(
     rows_per_block: int = 1024,
     shard_bytes: int = 128 << 20,
     progress: Progress | None = None,
+    on_ray: bool = False,
 ) -> BuildReport:
     """As `build`, from any source (data.sources.plugin); `options` are the source's own."""
     _check(seq_len, packing, held_out, seed, rows_per_block, shard_bytes, processes)
@@ -120,7 +124,7 @@ def import_data(
             layout = _layout(info, seq_len, packing, rows_per_block, shard_bytes)
             ids = (info.cls_id, info.sep_id, info.pad_id, info.unk_id)
             work = Work(source, plan.spec, plan.units, seed, held_out, packing, layout, *ids)
-            run = BuildRun(out, work, plan, info, processes or len(os.sched_getaffinity(0)), progress)
+            run = BuildRun(out, work, plan, info, processes or len(os.sched_getaffinity(0)), progress, on_ray)
             try:
                 run.prepare({**arguments, "files": stamps_of(plan.files)}, loaded)
                 return run.run()

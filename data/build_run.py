@@ -32,6 +32,7 @@ from data.manifest import (
     save_manifest,
 )
 from data.pack import content_len
+from data.ray_tasks import run_tasks_on_ray
 from data.sources.plugin import Plan
 from data.workers import Task, run_tasks
 
@@ -68,10 +69,11 @@ class BuildRun:
         info: TokenizerInfo,
         processes: int,
         progress: Progress | None,
+        on_ray: bool,
     ):
         self.out, self.folder, self.work, self.info = out, out / WORK, work, info
         self.plan = plan
-        self.processes, self.progress = processes, progress
+        self.processes, self.progress, self.on_ray = processes, progress, on_ray
         self.started, self.share_at_start = time.monotonic(), -1.0
         self.documents = self.tokens = 0
         self.tokenize_seconds = 0.0
@@ -168,7 +170,7 @@ class BuildRun:
                 self._count(result)
         self._tell(name, len(results), len(tasks))
         todo: list[Task] = [(name, {"folder": str(self.folder), **tasks[index]}) for index in left]
-        for ended in run_tasks(todo, self.processes):
+        for ended in run_tasks_on_ray(todo) if self.on_ray else run_tasks(todo, self.processes):
             if ended is not None:
                 number, result = left[ended[0]], ended[1]
                 results[number] = result

@@ -105,6 +105,9 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--held-out", type=float, default=0.01, help="share of documents kept for measuring")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--processes", type=int, help="default: the number of cores")
+    verb.add_argument(
+        "--ray", action="store_true", help="on the Ray cluster that RAY_ADDRESS names or runs here"
+    )
 
 
 def _add_order(verb: argparse.ArgumentParser) -> None:
@@ -159,6 +162,7 @@ def _import(options: argparse.Namespace, inputs: Any, source: str, given: dict[s
             seed=options.seed,
             processes=options.processes,
             progress=build_reporter(line, stop),
+            on_ray=options.ray,
         )
     line.close()
     print(report.text())
