@@ -55,3 +55,20 @@ class Attempts:
 
     def _write(self, *, running: bool, step: int, failures: int) -> None:
         write_json(self._record, {"running": running, "step": step, "failures": failures}, durable=False)
+
+
+def count_start_failure(folder: Path, rank: int, text: str) -> int:
+    """Note that an attempt of this rank ended with the error `text`; how many in a row did, none reaching its loop."""
+    record = read_json(_starts(folder, rank)) or {"text": "", "count": 0}
+    count = record["count"] + 1 if record["text"] == text else 1
+    write_json(_starts(folder, rank), {"text": text, "count": count % MAX_FAILURES}, durable=False)
+    return int(count)
+
+
+def forget_start_failures(folder: Path, rank: int) -> None:
+    """This rank has reached its loop."""
+    _starts(folder, rank).unlink(missing_ok=True)
+
+
+def _starts(folder: Path, rank: int) -> Path:
+    return folder / f"failed-starts-{rank}.json"

@@ -182,6 +182,7 @@ class Driver:
             reduction=compute.reduction,
             on_nonfinite=compute.on_nonfinite,
             max_skipped_steps=compute.max_skipped_steps,
+            stall_seconds=compute.stall_seconds,
             digest=hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
         )
 

@@ -116,7 +116,7 @@ def cancel_reservation(folder: Path) -> None:
 
 def train_function(config: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
-    from orchestrator.worker import log_to_file, run_reporting
+    from orchestrator.reporting import log_to_file, run_reporting
 
     job = StageJob.from_json(config["job"])
     log_to_file(job)
@@ -169,7 +169,7 @@ def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadP
 
 def start_inline(job: StageJob, pool: ThreadPoolExecutor) -> Future[None]:
     """Run the same worker in this process, without Ray: rank and size come from the environment."""
-    from orchestrator.worker import run_reporting
+    from orchestrator.reporting import run_reporting
 
     def work() -> None:
         run_reporting(job)

@@ -248,6 +248,9 @@ class Compute(_Section):
     left out. No weight moves by it either way."""
     max_skipped_steps: Whole = 10
     """Updates of a student that on_nonfinite: skip may leave out; one more ends the run."""
+    stall_seconds: Positive = 600.0
+    """A worker that makes no step for so long ends itself, with its stacks in its log, to be replaced;
+    start-up, measuring and saving may take ten times as long."""
 
 
 class Tracking(_Section):

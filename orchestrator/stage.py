@@ -63,6 +63,7 @@ class StageJob:
     reduction: str
     on_nonfinite: str
     max_skipped_steps: int
+    stall_seconds: float
     digest: str
     attempt: str = "inline"
 
@@ -119,6 +120,9 @@ class StageFolder:
     def failure(self) -> Path:
         """A worker's one-line error that no retry can cure."""
         return self.root / "failure.json"
+
+    def worker_log(self, rank: int) -> Path:
+        return self.root / f"worker-{rank}.log"
 
     @property
     def failed_step(self) -> Path:

@@ -9,46 +9,37 @@ number is the data position. The loop waits for the device when it logs a step a
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from data.errors import DataError
 from data.stream import Batch, RowReader, Stream, share
-from model.distiller import Distiller
-from model.encoder import TappedEncoder, build_student, load_encoder
 from model.errors import ModelError
 from model.export import export_student, model_card, weights_digest
-from model.objective import Objective
 from orchestrator import checkpoint
-from orchestrator.attempts import MAX_FAILURES, Attempts
-from orchestrator.errors import NoProgress, UserError
+from orchestrator.attempts import Attempts, forget_start_failures
+from orchestrator.errors import UserError
 from orchestrator.evaluate import heldout_divergence
 from orchestrator.files import read_json, write_json
+from orchestrator.guards import Watchdog, check_finite, no_progress
+from orchestrator.journal import Due, Journal, student_metrics
 from orchestrator.ledger import Expected, Ledger
-from orchestrator.metrics import PointLog
 from orchestrator.saver import Parts, Saver
 from orchestrator.schedule import learning_rate
 from orchestrator.stage import StageFolder, StageJob
-from orchestrator.step import MicroBatch, StepOutcome, StudentState, derive_seed, train_step
+from orchestrator.step import MicroBatch, StepOutcome, train_step
+from orchestrator.students import build_distiller, compute_deterministically, make_states, pick_precision
 from orchestrator.world import PeerFailed, World, join_world
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 1.0
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 STOP_CHECK_SECONDS = 0.5
-NAMED_ROWS = 8
-PEER_REPORT_SECONDS = 1.0
 
 
 class Superseded(Exception):
@@ -62,53 +53,30 @@ def run_stage(job: StageJob, on_step: Callable[[int], None] | None = None) -> bo
     `ModelError` for what a retry can't cure.
     """
     with join_world(job.device, job.threads) as world:
-        run = StageRun(job, world)
+        watchdog = Watchdog(StageFolder(Path(job.folder)).worker_log(world.rank), job.stall_seconds)
         try:
-            return run.run(on_step)
-        except (UserError, DataError, ModelError, OSError):
-            run.end_attempt()  # the cause is known: nothing to count
-            raise
+            run = StageRun(job, world, watchdog)
+            try:
+                return run.run(on_step)
+            except (UserError, DataError, ModelError, OSError):
+                run.end_attempt()  # the cause is known: nothing to count
+                raise
+            finally:
+                run.close()
         finally:
-            run.close()
-
-
-@dataclass
-class Clock:
-    """Throughput since the last reading, and when the next heartbeat, stop check and checkpoint are due."""
-
-    checkpoint_every_seconds: float
-    heartbeat: float = 0.0
-    stop_check: float = 0.0
-    checkpoint: float = field(default_factory=time.monotonic)
-    reading: float = field(default_factory=time.monotonic)
-    reading_step: int = 0
-    waited: float = 0.0  # seconds for rows since the last reading
-
-    def due(self, what: str, seconds: float) -> bool:
-        now = time.monotonic()
-        if now - getattr(self, what) < seconds:
-            return False
-        setattr(self, what, now)
-        return True
-
-    def restart(self, step: int) -> None:
-        self.reading, self.reading_step, self.waited = time.monotonic(), step, 0.0
-
-    def read(self, step: int) -> tuple[float, float]:
-        """Steps a second, and the share of the time that was spent waiting for rows, since the last reading."""
-        seconds = max(time.monotonic() - self.reading, 1e-9)
-        rates = (step - self.reading_step) / seconds, self.waited / seconds
-        self.restart(step)
-        return rates
+            watchdog.close()
 
 
 class StageRun:
-    def __init__(self, job: StageJob, world: World):
-        self.job, self.world = job, world
+    """`saver` and `attempts` exist on the main rank only."""
+
+    def __init__(self, job: StageJob, world: World, watchdog: Watchdog):
+        self.job, self.world, self.watchdog = job, world, watchdog
         self.folder = StageFolder(Path(job.folder))
         self.autocast = pick_precision(job.precision, world.device)
         if job.reduction == "exact" and world.device.type == "cuda":
             compute_deterministically()
+        self.fixed_threads = job.reduction == "exact" and world.device.type == "cpu"
         self.stream = Stream(
             Path(job.data),
             seed=job.seed,
@@ -116,85 +84,73 @@ class StageRun:
             micro_batch=job.micro_batch,
             pin=world.device.type == "cuda",
         )
+        self.seq_len = self.stream.corpora[0].rows.seq_len
         self.heldout = RowReader(Path(job.data) / "held-out")
         self.distiller = build_distiller(job, world.device)
-        self.students = [
-            StudentState(
-                name,
-                encoder.trained_parameters(),
-                betas=job.adam_betas,
-                eps=job.adam_eps,
-                weight_decay=job.weight_decay,
-                reduction=job.reduction,
-                num_micro_batches=self.stream.num_micro_batches,
-                num_terms=self.distiller.num_terms,
-                on_nonfinite=job.on_nonfinite,
-            )
-            for name, encoder in self.distiller.students.items()
-        ]
-        self.models = {name: encoder.model for name, encoder in self.distiller.students.items()}
+        self.students = make_states(job, self.distiller)
+        self.models = {student.name: self.distiller.state_module(student.name) for student in self.students}
         self.identity = checkpoint.Identity(job.digest, self.stream.fingerprint)
         self.ledger = Ledger()
         self.parts = 1
-        self.fixed_threads = job.reduction == "exact" and world.device.type == "cpu"
-        self.clock = Clock(job.checkpoint_every_seconds)
-        self.last_metrics: dict[str, float] = {}
-        if not world.is_main:
-            self.points = self.heldout_points = self.attempts = self.saver = None
-            return
-        self.points = PointLog(self.folder.points)
-        self.heldout_points = PointLog(self.folder.heldout_points)
-        self.attempts = Attempts(self.folder.root)
-        self.expected = Expected(Path(job.data), seed=job.seed, batch=job.batch, micro_batch=job.micro_batch)
-        self.saver = Saver(
-            self.folder.checkpoints,
-            self.models,
-            self.students,
-            self.identity,
-            keep=job.keep_checkpoints,
-            keep_every=job.keep_every_steps,
-            guard=self.check_owner,
+        self.stop_check_due = Due(STOP_CHECK_SECONDS, at_once=True)
+        self.checkpoint_due = Due(job.checkpoint_every_seconds)
+        self.journal = Journal(
+            self.folder, writes=world.is_main, workers=world.size, batch=job.batch, seq_len=self.seq_len
         )
+        self.saver: Saver | None = None
+        self.attempts: Attempts | None = None
+        if world.is_main:
+            self.attempts = Attempts(self.folder.root)
+            self.expected = Expected(
+                Path(job.data), seed=job.seed, batch=job.batch, micro_batch=job.micro_batch
+            )
+            self.saver = Saver(
+                self.folder.checkpoints,
+                self.models,
+                self.students,
+                self.identity,
+                keep=job.keep_checkpoints,
+                keep_every=job.keep_every_steps,
+                guard=self.check_owner,
+            )
 
     def run(self, on_step: Callable[[int], None] | None) -> bool:
-        job, world = self.job, self.world
-        first = self.resume()
+        job = self.job
+        first = done = self.resume()
         if first == 0:
             self.evaluate(0)
-        mine = share(self.stream.num_micro_batches, world.rank, world.size)
+        mine = share(self.stream.num_micro_batches, self.world.rank, self.world.size)
         batches = self.stream.iterate(first, job.steps, mine)
-        self.clock.restart(first)
+        forget_start_failures(self.folder.root, self.world.rank)
+        self.journal.restart(first)
         try:
             for step in range(first, job.steps):
-                if self.attempts:
-                    self.attempts.reach(step)
+                self.watchdog.alive()
                 outcome = self.train(step, self.rows_of_step(batches, mine))
-                done = step + 1
+                done, stop = step + 1, outcome.told[0] > 0
                 if done % job.log_every == 0 or done == job.steps:
                     self.log_step(done, outcome)
                 if done == job.steps or (job.eval_every and done % job.eval_every == 0):
                     self.evaluate(done)
-                self.beat("training", done)
-                stop = outcome.told[0] > 0
+                self.journal.beat("training", done)
                 self.save_if_due(done, stop)
                 if on_step:
                     on_step(done)
-                if stop and done < job.steps:
+                if stop:
                     break
         finally:
             batches.close()
+        self.watchdog.expect_long()
         if self.saver:
             self.saver.wait()
         self.end_attempt()
-        if first < job.steps and done < job.steps:
-            return False
-        if world.is_main:
+        if done == job.steps and self.world.is_main:
             self.finish()
-        return True
+        return done == job.steps
 
     def resume(self) -> int:
         """The first step to compute: everything is as it was before it. The main rank chooses the checkpoint."""
-        job, found, error = self.job, None, None
+        found, error = None, None
         first = threads = 0
         if self.world.is_main:
             try:
@@ -202,32 +158,39 @@ class StageRun:
                     self.folder.checkpoints, self.models, self.students, self.identity
                 )
                 first = found[0] if found else 0
-                self.check_progress(first)
+                self.begin_attempt(first)
             except Exception as problem:  # the others must hear of it before it is raised
                 error = problem
-            threads = self.agree_on_threads(found[1].threads if found else None)
-        failed, first, threads, exists = self.world.from_main(
-            [error is not None, first, threads, bool(found)]
-        )
+            threads = self.choose_threads(found[1].threads if found else None)
+        failed, first, threads = self.world.from_main([error is not None, first, threads])
         if error is not None:
             raise error
         if failed:
             raise PeerFailed("the main rank cannot resume, and says why")
         if self.fixed_threads:
             torch.set_num_threads(threads)
-        if exists:
-            facts = (
-                found[1]
-                if found
-                else checkpoint.restore_step(self.folder.checkpoints, first, self.models, self.students)
-            )
+        if first:
+            folder = self.folder.checkpoints
+            facts = found[1] if found else checkpoint.restore_step(folder, first, self.models, self.students)
             self.parts = facts.parts
             self.ledger.running = int(facts.ledger["digest"], 16)
         if self.world.is_main:
-            log.info("stage %s: %s", job.stage, f"resumes at step {first}" if exists else "starts")
+            log.info("stage %s: %s", self.job.stage, f"resumes at step {first}" if first else "starts")
         return first
 
-    def agree_on_threads(self, before: int | None) -> int:
+    def begin_attempt(self, first: int) -> None:
+        assert self.attempts
+        step = self.attempts.begin(first)
+        if step is not None:
+            raise no_progress(self.job, self.stream, step)
+
+    def end_attempt(self) -> None:
+        """This attempt ends in good order."""
+        if self.attempts:
+            with suppress(OSError):  # on a full disk the count stays as it was
+                self.attempts.end()
+
+    def choose_threads(self, before: int | None) -> int:
         """CPU threads of every worker. Kernels split their sums by it, so exact runs keep to what they began with."""
         wanted = torch.get_num_threads()
         if not self.fixed_threads or before in (None, wanted):
@@ -243,25 +206,18 @@ class StageRun:
         )
         return wanted
 
-    def check_progress(self, first: int) -> None:
-        assert self.attempts
-        step = self.attempts.begin(first)
-        if step is not None:
-            raise NoProgress(
-                f"stage {self.job.stage}: {MAX_FAILURES} attempts in a row ended while they computed step {step}, of "
-                f"{self.name_rows(step)}; look at worker-*.log in {self.folder.root}; the same command tries again"
-            )
-
     def rows_of_step(self, batches: Iterator[Batch], mine: range) -> Iterator[MicroBatch]:
         """This worker's micro-batches of the next step, each noted in the ledger."""
         for index in mine:
-            start = time.perf_counter()
-            batch = next(batches)
-            self.clock.waited += time.perf_counter() - start
+            with self.journal.waiting_for_rows():
+                batch = next(batches)
             self.ledger.take(batch)
             yield index, batch.input_ids, batch.mask
 
     def train(self, step: int, micro_batches: Iterator[MicroBatch]) -> StepOutcome:
+        """One update, and what all ranks have told each other with it."""
+        if self.attempts:
+            self.attempts.reach(step)
         try:
             outcome = train_step(
                 self.distiller,
@@ -273,7 +229,7 @@ class StageRun:
                 max_gradient_norm=self.job.max_gradient_norm,
                 autocast=self.autocast,
                 world=self.world,
-                seq_len=self.stream.corpora[0].rows.seq_len,
+                seq_len=self.seq_len,
                 tell=self.tell,
                 parts=self.parts,
             )
@@ -282,75 +238,41 @@ class StageRun:
                 f"stage {self.job.stage}: out of memory at step {step}, even with half a micro-batch "
                 f"({self.job.micro_batch // 2} rows) at once; lower micro_batch (now {self.job.micro_batch})"
             ) from error
-        self.parts = outcome.parts
         _, failed, *limbs = outcome.told
         if failed:
             if self.saver:
                 self.saver.wait()
             raise PeerFailed("the main rank could not save, and says why")
+        self.parts = outcome.parts
         self.ledger.close_step(step, limbs)
         return outcome
 
     def tell(self) -> list[int]:
         """To be added over ranks with the step: is a stop requested, did the last save fail, the rows' digest."""
+        stop = self.stop_check_due() and self.folder.stop_request.exists()
         failed = self.saver is not None and self.saver.failed
-        return [self.stop_requested(), failed, *self.ledger.own()]
-
-    def name_rows(self, step: int) -> str:
-        """The rows of a step, in words; all of them go into `failed-step.json`."""
-        rows = [int(r) for i in range(self.stream.num_micro_batches) for r in self.stream.row_ids(step, i)]
-        if self.world.is_main:
-            write_json(self.folder.failed_step, {"step": step, "row_ids": rows})
-        named = ", ".join(map(str, rows[:NAMED_ROWS]))
-        more = f", … ({len(rows)} rows, all in {self.folder.failed_step})" if len(rows) > NAMED_ROWS else ""
-        return f"rows {named}{more}"
+        return [stop, failed, *self.ledger.own()]
 
     def rate(self, step: int) -> float:
         job = self.job
         return learning_rate(step, peak=job.peak_lr, warmup_steps=job.warmup_steps, num_steps=job.steps)
 
-    def stop_requested(self) -> bool:
-        return self.clock.due("stop_check", STOP_CHECK_SECONDS) and self.folder.stop_request.exists()
-
     def log_step(self, step: int, outcome: StepOutcome) -> None:
-        """One point: this step's loss terms, rate, norms, and the speed since the last point. Syncs with the device."""
+        """One point: this step's loss terms, rate and norms. Waits for the device."""
         weights = self.distiller.weights.tolist()
         metrics = {"learning_rate": self.rate(step - 1)}
         rows = zip(self.students, outcome.terms.tolist(), outcome.norms.tolist(), strict=True)
         for student, means, norm in rows:
             refused = student.refused.tolist()
-            self.check_finite(student.name, *refused)
-            metrics[f"{student.name}/loss"] = sum(w * m for w, m in zip(weights, means, strict=True))
-            for term, mean in zip(self.distiller.term_names, means, strict=True):
-                metrics[f"{student.name}/{term}"] = mean
-            metrics[f"{student.name}/gradient_norm"] = norm
+            check_finite(self.job, self.stream, student.name, refused)
+            metrics |= student_metrics(student.name, self.distiller.term_names, weights, means, norm)
             if self.job.on_nonfinite == "skip":
                 metrics[f"{student.name}/skipped_steps"] = refused[0]
-        steps_per_second, metrics["input_wait_share"] = self.clock.read(step)
-        metrics["rows_per_second"] = steps_per_second * self.job.batch
-        metrics["tokens_per_second"] = metrics["rows_per_second"] * self.stream.corpora[0].rows.seq_len
-        self.last_metrics = metrics
-        if self.points:
-            self.points.append(step, metrics)
-
-    def check_finite(self, student: str, count: int, step: int, stopped: int) -> None:
-        """Raise `UserError` when a student has come to a stop, or skipped more updates than it may."""
-        job = self.job
-        if not stopped and count <= job.max_skipped_steps:
-            return
-        what = f"stage {job.stage}: the loss or gradient of student {student} is not finite at step {step}"
-        if not stopped:
-            what += (
-                f", and {count} updates were skipped (compute.max_skipped_steps is {job.max_skipped_steps})"
-            )
-        raise UserError(
-            f"{what}, of {self.name_rows(step)}; no weight has moved by it; lower peak_lr (now {job.peak_lr}) or set "
-            f"max_gradient_norm; where only these rows are at fault, compute.on_nonfinite=skip leaves such updates "
-            f"out; the same command goes on from the last checkpoint"
-        )
+        self.journal.step(step, metrics)
 
     def evaluate(self, step: int) -> None:
-        self.beat("evaluating", step, force=True)
+        self.watchdog.expect_long()
+        self.journal.beat("evaluating", step, force=True)
         divergence = heldout_divergence(
             self.distiller,
             self.heldout,
@@ -359,22 +281,8 @@ class StageRun:
             autocast=self.autocast,
             world=self.world,
         )
-        if self.heldout_points:
-            self.heldout_points.append(
-                step, {f"{s}/heldout/{t}": v for s, terms in divergence.items() for t, v in terms.items()}
-            )
-        self.clock.restart(step)
-
-    def beat(self, doing: str, step: int, *, force: bool = False) -> None:
-        if self.world.is_main and (self.clock.due("heartbeat", HEARTBEAT_SECONDS) or force):
-            beat = {
-                "doing": doing,
-                "step": step,
-                "time": time.time(),
-                "pid": os.getpid(),
-                "metrics": self.last_metrics,
-            }
-            write_json(self.folder.heartbeat, beat, durable=False)
+        self.journal.heldout(step, divergence)
+        self.watchdog.alive(force=True)
 
     def save_if_due(self, done: int, stop: bool) -> None:
         """Begin a checkpoint by step count, before a stop and at the end; by the clock when none is in flight."""
@@ -383,16 +291,17 @@ class StageRun:
         job = self.job
         by_count = job.checkpoint_every_steps is not None and done % job.checkpoint_every_steps == 0
         kept = job.keep_every_steps is not None and done % job.keep_every_steps == 0
-        by_clock = not self.saver.busy and self.clock.due("checkpoint", job.checkpoint_every_seconds)
+        by_clock = not self.saver.busy and self.checkpoint_due()
         if not (stop or by_count or kept or by_clock or done == job.steps):
             return
-        self.clock.checkpoint = time.monotonic()
+        self.checkpoint_due.restart()
         ledger = {"digest": f"{self.ledger.running:032x}", "seed": job.seed, "batch": job.batch}
         steps = self.ledger.cut()
 
         def check(copy: Parts) -> None:
             for student in self.students:
-                self.check_finite(student.name, *copy[f"{student.name}.optimizer"]["refused"].tolist())
+                refused = copy[f"{student.name}.optimizer"]["refused"].tolist()
+                check_finite(job, self.stream, student.name, refused)
             self.check_owner()
             self.expected.check(steps)
 
@@ -403,136 +312,46 @@ class StageRun:
         if owner is not None and owner["attempt"] != self.job.attempt:
             raise Superseded(f"stage {self.job.stage} is now written by attempt {owner['attempt']}")
 
-    def end_attempt(self) -> None:
-        """This attempt ends in good order."""
-        if self.attempts:
-            with suppress(OSError):  # on a full disk the count stays as it was
-                self.attempts.end()
-
     def close(self) -> None:
         """Leave nothing running and no file open."""
         if self.saver:
             self.saver.close()
-        for file in (self.points, self.heldout_points, self.attempts):
-            if file:
-                file.close()
+        if self.attempts:
+            self.attempts.close()
+        self.journal.close()
 
     def finish(self) -> None:
         """Export every student and write `done.json` last."""
-        self.beat("exporting", self.job.steps, force=True)
+        job = self.job
+        self.journal.beat("exporting", job.steps, force=True)
         self.check_owner()
         digests = {}
-        for student in self.job.students:
+        for student in job.students:
             encoder = self.distiller.students[student.name]
             folder = self.folder.student(student.name)
             card = model_card(
                 student.name,
                 encoder.model,
                 trained=encoder.trained_parameters(),
-                teacher=f"{self.job.teacher_name}, layer {self.job.teacher_layer}",
+                teacher=f"{job.teacher_name}, layer {job.teacher_layer}",
                 facts={
-                    "Objective": self.job.objective["name"],
-                    "Steps": f"{self.job.steps:,} of {self.job.batch} rows x {self.stream.manifest.seq_len} tokens",
-                    "Peak learning rate": f"{self.job.peak_lr:g}",
+                    "Objective": job.objective["name"],
+                    "Steps": f"{job.steps:,} of {job.batch} rows x {self.seq_len} tokens",
+                    "Peak learning rate": f"{job.peak_lr:g}",
                 },
             )
-            export_student(encoder.model, Path(self.job.data) / "tokenizer", folder, card)
+            export_student(encoder.model, Path(job.data) / "tokenizer", folder, card)
             digests[student.name] = weights_digest(folder)
         write_json(
             self.folder.done,
             {
-                "digest": self.job.digest,
+                "digest": job.digest,
                 "data": self.identity.data,
                 "students": digests,
-                "steps": self.job.steps,
+                "steps": job.steps,
                 "ledger": f"{self.ledger.running:032x}",
             },
         )
-
-
-def pick_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype, or None for float32 throughout. `auto`: bfloat16 on a GPU that has it."""
-    if precision == "bfloat16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    ):
-        return torch.bfloat16
-    return None
-
-
-def compute_deterministically() -> None:
-    """Before the first kernel on a GPU: let torch pick those that add in a fixed order; it warns where it has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def build_distiller(job: StageJob, device: torch.device) -> Distiller:
-    """The frozen teacher and the freshly initialised students of a stage, on the device."""
-    teacher = load_encoder(job.teacher, layer=job.teacher_layer).to(device)
-    students = {}
-    for student in job.students:
-        model = build_student(
-            teacher.model.config,
-            layers=student.layers,
-            hidden=student.hidden,
-            heads=student.heads,
-            ffn=student.ffn,
-            dropout=student.dropout,
-            seed=derive_seed(job.seed, "init", student.name),
-        )
-        students[student.name] = TappedEncoder(model, student.layers).to(device)
-    distiller = Distiller(teacher, students, Objective.named(**job.objective))
-    distiller.train()
-    return distiller
-
-
-def log_to_file(job: StageJob) -> None:
-    """Send this worker's log to `worker-<rank>.log` in the stage's folder, where the driver points people to."""
-    rank = os.environ.get("RANK", "0")
-    handler = logging.FileHandler(Path(job.folder) / f"worker-{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-
-
-def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -> bool:
-    """`run_stage`, with errors that no retry can cure left in `failure.json` for the driver instead of raised.
-
-    Started again by a supervisor after such an error, it returns at once.
-    """
-    failure = StageFolder(Path(job.folder)).failure
-    if reported(job):
-        return False
-    try:
-        return run_stage(job, on_step)
-    except (UserError, DataError, ModelError) as error:
-        message, exit_code = str(error), getattr(error, "exit_code", UserError.exit_code)
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        exit_code = UserError.exit_code
-        message = (
-            f"stage {job.stage}: no space left on the disk of {job.folder}; its last checkpoint is whole: free some "
-            f"space and run the same command again"
-        )
-    except (PeerFailed, RuntimeError):
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            raise
-        deadline = time.monotonic() + PEER_REPORT_SECONDS
-        while not reported(job):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-        return False
-    write_json(failure, {"attempt": job.attempt, "message": message, "exit_code": exit_code})
-    return False
-
-
-def reported(job: StageJob) -> bool:
-    """Has a worker of this attempt left an error that no retry can cure?"""
-    failure = read_json(StageFolder(Path(job.folder)).failure)
-    return failure is not None and failure["attempt"] == job.attempt
 
 
 def main() -> int:

@@ -51,6 +51,7 @@ def make_job(
         "reduction": "exact",
         "on_nonfinite": "stop",
         "max_skipped_steps": 10,
+        "stall_seconds": 300.0,
         "digest": "digest",
         "attempt": "inline",
     }

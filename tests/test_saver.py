@@ -16,9 +16,10 @@ from test_checkpoint import FACTS, MINE, advance, make, save
 
 from orchestrator import checkpoint
 from orchestrator.errors import UserError
+from orchestrator.reporting import run_reporting
 from orchestrator.saver import Saver
 from orchestrator.stage import StageFolder
-from orchestrator.worker import run_reporting, run_stage
+from orchestrator.worker import run_stage
 
 
 def make_saver(folder: Path, models, states, *, keep: int = 2, keep_every=None, guard=lambda: None) -> Saver:

@@ -10,7 +10,7 @@ from support import make_job
 
 from data.stream import Stream
 from orchestrator.step import StepOutcome, StudentState, derive_seed, train_step
-from orchestrator.worker import build_distiller
+from orchestrator.students import build_distiller
 from orchestrator.world import World
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)

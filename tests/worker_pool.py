@@ -18,8 +18,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["orchestrator.worker"])
 
 
-def _work(job: str, environment: dict[str, str], errors: str, dies_after: int | None) -> None:
-    from orchestrator.worker import run_reporting
+def _work(
+    job: str, environment: dict[str, str], errors: str, dies_after: int | None, hangs_after: int | None
+) -> None:
+    from orchestrator.reporting import run_reporting
 
     os.environ.update(environment)
     sys.stderr = Path(errors).open("a", buffering=1)  # noqa: SIM115 (for the life of the process)
@@ -28,14 +30,22 @@ def _work(job: str, environment: dict[str, str], errors: str, dies_after: int | 
     def die(step: int) -> None:
         if step == dies_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == hangs_after:
+            hang_here()
 
     sys.exit(0 if run_reporting(StageJob.from_json(job), die) else 3)
 
 
-def start(job: StageJob, size: int, *, dies_after: int | None = None) -> list[BaseProcess]:
+def hang_here() -> None:
+    time.sleep(600)
+
+
+def start(
+    job: StageJob, size: int, *, dies_after: int | None = None, hangs_after: int | None = None
+) -> list[BaseProcess]:
     """The job on `size` workers; each exits with 0 when the stage is done, 3 when it is not, or dies of its error.
 
-    `dies_after`: they kill themselves after so many steps.
+    `dies_after`, `hangs_after`: after so many steps they kill themselves, or make no other.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +56,9 @@ def start(job: StageJob, size: int, *, dies_after: int | None = None) -> list[Ba
     for rank in range(size):
         own = shared | {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
         errors = str(Path(job.folder) / f"worker-{rank}.log")
-        processes.append(CONTEXT.Process(target=_work, args=(job.to_json(), own, errors, dies_after)))
+        processes.append(
+            CONTEXT.Process(target=_work, args=(job.to_json(), own, errors, dies_after, hangs_after))
+        )
         processes[-1].start()
     return processes
 

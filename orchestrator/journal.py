@@ -1,0 +1,104 @@
+"""What a stage tells about itself: points of steps and of held-out rows, and the heartbeat. The main rank writes.
+
+Readers are elsewhere: the terminal follows the heartbeat, tracking and pictures the points.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from orchestrator.files import write_json
+from orchestrator.metrics import PointLog
+from orchestrator.stage import StageFolder
+
+HEARTBEAT_SECONDS = 1.0
+
+
+class Due:
+    """True at most once in so many seconds; begins to count when it is made."""
+
+    def __init__(self, seconds: float, *, at_once: bool = False):
+        self.seconds = seconds
+        self.last = -float("inf") if at_once else time.monotonic()
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.restart()
+        return True
+
+    def restart(self) -> None:
+        self.last = time.monotonic()
+
+
+class Journal:
+    """Every rank keeps one, so that all take the same path; `writes` only on the main rank."""
+
+    def __init__(self, folder: StageFolder, *, writes: bool, workers: int, batch: int, seq_len: int):
+        self.folder, self.workers, self.batch, self.seq_len = folder, workers, batch, seq_len
+        self.points = PointLog(folder.points) if writes else None
+        self.heldout_points = PointLog(folder.heldout_points) if writes else None
+        self.beat_due = Due(HEARTBEAT_SECONDS, at_once=True)
+        self.metrics: dict[str, float] = {}
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Speeds are measured from here on."""
+        self.since, self.since_step, self.waited = time.monotonic(), step, 0.0
+
+    @contextmanager
+    def waiting_for_rows(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """A point: `metrics`, and the speed since the last one. `input_wait_share`: of the time, spent on waiting
+        for rows."""
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        rows_per_second = (step - self.since_step) * self.batch / seconds
+        self.metrics = metrics | {
+            "rows_per_second": rows_per_second,
+            "tokens_per_second": rows_per_second * self.seq_len,
+            "input_wait_share": self.waited / seconds,
+        }
+        self.restart(step)
+        if self.points:
+            self.points.append(step, self.metrics)
+
+    def heldout(self, step: int, divergence: dict[str, dict[str, float]]) -> None:
+        """A point of the held-out rows, by student and term. The time it took does not count as training."""
+        self.restart(step)
+        if self.heldout_points:
+            self.heldout_points.append(
+                step, {f"{s}/heldout/{t}": v for s, terms in divergence.items() for t, v in terms.items()}
+            )
+
+    def beat(self, doing: str, step: int, *, force: bool = False) -> None:
+        if self.points and (self.beat_due() or force):
+            beat = {
+                "doing": doing,
+                "step": step,
+                "time": time.time(),
+                "pid": os.getpid(),
+                "workers": self.workers,
+                "metrics": self.metrics,
+            }
+            write_json(self.folder.heartbeat, beat, durable=False)
+
+    def close(self) -> None:
+        for file in (self.points, self.heldout_points):
+            if file:
+                file.close()
+
+
+def student_metrics(
+    name: str, term_names: Sequence[str], weights: Sequence[float], means: Sequence[float], norm: float
+) -> dict[str, float]:
+    """A student's numbers of one step: its loss, the terms that it is the weighted sum of, the gradient's norm."""
+    loss = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
+    terms = {f"{name}/{term}": mean for term, mean in zip(term_names, means, strict=True)}
+    return {f"{name}/loss": loss, **terms, f"{name}/gradient_norm": norm}

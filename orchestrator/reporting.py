@@ -1,0 +1,97 @@
+"""A worker under a supervisor: its log file, and errors that no retry can cure left for the driver in a file.
+
+A supervisor such as Ray starts a worker again whatever it died of. That is right for lost machines and wrong for
+everything that would happen again: those errors are written to `failure.json`, and a worker that finds it returns
+at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from data.errors import DataError
+from model.errors import ModelError
+from orchestrator.attempts import MAX_FAILURES, count_start_failure
+from orchestrator.errors import NoProgress, UserError
+from orchestrator.files import read_json, write_json
+from orchestrator.stage import StageFolder, StageJob
+
+log = logging.getLogger(__name__)
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+PEER_REPORT_SECONDS = 1.0
+
+
+def log_to_file(job: StageJob) -> None:
+    """Send this worker's log to `worker-<rank>.log` in the stage's folder, where the driver points people to."""
+    handler = logging.FileHandler(StageFolder(Path(job.folder)).worker_log(own_rank()))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -> bool:
+    """`worker.run_stage`, with errors that no retry can cure left in `failure.json` for the driver instead of raised.
+
+    Those are bad input, a full disk, and any error that ends the start-up three times in a row.
+    """
+    folder = StageFolder(Path(job.folder))
+    if reported(job):
+        return False
+    try:
+        from orchestrator.worker import run_stage  # here, so that a broken install counts as a failed start
+
+        return run_stage(job, on_step)
+    except (UserError, DataError, ModelError) as error:
+        message, exit_code = str(error), getattr(error, "exit_code", UserError.exit_code)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            exit_code = UserError.exit_code
+            message = (
+                f"stage {job.stage}: no space left on the disk of {job.folder}; its last checkpoint is whole: free "
+                f"some space and run the same command again"
+            )
+        else:
+            if reported_soon(job):  # a peer's error has ended this rank too
+                return False
+            text = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            )
+            log.exception("stage %s: %s", job.stage, text)
+            if count_start_failure(folder.root, own_rank(), text) < MAX_FAILURES:
+                raise
+            exit_code = NoProgress.exit_code
+            message = (
+                f"stage {job.stage}: its workers could not start, {MAX_FAILURES} times in a row, because of {text}; "
+                f"the whole error is in {folder.worker_log(own_rank())}; mend that and run the same command again"
+            )
+    write_json(folder.failure, {"attempt": job.attempt, "message": message, "exit_code": exit_code})
+    return False
+
+
+def reported(job: StageJob) -> bool:
+    """Has a worker of this attempt left an error that no retry can cure?"""
+    failure = read_json(StageFolder(Path(job.folder)).failure)
+    return failure is not None and failure["attempt"] == job.attempt
+
+
+def reported_soon(job: StageJob) -> bool:
+    """`reported`, given a peer the time to do so."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    deadline = time.monotonic() + PEER_REPORT_SECONDS
+    while not reported(job):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def own_rank() -> int:
+    return int(os.environ.get("RANK", 0))

@@ -1,0 +1,74 @@
+"""From a stage's plain values to the modules that are trained: the frozen teacher, its students, their optimisers.
+
+The order of initialisation is here: random weights from the run's seed, then, where the recipe asks for it, the
+teacher's layers copied over them. A checkpoint, if there is one, replaces both (`worker.StageRun.resume`).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from model.distiller import Distiller
+from model.encoder import TappedEncoder, build_student, load_encoder
+from model.initialize import from_teacher
+from model.objective import Objective
+from orchestrator.stage import StageJob
+from orchestrator.step import StudentState, derive_seed
+
+
+def build_distiller(job: StageJob, device: torch.device) -> Distiller:
+    """The frozen teacher and the freshly initialised students of a stage, on the device."""
+    teacher = load_encoder(job.teacher, layer=job.teacher_layer).to(device)
+    students = {}
+    for student in job.students:
+        model = build_student(
+            teacher.model.config,
+            layers=student.layers,
+            hidden=student.hidden,
+            heads=student.heads,
+            ffn=student.ffn,
+            dropout=student.dropout,
+            seed=derive_seed(job.seed, "init", student.name),
+        )
+        if student.init == "teacher-layers":
+            from_teacher(model, teacher.model)
+        students[student.name] = TappedEncoder(model, student.layers).to(device)
+    distiller = Distiller(teacher, students, Objective.named(**job.objective))
+    distiller.train()
+    return distiller
+
+
+def make_states(job: StageJob, distiller: Distiller) -> list[StudentState]:
+    """Gradient sums and optimiser of every student, in the job's order."""
+    return [
+        StudentState(
+            student.name,
+            distiller.trained_parameters(student.name),
+            betas=job.adam_betas,
+            eps=job.adam_eps,
+            weight_decay=job.weight_decay,
+            reduction=job.reduction,
+            num_micro_batches=job.batch // job.micro_batch,
+            num_terms=distiller.num_terms,
+            on_nonfinite=job.on_nonfinite,
+        )
+        for student in job.students
+    ]
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype, or None for float32 throughout. `auto`: bfloat16 on a GPU that has it."""
+    if precision == "bfloat16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    ):
+        return torch.bfloat16
+    return None
+
+
+def compute_deterministically() -> None:
+    """Before the first kernel on a GPU: let torch pick those that add in a fixed order; it warns where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
