@@ -44,7 +44,14 @@ class MappedShards:
         whole = layout.shard_bytes(manifest.blocks_per_shard, manifest.rows_per_block)
         page = max(ALIGNMENT, mmap.PAGESIZE)
         self._slot = -(-whole // page) * page
-        self._space = AddressSpace(manifest.num_shards * self._slot)
+        num_bytes = manifest.num_shards * self._slot
+        try:
+            self._space = AddressSpace(num_bytes)
+        except OSError as error:
+            raise DataError(
+                f"{num_bytes >> 30} GiB of addresses for {str(folder)!r} are refused ({error.strerror}); "
+                "raise the limit on virtual memory (ulimit -v unlimited)"
+            ) from error
         self._mapped: OrderedDict[int, None] = OrderedDict()
         self._checksums: dict[int, npt.NDArray[np.uint64]] = {}
         self._ready = np.zeros(manifest.num_blocks, dtype=bool)

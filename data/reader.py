@@ -6,6 +6,7 @@ manifest alone, whatever the number of rows. Left out: which rows a step needs (
 storage.
 """
 
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class RowReader:
         self.pin = pin
         self._counters = Counters()
         self._mapped = MappedShards(self.folder, self.manifest, self.locate, verify=verify)
+        self._lock = threading.RLock()  # nobody may unmap what another thread is copying
 
     @property
     def counters(self) -> Counters:
@@ -94,7 +96,8 @@ class RowReader:
         if wanted.size and wanted.view(np.uint64).max() >= manifest.rows:  # below zero is huge, seen unsigned
             manifest.place(int(wanted.min()))
             manifest.place(int(wanted.max()))
-        lengths = self._mapped.gather(wanted, tokens)
+        with self._lock:
+            lengths = self._mapped.gather(wanted, tokens)
         done = self._counters
         self._counters = Counters(
             done.rows + len(wanted), done.row_bytes + tokens.nbytes, self._mapped.num_checked
@@ -110,4 +113,5 @@ class RowReader:
 
     def forget(self, shard: int) -> None:
         """Unmap a shard; it is mapped again when it is needed."""
-        self._mapped.forget(shard)
+        with self._lock:
+            self._mapped.forget(shard)

@@ -70,14 +70,15 @@ class RemoteReader(RowReader):
 
     def announce(self, current: np.ndarray, coming: np.ndarray) -> None:
         """Hold the shards of the current window, fetch those of the coming one ahead, let all others go."""
-        keep = {int(shard) for shard in np.concatenate([current, coming])}
-        for shard in [s for s in self._leases if s not in keep]:
-            self.forget(shard)
-            future = self._leases.pop(shard)
-            if not future.cancel():
-                future.add_done_callback(_release)
-        for shard in [*current.tolist(), *coming.tolist()]:
-            self._fetch_ahead(int(shard))
+        with self._lock:
+            keep = {int(shard) for shard in np.concatenate([current, coming])}
+            for shard in [s for s in self._leases if s not in keep]:
+                self.forget(shard)
+                future = self._leases.pop(shard)
+                if not future.cancel():
+                    future.add_done_callback(_release)
+            for shard in [*current.tolist(), *coming.tolist()]:
+                self._fetch_ahead(int(shard))
 
     def locate(self, shard: Shard) -> Path:
         """The cached file of a shard, waiting for it when it is still on its way."""
