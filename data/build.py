@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from data.build_identity import finished_build, stamps_of
-from data.build_report import BuildReport
 from data.build_run import WORK, BuildProgress, BuildRun, Progress
 from data.build_tasks import Work
 from data.errors import DataError
 from data.manifest import FORMAT_VERSION, TokenizerInfo
 from data.pack import PACKINGS, content_len, dtype_for
+from data.report import BuildReport
 from data.shard import Layout, blocks_for
 from data.sources.plugin import find_source
 from data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint

@@ -10,9 +10,9 @@ from typing import Any
 
 import xxhash
 
-from data.build_report import BuildReport
 from data.errors import DataError
 from data.manifest import MANIFEST, load_manifest
+from data.report import BuildReport
 
 BUILD_FILE = "build.json"
 

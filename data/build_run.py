@@ -18,7 +18,6 @@ import numpy as np
 import xxhash
 
 from data.build_identity import BUILD_FILE
-from data.build_report import REPORT, BuildReport, make_report, save_report
 from data.build_tasks import SPLITS, Work, save_json, save_work
 from data.errors import DataError
 from data.manifest import (
@@ -33,6 +32,7 @@ from data.manifest import (
 )
 from data.pack import content_len
 from data.ray_tasks import run_tasks_on_ray
+from data.report import REPORT, BuildReport, make_report, save_report
 from data.sources.plugin import Plan
 from data.workers import Task, run_tasks
 
