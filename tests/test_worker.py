@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker_pool
 from support import make_job
 
 from data.stream import Stream
@@ -72,25 +72,15 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(shards, teacher, t
 
 
 def test_killed_at_any_moment_the_run_ends_with_the_same_weights(shards, teacher, tmp_path):
-    """SIGKILL in the middle of a stage, then again right at the start of the next attempt."""
+    """SIGKILL in the middle of a stage, then again in the next attempt."""
     whole = make_job(shards, teacher, tmp_path / "whole", steps=60)
     assert run_stage(whole)
     job = replace(whole, folder=str(tmp_path / "killed"))
     folder = StageFolder(Path(job.folder))
     for target in (9, 27):
-        process = start_worker(job)
-        deadline = time.monotonic() + 60
-        while not any((folder.checkpoints / f"step-{s:09d}").exists() for s in range(target, 60)):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        assert worker_pool.kill_at(worker_pool.start(job, 1), 0, job, target) == [-signal.SIGKILL]
         assert not folder.done.exists()
-    process = start_worker(job)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "resumes at step" in errors
+    assert worker_pool.join(worker_pool.start(job, 1)) == [0], worker_pool.log(job)
     assert digest(job) == digest(whole)
     assert [p.step for p in read_all_points(folder.points)] == list(range(2, 61, 2))
 
@@ -132,36 +122,6 @@ def test_held_out_divergence_falls(shards, teacher, tmp_path):
     assert [p.step for p in points] == [0, 100]
     assert sum(points[1].metrics.values()) < 0.45 * sum(points[0].metrics.values())
     assert set(points[0].metrics) == {"small/heldout/attention", "small/heldout/value"}
-
-
-def test_two_workers_read_the_same_rows_and_train_the_same_model(shards, teacher, tmp_path):
-    """torchrun's environment variables, two real processes, gloo: equal but for float32 rounding."""
-    job = make_job(
-        shards, teacher, tmp_path / "one", steps=4, peak_lr=1e-4, log_every=1, checkpoint_every_steps=1
-    )
-    assert run_stage(job)
-    two = replace(job, folder=str(tmp_path / "two"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [start_worker(two, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    ours, theirs = (read_all_points(StageFolder(Path(j.folder)).points) for j in (job, two))
-    assert len(ours) == len(theirs) == 4
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("small/loss", "small/attention", "small/value", "small/gradient_norm"):
-            assert b.metrics[name] == pytest.approx(a.metrics[name], rel=1e-5)
-    one_state, two_state = (
-        checkpoint.read(checkpoint.list_checkpoints(StageFolder(Path(j.folder)).checkpoints)[-1])[1]
-        for j in (job, two)
-    )
-    for name, moment in one_state["small.optimizer.safetensors"].items():
-        torch.testing.assert_close(
-            two_state["small.optimizer.safetensors"][name], moment, rtol=1e-4, atol=1e-7, msg=name
-        )
 
 
 def test_rows_of_a_step_are_the_same_for_every_worker_count(shards):

@@ -1,0 +1,220 @@
+"""What the loop costs: exact against fast sums, a save's stall, and the loop against bare forward, backward, update.
+
+Each function returns rows to be printed; nothing here runs in training. Figures of one machine are in
+docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data.stream import Stream
+from orchestrator.checkpoint import Facts, Identity
+from orchestrator.reduction import make_sum
+from orchestrator.saver import Saver
+from orchestrator.stage import StageJob
+from orchestrator.step import derive_seed
+from orchestrator.students import build_distiller, make_states
+from orchestrator.worker import run_stage
+from orchestrator.world import World
+
+
+@dataclass(frozen=True)
+class ReductionRow:
+    """add_ms: of one micro-batch; finish_ms: once a step, with the sum over workers; bytes: a parameter, gradient
+    included; error: greatest distance from the float64 sum, relative to the gradient's root mean square."""
+
+    reduction: str
+    workers: int
+    parameters: int
+    micro_batches: int
+    add_ms: float
+    finish_ms: float
+    bytes_a_parameter: float
+    error: float
+
+
+def reduction_rows(
+    world: World, *, parameters: int = 33_000_000, micro_batches: int = 8, rounds: int = 5
+) -> list[ReductionRow]:
+    """Both reductions on gradients of normal values times powers of two from 2^-20 to 2^3, as a network's spread.
+
+    Every worker of `world` adds the same `micro_batches`; times are medians of `rounds`.
+    """
+    device = world.device
+    generator = torch.Generator(device).manual_seed(0)
+    spread = torch.randint(-20, 4, (parameters,), generator=generator, device=device).float().exp2()
+    terms = torch.ones(2, device=device)
+    rows = []
+    for reduction in ("exact", "fast"):
+        before = _allocated(device)
+        total = make_sum(reduction, parameters, 2, device, micro_batches * world.size)
+        held = _allocated(device) - before if device.type == "cuda" else _tensor_bytes(total)
+        truth = torch.zeros(parameters, dtype=torch.float64, device=device)
+        adding, finishing = [], []
+        for _ in range(rounds):
+            total.begin()
+            truth.zero_()
+            for _ in range(micro_batches):
+                noise = torch.randn(parameters, generator=generator, device=device).mul_(spread)
+                truth += noise
+                start = _now(device)
+                total.gradient += noise  # stands for what the backward pass does
+                total.add(terms)
+                adding.append(_now(device) - start)
+            start = _now(device)
+            total.finish(world, 1.0)
+            finishing.append(_now(device) - start)
+        truth *= world.size
+        error = (total.gradient.double() - truth).abs().max() / truth.square().mean().sqrt()
+        rows.append(
+            ReductionRow(
+                reduction,
+                world.size,
+                parameters,
+                micro_batches,
+                1e3 * statistics.median(adding),
+                1e3 * statistics.median(finishing),
+                held / parameters,
+                float(error),
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class SaveRow:
+    """stall_ms: for how long the loop stands still; write_seconds: on the thread; share: of the loop's time that a
+    save every `every_seconds` costs."""
+
+    parameters: int
+    megabytes: float
+    stall_ms: float
+    write_seconds: float
+    every_seconds: float
+    share: float
+
+
+def save_row(job: StageJob, folder: Path, device: torch.device, *, rounds: int = 5) -> SaveRow:
+    """Save the students of `job`, with their moments, into `folder`; the first save, which allocates, is left out."""
+    distiller = build_distiller(job, device)
+    students = make_states(job, distiller)
+    for student in students:
+        student.gradient.normal_()
+        student.update(torch.tensor(True, device=device), step=0, learning_rate=1e-6, max_gradient_norm=None)
+    models = {student.name: distiller.state_module(student.name) for student in students}
+    saver = Saver(folder, models, students, Identity("", ""), keep=1, keep_every=None, guard=lambda: None)
+    facts = Facts({"digest": "0", "seed": 0, "batch": 1}, 1, 1)
+    stalls, writes = [], []
+    for step in range(rounds + 1):
+        start = _now(device)
+        saver.save(step + 1, facts, lambda copy: None)
+        stalls.append(time.perf_counter() - start)
+        saver.wait()
+        writes.append(time.perf_counter() - start - stalls[-1])
+    size = sum(path.stat().st_size for path in folder.glob("step-*/*"))
+    stall = statistics.median(stalls[1:])
+    return SaveRow(
+        sum(s.gradient.numel() for s in students),
+        size / 1e6,
+        1e3 * stall,
+        statistics.median(writes[1:]),
+        job.checkpoint_every_seconds,
+        stall / job.checkpoint_every_seconds,
+    )
+
+
+@dataclass(frozen=True)
+class LoopRow:
+    """Medians of a step: of the whole loop (rows read, ledger, sums, checks, points, heartbeat), and bare; overhead:
+    by how much the first is longer."""
+
+    reduction: str
+    steps: int
+    loop_ms: float
+    bare_ms: float
+    overhead: float
+
+
+def loop_rows(job: StageJob, folder: Path) -> list[LoopRow]:
+    """Run `job` once with each reduction, in new folders under `folder`, one worker; a bare step after each of its.
+
+    Loop and bare steps take turns, so that a slower moment of the machine meets both. Bare: batches in memory, teacher
+    and students forward, backward into `.grad`, fused AdamW.
+    """
+    return [
+        _loop_row(replace(job, folder=str(folder / reduction), reduction=reduction))
+        for reduction in ("exact", "fast")
+    ]
+
+
+def _loop_row(job: StageJob) -> LoopRow:
+    bare = bare_step(job)
+    loop_seconds: list[float] = []
+    bare_seconds: list[float] = []
+    last = 0.0
+
+    def on_step(step: int) -> None:
+        nonlocal last
+        start = time.perf_counter()
+        if step > 1:  # the first one builds and measures
+            loop_seconds.append(start - last)
+            bare()
+            bare_seconds.append(time.perf_counter() - start)
+        last = time.perf_counter()
+
+    run_stage(job, on_step)
+    loop, alone = statistics.median(loop_seconds), statistics.median(bare_seconds)
+    return LoopRow(job.reduction, len(loop_seconds), 1e3 * loop, 1e3 * alone, loop / alone - 1)
+
+
+def bare_step(job: StageJob) -> Callable[[], None]:
+    """One update of the job's students in the plainest way, on the CPU or the GPU that `job.device` names."""
+    device = torch.device(
+        job.device if job.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    distiller = build_distiller(job, device)
+    stream = Stream(Path(job.data), seed=job.seed, batch=job.batch, micro_batch=job.micro_batch)
+    batches = [stream.micro_batch(0, index) for index in range(stream.num_micro_batches)]
+    parameters = [p for name in distiller.students for p in distiller.trained_parameters(name).values()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        for index, batch in enumerate(batches):
+            ids = batch.input_ids.to(device)
+            mask = None if batch.mask is None else batch.mask.to(device)
+            taught = distiller.teach(ids, mask)
+            for name in distiller.students:
+                seed = derive_seed(job.seed, name, index)
+                distiller.term_sums(name, taught, ids, mask, dropout_seed=seed).sum().backward()
+        optimizer.step()
+        _now(device)
+
+    return step
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _tensor_bytes(holder: object) -> int:
+    """Of the distinct storages that an object's tensors live in."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in vars(holder).values()
+        if isinstance(t, torch.Tensor)
+    }
+    return sum(storages.values())
