@@ -18,9 +18,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-import fsspec  # type: ignore[import-untyped]
-from fsspec.asyn import AsyncFileSystem, sync  # type: ignore[import-untyped]
-from fsspec.exceptions import FSTimeoutError  # type: ignore[import-untyped]
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.exceptions import FSTimeoutError
 
 from data.errors import DataError
 
