@@ -11,6 +11,7 @@ FLOP: what the objective needs with nothing computed behind the tap, the same fi
 shares compare.
 """
 
+import copy
 import gc
 import json
 import platform
@@ -154,7 +155,7 @@ def bench_step(
         for way in ways:
             if way == "by-hand" and len(group) > 1:
                 continue
-            step, held = _STEPS[way](config, group, ids, dtype)
+            step, held = _STEPS[way](copy.deepcopy(config), group, ids, dtype)  # a model keeps its config
             rows.append(_measure("step", way, shape, step, held, batch * tokens, flop, peak, repeats))
             del step, held
             gc.collect()
