@@ -78,3 +78,13 @@ def test_students_start_from_the_teachers_layers_where_the_recipe_says_so(shards
     for given, same in ((job, False), (own, True)):
         model = build_distiller(given, torch.device("cpu")).students["small"].model
         assert torch.equal(model.get_input_embeddings().weight, expected) is same
+
+
+def test_a_save_that_fails_on_the_main_rank_ends_all_ranks_at_their_next_step(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path, steps=2000)
+    (tmp_path / "checkpoints").write_text("not a folder")
+    start = time.monotonic()
+    assert worker_pool.join(worker_pool.start(job, 2)) == [1, 1]
+    assert time.monotonic() - start < 30
+    assert "File exists" in StageFolder(tmp_path).worker_log(0).read_text()
+    assert "the main rank could not save, and says why" in StageFolder(tmp_path).worker_log(1).read_text()
