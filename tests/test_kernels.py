@@ -11,9 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():  # read when the kernels are first imported, after collection
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import model.tiles
 from model.dispatch import choose
 from model.errors import ModelError
