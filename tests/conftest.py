@@ -15,7 +15,9 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports triton: its interpreter runs the GPU kernels' tests
+if (
+    not torch.cuda.is_available()
+):  # before anything imports triton: its interpreter runs the GPU kernels' tests
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 WORDS = """
