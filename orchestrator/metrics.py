@@ -13,6 +13,7 @@ JSON has no NaN and no infinities: they are written as the strings "NaN", "Infin
 `float` reads back. Points of the held-out evaluation go to a file of their own: a step can have one of each.
 """
 
+import errno
 import json
 import logging
 import math
@@ -63,9 +64,8 @@ class PointLog:
         written = os.write(self._file, line)
         if written != len(line):  # the disk filled up in the middle of the line
             os.ftruncate(self._file, self._size)
-            raise OSError(
-                f"{self.path}: only {written} of {len(line)} bytes of a point fit; free some disk space"
-            )
+            text = f"only {written} of {len(line)} bytes of a point fit; free some disk space"
+            raise OSError(errno.ENOSPC, text, str(self.path))
         self._size += len(line)
         self.last_step = step
         return True

@@ -1,5 +1,6 @@
 """The points file: strictly increasing steps, whole lines, nothing doubled by a resumed run."""
 
+import errno
 import json
 import math
 import os
@@ -119,8 +120,10 @@ def test_a_full_disk_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.Mon
     with PointLog(path) as log:
         log.append(1, {"loss": 1.0})
         monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:9]))
-        with pytest.raises(OSError, match="only 9 of .* free some disk space"):
+        with pytest.raises(OSError, match="only 9 of .* free some disk space") as error:
             log.append(2, {"loss": 2.0})
+        # what the command line turns into one line about the disk
+        assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
         monkeypatch.undo()
         assert log.append(2, {"loss": 2.0})
     assert [point.step for point in read_points(path)[0]] == [1, 2]
