@@ -126,7 +126,7 @@ def resolve(store: str, uri: str, *, patience_seconds: float = 10.0) -> Register
 
 def pull(store: str, uri: str, out: Path, *, patience_seconds: float = 10.0) -> RegisteredModel:
     """Downloads a model to the folder `out`, which must be empty or absent; it appears whole and checked,
-    or not at all.
+    or not at all. (The current folder can't be swapped under a shell: it is filled, config.json last.)
 
     UserError: something is in `out`, no such model, a file in it that could hold a pickle, other bytes than
     were registered, no space.
@@ -134,6 +134,7 @@ def pull(store: str, uri: str, out: Path, *, patience_seconds: float = 10.0) -> 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another folder, or remove it first")
     model = resolve(store, uri, patience_seconds=patience_seconds)
+    out = out.absolute()  # "." has no name to put the part beside
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         part.mkdir(parents=True)
@@ -141,7 +142,11 @@ def pull(store: str, uri: str, out: Path, *, patience_seconds: float = 10.0) -> 
         raise UserError(f"{out} can't be made ({one_line(error)}): choose another folder") from error
     try:
         _patiently(store, lambda client: _download(client, store, model, part), patience_seconds)
-        part.replace(out)
+        if out.exists() and out.samefile("."):  # replaced, the caller's shell would sit in a removed folder
+            for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(out / path.name)
+        else:
+            part.replace(out)
         fsync_folder(out.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -200,6 +200,18 @@ def test_pull_leaves_a_folder_with_something_in_it_alone(store: str, tmp_path: P
         pull(store, "models:/careful@newest", out / "config.json" / "x")
 
 
+def test_pull_takes_the_folder_one_is_in(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "m")
+    register(store, "here", folder, run_id=new_run(store), alias="newest")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    pull(store, "models:/here@newest", Path("."))
+    assert contents(Path(".")) == contents(folder)  # also as the shell sees it that stands there
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out"]
+
+
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "x.pkl", "model.pt", "code.py", "MLmodel", "a/b.pickle"]
 )
