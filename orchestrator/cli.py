@@ -1,7 +1,8 @@
 """The `minilm` command: verbs and arguments, nothing else. Everything a verb does is a function elsewhere.
 
 Exit codes: 0 done · 2 bad recipe or input · 3 stopped on request, resumable · 4 no progress · 6 another run holds
-the work directory · 10 infrastructure. Errors that a user can mend are one line each on standard error.
+the work directory · 10 infrastructure · 130 ended at once by a second Ctrl-C. Errors that a user can mend are one
+line each on standard error.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, ModelError) as error:
         print(f"minilm: error: {error}", file=sys.stderr)
         return UserError.exit_code
+    except KeyboardInterrupt:
+        print("minilm: stopped; the same command goes on or starts again", file=sys.stderr)
+        return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -139,13 +143,13 @@ def promote_model(options: argparse.Namespace) -> int:
 
 def store(options: argparse.Namespace) -> str:
     """The MLflow that holds the registry: the server that the environment names, or a work directory's own."""
-    from orchestrator.tracking import tracking_uri
-
-    if options.workdir is None and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise UserError(
-            "set MLFLOW_TRACKING_URI to the registry, or give --workdir DIR of the run that registered it"
-        )
-    return tracking_uri(options.workdir or Path())
+    if options.workdir is not None:
+        return f"sqlite:///{options.workdir.resolve() / 'mlflow.db'}"
+    if server := os.environ.get("MLFLOW_TRACKING_URI"):
+        return server
+    raise UserError(
+        "set MLFLOW_TRACKING_URI to the registry, or give --workdir DIR of the run that registered it"
+    )
 
 
 if __name__ == "__main__":

@@ -9,31 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from model.export import weights_digest
 from orchestrator import launch
 from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
 from orchestrator.files import read_json, write_json
-from orchestrator.inputs import Dataset, check_stage, model_folder, prepare_data
+from orchestrator.inputs import Dataset, check_stage, check_stages, model_folder, prepare_data
 from orchestrator.progress import Line, StageProgress, build_reporter, duration
 from orchestrator.publish import publish
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_types import Stage
-from orchestrator.references import StudentRef
 from orchestrator.signals import StopRequest
-from orchestrator.stage import StageJob, StudentJob
+from orchestrator.stage import StageFolder, StageJob, StudentJob
 from orchestrator.summary import ModelEntry, Summary
 from orchestrator.tracking import Tracking
 from orchestrator.workdir import Workdir
 
 POLL_SECONDS = 0.25
+FAILURES = {error.exit_code: error for error in (UserError, NoProgress, InfrastructureError)}
 
 
 def run_recipe(
@@ -50,11 +50,7 @@ def run_recipe(
         line = Line()
         stack.callback(line.close)
         dataset = prepare_data(recipe, workdir, build_reporter(line, stop))
-        for stage in recipe.stages:
-            if not isinstance(
-                stage.teacher_ref, StudentRef
-            ):  # those exist already: say now what does not fit
-                check_stage(stage, model_folder(stage.teacher_ref, recipe, workdir), dataset)
+        check_stages(recipe, workdir, dataset)
         workdir.adopt(recipe, recipe_file)
         line.show("opening the tracking store", force=True)
         tracking = Tracking.open(
@@ -65,6 +61,7 @@ def run_recipe(
             tags={
                 "minilm.data_fingerprint": dataset.manifest.fingerprint,
                 "minilm.data": str(dataset.folder),
+                "minilm.recipe_digest": sha256_json(recipe.result_fields()),
             },
             recipe_file=recipe_file,
         )
@@ -119,7 +116,7 @@ class Driver:
         folder = self.workdir.stage(stage.name)
         published = read_json(folder.published)
         if published is not None and published["digest"] == job.digest:
-            self.say(f"{label}  done before")
+            self.line.say(f"{label}  done before")
             return [ModelEntry(**model) for model in published["models"]]
         run = self.tracking.stage(stage.name, {"stage": stage.model_dump(mode="json"), "digest": job.digest})
         run.follow([folder.points, folder.heldout_points])
@@ -183,7 +180,7 @@ class Driver:
             on_nonfinite=compute.on_nonfinite,
             max_skipped_steps=compute.max_skipped_steps,
             stall_seconds=compute.stall_seconds,
-            digest=hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+            digest=sha256_json(inputs),
         )
 
     def train(self, job: StageJob, label: str) -> None:
@@ -191,34 +188,44 @@ class Driver:
         self.connect()
         folder = self.workdir.stage(job.stage)
         job = replace(job, attempt=f"{job.stage}-{uuid.uuid4().hex[:12]}")
-        folder.stop_request.unlink(missing_ok=True)
-        folder.failure.unlink(missing_ok=True)
+        place = self.wait_for_places(label) if self.launcher == "ray" else ""
+        if place:  # decided once, so that no worker takes a GPU that Ray has not given it
+            job = replace(job, device="cuda" if place == "GPU" else "cpu")
+        for stale in (folder.stop_request, folder.failure, folder.done):
+            stale.unlink(missing_ok=True)
         write_json(folder.owner, {"attempt": job.attempt})
         folder.job.write_text(job.to_json(), encoding="utf-8")
         with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
-            if self.launcher == "inline":
-                future = launch.start_inline(job, pool)
+            if place:
+                future = launch.start_ray(job, self.recipe.compute.workers, place, pool)
             else:
-                future = launch.start_ray(job, self.recipe.compute.workers, self.wait_for_places(label), pool)
-            self.watch(future, job, StageProgress(self.line, job, label))
+                future = launch.start_inline(job, pool)
+            try:
+                self.watch(future, StageProgress(self.line, job, label), folder)
+            except BaseException:
+                folder.stop_request.touch()  # the pool waits for the workers: let them end
+                raise
         self.line.close()
+        folder.stop_request.unlink(missing_ok=True)
+        self.check_outcome(job, folder, future)
+
+    def check_outcome(self, job: StageJob, folder: StageFolder, future: Future[None]) -> None:
+        """Nothing, if the stage is done; otherwise the error that says why it is not."""
         failure = read_json(folder.failure)
-        if failure is not None:
-            kind = NoProgress if failure["exit_code"] == NoProgress.exit_code else UserError
-            raise kind(failure["message"])
+        if failure is not None and failure["attempt"] == job.attempt:
+            raise FAILURES[failure["exit_code"]](failure["message"])
         if (error := future.exception()) is not None:
             if self.launcher == "inline":
                 raise error
             raise InfrastructureError(
-                f"stage {job.stage}: its workers kept failing ({str(error).strip().splitlines()[-1]}); their logs are "
+                f"stage {job.stage}: Ray gave up ({' '.join(str(error).split())[-200:]}); the workers' logs are "
                 f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
             ) from error
         if not folder.done.exists():
             raise Stopped(f"stage {job.stage} is stopped; the same command goes on from its last checkpoint")
 
-    def watch(self, future: Future[None], job: StageJob, progress: StageProgress) -> None:
+    def watch(self, future: Future[None], progress: StageProgress, folder: StageFolder) -> None:
         """Show progress until the workers have ended; pass a request to stop on to them."""
-        folder = self.workdir.stage(job.stage)
         while wait([future], timeout=POLL_SECONDS).not_done:
             progress.poll()
             if self.stop.requested and not folder.stop_request.exists():
@@ -250,6 +257,7 @@ class Driver:
             time.sleep(1)
         return place
 
-    def say(self, text: str) -> None:
-        self.line.close()
-        print(text, file=sys.stderr, flush=True)
+
+def sha256_json(value: Any) -> str:
+    """Of plain values, in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,7 @@ starts, from the configurations alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -115,22 +115,57 @@ def tokenizer_name(text: str) -> str:
 
 
 def download(hub_id: str, teachers: Path) -> Path:
-    """A hub model's files as a folder under `teachers`; resumes, and does not ask again once it is whole."""
+    """A hub model's files as a folder under `teachers`: whole or absent, and not asked for again."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import HFValidationError
 
     folder = teachers / hub_id.replace("/", "--")
-    complete = folder / ".complete"
-    if not complete.exists():
-        try:
-            snapshot_download(hub_id, local_dir=folder, allow_patterns=HUB_FILES)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-            raise UserError(
-                f"model {hub_id} cannot be downloaded ({str(error).splitlines()[0]}); check the id and the network, "
-                f"or give a local folder instead"
-            ) from error
-        complete.touch()
+    if folder.exists():
+        return folder.resolve()
+    part = folder.with_name(f"{folder.name}.part")  # kept after a kill: the download goes on in it
+    problem = ""
+    try:
+        snapshot_download(hub_id, local_dir=part, allow_patterns=HUB_FILES)
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        HFValidationError,
+        OSError,
+    ) as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # the hub's HTTP client has exceptions of its own for a lost connection
+        if "http" not in type(error).__module__:
+            raise
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if not problem and not ((part / "config.json").exists() and any(part.glob("*.safetensors"))):
+        problem = "it has no config.json with a model.safetensors"
+    if problem:
+        raise UserError(
+            f"model {hub_id} cannot be downloaded ({problem}); check the id and the network, "
+            f"or give a local folder instead"
+        )
+    part.rename(folder)
     return folder.resolve()
+
+
+def check_stages(recipe: Recipe, workdir: Workdir, dataset: Dataset) -> None:
+    """Every stage's teacher, data and students against each other before the first one runs. Raises `UserError`.
+
+    The teacher of a later stage need not exist yet: an earlier student's shape is known from the recipe.
+    """
+    shapes: dict[str, EncoderShape] = {}
+    for stage in recipe.stages:
+        match stage.teacher_ref:
+            case StudentRef(name):
+                shape = shapes[name]
+                check_students(stage, shape)
+            case ref:
+                shape = check_stage(stage, model_folder(ref, recipe, workdir), dataset)
+        for student in stage.students:
+            heads = student.heads or shape.heads
+            shapes[student.name] = replace(shape, layers=student.layers, hidden=student.hidden, heads=heads)
 
 
 def check_stage(stage: Stage, teacher: Path, dataset: Dataset) -> EncoderShape:
@@ -145,19 +180,27 @@ def check_stage(stage: Stage, teacher: Path, dataset: Dataset) -> EncoderShape:
         )
     check_vocabulary(where, teacher, shape, dataset)
     try:
-        objective = Objective.named(**stage.objective_fields())
         tapped_layer(AutoConfig.from_pretrained(str(teacher)), stage.teacher_layer)
+    except ModelError as error:
+        raise UserError(f"{where}: {error}") from error
+    check_students(stage, shape)
+    return shape
+
+
+def check_students(stage: Stage, teacher: EncoderShape) -> None:
+    """The students' sizes against the teacher's, as the objective needs them. Raises `UserError`."""
+    try:
+        objective = Objective.named(**stage.objective_fields())
         for student in stage.students:
-            heads = student.heads or shape.heads
+            heads = student.heads or teacher.heads
             if student.hidden % heads:
                 raise ModelError(
                     f"student {student.name} has hidden {student.hidden}, which {heads} heads do not divide; "
                     f"give a multiple of {heads}, or other heads"
                 )
-            objective.check(shape.heads, shape.hidden, heads, student.hidden)
+            objective.check(teacher.heads, teacher.hidden, heads, student.hidden)
     except ModelError as error:
-        raise UserError(f"{where}: {error}") from error
-    return shape
+        raise UserError(f"stage {stage.name}: {error}") from error
 
 
 def check_vocabulary(where: str, teacher: Path, shape: EncoderShape, dataset: Dataset) -> None:

@@ -3,7 +3,7 @@
 Ray supervises: it places the workers, watches them and starts them again. What they have computed is in our own
 checkpoints, so Ray's are not used, nothing is reported to it, and every attempt gets a fresh run name. Workers ask
 only for an exclusive resource, `{"trainer": 1}` or a GPU: Ray Train counts total resources, so a CPU that another
-actor holds would otherwise stall a run for ever (docs/architecture.md, "Ray's rough edges").
+actor holds would otherwise stall a run for ever (docs/runs.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.stage import StageJob
 
@@ -44,8 +44,14 @@ def ray_cluster(address: str | None, max_workers: int) -> Iterator[None]:
         check_answers(given)
         options["address"] = given
     else:
-        options |= {"resources": {"trainer": max_workers}, "include_dashboard": False}
-    ray.init(**options)
+        # "local": without it ray.init() would join whatever cluster this machine has
+        options |= {"address": "local", "resources": {"trainer": max_workers}, "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:  # no cluster, another version, a bad address
+        raise InfrastructureError(
+            f"Ray does not start at {given or 'this machine'}: {' '.join(str(error).split())[:300]}"
+        ) from error
     try:
         yield
     finally:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +28,10 @@ def duration(seconds: float) -> str:
 
 
 class Line:
-    """One status line: rewritten in place on a terminal, printed every few seconds elsewhere."""
+    """One status line: rewritten in place on a terminal, printed every few seconds elsewhere.
+
+    A terminal or pipe that has gone away ends the showing, never the run.
+    """
 
     def __init__(self, out: TextIO | None = None):
         self.out = out or sys.stderr
@@ -36,16 +41,25 @@ class Line:
 
     def show(self, text: str, *, force: bool = False) -> None:
         if self.live:
-            self.out.write(f"\r\x1b[2K{text}")
-            self.out.flush()
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be taken back
+            self._write(f"\r\x1b[2K{text[:width]}")
         elif text != self.last and (force or time.monotonic() - self.printed >= PLAIN_INTERVAL_SECONDS):
-            print(text, file=self.out, flush=True)
+            self._write(f"{text}\n")
             self.printed, self.last = time.monotonic(), text
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.close()
+        self._write(f"{text}\n")
 
     def close(self) -> None:
         """Leave the line: what is printed next starts on its own."""
         if self.live:
-            self.out.write("\r\x1b[2K")
+            self._write("\r\x1b[2K")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: closed
+            self.out.write(text)
             self.out.flush()
 
 
@@ -80,7 +94,10 @@ class StageProgress:
         self.started = time.time()
 
     def poll(self) -> None:
-        beat = read_json(self.folder.heartbeat)
+        try:
+            beat = read_json(self.folder.heartbeat)
+        except (OSError, ValueError):  # a shared file system, between two of its versions
+            return
         if beat is None or beat["time"] < self.started:
             self.line.show(f"{self.prefix}  starting workers ({duration(time.time() - self.started)})")
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
+from contextlib import suppress
 from types import FrameType
 
 HARD_EXIT = 130
@@ -38,5 +38,6 @@ class StopRequest:
         if self.requested:
             os._exit(HARD_EXIT)
         self.requested = True
-        name = signal.Signals(number).name
-        print(f"\n{name}: stopping at the next step boundary (again: at once)", file=sys.stderr, flush=True)
+        text = f"\n{signal.Signals(number).name}: stopping at the next step boundary (again: at once)\n"
+        with suppress(OSError):  # the terminal, or the `tee` behind a pipe, may be gone
+            os.write(2, text.encode())

@@ -76,11 +76,9 @@ class Summary:
         """Commands that work as they stand, from the current folder."""
         last = self.models[-1]
         name = last.registered.split(" ")[0]
-        look = (
-            f"{command('mlflow')}{self.look.removeprefix('mlflow')}"
-            if self.look.startswith("mlflow ")
-            else self.look
-        )
+        local = self.look.startswith("mlflow ")  # no server: the work directory's own store
+        look = f"{command('mlflow')}{self.look.removeprefix('mlflow')}" if local else self.look
+        registry = f" --workdir {self.workdir}" if local else ""
         load = f"import transformers; print(transformers.AutoModel.from_pretrained('{last.folder}'))"
         return "\n".join(
             (
@@ -88,8 +86,7 @@ class Summary:
                 f"  the tracked runs   {look}",
                 f"  the pictures       {Path(last.folder).parent.parent}/*.png",
                 f'  load the student   {command("python")} -c "{load}"',
-                f"  pull it            {command('minilm')} pull models:/{name}@{self.alias} DIR "
-                f"--workdir {self.workdir}",
+                f"  pull it            {command('minilm')} pull models:/{name}@{self.alias} DIR{registry}",
                 f"  another recipe     {command('minilm')} check recipes/*.yaml",
             )
         )
@@ -110,4 +107,5 @@ def divergence(model: ModelEntry) -> str:
         return "-"
     parts = [f"{term} {model.before[term]:.3f} → {model.after[term]:.3f}" for term in model.before]
     before, after = sum(model.before.values()), sum(model.after.values())
-    return f"{', '.join(parts)}, sum {before:.3f} → {after:.3f} ({after / before:.0%})"
+    share = f" ({after / before:.0%})" if before else ""
+    return f"{', '.join(parts)}, sum {before:.3f} → {after:.3f}{share}"

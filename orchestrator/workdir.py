@@ -69,6 +69,7 @@ class Workdir:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / "lock").touch()
         except OSError as error:
             raise UserError(
                 f"cannot use {self.root} as work directory: {error.strerror}; give another --workdir"
@@ -91,7 +92,9 @@ class Workdir:
     def adopt(self, recipe: Recipe, recipe_file: Path) -> None:
         """Make the directory this recipe's for good; called once its inputs have been found sound."""
         write_json(self.run, {"recipe": recipe.result_fields()})
-        shutil.copyfile(recipe_file, self.root / "recipe.yaml")
+        copy = self.root / "recipe.yaml"
+        if not (copy.exists() and copy.samefile(recipe_file)):
+            shutil.copyfile(recipe_file, copy)
 
     def check_recipe(self, recipe: Recipe) -> None:
         record = read_json(self.run)

@@ -19,7 +19,7 @@ from conftest import make_teacher
 
 from data.manifest import load_manifest
 from orchestrator.errors import UserError
-from orchestrator.inputs import Dataset, check_stage, model_folder, prepare_data, tokenizer_name
+from orchestrator.inputs import Dataset, check_stage, check_stages, model_folder, prepare_data, tokenizer_name
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.references import FolderRef
 from orchestrator.workdir import Workdir
@@ -219,3 +219,19 @@ def test_a_hub_id_that_does_not_exist_is_one_line(hub, tmp_path):
     assert done.stderr.startswith("model someone/absent cannot be downloaded (")
     assert done.stderr.strip().endswith("or give a local folder instead")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_later_stage_that_cannot_fit_is_refused_before_the_first_one_runs(tmp_path, teacher, shards):
+    """The second stage's teacher does not exist yet, but its heads follow from the first stage's."""
+    stage = {"batch": 32, "steps": 9, "peak_lr": 1e-3, "warmup_steps": 1}
+    first = {"name": "first", "teacher": str(teacher), "student": {"layers": 1, "hidden": 24}, **stage}
+    second = {
+        "name": "second",
+        "teacher": "first",
+        "student": {"layers": 1, "hidden": 24, "heads": 2},
+        **stage,
+    }
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"name": "r", "data": {"shards": str(shards)}, "stages": [first, second]}))
+    with pytest.raises(UserError, match="stage second: the teacher has 4 heads and the student 2"):
+        check_stages(load_recipe(path), Workdir(tmp_path / "work"), Dataset(shards, load_manifest(shards)))

@@ -1,0 +1,159 @@
+"""What a person sees: one line that fits the terminal, and that never ends a run."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import make_job
+
+from data.build import BuildProgress
+from orchestrator.files import write_json
+from orchestrator.progress import Line, StageProgress, describe_build, duration
+from orchestrator.stage import StageFolder
+from orchestrator.summary import ModelEntry, Summary
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (75, "1m15s"), (7260, "2h01m")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_live_line_fits_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = Terminal()
+    Line(out).show("x" * 100)
+    assert out.getvalue() == "\r\x1b[2K" + "x" * 39
+
+
+def test_elsewhere_a_line_is_printed_now_and_then():
+    out = io.StringIO()
+    line = Line(out)
+    for number in range(100):
+        line.show(f"step {number}")
+    line.show("last", force=True)
+    assert out.getvalue() == "step 0\nlast\n"
+
+
+def test_a_terminal_that_has_gone_ends_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    out = os.fdopen(writer, "w")
+    line = Line(out)
+    line.show("to nobody", force=True)
+    line.say("to nobody")
+    closed = io.StringIO()
+    line = Line(closed)
+    closed.close()
+    line.show("closed", force=True)
+
+
+def test_a_stage_line_says_step_terms_speed_and_time_left(tmp_path):
+    job = make_job(tmp_path, tmp_path, tmp_path, steps=240, batch=16)
+    metrics = {
+        "small/loss": 0.8125,
+        "small/attention": 0.4,
+        "small/value": 0.4125,
+        "small/gradient_norm": 3.0,
+        "rows_per_second": 32.0,
+        "tokens_per_second": 4096.0,
+    }
+    out = io.StringIO()
+    progress = StageProgress(Line(out), job, "[1/2] first")
+    write_json(
+        StageFolder(tmp_path).heartbeat,
+        {"doing": "training", "step": 120, "time": progress.started + 1, "metrics": metrics},
+    )
+    progress.poll()
+    assert out.getvalue() == (
+        "[1/2] first  step 120/240  loss 0.812 (attention 0.400 value 0.412)  32 rows/s  4.1k tokens/s  1m00s left\n"
+    )
+
+
+def test_a_heartbeat_that_cannot_be_read_is_passed_over(tmp_path):
+    StageFolder(tmp_path).heartbeat.write_text("{")
+    StageProgress(Line(io.StringIO()), make_job(tmp_path, tmp_path, tmp_path), "x").poll()
+
+
+def test_a_build_line_without_a_guess_of_the_time_left():
+    progress = BuildProgress("tokenize", 1, 9, 0.45, 4500, 210_000, 1.0, float("nan"))
+    assert describe_build(progress) == "building shards (tokenize)  45%  4,500 documents  210k tokens/s"
+
+
+def test_the_first_signal_asks_to_stop_even_when_nobody_reads_what_it_says():
+    """As behind `| tee`, which the same Ctrl-C has ended."""
+    program = (
+        "import os, signal; from orchestrator.signals import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    raise SystemExit(0 if stop.requested else 9)\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody:
+        assert subprocess.run([sys.executable, "-c", program], stderr=nobody, check=False).returncode == 0
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    program = (
+        "import os, signal, time; from orchestrator.signals import StopRequest\n"
+        "with StopRequest():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 130
+    assert "SIGTERM: stopping at the next step boundary (again: at once)" in done.stderr
+
+
+def make_summary(look: str) -> Summary:
+    def entry(name: str, **values: object) -> ModelEntry:
+        common = {
+            "role": "r",
+            "layers": 3,
+            "hidden": 192,
+            "parameters": 7_300_000,
+            "tokens_per_second": 43_993.0,
+        }
+        shown = {"before": {}, "after": {}, "registered": "", "folder": "/w/stages/s/students/s"}
+        return ModelEntry(name=name, **common | shown | values)
+
+    student = entry(
+        "s",
+        before={"attention": 1.0, "value": 0.5},
+        after={"attention": 0.25, "value": 0.2},
+        registered="q-s v2",
+    )
+    perfect = entry("p", before={"value": 0.0}, after={"value": 0.0}, registered="q-p v1")
+    return Summary("q", (entry("t"), student, perfect), 75.0, look, "/w", "newest")
+
+
+def test_the_table_gives_divergence_by_term_and_as_a_share():
+    table = make_summary("mlflow ui").table()
+    assert "attention 1.000 → 0.250, value 0.500 → 0.200, sum 1.500 → 0.450 (30%)" in table
+    assert "43,993" in table
+    assert "7.3 M" in table
+    assert "q-s v2" in table
+
+
+@pytest.mark.parametrize(
+    ("look", "pull"),
+    [
+        ("mlflow ui --backend-store-uri sqlite:////w/mlflow.db", "pull models:/q-p@newest DIR --workdir /w"),
+        ("http://server/#/experiments/1", "pull models:/q-p@newest DIR"),
+    ],
+)
+def test_the_next_steps_can_be_typed_as_they_stand(look, pull):
+    lines = make_summary(look).next_steps().splitlines()
+    assert any(line.endswith(pull) for line in lines)
+    assert str(Path("/w/stages/s/*.png")) in "\n".join(lines)
