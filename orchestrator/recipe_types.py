@@ -39,7 +39,13 @@ from orchestrator.recipe_fields import (
 from orchestrator.references import Reference, parse_reference
 
 ObjectiveName = Literal[
-    "minilm", "minilmv2", "attention-only", "value-mse", "layer-to-layer", "hidden-relation"
+    "minilm",
+    "minilmv2",
+    "attention-only",
+    "value-mse",
+    "layer-to-layer",
+    "soft-label-mlm",
+    "hidden-relation",
 ]
 RelationPart = Literal["q", "k", "v", "hidden"]
 
@@ -145,7 +151,8 @@ class Stage(_Section):
     """Students that share the teacher's forward pass; `student:` is the short form for one."""
     objective: ObjectiveName = "minilm"
     """minilm: Q-K and V-V relations; minilmv2: Q-Q, K-K and V-V relations; the papers' ablation arms:
-    attention-only, value-mse, layer-to-layer, hidden-relation."""
+    attention-only, value-mse, layer-to-layer, hidden-relation; soft-label-mlm: the teacher's predictions for masked
+    tokens, of a teacher that has a masked-language-model head."""
     relations: Annotated[tuple[RelationTerm, ...], Field(min_length=1)] | None = None
     """A list of terms instead of the objective's own."""
     relation_heads: Count | None = None

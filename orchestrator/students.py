@@ -7,20 +7,28 @@ teacher's layers copied over them. A checkpoint, if there is one, replaces both 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from data.manifest import load_manifest
 from model.distiller import Distiller
 from model.encoder import TappedEncoder, build_student, load_encoder
 from model.initialize import from_teacher
 from model.objective import Objective
+from orchestrator.errors import UserError
 from orchestrator.stage import StageJob
 from orchestrator.step import StudentState, derive_seed
 
 
 def build_distiller(job: StageJob, device: torch.device) -> Distiller:
-    """The frozen teacher and the freshly initialised students of a stage, on the device."""
-    teacher = load_encoder(job.teacher, layer=job.teacher_layer).to(device)
+    """The frozen teacher and the freshly initialised students of a stage, on the device.
+
+    Raises `ModelError` for a teacher without the head that the objective needs, or that does not fit otherwise.
+    """
+    objective = build_objective(job)
+    teacher = load_encoder(job.teacher, layer=job.teacher_layer, head=objective.needs_head).to(device)
     students = {}
     for student in job.students:
         model = build_student(
@@ -31,13 +39,30 @@ def build_distiller(job: StageJob, device: torch.device) -> Distiller:
             ffn=student.ffn,
             dropout=student.dropout,
             seed=derive_seed(job.seed, "init", student.name),
+            head=objective.needs_head,
         )
         if student.init == "teacher-layers":
             from_teacher(model, teacher.model)
         students[student.name] = TappedEncoder(model, student.layers).to(device)
-    distiller = Distiller(teacher, students, Objective.named(**job.objective))
+    distiller = Distiller(teacher, students, objective)
     distiller.train()
     return distiller
+
+
+def build_objective(job: StageJob) -> Objective:
+    """The job's objective; for soft labels with the mask token and special tokens of the data set's tokenizer."""
+    objective = Objective.named(**job.objective)
+    if not objective.needs_head:
+        return objective
+    tokens = load_manifest(Path(job.data)).tokenizer
+    if tokens.mask_id < 0:
+        raise UserError(
+            f"stage {job.stage}: objective {job.objective['name']} masks tokens, and the tokenizer of the data set "
+            f"{job.data} has no mask token; choose an objective of relations, such as minilm"
+        )
+    special = (tokens.mask_id, tokens.cls_id, tokens.sep_id, tokens.pad_id, tokens.unk_id)
+    present = tuple(sorted({token for token in special if token >= 0}))
+    return replace(objective, mask_token_id=tokens.mask_id, special_ids=present)
 
 
 def make_states(job: StageJob, distiller: Distiller) -> list[StudentState]:

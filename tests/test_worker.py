@@ -15,9 +15,12 @@ import pytest
 import torch
 import worker_pool
 from support import make_job
+from transformers import BertConfig, BertForMaskedLM
 
 from data.stream import Stream
 from model.distiller import Distiller
+from model.encoder import load_encoder
+from model.errors import ModelError
 from model.export import weights_digest
 from orchestrator import checkpoint
 from orchestrator.errors import UserError
@@ -122,6 +125,25 @@ def test_held_out_divergence_falls(shards, teacher, tmp_path):
     assert [p.step for p in points] == [0, 100]
     assert sum(points[1].metrics.values()) < 0.45 * sum(points[0].metrics.values())
     assert set(points[0].metrics) == {"small/heldout/attention", "small/heldout/value"}
+
+
+def test_soft_labels_train_a_student_with_a_head(shards, teacher, tmp_path):
+    config = BertConfig.from_pretrained(teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        BertForMaskedLM(config).save_pretrained(tmp_path / "teacher")
+    soft = {"name": "soft-label-mlm", "reduction": "sequence", "relation_heads": None}
+    job = make_job(
+        shards, tmp_path / "teacher", tmp_path / "stage", objective=soft, steps=60, peak_lr=1e-2, dropout=0.0
+    )
+    assert run_stage(job)
+    folder = StageFolder(Path(job.folder))
+    points = read_all_points(folder.heldout_points)
+    before, after = (point.metrics["small/heldout/soft_labels"] for point in points)
+    assert after < 0.9 * before
+    load_encoder(folder.student("small"), head=True)  # raises where the head's weights are not in it
+    with pytest.raises(ModelError, match=r"lacks \d+ weights of a bert encoder with its head \(cls\..*$"):
+        run_stage(replace(job, teacher=str(teacher), folder=str(tmp_path / "headless")))
 
 
 def test_rows_of_a_step_are_the_same_for_every_worker_count(shards):
