@@ -39,7 +39,7 @@ from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.files import read_json, write_json  # noqa: E402
 from orchestrator.metrics import Point  # noqa: E402
 from orchestrator.provenance import flatten, git_commit, package_tags  # noqa: E402
-from orchestrator.uploader import Uploader, one_line  # noqa: E402
+from orchestrator.uploader import Uploader, one_line, shown  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,13 @@ def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) 
             return attempt()
         except MlflowException as error:
             if error.error_code in _REFUSALS:
-                raise UserError(f"MLflow at {uri} refused: {one_line(error)}") from error
+                raise UserError(f"MLflow at {shown(uri)} refused: {one_line(error)}") from error
             reason: Exception = error
         except OSError as error:
             reason = error
         if time.monotonic() + pause > deadline:
             raise UserError(
-                f"MLflow at {uri} does not answer ({one_line(reason)}): start it and run the same "
+                f"MLflow at {shown(uri)} does not answer ({one_line(reason)}): start it and run the same "
                 "command again"
             ) from reason
         time.sleep(pause)
@@ -130,7 +130,7 @@ class Tracking:
             except Exception as error:
                 if not tracking._state["runs"]:
                     raise UserError(
-                        f"MLflow at {tracking.uri} does not answer ({one_line(error)}): start it, or unset "
+                        f"MLflow at {shown(tracking.uri)} does not answer ({one_line(error)}): start it, or unset "
                         "MLFLOW_TRACKING_URI to keep the run in the work directory"
                     ) from error
                 tracking._warn(error)
@@ -166,9 +166,11 @@ class Tracking:
 
     @property
     def look(self) -> str:
-        """How a person sees the runs: an address, or the command that serves this work directory's store."""
+        """How a person sees the runs: an address, or the command that serves the store; never a password."""
         if self.uri.startswith("http"):
-            return f"{self.uri.rstrip('/')}/#/experiments/{self._state['experiment_id']}/runs/{self.run_id}"
+            return f"{shown(self.uri).rstrip('/')}/#/experiments/{self._state['experiment_id']}/runs/{self.run_id}"
+        if shown(self.uri) != self.uri:  # works where the variable is set, as it was for the run
+            return 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
         return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
 
     def finish(self, status: str = "FINISHED") -> int:
@@ -203,8 +205,8 @@ class Tracking:
         if not self._away:
             self._away = True
             logger.warning(
-                "MLflow at %s could not be told; the run goes on and tells it later, from %s (%s)",
-                self.uri,
+                "MLflow at %s could not be told; what is left stays in %s and is told later (%s)",
+                shown(self.uri),
                 self._path,
                 one_line(error),
             )
@@ -272,7 +274,7 @@ class Tracking:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-        logger.warning("run %s of %s is not at %s: a new one is made there", run_id, self._path, self.uri)
+        logger.warning("run %s of %s is not at %s: a new one is made there", run_id, self._path, shown(self.uri))
         self._state |= _no_runs()
         self._save()
 
@@ -303,7 +305,7 @@ class Tracking:
         if found is not None:
             if found.lifecycle_stage != "active":
                 raise UserError(
-                    f"experiment {self._experiment!r} was deleted at {self.uri}: restore it there, or choose "
+                    f"experiment {self._experiment!r} was deleted at {shown(self.uri)}: restore it there, or choose "
                     "another name with --set tracking.experiment=NAME"
                 )
             self._state["experiment_id"] = found.experiment_id

@@ -11,6 +11,7 @@ remembering: `send` has to be idempotent for the same (name, step, time, value),
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ from orchestrator.files import read_json, write_json
 from orchestrator.metrics import Point, read_points
 
 logger = logging.getLogger(__name__)
+
+_USERINFO = re.compile(r"(?<=://)(?:[^\s/?#:@]*:\S*|[^\s/?#]*)@")  # user:password@ or user@
+_PASSWORD = re.compile(r"((?:password|passwd|pwd)=)[^&\s'\"]*", re.IGNORECASE)  # as SQL drivers take it
 
 
 class Uploader:
@@ -171,6 +175,14 @@ def _batches(points: list[Point], batch_metrics: int) -> list[list[Point]]:
 
 
 def one_line(error: Exception) -> str:
-    """An error's text for a log line: no newlines, at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error's text for a log line: no newlines, no passwords of addresses, at most 200 characters."""
+    text = shown(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "…"
+
+
+def shown(text: str) -> str:
+    """An address, or a text with addresses in it, as it may be printed and stored: without user and password.
+
+    Takes too much rather than too little: `http://host:80/a@b` loses its host, since a password may hold a "/".
+    """
+    return _PASSWORD.sub(r"\1…", _USERINFO.sub("", text))

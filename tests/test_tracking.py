@@ -15,7 +15,7 @@ from mlflow_server import free_port, server
 from orchestrator.errors import UserError
 from orchestrator.metrics import PointLog
 from orchestrator.provenance import flatten, git_commit, package_tags
-from orchestrator.tracking import Metric, Tracking, connect, tracking_uri
+from orchestrator.tracking import Metric, Tracking, connect, patiently, tracking_uri
 
 RECIPE = {
     "name": "tiny",
@@ -201,6 +201,23 @@ def test_a_new_run_without_its_server_is_refused_in_one_line(
         open_tracking(workdir)
     assert "\n" not in str(error.value)
     assert time.monotonic() - began < 10
+
+
+def test_a_password_in_the_address_is_never_said(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    open_tracking(workdir)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:s3cret@{address}")
+    tracking = open_tracking(workdir)  # resumed with its server away: a warning
+    assert f"MLflow at http://{address} could not be told" in caplog.text
+    assert tracking.look.startswith(f"http://{address}/#/")
+    with pytest.raises(UserError, match=f"MLflow at http://{address} does not answer") as error:
+        patiently(tracking.uri, lambda: tracking.client.get_run(tracking.run_id), 0.0)
+    assert "s3cret" not in caplog.text + str(error.value)
+    assert "s3cret" not in (workdir / "tracking.json").read_text()
+    tracking.uri = "postgresql://user:s3cret@host/db"
+    assert tracking.look == 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
 
 
 def test_a_deleted_experiment_is_named(workdir: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.metrics import Point, PointLog
-from orchestrator.uploader import Uploader
+from orchestrator.uploader import Uploader, one_line, shown
 
 QUICK = {"poll_seconds": 0.01, "first_retry_seconds": 0.01, "last_retry_seconds": 0.05}
 
@@ -164,3 +164,20 @@ def test_a_file_cut_short_and_written_again_gives_no_step_twice(tmp_path: Path) 
             log.append(step, {"loss": 1})  # shorter lines: the old end now lies behind the line of step 10
     Uploader([path], receiver.send, tmp_path / "s.json").drain()
     assert receiver.steps == list(range(15))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("http://user:s3cret@host:5000/base", "http://host:5000/base"),
+        ("https://s3cret@host", "https://host"),
+        ("postgresql://user:s3/cr@et@host/db", "postgresql://host/db"),
+        ("postgresql://host/db?user=u&password=s3cret&ssl=1", "postgresql://host/db?user=u&password=…&ssl=1"),
+        ("sqlite:////work dir/user:a@b/mlflow.db", "sqlite:////work dir/user:a@b/mlflow.db"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+    ],
+)
+def test_passwords_of_addresses_are_not_shown(given: str, expected: str) -> None:
+    assert shown(given) == expected
+    said = f"API request to {given} failed,\nask models:/m@newest"
+    assert one_line(ConnectionError(said)) == f"API request to {expected} failed, ask models:/m@newest"
