@@ -48,7 +48,8 @@ class GradientSum(Protocol):
         """Sum over the workers and divide by `count`.
 
         Returns the means of the terms, float64 [num_terms], and a bool scalar: every number was finite (and, for
-        `ExactSum`, within its range). Both stay on the device and are the same on all ranks.
+        `ExactSum`, within its range; where one was not, the terms' means and the gradient's norm are NaN). Both stay
+        on the device and are the same on all ranks.
         """
 
 
@@ -107,10 +108,13 @@ class ExactSum:
 
     def finish(self, world: World, count: float) -> tuple[Tensor, Tensor]:
         world.sum_device(self._sums)
+        held = self._refused == 0
         for start in range(0, self._size, self._chunk):
             part = self.gradient[start : start + self._chunk]
             part.copy_(self._sums[start : start + len(part)].double().mul_(GRADIENT_UNIT).div_(count))
-        return self._terms.double().mul_(TERM_UNIT).div_(count), self._refused == 0
+        self.gradient[:1].masked_fill_(~held, torch.nan)  # one is enough for the norm
+        terms = self._terms.double().mul_(TERM_UNIT).div_(count)
+        return terms.masked_fill_(~held, torch.nan), held
 
 
 def make_sum(

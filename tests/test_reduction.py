@@ -85,6 +85,17 @@ def test_what_is_not_finite_is_told(kind, value, where):
     assert added(kind, parts(3))[2] is True
 
 
+@pytest.mark.parametrize("where", ["gradient", "terms"])
+def test_a_refused_step_has_no_number_that_looks_like_one(where):
+    """NaN cast to int64 is the least integer: without care, a finite loss of -5e8."""
+    for value in (float("nan"), 1e30):
+        given = parts(3)
+        given[1][where == "terms"][1] = value
+        gradient, means, _ = added("exact", given)
+        assert means.isnan().all()
+        assert gradient.norm().isnan()
+
+
 def test_an_exact_sum_says_when_a_value_is_beyond_its_range_and_holds_all_up_to_it():
     limit = 2.0 ** (21 - 2)  # four micro-batches
     for value, held in ((limit, True), (-limit, True), (limit * 1.001, False), (-limit * 1.001, False)):
