@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 NAME = re.compile(r"step-(\d{9})")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DAMAGE = (ValueError, KeyError, SafetensorError, FileNotFoundError)  # ValueError: JSON that is none, too
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def restore_newest(
 
     For the one process that writes to `folder`: what killed saves left is removed, and a damaged checkpoint is
     passed over with a warning, in favour of the one before, and set aside, so that its step can be saved again.
+    Storage that fails to answer (ESTALE, EIO, EMFILE, EACCES) is no damage: its `OSError` is raised.
     Raises `UserError` when a checkpoint belongs to another recipe or data set, or when checkpoints exist and none is
     sound.
     """
@@ -170,7 +172,7 @@ def restore_newest(
     for path in reversed(found):
         try:
             meta, tensors = read(path)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except DAMAGE as error:
             log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, error)
             damaged.append(path)
             continue

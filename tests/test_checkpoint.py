@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shutil
@@ -88,6 +89,21 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == (1, FACTS)
     assert all(torch.equal(v, other_models["s"].state_dict()[k]) for k, v in first.items())
     assert "step-000000002 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
+def test_storage_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, number):
+    models, states = make(0)
+    for step in (1, 2):
+        save(tmp_path, step, models, states)
+
+    def fails(path):
+        raise OSError(number, "not now", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="not now"):
+        patch.setattr(checkpoint, "sha256_file", fails)
+        checkpoint.restore_newest(tmp_path, *make(1), MINE)
+    assert checkpoint.restore_newest(tmp_path, *make(1), MINE) == (2, FACTS)
 
 
 def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
