@@ -24,7 +24,7 @@ quickstart: .venv/.quickstart-input
 	$(BIN)/minilm run recipes/quickstart.yaml --workdir $(WORKDIR)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/.quickstart-input
 	$(BIN)/python -m pytest -m slow --timeout 3600
