@@ -3,13 +3,15 @@
 `reached` holds the step that is being computed, rewritten in place before each step (microseconds; in the kernel,
 so it survives the process). `attempts.json` is written when an attempt begins its loop: where the last one died, and
 how many in a row died there. Attempts that never reach their loop count for nothing; those that died at different
-steps, such as by a machine that comes and goes, start the count again.
+steps, such as by a machine that comes and goes, start the count again. Nothing here is fsynced: a file that a power
+failure has emptied or cut means that nothing was counted.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from orchestrator.files import read_json, write_json
 
@@ -30,10 +32,10 @@ class Attempts:
 
         After an answer the count starts again: whoever changes something and runs again gets new attempts.
         """
-        record = read_json(self._record) or {"running": False, "step": -1, "failures": 0}
+        record = _read(self._record, {"running": False, "step": -1, "failures": 0})
         step, failures = record["step"], record["failures"]
         if record["running"]:
-            died_at = int(os.pread(self._reached, WIDTH, 0) or -1)
+            died_at = self._died_at()
             step, failures = died_at, failures + 1 if died_at == step else 1
         if failures >= MAX_FAILURES:
             self._write(running=False, step=-1, failures=0)
@@ -53,13 +55,19 @@ class Attempts:
     def close(self) -> None:
         os.close(self._reached)
 
+    def _died_at(self) -> int:
+        try:
+            return int(os.pread(self._reached, WIDTH, 0))
+        except ValueError:
+            return -1
+
     def _write(self, *, running: bool, step: int, failures: int) -> None:
         write_json(self._record, {"running": running, "step": step, "failures": failures}, durable=False)
 
 
 def count_start_failure(folder: Path, rank: int, text: str) -> int:
     """Note that an attempt of this rank ended with the error `text`; how many in a row did, none reaching its loop."""
-    record = read_json(_starts(folder, rank)) or {"text": "", "count": 0}
+    record = _read(_starts(folder, rank), {"text": "", "count": 0})
     count = record["count"] + 1 if record["text"] == text else 1
     write_json(_starts(folder, rank), {"text": text, "count": count % MAX_FAILURES}, durable=False)
     return int(count)
@@ -68,6 +76,14 @@ def count_start_failure(folder: Path, rank: int, text: str) -> int:
 def forget_start_failures(folder: Path, rank: int) -> None:
     """This rank has reached its loop."""
     _starts(folder, rank).unlink(missing_ok=True)
+
+
+def _read(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+    try:
+        record = read_json(path)
+    except ValueError:
+        return default
+    return record if isinstance(record, dict) and record.keys() == default.keys() else default
 
 
 def _starts(folder: Path, rank: int) -> Path:

@@ -12,7 +12,7 @@ import worker_pool
 from support import make_job
 
 from data.stream import Stream
-from orchestrator.attempts import Attempts
+from orchestrator.attempts import Attempts, count_start_failure
 from orchestrator.errors import NoProgress
 from orchestrator.stage import StageFolder
 from orchestrator.worker import run_stage
@@ -53,6 +53,20 @@ def test_a_good_end_forgets(tmp_path):
     attempts.close()
     for _ in range(3):
         assert dies_at(tmp_path, 0, 4) is None
+
+
+@pytest.mark.parametrize("left", [b"", b'{"running": tr', b"\0" * 60, b"{}"])
+def test_files_that_a_power_failure_has_cut_count_nothing(tmp_path, left):
+    for _ in range(2):
+        dies_at(tmp_path, 0, 4)
+        count_start_failure(tmp_path, 0, "broken")
+    (tmp_path / "attempts.json").write_bytes(left)
+    (tmp_path / "failed-starts-0.json").write_bytes(left)
+    assert count_start_failure(tmp_path, 0, "broken") == 1
+    for _ in range(3):
+        assert dies_at(tmp_path, 0, 4) is None
+    (tmp_path / "reached").write_bytes(left)
+    assert dies_at(tmp_path, 0, 4) is None  # three deaths, but nobody knows where
 
 
 def test_a_stage_that_dies_at_one_step_again_and_again_stops_and_names_its_rows(shards, teacher, tmp_path):
