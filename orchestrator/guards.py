@@ -48,7 +48,13 @@ def check_finite(job: StageJob, stream: Stream, student: str, refused: list[int]
 
 
 def no_progress(job: StageJob, stream: Stream, step: int) -> NoProgress:
+    """`step`: the one at which the attempts died; `job.steps` where none was left and only the export was."""
     folder = StageFolder(Path(job.folder))
+    if step >= job.steps:
+        return NoProgress(
+            f"stage {job.stage}: {MAX_FAILURES} attempts in a row ended while they exported the students, all "
+            f"{job.steps} steps being made; look at worker-*.log in {folder.root}; the same command tries again"
+        )
     return NoProgress(
         f"stage {job.stage}: {MAX_FAILURES} attempts in a row ended while they computed step {step}, of "
         f"{name_rows(stream, step, folder.failed_step)}; look at worker-*.log in {folder.root}; the same command "

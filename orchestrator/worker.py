@@ -143,9 +143,13 @@ class StageRun:
         self.watchdog.expect_long()
         if self.saver:
             self.saver.wait()
-        self.end_attempt()
         if done == job.steps and self.world.is_main:
+            if self.attempts:
+                self.attempts.reach(
+                    done
+                )  # an export that fails is counted like a step, under the number behind all
             self.finish()
+        self.end_attempt()
         return done == job.steps
 
     def resume(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import worker_pool
 from support import make_job
 
 from data.stream import Stream
+from orchestrator import worker
 from orchestrator.attempts import Attempts, count_start_failure
 from orchestrator.errors import NoProgress
+from orchestrator.reporting import run_reporting
 from orchestrator.stage import StageFolder
 from orchestrator.worker import run_stage
 
@@ -85,6 +88,27 @@ def test_a_stage_that_dies_at_one_step_again_and_again_stops_and_names_its_rows(
     stream = Stream(shards, seed=job.seed, batch=12, micro_batch=12)
     assert failed == {"step": 4, "row_ids": stream.row_ids(4, 0).tolist()}
     assert run_stage(job)
+
+
+def test_an_export_that_fails_again_and_again_ends_the_run(shards, teacher, tmp_path, monkeypatch):
+    job = make_job(shards, teacher, tmp_path)
+
+    def fails(*_):
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "export_student", fails)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="broken"):
+                run_reporting(job)
+        assert not run_reporting(job)
+    failure = json.loads(StageFolder(tmp_path).failure.read_text())
+    assert failure["exit_code"] == 4
+    assert re.match(
+        "stage first: 3 attempts in a row ended while they exported the students, all 12 steps being made; look at",
+        failure["message"],
+    )
+    assert run_reporting(replace(job, attempt="next"))
 
 
 def test_all_ranks_hear_of_it_and_the_driver_gets_the_exit_code(shards, teacher, tmp_path):
