@@ -39,12 +39,12 @@ from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.files import read_json, write_json  # noqa: E402
 from orchestrator.metrics import Point  # noqa: E402
 from orchestrator.provenance import flatten, git_commit, package_tags  # noqa: E402
+from orchestrator.untold import STATE_FILE, untold  # noqa: E402
 from orchestrator.uploader import Uploader, one_line, shown  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-STATE_FILE = "tracking.json"
 _MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _ENDED = ("FINISHED", "FAILED", "KILLED")
@@ -82,6 +82,40 @@ def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) 
             ) from reason
         time.sleep(pause)
         pause = min(2 * pause, 10.0)
+
+
+def tell_rest(workdir: Path, experiment: str) -> int:
+    """Tells MLflow what an ended run could not, and nothing else; returns how many notes remain.
+
+    For a work directory that is done, by whoever holds its lock. Any trouble is one warning, never an error, and
+    leaves the notes for the next time: MLflow is away, or MLFLOW_TRACKING_URI names another one than the run's.
+    """
+    if not untold(workdir):
+        return 0
+    uri = tracking_uri(workdir)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return _not_there(workdir, uri)  # asking would make an empty one
+    tracking = Tracking(workdir, uri, experiment)
+    with tracking._lock:
+        try:
+            run_id = tracking._state["runs"].get("")
+            if run_id is not None and tracking._lifecycle(run_id) is None:
+                return _not_there(workdir, uri)
+            tracking._find_runs_again()
+        except Exception as error:
+            tracking._warn(error)
+            return tracking.num_untold
+        return tracking.tell(at_once=True)
+
+
+def _not_there(workdir: Path, uri: str) -> int:
+    logger.warning(
+        "the runs of %s are not at %s: set MLFLOW_TRACKING_URI as it was for the run, and the same command tells "
+        "MLflow what is left",
+        workdir,
+        shown(uri),
+    )
+    return len((read_json(workdir / STATE_FILE) or {}).get("notes", []))
 
 
 class Tracking:
@@ -144,6 +178,11 @@ class Tracking:
         return tracking
 
     @property
+    def num_untold(self) -> int:
+        """Notes that MLflow has not been told."""
+        return len(self._state["notes"])
+
+    @property
     def run_id(self) -> str:
         """Of the parent run, which `open` made or found."""
         return str(self._state["runs"][""])
@@ -187,7 +226,7 @@ class Tracking:
         with self._lock:
             began = time.monotonic()
             if began < self._quiet_until and not at_once:
-                return len(self._state["notes"])
+                return self.num_untold
             try:
                 while self._state["notes"]:
                     self._tell_one(self._state["notes"][0])
@@ -199,7 +238,7 @@ class Tracking:
                 self._quiet_until = now + (now - began)
             else:
                 self._away = False
-            return len(self._state["notes"])
+            return self.num_untold
 
     def _warn(self, error: Exception) -> None:
         if not self._away:
@@ -266,17 +305,22 @@ class Tracking:
     def _find_runs_again(self) -> None:
         """Forgets runs that this MLflow does not have: it is another server, or they were deleted there."""
         run_id = self._state["runs"].get("")
-        if run_id is None:
+        if run_id is None or self._lifecycle(run_id) == "active":
             return
+        logger.warning(
+            "run %s of %s is not at %s: a new one is made there", run_id, self._path, shown(self.uri)
+        )
+        self._state |= _no_runs()
+        self._save()
+
+    def _lifecycle(self, run_id: str) -> str | None:
+        """ "active" or "deleted"; None where MLflow has no such run."""
         try:
-            if self.client.get_run(run_id).info.lifecycle_stage == "active":
-                return
+            return str(self.client.get_run(run_id).info.lifecycle_stage)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-        logger.warning("run %s of %s is not at %s: a new one is made there", run_id, self._path, shown(self.uri))
-        self._state |= _no_runs()
-        self._save()
+            return None
 
     def _run_id(self, run: str, name: str) -> str:
         """The id of the run ("" is the parent), found by our own tag or made; raises if MLflow is away."""

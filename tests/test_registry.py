@@ -200,9 +200,7 @@ def test_pull_leaves_a_folder_with_something_in_it_alone(store: str, tmp_path: P
         pull(store, "models:/careful@newest", out / "config.json" / "x")
 
 
-def test_pull_takes_the_folder_one_is_in(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pull_takes_the_folder_one_is_in(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path / "m")
     register(store, "here", folder, run_id=new_run(store), alias="newest")
     (tmp_path / "out").mkdir()

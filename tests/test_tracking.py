@@ -15,7 +15,8 @@ from mlflow_server import free_port, server
 from orchestrator.errors import UserError
 from orchestrator.metrics import PointLog
 from orchestrator.provenance import flatten, git_commit, package_tags
-from orchestrator.tracking import Metric, Tracking, connect, patiently, tracking_uri
+from orchestrator.tracking import Metric, Tracking, connect, patiently, tell_rest, tracking_uri
+from orchestrator.untold import untold
 
 RECIPE = {
     "name": "tiny",
@@ -257,6 +258,45 @@ def test_a_run_goes_on_while_mlflow_is_away_and_tells_it_later(
     assert [file.path for file in back.client.list_artifacts(run_id)] == ["p.png"]
     assert back.finish() == 0
     assert json.loads((workdir / "tracking.json").read_text())["notes"] == []
+
+
+def test_a_finished_run_tells_the_rest_when_it_is_asked_again(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not untold(workdir) and tell_rest(workdir, "experiment") == 0
+    tracking = open_tracking(workdir)
+    stage = tracking.stage("small", {"batch": 8})
+    stage.follow([workdir / "m.jsonl"])
+    assert not untold(workdir)
+    with PointLog(workdir / "m.jsonl") as log:
+        log.append(1, {"small/loss": 1})
+    with monkeypatch.context() as patch:
+        for call in ("log_batch", "get_run", "search_runs"):
+            patch.setattr(tracking.client, call, lambda *_, **__: (_ for _ in ()).throw(ConnectionError()))
+        stage.finish(timeout_seconds=0.1)
+        left = tracking.finish()
+    assert left > 0 and untold(workdir)
+
+    other = workdir / "other.db"
+    with monkeypatch.context() as patch:  # neither a server that is away nor another one takes them
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://u:s3cret@127.0.0.1:{free_port()}")
+        assert tell_rest(workdir, "experiment") == left
+        assert "could not be told" in caplog.text and "s3cret" not in caplog.text
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+        assert tell_rest(workdir, "experiment") == left
+        assert not other.exists()
+        connect(f"sqlite:///{other}").search_experiments()
+        assert tell_rest(workdir, "experiment") == left
+        assert caplog.text.count("set MLFLOW_TRACKING_URI as it was for the run") == 2
+    assert tell_rest(workdir, "experiment") == 0
+    assert not untold(workdir)
+    assert history(tracking, stage.run_id, "small/loss") == [(1, 1.0)]
+    for run_id in (stage.run_id, tracking.run_id):
+        assert tracking.client.get_run(run_id).info.status == "FINISHED"
+    assert len(tracking.client.search_runs([tracking.client.get_run(stage.run_id).info.experiment_id])) == 2
+    assert tell_rest(workdir, "experiment") == 0
+    (workdir / "tracking.json").write_text("{")
+    assert not untold(workdir)
 
 
 def test_another_server_gets_runs_of_its_own_and_every_point(
