@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
+_FOR_GOOD = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 _ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -129,7 +130,7 @@ class Tracking:
         self._path = workdir / STATE_FILE
         self._lock = threading.RLock()
         try:
-            self._state: dict[str, Any] = read_json(self._path) or {**_no_runs(), "notes": []}
+            self._state: dict[str, Any] = {**_no_runs(), "notes": [], **(read_json(self._path) or {})}
         except ValueError as error:
             raise UserError(
                 f"{self._path} is damaged: remove it, and the run gets new MLflow runs"
@@ -229,7 +230,16 @@ class Tracking:
                 return self.num_untold
             try:
                 while self._state["notes"]:
-                    self._tell_one(self._state["notes"][0])
+                    note = self._state["notes"][0]
+                    try:
+                        self._tell_one(note)
+                    except MlflowException as error:
+                        if error.error_code not in _FOR_GOOD:
+                            raise
+                        if self._find_runs_again():  # somebody deleted the run: the note goes to a new one
+                            self._tell_one(note)
+                        else:
+                            self._warn_refused(note, error)
                     del self._state["notes"][0]
                     self._save()
             except Exception as error:
@@ -249,6 +259,17 @@ class Tracking:
                 self._path,
                 one_line(error),
             )
+
+    def _warn_refused(self, note: dict[str, Any], error: Exception) -> None:
+        whose = f"stage {note['run']}" if note["run"] else "the recipe"
+        what = ", ".join(key for key in note if key not in ("run", "name"))
+        logger.warning(
+            "MLflow at %s refuses the %s of %s for good; it goes on without (%s)",
+            shown(self.uri),
+            what,
+            whose,
+            one_line(error),
+        )
 
     def _note(self, run: str, name: str, **what: Any) -> None:
         with self._lock:
@@ -275,7 +296,7 @@ class Tracking:
                 run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items()]
             )
         if "points" in note:
-            self._uploader(run_id, [Path(file) for file in note["points"]]).drain()
+            self._uploader(note["run"], [Path(file) for file in note["points"]]).drain()
         if "artifact" in note:
             path, folder = Path(note["artifact"][0]), note["artifact"][1] or None
             if path.is_dir():
@@ -290,28 +311,47 @@ class Tracking:
             else:
                 self.client.update_run(run_id, note["status"])
 
-    def _uploader(self, run_id: str | Callable[[], str], files: Sequence[Path]) -> Uploader:
+    def _uploader(self, stage: str, files: Sequence[Path]) -> Uploader:
         def send(points: list[Point]) -> None:
             metrics = [
                 Metric(name, value, point.time_ms, point.step)
                 for point in points
                 for name, value in point.metrics.items()
             ]
-            self.client.log_batch(run_id if isinstance(run_id, str) else run_id(), metrics=metrics)
+            self.client.log_batch(self._run_id(stage, stage), metrics=metrics)
 
-        # The key in the name: another server, which knows nothing yet, gets every point.
-        return Uploader(files, send, files[0].parent / f"uploaded-{self._state['key'][:8]}.json")
+        # Key and take in the name: another server, or a new run there, knows nothing yet and gets every point.
+        name = f"uploaded-{self._state['key'][:8]}{self._take(stage, '-{}')}.json"
+        return Uploader(files, send, files[0].parent / name)
 
-    def _find_runs_again(self) -> None:
-        """Forgets runs that this MLflow does not have: it is another server, or they were deleted there."""
-        run_id = self._state["runs"].get("")
-        if run_id is None or self._lifecycle(run_id) == "active":
-            return
-        logger.warning(
-            "run %s of %s is not at %s: a new one is made there", run_id, self._path, shown(self.uri)
-        )
-        self._state |= _no_runs()
-        self._save()
+    def _find_runs_again(self) -> bool:
+        """Forgets runs that this MLflow does not have: it is another server, or they were deleted there.
+
+        True if there was one. Without the recipe's run all are forgotten; without a stage's, that one.
+        """
+        gone = [run for run, id_ in sorted(self._state["runs"].items()) if self._lifecycle(id_) != "active"]
+        for run in gone:
+            run_id = self._state["runs"][run]
+            logger.warning(
+                "run %s of %s is not at %s: a new one is made there", run_id, self._path, shown(self.uri)
+            )
+            if run == "":
+                self._state |= _no_runs()
+                break
+            self._renew(run)
+        if gone:
+            self._save()
+        return bool(gone)
+
+    def _renew(self, stage: str) -> None:
+        """Forgets the run of a stage: the next is made anew and gets every point (see `_take`)."""
+        self._state["runs"].pop(stage, None)
+        self._state["takes"][stage] = self._state["takes"].get(stage, 1) + 1
+
+    def _take(self, run: str, form: str) -> str:
+        """What tells the runs apart that a stage had after another: nothing for the first, then 2, 3, …"""
+        take = self._state["takes"].get(run, 1)
+        return form.format(take) if take > 1 else ""
 
     def _lifecycle(self, run_id: str) -> str | None:
         """ "active" or "deleted"; None where MLflow has no such run."""
@@ -329,8 +369,9 @@ class Tracking:
                 return str(self._state["runs"][run])
             self._save()  # the key must be on disk before a run carries it
             experiment_id = self._experiment_id()
-            tags = {"minilm.workdir": self._state["key"], "minilm.run": f"stage {run}" if run else "recipe"}
+            tags = {"minilm.workdir": self._state["key"], "minilm.run": "recipe"}
             if run:
+                tags["minilm.run"] = f"stage {run}{self._take(run, ' take {}')}"
                 tags["mlflow.parentRunId"] = self._run_id("", "")
             query = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in ("minilm.workdir", "minilm.run"))
             found = self.client.search_runs([experiment_id], query, max_results=1)
@@ -381,9 +422,7 @@ class StageRun:
         The uploader holds no more than a megabyte of a file at a time, however long MLflow is away.
         """
         self._files = [file.resolve() for file in files]
-        self._uploader = self._tracking._uploader(
-            lambda: self._tracking._run_id(self.name, self.name), self._files
-        ).start()
+        self._uploader = self._tracking._uploader(self.name, self._files).start()
         return self._uploader
 
     def tag(self, tags: Mapping[str, str]) -> None:
@@ -411,7 +450,7 @@ class StageRun:
 
 
 def _no_runs() -> dict[str, Any]:
-    return {"key": uuid.uuid4().hex, "experiment_id": None, "runs": {}}
+    return {"key": uuid.uuid4().hex, "experiment_id": None, "runs": {}, "takes": {}}
 
 
 def _checked(status: str) -> str:

@@ -318,6 +318,48 @@ def test_another_server_gets_runs_of_its_own_and_every_point(
     assert history(second, stage.run_id, "small/loss") == [(1, 1.0), (2, 2.0)]
 
 
+def test_a_stage_whose_run_was_deleted_gets_a_new_one_with_every_point(
+    workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracking = open_tracking(workdir)
+    stage = tracking.stage("small", {"batch": 8})
+    with PointLog(workdir / "m.jsonl") as log:
+        log.append(1, {"small/loss": 1})
+        stage.follow([workdir / "m.jsonl"]).close(20)
+        first = stage.run_id
+        tracking.client.delete_run(first)  # between two runs
+        again = open_tracking(workdir)
+        assert again.run_id == tracking.run_id
+        assert f"run {first} of" in caplog.text and "a new one is made there" in caplog.text
+        stage = again.stage("small", {"batch": 8})
+        log.append(2, {"small/loss": 2})
+        stage.follow([workdir / "m.jsonl"]).close(20)
+        second = stage.run_id
+        assert history(again, second, "small/loss") == [(1, 1.0), (2, 2.0)]
+        assert again.client.get_run(second).data.params == {"batch": "8"}
+
+        stage.follow([workdir / "m.jsonl"])
+        again.client.delete_run(second)  # in the middle of one
+        log.append(3, {"small/loss": 3})
+        stage.tag({"said": "afterwards"})
+        assert stage.finish(timeout_seconds=20) == 0 and again.finish() == 0
+    third = again.client.get_run(stage.run_id)
+    assert len({first, second, third.info.run_id}) == 3
+    assert third.data.tags["said"] == "afterwards" and third.info.status == "FINISHED"
+    assert history(again, third.info.run_id, "small/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_note_that_is_refused_for_good_does_not_block_the_others(
+    workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracking = open_tracking(workdir)
+    tracking.tag({"a tag name that MLflow does not take: $": "1"})
+    tracking.tag({"good": "1"})
+    assert tracking.finish() == 0
+    assert caplog.text.count("refuses the tags of the recipe for good") == 1
+    assert tracking.client.get_run(tracking.run_id).data.tags["good"] == "1"
+
+
 def test_an_upload_does_not_slow_the_training_thread(workdir: Path) -> None:
     """Appending is what the training thread pays for tracking: microseconds, MLflow busy or not."""
     tracking = open_tracking(workdir)
