@@ -15,6 +15,7 @@ from orchestrator.errors import NoProgress, UserError
 from orchestrator.files import write_json
 from orchestrator.journal import Due
 from orchestrator.stage import StageFolder, StageJob
+from orchestrator.storage import writing
 
 NAMED_ROWS = 8
 LONG = 10  # start-up, evaluation and export may take so many times as long as a step
@@ -24,7 +25,8 @@ REARM_SECONDS = 1.0
 def name_rows(stream: Stream, step: int, record: Path) -> str:
     """The rows of a step (from 0), in words; all of them go into the file `record`."""
     rows = [int(row) for i in range(stream.num_micro_batches) for row in stream.row_ids(step, i)]
-    write_json(record, {"step": step, "row_ids": rows})
+    with writing(record.parent):
+        write_json(record, {"step": step, "row_ids": rows})
     named = ", ".join(map(str, rows[:NAMED_ROWS]))
     return f"rows {named}" + (f", … ({len(rows)} rows, all in {record})" if len(rows) > NAMED_ROWS else "")
 

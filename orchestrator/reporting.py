@@ -7,7 +7,6 @@ at once.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
@@ -17,19 +16,26 @@ from pathlib import Path
 from data.errors import DataError
 from model.errors import ModelError
 from orchestrator.attempts import MAX_FAILURES, count_start_failure
-from orchestrator.errors import NoProgress, UserError
+from orchestrator.errors import InfrastructureError, NoProgress, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.stage import StageFolder, StageJob
+from orchestrator.storage import is_final
 
 log = logging.getLogger(__name__)
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 PEER_REPORT_SECONDS = 1.0
 
 
 def log_to_file(job: StageJob) -> None:
-    """Send this worker's log to `worker-<rank>.log` in the stage's folder, where the driver points people to."""
-    handler = logging.FileHandler(StageFolder(Path(job.folder)).worker_log(own_rank()))
+    """Send this worker's log to `worker-<rank>.log` in the stage's folder, where the driver points people to.
+
+    Where that can't be written, it stays on standard error, and the run itself soon says why.
+    """
+    try:
+        handler = logging.FileHandler(StageFolder(Path(job.folder)).worker_log(own_rank()))
+    except OSError as error:
+        log.warning("no log file: %s", error)
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -39,7 +45,8 @@ def log_to_file(job: StageJob) -> None:
 def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -> bool:
     """`worker.run_stage`, with errors that no retry can cure left in `failure.json` for the driver instead of raised.
 
-    Those are bad input, a full disk, and any error that ends the start-up three times in a row.
+    Those are bad input, storage that is full or can't be written, and any error that ends the start-up three times in
+    a row. Raises `InfrastructureError` when not even `failure.json` can be written.
     """
     folder = StageFolder(Path(job.folder))
     if reported(job):
@@ -51,7 +58,7 @@ def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -
     except (UserError, DataError, ModelError) as error:
         message, exit_code = str(error), getattr(error, "exit_code", UserError.exit_code)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
+        if is_final(error):
             exit_code = UserError.exit_code
             message = (
                 f"stage {job.stage}: no space left on the disk of {job.folder}; its last checkpoint is whole: free "
@@ -71,7 +78,12 @@ def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -
                 f"stage {job.stage}: its workers could not start, {MAX_FAILURES} times in a row, because of {text}; "
                 f"the whole error is in {folder.worker_log(own_rank())}; mend that and run the same command again"
             )
-    write_json(folder.failure, {"attempt": job.attempt, "message": message, "exit_code": exit_code})
+    try:
+        write_json(folder.failure, {"attempt": job.attempt, "message": message, "exit_code": exit_code})
+    except OSError as error:
+        raise InfrastructureError(
+            f"{message} (and {folder.failure} cannot be written: {error.strerror or error})"
+        ) from error
     return False
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Facts, Identity
 from orchestrator.step import StudentState
+from orchestrator.storage import writing
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -61,16 +62,17 @@ class Saver:
             try:
                 copied()
                 check(self._host)
-                checkpoint.write(
-                    self.folder,
-                    step,
-                    self._host,
-                    self.identity,
-                    facts,
-                    keep=self.keep,
-                    keep_every=self.keep_every,
-                    guard=self.guard,
-                )
+                with writing(self.folder):
+                    checkpoint.write(
+                        self.folder,
+                        step,
+                        self._host,
+                        self.identity,
+                        facts,
+                        keep=self.keep,
+                        keep_every=self.keep_every,
+                        guard=self.guard,
+                    )
             except BaseException as error:  # handed to the loop, whatever it is
                 self._error = error
 

@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from orchestrator.saver import Parts, Saver
 from orchestrator.schedule import learning_rate
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.step import MicroBatch, StepOutcome, train_step
+from orchestrator.storage import is_final, writing
 from orchestrator.students import build_distiller, compute_deterministically, make_states, pick_precision
 from orchestrator.world import PeerFailed, World, join_world
 
@@ -53,13 +54,16 @@ def run_stage(job: StageJob, on_step: Callable[[int], None] | None = None) -> bo
     `ModelError` for what a retry can't cure.
     """
     with join_world(job.device, job.threads) as world:
-        watchdog = Watchdog(StageFolder(Path(job.folder)).worker_log(world.rank), job.stall_seconds)
+        folder = StageFolder(Path(job.folder))
+        with writing(folder.root):
+            watchdog = Watchdog(folder.worker_log(world.rank), job.stall_seconds)
         try:
             run = StageRun(job, world, watchdog)
             try:
                 return run.run(on_step)
-            except (UserError, DataError, ModelError, OSError):
-                run.end_attempt()  # the cause is known: nothing to count
+            except Exception as error:
+                if is_final(error):
+                    run.end_attempt()  # nothing to count
                 raise
             finally:
                 run.close()
@@ -94,13 +98,15 @@ class StageRun:
         self.parts = 1
         self.stop_check_due = Due(STOP_CHECK_SECONDS, at_once=True)
         self.checkpoint_due = Due(job.checkpoint_every_seconds)
-        self.journal = Journal(
-            self.folder, writes=world.is_main, workers=world.size, batch=job.batch, seq_len=self.seq_len
-        )
+        with self.writing():
+            self.journal = Journal(
+                self.folder, writes=world.is_main, workers=world.size, batch=job.batch, seq_len=self.seq_len
+            )
         self.saver: Saver | None = None
         self.attempts: Attempts | None = None
         if world.is_main:
-            self.attempts = Attempts(self.folder.root)
+            with self.writing():
+                self.attempts = Attempts(self.folder.root)
             self.expected = Expected(
                 Path(job.data), seed=job.seed, batch=job.batch, micro_batch=job.micro_batch
             )
@@ -121,7 +127,8 @@ class StageRun:
             self.evaluate(0)
         mine = share(self.stream.num_micro_batches, self.world.rank, self.world.size)
         batches = self.stream.iterate(first, job.steps, mine)
-        forget_start_failures(self.folder.root, self.world.rank)
+        with self.writing():
+            forget_start_failures(self.folder.root, self.world.rank)
         self.journal.restart(first)
         try:
             for step in range(first, job.steps):
@@ -132,7 +139,8 @@ class StageRun:
                     self.log_step(done, outcome)
                 if done == job.steps or (job.eval_every and done % job.eval_every == 0):
                     self.evaluate(done)
-                self.journal.beat("training", done)
+                with self.writing():
+                    self.journal.beat("training", done)
                 self.save_if_due(done, stop)
                 if on_step:
                     on_step(done)
@@ -144,11 +152,10 @@ class StageRun:
         if self.saver:
             self.saver.wait()
         if done == job.steps and self.world.is_main:
-            if self.attempts:
-                self.attempts.reach(
-                    done
-                )  # an export that fails is counted like a step, under the number behind all
-            self.finish()
+            with self.writing():
+                if self.attempts:
+                    self.attempts.reach(done)  # a failing export is counted like a step, one behind the last
+                self.finish()
         self.end_attempt()
         return done == job.steps
 
@@ -184,7 +191,8 @@ class StageRun:
 
     def begin_attempt(self, first: int) -> None:
         assert self.attempts
-        step = self.attempts.begin(first)
+        with self.writing():
+            step = self.attempts.begin(first)
         if step is not None:
             raise no_progress(self.job, self.stream, step)
 
@@ -221,7 +229,8 @@ class StageRun:
     def train(self, step: int, micro_batches: Iterator[MicroBatch]) -> StepOutcome:
         """One update, and what all ranks have told each other with it."""
         if self.attempts:
-            self.attempts.reach(step)
+            with self.writing():
+                self.attempts.reach(step)
         try:
             outcome = train_step(
                 self.distiller,
@@ -272,11 +281,13 @@ class StageRun:
             metrics |= student_metrics(student.name, self.distiller.term_names, weights, means, norm)
             if self.job.on_nonfinite == "skip":
                 metrics[f"{student.name}/skipped_steps"] = refused[0]
-        self.journal.step(step, metrics)
+        with self.writing():
+            self.journal.step(step, metrics)
 
     def evaluate(self, step: int) -> None:
         self.watchdog.expect_long()
-        self.journal.beat("evaluating", step, force=True)
+        with self.writing():
+            self.journal.beat("evaluating", step, force=True)
         divergence = heldout_divergence(
             self.distiller,
             self.heldout,
@@ -285,7 +296,8 @@ class StageRun:
             autocast=self.autocast,
             world=self.world,
         )
-        self.journal.heldout(step, divergence)
+        with self.writing():
+            self.journal.heldout(step, divergence)
         self.watchdog.alive(force=True)
 
     def save_if_due(self, done: int, stop: bool) -> None:
@@ -310,6 +322,9 @@ class StageRun:
             self.expected.check(steps)
 
         self.saver.save(done, checkpoint.Facts(ledger, torch.get_num_threads(), self.parts), check)
+
+    def writing(self) -> AbstractContextManager[None]:
+        return writing(self.folder.root)
 
     def check_owner(self) -> None:
         owner = read_json(self.folder.owner)

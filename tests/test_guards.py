@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from dataclasses import replace
@@ -12,8 +13,9 @@ import worker_pool
 from support import make_job
 
 from model.encoder import load_encoder
-from orchestrator import worker
-from orchestrator.reporting import run_reporting
+from orchestrator import reporting, worker
+from orchestrator.errors import InfrastructureError
+from orchestrator.reporting import log_to_file, run_reporting
 from orchestrator.stage import StageFolder
 from orchestrator.students import build_distiller
 
@@ -84,7 +86,58 @@ def test_a_save_that_fails_on_the_main_rank_ends_all_ranks_at_their_next_step(sh
     job = make_job(shards, teacher, tmp_path, steps=2000)
     (tmp_path / "checkpoints").write_text("not a folder")
     start = time.monotonic()
-    assert worker_pool.join(worker_pool.start(job, 2)) == [1, 1]
+    assert worker_pool.join(worker_pool.start(job, 2)) == [3, 3]
     assert time.monotonic() - start < 30
-    assert "File exists" in StageFolder(tmp_path).worker_log(0).read_text()
-    assert "the main rank could not save, and says why" in StageFolder(tmp_path).worker_log(1).read_text()
+    failure = json.loads(StageFolder(tmp_path).failure.read_text())
+    assert failure["exit_code"] == 10
+    assert f"{tmp_path / 'checkpoints'} cannot be written (File exists): mend the disk" in failure["message"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "heartbeat.json", "reached", "attempts.json", "students"])
+def test_storage_that_cannot_be_written_ends_the_run_at_once(shards, teacher, tmp_path, name):
+    """A file where a folder should be and the other way round: even root can't write there."""
+    job = make_job(shards, teacher, tmp_path, steps=3)
+    if name == "students":
+        (tmp_path / name).write_text("not a folder")
+    else:
+        (tmp_path / name).mkdir()
+    assert not run_reporting(job)
+    failure = json.loads(StageFolder(tmp_path).failure.read_text())
+    assert failure["exit_code"] == 10
+    assert str(tmp_path / name) in failure["message"]
+    assert "permissions and run the same command again" in failure["message"]
+    if name != "attempts.json":
+        record = tmp_path / "attempts.json"
+        assert not record.exists() or json.loads(record.read_text())["running"] is False
+
+
+def test_an_error_of_reading_may_pass_and_counts_as_a_death(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path)
+
+    def stale(step):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(OSError, match="Stale"):
+        run_reporting(job, stale)
+    assert not StageFolder(tmp_path).failure.exists()
+    assert json.loads((tmp_path / "attempts.json").read_text())["running"] is True
+
+
+def test_an_error_that_cannot_even_be_reported_is_raised(shards, teacher, tmp_path, monkeypatch):
+    job = make_job(shards, teacher, tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+
+    def fails(path, *_):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(reporting, "write_json", fails)
+    with pytest.raises(
+        InfrastructureError, match=r"metrics\.jsonl cannot .*failure\.json cannot be written: Read-only"
+    ):
+        run_reporting(job)
+
+
+def test_a_log_file_that_cannot_be_opened_is_no_error(shards, teacher, tmp_path, caplog):
+    (tmp_path / "worker-0.log").mkdir()
+    log_to_file(make_job(shards, teacher, tmp_path))
+    assert "no log file: [Errno 21] Is a directory" in caplog.text
