@@ -30,6 +30,7 @@ from orchestrator.files import read_json, write_json
 from orchestrator.guards import Watchdog, check_finite, no_progress
 from orchestrator.journal import Due, Journal, student_metrics
 from orchestrator.ledger import Expected, Ledger
+from orchestrator.reporting import own_rank
 from orchestrator.saver import Parts, Saver
 from orchestrator.schedule import learning_rate
 from orchestrator.stage import StageFolder, StageJob
@@ -321,7 +322,9 @@ class StageRun:
             self.check_owner()
             self.expected.check(steps)
 
+        self.watchdog.expect_long()  # the save before it may still be in flight, and is waited for
         self.saver.save(done, checkpoint.Facts(ledger, torch.get_num_threads(), self.parts), check)
+        self.watchdog.alive(force=True)
 
     def writing(self) -> AbstractContextManager[None]:
         return writing(self.folder.root)
@@ -333,6 +336,7 @@ class StageRun:
 
     def close(self) -> None:
         """Leave nothing running and no file open."""
+        self.watchdog.expect_long()
         if self.saver:
             self.saver.close()
         if self.attempts:
@@ -379,7 +383,10 @@ def main() -> int:
         print("usage: python -m orchestrator.worker JOB.json", file=sys.stderr)
         return 2
     try:
-        return 0 if run_stage(StageJob.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))) else 3
+        job = StageJob.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+        if own_rank() == 0:  # before the ranks meet: a request of an earlier run is not one to this
+            StageFolder(Path(job.folder)).stop_request.unlink(missing_ok=True)
+        return 0 if run_stage(job) else 3
     except PeerFailed as error:
         print(f"minilm: stopped: {error}", file=sys.stderr)
         return UserError.exit_code

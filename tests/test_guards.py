@@ -15,7 +15,9 @@ from support import make_job
 from model.encoder import load_encoder
 from orchestrator import reporting, worker
 from orchestrator.errors import InfrastructureError
+from orchestrator.guards import Watchdog
 from orchestrator.reporting import log_to_file, run_reporting
+from orchestrator.saver import Saver
 from orchestrator.stage import StageFolder
 from orchestrator.students import build_distiller
 
@@ -29,6 +31,30 @@ def test_a_worker_that_makes_no_step_ends_itself_and_leaves_its_stack(shards, te
     assert "Timeout (0:00:02)!" in log
     assert "in hang_here" in log
     assert run_reporting(replace(job, stall_seconds=300.0))  # what a supervisor starts in its place goes on
+
+
+def test_a_save_that_waits_for_the_one_before_has_a_long_time(shards, teacher, tmp_path, monkeypatch):
+    armed: list[float] = []
+    while_saving: list[float] = []
+    arm, save = Watchdog._arm, Saver.save
+
+    def noted(self, seconds):
+        armed.append(seconds)
+        arm(self, seconds)
+
+    def saves(self, *arguments):
+        while_saving.append(armed[-1])
+        armed.append(0.0)
+        save(self, *arguments)
+
+    def steps(step):
+        if step == 3:
+            assert armed[-1] == 300.0  # a step's again
+
+    monkeypatch.setattr(Watchdog, "_arm", noted)
+    monkeypatch.setattr(Saver, "save", saves)
+    assert run_reporting(make_job(shards, teacher, tmp_path, steps=6), steps)
+    assert while_saving == [3000.0, 3000.0]
 
 
 def test_a_start_that_fails_three_times_the_same_way_is_not_tried_for_ever(

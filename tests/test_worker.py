@@ -26,7 +26,7 @@ from orchestrator import checkpoint
 from orchestrator.errors import UserError
 from orchestrator.metrics import read_all_points
 from orchestrator.stage import StageFolder, StageJob
-from orchestrator.worker import Superseded, run_stage
+from orchestrator.worker import Superseded, main, run_stage
 
 CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share")
 
@@ -215,6 +215,15 @@ def test_another_jobs_checkpoint_is_refused(shards, teacher, tmp_path):
     assert run_stage(job)
     with pytest.raises(UserError, match="belongs to another recipe"):
         run_stage(replace(job, digest="other"))
+
+
+def test_the_plain_command_does_not_heed_an_old_request_to_stop(shards, teacher, tmp_path, monkeypatch):
+    job = make_job(shards, teacher, tmp_path)
+    StageFolder(tmp_path).stop_request.touch()
+    (tmp_path / "job.json").write_text(job.to_json())
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "job.json")])
+    assert main() == 0
+    assert StageFolder(tmp_path).done.exists()
 
 
 def test_the_plain_command_reports_errors_in_one_line(shards, teacher, tmp_path):
