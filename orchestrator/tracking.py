@@ -35,7 +35,7 @@ from mlflow import MlflowClient  # noqa: E402  (after its switches)
 from mlflow.entities import Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
-from orchestrator.errors import UserError  # noqa: E402
+from orchestrator.errors import InfrastructureError, UserError  # noqa: E402
 from orchestrator.files import read_json, write_json  # noqa: E402
 from orchestrator.metrics import Point  # noqa: E402
 from orchestrator.provenance import flatten, git_commit, package_tags  # noqa: E402
@@ -64,7 +64,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) -> Result:
-    """Calls until it works; UserError once MLflow refuses, or has not answered for so long."""
+    """Calls until it works; UserError once MLflow refuses, InfrastructureError if it never answers for so long."""
     deadline = time.monotonic() + patience_seconds
     pause = 0.5
     while True:
@@ -77,7 +77,7 @@ def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) 
         except OSError as error:
             reason = error
         if time.monotonic() + pause > deadline:
-            raise UserError(
+            raise InfrastructureError(
                 f"MLflow at {shown(uri)} does not answer ({one_line(reason)}): start it and run the same "
                 "command again"
             ) from reason
@@ -189,7 +189,16 @@ class Tracking:
         return str(self._state["runs"][""])
 
     def stage(self, name: str, params: Mapping[str, Any]) -> "StageRun":
-        """The child run of one stage; does not fail or wait when MLflow is away."""
+        """The child run of one stage; does not fail or wait when MLflow is away.
+
+        The run this stage had before goes on, unless its points files are gone: somebody removed the stage's
+        folder to train it again, and those are other points.
+        """
+        with self._lock:
+            sent = self._state["sent"].get(name)
+            if sent and not any((self.workdir / file).exists() for file in sent):
+                logger.warning("the points of stage %s are gone: it gets a new run in MLflow", name)
+                self._renew(name)
         self._note(name, name, params=flatten(params), status="RUNNING")
         self.tell()
         return StageRun(self, name)
@@ -319,6 +328,12 @@ class Tracking:
                 for name, value in point.metrics.items()
             ]
             self.client.log_batch(self._run_id(stage, stage), metrics=metrics)
+            with self._lock:
+                if stage not in self._state["sent"]:
+                    self._state["sent"][stage] = [
+                        os.path.relpath(file, self.workdir.resolve()) for file in files
+                    ]
+                    self._save()
 
         # Key and take in the name: another server, or a new run there, knows nothing yet and gets every point.
         name = f"uploaded-{self._state['key'][:8]}{self._take(stage, '-{}')}.json"
@@ -346,6 +361,7 @@ class Tracking:
     def _renew(self, stage: str) -> None:
         """Forgets the run of a stage: the next is made anew and gets every point (see `_take`)."""
         self._state["runs"].pop(stage, None)
+        self._state["sent"].pop(stage, None)
         self._state["takes"][stage] = self._state["takes"].get(stage, 1) + 1
 
     def _take(self, run: str, form: str) -> str:
@@ -413,7 +429,7 @@ class StageRun:
 
     @property
     def run_id(self) -> str:
-        """Waits for MLflow only if the run has not been made, and a minute at most; then UserError."""
+        """Waits for MLflow only if the run has not been made, and a minute at most; then InfrastructureError."""
         return patiently(self._tracking.uri, lambda: self._tracking._run_id(self.name, self.name), 60.0)
 
     def follow(self, files: Sequence[Path]) -> Uploader:
@@ -450,7 +466,7 @@ class StageRun:
 
 
 def _no_runs() -> dict[str, Any]:
-    return {"key": uuid.uuid4().hex, "experiment_id": None, "runs": {}, "takes": {}}
+    return {"key": uuid.uuid4().hex, "experiment_id": None, "runs": {}, "takes": {}, "sent": {}}
 
 
 def _checked(status: str) -> str:

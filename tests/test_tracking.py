@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -347,6 +348,31 @@ def test_a_stage_whose_run_was_deleted_gets_a_new_one_with_every_point(
     assert len({first, second, third.info.run_id}) == 3
     assert third.data.tags["said"] == "afterwards" and third.info.status == "FINISHED"
     assert history(again, third.info.run_id, "small/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_stage_trained_again_from_nothing_gets_a_run_of_its_own(workdir: Path) -> None:
+    def train(folder: Path, losses: list[float]) -> tuple[Tracking, str]:
+        tracking = open_tracking(folder)
+        stage = tracking.stage("small", {"batch": 8})
+        stage.follow([folder / "stages" / "small" / "m.jsonl", folder / "stages" / "small" / "h.jsonl"])
+        with PointLog(folder / "stages" / "small" / "m.jsonl") as log:
+            for step, loss in enumerate(losses):
+                log.append(step, {"small/loss": loss})
+        assert stage.finish() == 0 and tracking.finish() == 0
+        return tracking, stage.run_id
+
+    _, first = train(workdir, [3.0, 2.0])
+    moved = workdir.rename(workdir.with_name("moved"))  # the folder has another path, and the stage goes on
+    tracking, same = train(moved, [3.0, 2.0, 1.0])
+    assert same == first
+    shutil.rmtree(moved / "stages" / "small")
+    tracking, second = train(moved, [9.0, 8.0])
+    assert second != first
+    assert history(tracking, first, "small/loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert history(tracking, second, "small/loss") == [(0, 9.0), (1, 8.0)]
+    assert tracking.client.get_run(second).data.params == {"batch": "8"}
+    assert train(moved, [9.0, 8.0, 7.0])[1] == second
+    assert history(tracking, second, "small/loss") == [(0, 9.0), (1, 8.0), (2, 7.0)]
 
 
 def test_a_note_that_is_refused_for_good_does_not_block_the_others(
