@@ -81,8 +81,8 @@ def register(
 
     The same folder from the same run (run_id: the stage's) gets the version it has already; then the alias
     is left where somebody may have moved it since. Identical folders of two runs are two versions: each run
-    has its own. UserError: a file that does not belong in such a folder, a bad name or alias, a store away
-    for `patience_seconds`.
+    has its own. UserError: a file that does not belong in such a folder, a bad name or alias. InfrastructureError:
+    the store was away for `patience_seconds`; here as in every function below.
     """
     files = _files(folder)
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):

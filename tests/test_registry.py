@@ -11,7 +11,7 @@ import pytest
 from mlflow_server import free_port, server
 
 from orchestrator import registry
-from orchestrator.errors import UserError
+from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.registry import folder_digest, promote, pull, pull_once, register, resolve
 from orchestrator.tracking import MlflowClient, connect
 
@@ -205,8 +205,8 @@ def test_pull_takes_the_folder_one_is_in(store: str, tmp_path: Path, monkeypatch
     register(store, "here", folder, run_id=new_run(store), alias="newest")
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
-    pull(store, "models:/here@newest", Path("."))
-    assert contents(Path(".")) == contents(folder)  # also as the shell sees it that stands there
+    pull(store, "models:/here@newest", Path())
+    assert contents(Path()) == contents(folder)  # also as the shell sees it that stands there
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out"]
 
 
@@ -272,6 +272,15 @@ def test_pull_once_downloads_once_and_mends(
     assert contents(out) == contents(folder)
     assert pull_once(store, "models:/once@newest", tmp_path / "other").name == "once-v2"
     assert pull_once(store, "models:/once/2", tmp_path / "teachers").name == "once-v2"
+
+
+def test_a_store_that_stays_away_is_no_mistake_of_the_user(tmp_path: Path) -> None:
+    """At a stage's end: exit code 10, and the same command goes on."""
+    folder = folder_of(tmp_path / "m")
+    away = f"http://user:s3cret@127.0.0.1:{free_port()}"
+    with pytest.raises(InfrastructureError, match="run the same command again") as error:
+        register(away, "late", folder, run_id="r", alias="newest", patience_seconds=0.6)
+    assert "\n" not in str(error.value) and "s3cret" not in str(error.value)
 
 
 def test_a_store_that_is_not_there_is_an_error_in_one_line(tmp_path: Path) -> None:
