@@ -19,6 +19,7 @@ from model.errors import ModelError
 from orchestrator.bench_verbs import add_bench_verbs
 from orchestrator.data_verbs import add_data_verbs
 from orchestrator.errors import RecipeErrors, UserError
+from orchestrator.untold import untold
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,6 +95,11 @@ def run_recipe(options: argparse.Namespace) -> int:
     if workdir.is_finished(recipe):
         summary = Summary.read(workdir.summary)
         print(f"every stage of {recipe.name} is done already in {workdir.root}", file=sys.stderr)
+        if untold(workdir.root):
+            with workdir.claim(recipe):
+                from orchestrator.tracking import tell_rest
+
+                tell_rest(workdir.root, recipe.tracking.experiment)
     else:
         with workdir.claim(recipe):  # before anything heavy is imported
             from orchestrator.curriculum import run_recipe

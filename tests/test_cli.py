@@ -64,3 +64,29 @@ def test_a_work_directory_that_cannot_be_made(tmp_path, capsys, text, teacher):
         == 2
     )
     assert "as work directory: Not a directory; give another --workdir" in capsys.readouterr().err
+
+
+def test_a_finished_run_tells_the_tracker_what_it_could_not(tmp_path, monkeypatch, capsys, text, teacher):
+    """The server was away when the run ended; the same command later tells it, once."""
+    import json
+
+    import orchestrator.tracking
+    from orchestrator.recipe import load_recipe
+    from test_curriculum import write_recipe
+    from test_progress import make_summary
+
+    recipe_file = write_recipe(tmp_path, text, teacher)
+    recipe, work = load_recipe(recipe_file), tmp_path / "work"
+    work.mkdir()
+    (work / "run.json").write_text(json.dumps({"recipe": recipe.result_fields()}))
+    (work / "summary.json").write_text(json.dumps(make_summary("mlflow ui").to_json()))
+    (work / "tracking.json").write_text(
+        json.dumps({"key": "k", "runs": {}, "notes": [{"run": "", "name": "tiny"}]})
+    )
+    told = []
+    monkeypatch.setattr(orchestrator.tracking, "tell_rest", lambda *given: told.append(given))
+    assert main(["run", str(recipe_file), "--workdir", str(work)]) == 0
+    assert told == [(work.resolve(), "tiny")]
+    (work / "tracking.json").write_text(json.dumps({"key": "k", "runs": {}, "notes": []}))
+    assert main(["run", str(recipe_file), "--workdir", str(work)]) == 0
+    assert len(told) == 1
