@@ -70,10 +70,11 @@ def test_a_finished_run_tells_the_tracker_what_it_could_not(tmp_path, monkeypatc
     """The server was away when the run ended; the same command later tells it, once."""
     import json
 
-    import orchestrator.tracking
-    from orchestrator.recipe import load_recipe
     from test_curriculum import write_recipe
     from test_progress import make_summary
+
+    import orchestrator.tracking
+    from orchestrator.recipe import load_recipe
 
     recipe_file = write_recipe(tmp_path, text, teacher)
     recipe, work = load_recipe(recipe_file), tmp_path / "work"
