@@ -1,0 +1,46 @@
+"""One and two workers: the same rows, and one step's gradients equal within float32 rounding, or bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import worker_pool
+from support import make_job
+from torch import Tensor
+
+from orchestrator import checkpoint
+from orchestrator.stage import StageFolder, StageJob
+from orchestrator.worker import run_stage
+
+BETA1 = 0.9
+
+
+def gradients(job: StageJob) -> dict[str, Tensor]:
+    """Of the only step: Adam's first moment is then (1 - β1) times the gradient, and no weight update hides a scale."""
+    (newest,) = checkpoint.list_checkpoints(StageFolder(Path(job.folder)).checkpoints)
+    tensors = checkpoint.read(newest)[1]["small.optimizer.safetensors"]
+    return {
+        k.removeprefix("exp_avg/"): v / (1 - BETA1) for k, v in tensors.items() if k.startswith("exp_avg/")
+    }
+
+
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+def test_two_workers_compute_the_gradient_of_one(shards, teacher, tmp_path, reduction):
+    one = make_job(shards, teacher, tmp_path / "one", steps=1, warmup_steps=1, reduction=reduction)
+    two = replace(one, folder=str(tmp_path / "two"))
+    assert run_stage(one)
+    assert worker_pool.join(worker_pool.start(two, 2)) == [0, 0], worker_pool.log(two)
+    ledgers = [StageFolder(Path(job.folder)).done.read_text() for job in (one, two)]
+    alone, shared = gradients(one), gradients(two)
+    assert alone.keys() == shared.keys()
+    assert max(g.abs().max() for g in alone.values()) > 1e-3
+    for name, gradient in alone.items():
+        if reduction == "exact":
+            assert torch.equal(shared[name], gradient), name
+        else:
+            torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+    if reduction == "exact":  # done.json holds the digests of rows and weights
+        assert ledgers[0] == ledgers[1]
