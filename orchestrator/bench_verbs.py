@@ -1,14 +1,19 @@
-"""`minilm bench loss` and `minilm bench step`: arguments in, a table or JSON lines out. The benches are in model/."""
+"""The verbs of `minilm bench`: arguments in, a table or JSON lines out.
+
+The benches are elsewhere: loss and step in model/, stream in data/, reduction in bench.py beside this file.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 
 from orchestrator.data_verbs import add_bench_stream
 
 
 def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
-    """Add the verbs `loss`, `step` and `stream`; each sets `run`, a function of the parsed options."""
+    """Add the verbs `loss`, `step`, `stream` and `reduction`; each sets `run`, a function of the parsed options."""
     verbs = bench.add_subparsers(title="verbs", required=True, metavar="VERB")
     add_bench_stream(verbs.add_parser("stream", help="rows a second, against memcpy and other readers"))
     loss = verbs.add_parser("loss", help="one relation's divergence: whole maps, tiles, fused kernels")
@@ -23,6 +28,12 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     step.add_argument("--ways", default="by-hand,ours", help="of by-hand, ours, ours-compiled")
     _add_common(step)
     step.set_defaults(run=bench_step)
+    reduction = verbs.add_parser("reduction", help="sums of gradients: exact against fast, time and error")
+    reduction.add_argument("--parameters", type=int, default=33_000_000)
+    reduction.add_argument("--micro-batches", type=int, default=8, help="of a step")
+    reduction.add_argument("--rounds", type=int, default=5)
+    _add_machine(reduction)
+    reduction.set_defaults(run=bench_reduction)
 
 
 def bench_loss(options: argparse.Namespace) -> int:
@@ -42,25 +53,56 @@ def bench_step(options: argparse.Namespace) -> int:
     return _print(rows, options.json)
 
 
+def bench_reduction(options: argparse.Namespace) -> int:
+    import torch
+
+    from orchestrator.bench import reduction_rows
+    from orchestrator.world import World
+
+    world = World(rank=0, size=1, local_size=1, device=torch.device(_device(options)), control=None)
+    rows = reduction_rows(
+        world, parameters=options.parameters, micro_batches=options.micro_batches, rounds=options.rounds
+    )
+    if options.json:
+        print("\n".join(json.dumps(asdict(row)) for row in rows))
+        return 0
+    print(f"{'sum':7}{'ms a micro-batch':>18}{'ms to finish':>14}{'bytes a parameter':>19}{'error':>10}")
+    for row in rows:
+        print(
+            f"{row.reduction:7}{row.add_ms:>18.2f}{row.finish_ms:>14.2f}{row.bytes_a_parameter:>19.1f}{row.error:>10.1e}"
+        )
+    return 0
+
+
 def _add_common(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch", type=int, default=8)
     verb.add_argument("--tokens", type=int, default=512)
     verb.add_argument("--heads", type=int, default=12)
     verb.add_argument("--repeats", type=int, default=5)
-    verb.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
-    verb.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     verb.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
     )
+    _add_machine(verb)
+
+
+def _add_machine(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
+    verb.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     verb.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+
+
+def _device(options: argparse.Namespace) -> str:
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _common(options: argparse.Namespace) -> dict:
     import torch
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options)
     dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
     return {
         "batch": options.batch,

@@ -1,4 +1,7 @@
-"""The verbs of `minilm data` and `minilm bench stream`: arguments in, one function of data/ a verb, a report out."""
+"""The verbs of `minilm data` and `minilm bench stream`: arguments in, one function of data/ a verb, a report out.
+
+`verify-run` alone asks the loop's ledger: which rows a checkpoint was trained on.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,16 @@ def add_data_verbs(data: argparse.ArgumentParser) -> None:
     verify.add_argument("--threads", type=int)
     _add_json(verify)
     verify.set_defaults(run=verify_data)
+
+    verify_run = verbs.add_parser(
+        "verify-run", help="compare the rows that a checkpoint was trained on with the data set"
+    )
+    verify_run.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder step-… of a stage's checkpoints"
+    )
+    verify_run.add_argument("data", type=Path, metavar="DATA", help="the data set that the run has read")
+    _add_json(verify_run)
+    verify_run.set_defaults(run=verify_run_verb)
 
     repair = verbs.add_parser("repair", help="replace damaged files, from a mirror or a new build")
     repair.add_argument("data", type=Path, metavar="DIR")
@@ -182,6 +195,21 @@ def verify_data(options: argparse.Namespace) -> int:
     line.close()
     _tell(report, options)
     return 0 if report.whole else UserError.exit_code
+
+
+def verify_run_verb(options: argparse.Namespace) -> int:
+    from orchestrator.ledger import verify_run
+    from orchestrator.progress import Line
+
+    line = Line()
+    check = verify_run(
+        options.checkpoint,
+        options.data,
+        lambda done, steps: line.show(f"reading the run's rows again  {done / max(steps, 1):.0%}"),
+    )
+    line.close()
+    _tell(check, options)
+    return 0 if check.sound else UserError.exit_code
 
 
 def repair_data(options: argparse.Namespace) -> int:

@@ -13,8 +13,9 @@ them: a bounded cost, and a fault that lasts is found. `verify_run` recomputes e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -128,6 +129,9 @@ class RunCheck:
     @property
     def sound(self) -> bool:
         return self.digest == self.expected
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"sound": self.sound}
 
     def text(self) -> str:
         verdict = "are exactly" if self.sound else "are NOT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from support import make_job
 
 from data.build import build
 from data.stream import Batch, Stream
-from orchestrator import checkpoint, ledger
+from orchestrator import checkpoint, cli, ledger
 from orchestrator.errors import UserError
 from orchestrator.ledger import Expected, Ledger, from_limbs, rows_digest, to_limbs, verify_run
 from orchestrator.stage import StageFolder
@@ -92,14 +93,19 @@ def test_the_running_digest_of_a_run_is_the_recomputed_one(shards, teacher, tmp_
     assert "84 rows of 7 steps are exactly those" in check.text()
 
 
-def test_a_checkpoint_of_other_rows_is_told(shards, teacher, tmp_path):
+def test_a_checkpoint_of_other_rows_is_told(shards, teacher, tmp_path, capsys):
     assert run_stage(make_job(shards, teacher, tmp_path, steps=3))
     path = checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)[-1]
     meta = (path / "checkpoint.json").read_text()
+    verb = ["data", "verify-run", str(path), str(shards)]
+    assert cli.main(verb) == 0
+    assert "24 rows of 3 steps are exactly those" in capsys.readouterr().out
     (path / "checkpoint.json").write_text(meta.replace('"seed": 3', '"seed": 4'))
     check = verify_run(path, shards)
     assert not check.sound
     assert "24 rows of 3 steps are NOT those that seed and data give" in check.text()
+    assert cli.main([*verb, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == check.as_dict()
 
 
 def test_another_data_set_is_refused(shards, teacher, text, tmp_path):
