@@ -104,7 +104,7 @@ tags: [minilm, distillation]
 ---
 # {name}
 
-An encoder distilled from its teacher's self-attention relations (MiniLM, arXiv 2002.10957).
+An encoder distilled from its teacher by the objective below (MiniLM, arXiv 2002.10957).
 
 | | |
 |---|---|
