@@ -59,7 +59,7 @@ def bench_reduction(options: argparse.Namespace) -> int:
     from orchestrator.bench import reduction_rows
     from orchestrator.world import World
 
-    world = World(rank=0, size=1, local_size=1, device=torch.device(_device(options)), control=None)
+    world = World(rank=0, size=1, device=torch.device(_device(options)), control=None)
     rows = reduction_rows(
         world, parameters=options.parameters, micro_batches=options.micro_batches, rounds=options.rounds
     )

@@ -207,22 +207,7 @@ class Driver:
                 raise
         self.line.close()
         folder.stop_request.unlink(missing_ok=True)
-        self.check_outcome(job, folder, future)
-
-    def check_outcome(self, job: StageJob, folder: StageFolder, future: Future[None]) -> None:
-        """Nothing, if the stage is done; otherwise the error that says why it is not."""
-        failure = read_json(folder.failure)
-        if failure is not None and failure["attempt"] == job.attempt:
-            raise FAILURES[failure["exit_code"]](failure["message"])
-        if (error := future.exception()) is not None:
-            if self.launcher == "inline":
-                raise error
-            raise InfrastructureError(
-                f"stage {job.stage}: Ray gave up ({' '.join(str(error).split())[-200:]}); the workers' logs are "
-                f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
-            ) from error
-        if not folder.done.exists():
-            raise Stopped(f"stage {job.stage} is stopped; the same command goes on from its last checkpoint")
+        check_outcome(job, folder, future, inline=self.launcher == "inline")
 
     def watch(self, future: Future[None], progress: StageProgress, folder: StageFolder) -> None:
         """Show progress until the workers have ended; pass a request to stop on to them."""
@@ -256,6 +241,22 @@ class Driver:
             )
             time.sleep(1)
         return place
+
+
+def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, inline: bool) -> None:
+    """Nothing, if the ended `future` of this attempt has done the stage; otherwise the error that says why not."""
+    failure = read_json(folder.failure)
+    if failure is not None and failure["attempt"] == job.attempt:
+        raise FAILURES[failure["exit_code"]](failure["message"])
+    if (error := future.exception()) is not None:
+        if inline:  # a defect of ours: it keeps its traceback
+            raise error
+        raise InfrastructureError(
+            f"stage {job.stage}: Ray gave up ({' '.join(str(error).split())[-200:]}); the workers' logs are "
+            f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
+        ) from error
+    if not folder.done.exists():
+        raise Stopped(f"stage {job.stage} is stopped; the same command goes on from its last checkpoint")
 
 
 def sha256_json(value: Any) -> str:

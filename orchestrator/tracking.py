@@ -208,11 +208,6 @@ class Tracking:
         self._note("", "", tags=dict(tags))
         self.tell()
 
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Copies a file or a folder to the recipe's run."""
-        self._note("", "", artifact=[str(path.resolve()), folder])
-        self.tell()
-
     @property
     def look(self) -> str:
         """How a person sees the runs: an address, or the command that serves the store; never a password."""
@@ -440,10 +435,6 @@ class StageRun:
         self._files = [file.resolve() for file in files]
         self._uploader = self._tracking._uploader(self.name, self._files).start()
         return self._uploader
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        self._tracking._note(self.name, self.name, tags=dict(tags))
-        self._tracking.tell()
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Copies a file or a folder to this stage's run."""

@@ -30,7 +30,6 @@ class PeerFailed(Exception):
 class World:
     rank: int
     size: int
-    local_size: int
     device: torch.device
     control: dist.ProcessGroup | None
 
@@ -101,7 +100,7 @@ def join_world(device: str, threads: int | None) -> Iterator[World]:
         )
     failed = True
     try:
-        yield World(rank, size, local_size, picked, control)
+        yield World(rank, size, picked, control)
         failed = False
     finally:
         if ours or (failed and size > 1):

@@ -19,7 +19,7 @@ from orchestrator.worker import run_stage
 from orchestrator.world import World
 
 CPU = torch.device("cpu")
-ALONE = World(rank=0, size=1, local_size=1, device=CPU, control=None)
+ALONE = World(rank=0, size=1, device=CPU, control=None)
 CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share")
 
 

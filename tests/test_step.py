@@ -13,7 +13,7 @@ from orchestrator.step import StepOutcome, StudentState, derive_seed, train_step
 from orchestrator.students import build_distiller
 from orchestrator.world import World
 
-ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), control=None)
 
 
 def one_step(job, *, micro_batch: int | None = None, distiller=None, step=0, states=None, **changes):
