@@ -436,6 +436,10 @@ class StageRun:
         self._uploader = self._tracking._uploader(self.name, self._files).start()
         return self._uploader
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._tracking._note(self.name, self.name, tags=dict(tags))
+        self._tracking.tell()
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Copies a file or a folder to this stage's run."""
         self._tracking._note(self.name, self.name, artifact=[str(path.resolve()), folder])

@@ -19,7 +19,7 @@ from test_curriculum import digests, finished, minilm, run, wait_for, write_reci
 
 from orchestrator.errors import UserError
 from orchestrator.files import read_json
-from orchestrator.launch import check_answers
+from orchestrator.launch import ray_cluster
 from orchestrator.metrics import read_all_points
 from orchestrator.stage import StageFolder
 
@@ -154,7 +154,7 @@ def test_a_cluster_without_room_is_refused_with_what_it_has(head, finished, tmp_
 
 
 def test_an_address_where_no_cluster_answers():
-    with pytest.raises(
-        UserError, match="no Ray cluster answers at 127.0.0.1:1 .* `ray start --head`, or drop"
-    ):
-        check_answers("127.0.0.1:1")
+    """Said before Ray, which would wait for minutes, is asked."""
+    advice = "no Ray cluster answers at 127.0.0.1:1 .* `ray start --head`, or drop"
+    with pytest.raises(UserError, match=advice), ray_cluster("127.0.0.1:1", 1):
+        pytest.fail("there is no cluster")
