@@ -87,8 +87,8 @@ def model_folder(ref: Reference, recipe: Recipe, workdir: Workdir) -> Path:
             stage = next(s for s in recipe.stages if any(student.name == name for student in s.students))
             return workdir.stage(stage.name).student(name).resolve()
         case RegistryRef():
+            from orchestrator.mlflow_server import tracking_uri
             from orchestrator.registry import pull_once
-            from orchestrator.tracking import tracking_uri
 
             return pull_once(tracking_uri(workdir.root), ref.uri, workdir.teachers).resolve()
         case HubRef(hub_id):

@@ -6,7 +6,7 @@ LoggedModel without any flavour, so that nothing but files is ever read from it.
 could hold a pickle are refused both ways. Every version carries the digest of its folder as a tag, and
 `pull` checks it. An alias moves: `resolve` it once, keep `RegisteredModel.uri`, which names the version.
 
-Every function takes `store`, a tracking URI (`tracking.tracking_uri`), and can be called again after any
+Every function takes `store`, a tracking URI (`mlflow_server.tracking_uri`), and can be called again after any
 death or with any server that was away for a while: registering is idempotent for the same run and the same
 folder.
 
@@ -30,7 +30,7 @@ from typing import TypeVar
 
 from orchestrator.errors import UserError
 from orchestrator.files import fsync_folder, read_json, write_json
-from orchestrator.tracking import connect, patiently  # sets MLflow's switches, so before importing it
+from orchestrator.mlflow_server import connect, patiently  # sets MLflow's switches, so before importing it
 from orchestrator.uploader import one_line
 
 # isort: split

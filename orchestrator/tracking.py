@@ -3,86 +3,35 @@
 What is told (parameters, tags, files, the end of a run) is first noted in WORKDIR/tracking.json and struck
 off when MLflow has it, so that neither a dead driver nor a server that is away loses anything: the next
 contact, or the next run with the same work directory, tells the rest. Every note can be told twice without
-harm. Points take the way of `uploader`. Run ids live in the same file, so a resumed run goes on in the same
-MLflow runs.
-
-MLflow is used through MlflowClient only: nothing here touches its process-wide current run or tracking URI,
-and nothing is logged by itself (no autolog). Leaves out: the models (`registry`).
+harm. Points take the way of `uploader`, run ids are found by `mlflow_runs`. Leaves out: the models (`registry`).
 """
 
 import logging
 import os
 import shlex
-import threading
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-# Read by MLflow when it is imported or called; what the user has set stays, but for the last two.
-for _name, _value in {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default blocks for minutes; we retry ourselves
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}.items():
-    os.environ.setdefault(_name, _value)
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+from orchestrator.errors import UserError
+from orchestrator.files import read_json
+from orchestrator.metrics import Point
+from orchestrator.mlflow_runs import MlflowRuns
+from orchestrator.mlflow_server import patiently, tracking_uri
+from orchestrator.provenance import flatten, git_commit, package_tags
+from orchestrator.untold import STATE_FILE, untold
+from orchestrator.uploader import Uploader, one_line, shown
 
-from mlflow import MlflowClient  # noqa: E402  (after its switches)
-from mlflow.entities import Metric, Param, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
+# isort: split
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
-from orchestrator.errors import InfrastructureError, UserError  # noqa: E402
-from orchestrator.files import read_json, write_json  # noqa: E402
-from orchestrator.metrics import Point  # noqa: E402
-from orchestrator.provenance import flatten, git_commit, package_tags  # noqa: E402
-from orchestrator.untold import STATE_FILE, untold  # noqa: E402
-from orchestrator.uploader import Uploader, one_line, shown  # noqa: E402
+log = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 _MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _FOR_GOOD = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 _ENDED = ("FINISHED", "FAILED", "KILLED")
-
-
-def tracking_uri(workdir: Path) -> str:
-    """MLFLOW_TRACKING_URI if it is set, else the SQLite file of this work directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client for tracking and registry at `uri`; makes no call yet, except that SQLite tables are made."""
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial tables…"
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) -> Result:
-    """Calls until it works; UserError once MLflow refuses, InfrastructureError if it never answers for so long."""
-    deadline = time.monotonic() + patience_seconds
-    pause = 0.5
-    while True:
-        try:
-            return attempt()
-        except MlflowException as error:
-            if error.error_code in _REFUSALS:
-                raise UserError(f"MLflow at {shown(uri)} refused: {one_line(error)}") from error
-            reason: Exception = error
-        except OSError as error:
-            reason = error
-        if time.monotonic() + pause > deadline:
-            raise InfrastructureError(
-                f"MLflow at {shown(uri)} does not answer ({one_line(reason)}): start it and run the same "
-                "command again"
-            ) from reason
-        time.sleep(pause)
-        pause = min(2 * pause, 10.0)
 
 
 def tell_rest(workdir: Path, experiment: str) -> int:
@@ -97,12 +46,12 @@ def tell_rest(workdir: Path, experiment: str) -> int:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return _not_there(workdir, uri)  # asking would make an empty one
     tracking = Tracking(workdir, uri, experiment)
-    with tracking._lock:
+    with tracking.runs.lock:
         try:
-            run_id = tracking._state["runs"].get("")
-            if run_id is not None and tracking._lifecycle(run_id) is None:
+            run_id = tracking.runs.state["runs"].get("")
+            if run_id is not None and tracking.runs.lifecycle(run_id) is None:
                 return _not_there(workdir, uri)
-            tracking._find_runs_again()
+            tracking.runs.find_again()
         except Exception as error:
             tracking._warn(error)
             return tracking.num_untold
@@ -110,7 +59,7 @@ def tell_rest(workdir: Path, experiment: str) -> int:
 
 
 def _not_there(workdir: Path, uri: str) -> int:
-    logger.warning(
+    log.warning(
         "the runs of %s are not at %s: set MLFLOW_TRACKING_URI as it was for the run, and the same command tells "
         "MLflow what is left",
         workdir,
@@ -123,18 +72,9 @@ class Tracking:
     """The MLflow runs of one work directory. Made by `open`; safe to use from several threads."""
 
     def __init__(self, workdir: Path, uri: str, experiment: str) -> None:
-        self.workdir = workdir
         self.uri = uri
-        self.client = connect(uri)
-        self._experiment = experiment
-        self._path = workdir / STATE_FILE
-        self._lock = threading.RLock()
-        try:
-            self._state: dict[str, Any] = {**_no_runs(), "notes": [], **(read_json(self._path) or {})}
-        except ValueError as error:
-            raise UserError(
-                f"{self._path} is damaged: remove it, and the run gets new MLflow runs"
-            ) from error
+        self.runs = MlflowRuns(workdir, uri, experiment)
+        self.client = self.runs.client
         self._away = False
         self._quiet_until = 0.0
 
@@ -156,14 +96,14 @@ class Tracking:
         for it.
         """
         tracking = cls(workdir, tracking_uri(workdir), experiment)
-        with tracking._lock:
+        with tracking.runs.lock:
             try:
-                tracking._find_runs_again()
-                tracking._run_id("", name)
+                tracking.runs.find_again()
+                tracking.runs.of("", name)
             except UserError:
                 raise
             except Exception as error:
-                if not tracking._state["runs"]:
+                if not tracking.runs.state["runs"]:
                     raise UserError(
                         f"MLflow at {shown(tracking.uri)} does not answer ({one_line(error)}): start it, or unset "
                         "MLFLOW_TRACKING_URI to keep the run in the work directory"
@@ -181,12 +121,12 @@ class Tracking:
     @property
     def num_untold(self) -> int:
         """Notes that MLflow has not been told."""
-        return len(self._state["notes"])
+        return len(self.runs.state["notes"])
 
     @property
     def run_id(self) -> str:
         """Of the parent run, which `open` made or found."""
-        return str(self._state["runs"][""])
+        return str(self.runs.state["runs"][""])
 
     def stage(self, name: str, params: Mapping[str, Any]) -> "StageRun":
         """The child run of one stage; does not fail or wait when MLflow is away.
@@ -194,11 +134,11 @@ class Tracking:
         The run this stage had before goes on, unless its points files are gone: somebody removed the stage's
         folder to train it again, and those are other points.
         """
-        with self._lock:
-            sent = self._state["sent"].get(name)
-            if sent and not any((self.workdir / file).exists() for file in sent):
-                logger.warning("the points of stage %s are gone: it gets a new run in MLflow", name)
-                self._renew(name)
+        with self.runs.lock:
+            sent = self.runs.state["sent"].get(name)
+            if sent and not any((self.runs.workdir / file).exists() for file in sent):
+                log.warning("the points of stage %s are gone: it gets a new run in MLflow", name)
+                self.runs.renew(name)
         self._note(name, name, params=flatten(params), status="RUNNING")
         self.tell()
         return StageRun(self, name)
@@ -212,7 +152,7 @@ class Tracking:
     def look(self) -> str:
         """How a person sees the runs: an address, or the command that serves the store; never a password."""
         if self.uri.startswith("http"):
-            return f"{shown(self.uri).rstrip('/')}/#/experiments/{self._state['experiment_id']}/runs/{self.run_id}"
+            return f"{shown(self.uri).rstrip('/')}/#/experiments/{self.runs.state['experiment_id']}/runs/{self.run_id}"
         if shown(self.uri) != self.uri:  # works where the variable is set, as it was for the run
             return 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
         return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
@@ -228,24 +168,24 @@ class Tracking:
         After a call that failed slowly it is left alone for as long again, unless `at_once`: a server that
         lets every call time out holds up the end of a stage for half a minute, not for many.
         """
-        with self._lock:
+        with self.runs.lock:
             began = time.monotonic()
             if began < self._quiet_until and not at_once:
                 return self.num_untold
             try:
-                while self._state["notes"]:
-                    note = self._state["notes"][0]
+                while self.runs.state["notes"]:
+                    note = self.runs.state["notes"][0]
                     try:
                         self._tell_one(note)
                     except MlflowException as error:
                         if error.error_code not in _FOR_GOOD:
                             raise
-                        if self._find_runs_again():  # somebody deleted the run: the note goes to a new one
+                        if self.runs.find_again():  # somebody deleted the run: the note goes to a new one
                             self._tell_one(note)
                         else:
                             self._warn_refused(note, error)
-                    del self._state["notes"][0]
-                    self._save()
+                    del self.runs.state["notes"][0]
+                    self.runs.save()
             except Exception as error:
                 self._warn(error)
                 now = time.monotonic()
@@ -257,17 +197,17 @@ class Tracking:
     def _warn(self, error: Exception) -> None:
         if not self._away:
             self._away = True
-            logger.warning(
+            log.warning(
                 "MLflow at %s could not be told; what is left stays in %s and is told later (%s)",
                 shown(self.uri),
-                self._path,
+                self.runs.path,
                 one_line(error),
             )
 
     def _warn_refused(self, note: dict[str, Any], error: Exception) -> None:
         whose = f"stage {note['run']}" if note["run"] else "the recipe"
         what = ", ".join(key for key in note if key not in ("run", "name"))
-        logger.warning(
+        log.warning(
             "MLflow at %s refuses the %s of %s for good; it goes on without (%s)",
             shown(self.uri),
             what,
@@ -276,15 +216,12 @@ class Tracking:
         )
 
     def _note(self, run: str, name: str, **what: Any) -> None:
-        with self._lock:
-            self._state["notes"].append({"run": run, "name": name, **what})
-            self._save()
-
-    def _save(self) -> None:
-        write_json(self._path, self._state)
+        with self.runs.lock:
+            self.runs.state["notes"].append({"run": run, "name": name, **what})
+            self.runs.save()
 
     def _tell_one(self, note: dict[str, Any]) -> None:
-        run_id = self._run_id(note["run"], note["name"])
+        run_id = self.runs.of(note["run"], note["name"])
         if "params" in note or "tags" in note:
             known = self.client.get_run(run_id).data.params
             params = {key: value[:_MAX_PARAM_CHARS] for key, value in note.get("params", {}).items()}
@@ -308,7 +245,7 @@ class Tracking:
             elif path.exists():
                 self.client.log_artifact(run_id, str(path), folder)
             else:
-                logger.warning("%s is gone and was not copied to MLflow", path)
+                log.warning("%s is gone and was not copied to MLflow", path)
         if "status" in note and self.client.get_run(run_id).info.status != note["status"]:
             if note["status"] in _ENDED:
                 self.client.set_terminated(run_id, note["status"])
@@ -322,95 +259,17 @@ class Tracking:
                 for point in points
                 for name, value in point.metrics.items()
             ]
-            self.client.log_batch(self._run_id(stage, stage), metrics=metrics)
-            with self._lock:
-                if stage not in self._state["sent"]:
-                    self._state["sent"][stage] = [
-                        os.path.relpath(file, self.workdir.resolve()) for file in files
+            self.client.log_batch(self.runs.of(stage, stage), metrics=metrics)
+            with self.runs.lock:
+                if stage not in self.runs.state["sent"]:
+                    self.runs.state["sent"][stage] = [
+                        os.path.relpath(file, self.runs.workdir.resolve()) for file in files
                     ]
-                    self._save()
+                    self.runs.save()
 
         # Key and take in the name: another server, or a new run there, knows nothing yet and gets every point.
-        name = f"uploaded-{self._state['key'][:8]}{self._take(stage, '-{}')}.json"
+        name = f"uploaded-{self.runs.state['key'][:8]}{self.runs.take(stage, '-{}')}.json"
         return Uploader(files, send, files[0].parent / name)
-
-    def _find_runs_again(self) -> bool:
-        """Forgets runs that this MLflow does not have: it is another server, or they were deleted there.
-
-        True if there was one. Without the recipe's run all are forgotten; without a stage's, that one.
-        """
-        gone = [run for run, id_ in sorted(self._state["runs"].items()) if self._lifecycle(id_) != "active"]
-        for run in gone:
-            run_id = self._state["runs"][run]
-            logger.warning(
-                "run %s of %s is not at %s: a new one is made there", run_id, self._path, shown(self.uri)
-            )
-            if run == "":
-                self._state |= _no_runs()
-                break
-            self._renew(run)
-        if gone:
-            self._save()
-        return bool(gone)
-
-    def _renew(self, stage: str) -> None:
-        """Forgets the run of a stage: the next is made anew and gets every point (see `_take`)."""
-        self._state["runs"].pop(stage, None)
-        self._state["sent"].pop(stage, None)
-        self._state["takes"][stage] = self._state["takes"].get(stage, 1) + 1
-
-    def _take(self, run: str, form: str) -> str:
-        """What tells the runs apart that a stage had after another: nothing for the first, then 2, 3, …"""
-        take = self._state["takes"].get(run, 1)
-        return form.format(take) if take > 1 else ""
-
-    def _lifecycle(self, run_id: str) -> str | None:
-        """ "active" or "deleted"; None where MLflow has no such run."""
-        try:
-            return str(self.client.get_run(run_id).info.lifecycle_stage)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-
-    def _run_id(self, run: str, name: str) -> str:
-        """The id of the run ("" is the parent), found by our own tag or made; raises if MLflow is away."""
-        with self._lock:
-            if run in self._state["runs"]:
-                return str(self._state["runs"][run])
-            self._save()  # the key must be on disk before a run carries it
-            experiment_id = self._experiment_id()
-            tags = {"minilm.workdir": self._state["key"], "minilm.run": "recipe"}
-            if run:
-                tags["minilm.run"] = f"stage {run}{self._take(run, ' take {}')}"
-                tags["mlflow.parentRunId"] = self._run_id("", "")
-            query = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in ("minilm.workdir", "minilm.run"))
-            found = self.client.search_runs([experiment_id], query, max_results=1)
-            made = (
-                found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=name or None)
-            )
-            self._state["runs"][run] = made.info.run_id
-            self._save()
-            return str(made.info.run_id)
-
-    def _experiment_id(self) -> str:
-        """Of the experiment the parent run is in, whatever the recipe calls it by now; made if it is new."""
-        if self._state["experiment_id"] is not None:
-            return str(self._state["experiment_id"])
-        found = self.client.get_experiment_by_name(self._experiment)
-        if found is not None:
-            if found.lifecycle_stage != "active":
-                raise UserError(
-                    f"experiment {self._experiment!r} was deleted at {shown(self.uri)}: restore it there, or choose "
-                    "another name with --set tracking.experiment=NAME"
-                )
-            self._state["experiment_id"] = found.experiment_id
-        else:
-            local = self.uri.startswith("sqlite:")
-            artifacts = (self.workdir.resolve() / "mlartifacts").as_uri() if local else None
-            made = self.client.create_experiment(self._experiment, artifact_location=artifacts)
-            self._state["experiment_id"] = made
-        return str(self._state["experiment_id"])
 
 
 class StageRun:
@@ -425,7 +284,7 @@ class StageRun:
     @property
     def run_id(self) -> str:
         """Waits for MLflow only if the run has not been made, and a minute at most; then InfrastructureError."""
-        return patiently(self._tracking.uri, lambda: self._tracking._run_id(self.name, self.name), 60.0)
+        return patiently(self._tracking.uri, lambda: self._tracking.runs.of(self.name, self.name), 60.0)
 
     def follow(self, files: Sequence[Path]) -> Uploader:
         """Starts to send the points of these files, which may not exist yet; `finish` ends it.
@@ -458,10 +317,6 @@ class StageRun:
             self._tracking._note(self.name, self.name, points=[str(file) for file in self._files])
         self._tracking._note(self.name, self.name, status=_checked(status))
         return self._tracking.tell(at_once=True)
-
-
-def _no_runs() -> dict[str, Any]:
-    return {"key": uuid.uuid4().hex, "experiment_id": None, "runs": {}, "takes": {}, "sent": {}}
 
 
 def _checked(status: str) -> str:

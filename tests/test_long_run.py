@@ -41,7 +41,12 @@ def test_a_paper_length_run_ends_and_keeps_its_size(tmp_path, text):
             {"name": "toy", "teacher": str(teacher), "student": student, "eval_every": STEPS // 8, **stage}
         ],
         data={"text": str(text), "tokenizer": str(teacher), "seq_len": 16, "held_out": 0.1},
-        compute={"micro_batch": 2, "threads": 1, "checkpoint_every_seconds": 30, "keep_every_steps": STEPS // 4},
+        compute={
+            "micro_batch": 2,
+            "threads": 1,
+            "checkpoint_every_seconds": 30,
+            "keep_every_steps": STEPS // 4,
+        },
         tracking={"log_every": LOG_EVERY},
     )
     work = tmp_path / "work"

@@ -12,8 +12,8 @@ from mlflow_server import free_port, server
 
 from orchestrator import registry
 from orchestrator.errors import InfrastructureError, UserError
+from orchestrator.mlflow_server import MlflowClient, connect
 from orchestrator.registry import folder_digest, promote, pull, pull_once, register, resolve
-from orchestrator.tracking import MlflowClient, connect
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from mlflow_server import free_port, server
 
 from orchestrator.errors import UserError
 from orchestrator.metrics import PointLog
+from orchestrator.mlflow_server import connect, patiently, tracking_uri
 from orchestrator.provenance import flatten, git_commit, package_tags
-from orchestrator.tracking import Metric, Tracking, connect, patiently, tell_rest, tracking_uri
+from orchestrator.tracking import Metric, Tracking, tell_rest
 from orchestrator.untold import untold
 
 RECIPE = {
