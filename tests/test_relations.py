@@ -1,6 +1,7 @@
 """The divergence against a float64 triple loop, against calculus, and against formulas that got it wrong."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -69,21 +70,26 @@ def loop_kl(tx, ty, sx, sy, mask, reduction="sequence", teacher_bias=None, stude
     return sum(chosen) if reduction.endswith("_sum") else sum(chosen) / len(chosen)
 
 
+BOTH = pytest.mark.parametrize("implementation", ["reference", "tiled"])
+
+
+@BOTH
 @pytest.mark.parametrize("reduction", ["sequence", "token", "sequence_sum", "token_sum"])
 @pytest.mark.parametrize("padded", [True, False])
-def test_equals_the_triple_loop(reduction, padded):
+def test_equals_the_triple_loop(reduction, padded, implementation):
     mask = ragged_mask() if padded else None
-    got = relation_kl(*sides(), mask, reduction=reduction)
+    got = relation_kl(*sides(), mask, reduction=reduction, implementation=implementation)
     assert got.dtype == torch.float64
     assert got.item() == pytest.approx(loop_kl(*sides(), mask, reduction), rel=1e-12)
 
 
-def test_bias_is_added_to_the_scaled_scores_of_its_side():
+@BOTH
+def test_bias_is_added_to_the_scaled_scores_of_its_side(implementation):
     generator = torch.Generator().manual_seed(1)
     teacher_bias = torch.randn(1, HEADS, TOKENS, TOKENS, generator=generator, dtype=torch.float64)
     student_bias = torch.randn(TOKENS, TOKENS, generator=generator, dtype=torch.float64)
     for biases in ({"teacher_bias": teacher_bias}, {"student_bias": student_bias}):
-        got = relation_kl(*sides(), ragged_mask(), **biases)
+        got = relation_kl(*sides(), ragged_mask(), **biases, implementation=implementation)
         assert got.item() == pytest.approx(loop_kl(*sides(), ragged_mask(), **biases), rel=1e-12)
 
 
@@ -94,12 +100,13 @@ def test_is_zero_for_equal_relations_and_positive_otherwise():
         assert relation_kl(*sides(seed=seed), ragged_mask()).item() > 0.01
 
 
-def test_padding_changes_nothing_whatever_stands_there():
+@BOTH
+def test_padding_changes_nothing_whatever_stands_there(implementation):
     mask = ragged_mask()
-    clean = relation_kl(*sides(), mask)
+    clean = relation_kl(*sides(), mask, implementation=implementation)
     for junk in (1e4, math.inf, math.nan):
         dirty = [side.masked_fill(~mask[:, None, :, None], junk).requires_grad_() for side in sides()]
-        got = relation_kl(*dirty, mask)
+        got = relation_kl(*dirty, mask, implementation=implementation)
         assert torch.equal(got, clean)
         got.backward()
         for side in dirty[2:]:
@@ -136,22 +143,25 @@ def test_only_the_student_gets_a_gradient():
     assert [tensor.grad is not None for tensor in tensors] == [False, False, True, True]
 
 
+@BOTH
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
-def test_gradcheck(reduction):
+def test_gradcheck(reduction, implementation):
     teacher_x, teacher_y, student_x, student_y = sides()
     bias = torch.randn(1, HEADS, 1, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     mask = ragged_mask()
 
     def loss(x, y, b):
-        return relation_kl(teacher_x, teacher_y, x, y, mask, reduction=reduction, student_bias=b)
+        options = {"reduction": reduction, "student_bias": b, "implementation": implementation}
+        return relation_kl(teacher_x, teacher_y, x, y, mask, **options)
 
     inputs = (student_x.requires_grad_(), student_y.requires_grad_(), bias.requires_grad_())
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_a_batch_of_padding_only_is_zero_with_zero_gradient():
+@BOTH
+def test_a_batch_of_padding_only_is_zero_with_zero_gradient(implementation):
     tensors = [side.requires_grad_() for side in sides()]
-    loss = relation_kl(*tensors, torch.zeros(BATCH, TOKENS, dtype=torch.bool))
+    loss = relation_kl(*tensors, torch.zeros(BATCH, TOKENS, dtype=torch.bool), implementation=implementation)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.count_nonzero(tensors[2].grad) == 0 and tensors[2].grad.isfinite().all()
@@ -263,14 +273,39 @@ def wrong_tokens_and_heads_mixed(tx, ty, sx, sy, mask):
 WRONG = [function for name, function in sorted(globals().items()) if name.startswith("wrong_")]
 
 
+def gradients(loss, tensors, mask):
+    """Of the student's two tensors, flattened."""
+    student = [side.clone().requires_grad_() for side in tensors[2:]]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss(*tensors[:2], *student, mask), student)])
+
+
+def plain_formula(tx, ty, sx, sy, mask):
+    return per_sequence(kl_rows(log_maps(tx, ty, mask), log_maps(sx, sy, mask)), mask)
+
+
 @pytest.mark.filterwarnings("ignore:reduction. .mean. divides")
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda f: f.__name__)
 def test_ours_is_not_the_wrong_formula(wrong):
+    """By its value and, but for the constant that cross-entropy adds, by its gradient."""
     torch.manual_seed(0)
     tensors, mask = sides(), right_padded()
     truth = loop_kl(*tensors, mask)
     assert abs(wrong(*tensors, mask).item() - truth) > 0.02 * truth
-    assert relation_kl(*tensors, mask).item() == pytest.approx(truth, rel=1e-12)
+    right = gradients(plain_formula, tensors, mask)
+    distance = (gradients(wrong, tensors, mask) - right).norm() / right.norm()
+    assert distance < 1e-12 if wrong is wrong_cross_entropy else distance > 0.02
+    for implementation in ("reference", "tiled"):
+        ours = partial(relation_kl, implementation=implementation)
+        assert ours(*tensors, mask).item() == pytest.approx(truth, rel=1e-12)
+        torch.testing.assert_close(gradients(ours, tensors, mask), right, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_before_the_logarithm_is_a_divergence_of_its_own():
+    """At student = teacher the wrong formula is more than a nat, and is never driven to zero."""
+    torch.manual_seed(0)
+    tx, ty, *_ = sides()
+    assert wrong_log_of_softmax_plus_eps(tx, ty, tx, ty, right_padded()) > 1.0
+    assert relation_kl(tx, ty, tx, ty, right_padded()) == 0.0
 
 
 def test_right_padding_is_not_assumed():
