@@ -9,14 +9,10 @@ could hold a pickle are refused both ways. Every version carries the digest of i
 Every function takes `store`, a tracking URI (`mlflow_server.tracking_uri`), and can be called again after any
 death or with any server that was away for a while: registering is idempotent for the same run and the same
 folder.
-
-The digest is what `find . -type f -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum | sha256sum`
-says in the folder.
 """
 
 import difflib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -25,12 +21,13 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.errors import UserError
 from orchestrator.files import fsync_folder, read_json, write_json
 from orchestrator.mlflow_server import connect, patiently  # sets MLflow's switches, so before importing it
+from orchestrator.model_folder import folder_digest, model_files, refuse_pickles
 from orchestrator.uploader import one_line
 
 # isort: split
@@ -45,7 +42,6 @@ logger = logging.getLogger(__name__)
 DIGEST_TAG = "minilm.digest"
 _RUN_TAG = "minilm.run_id"
 _ALIASED_TAG = "minilm.aliased"
-_ALLOWED_SUFFIXES = (".json", ".txt", ".safetensors", ".md", ".model")  # .model: sentencepiece
 _URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
 
@@ -84,7 +80,7 @@ def register(
     has its own. UserError: a file that does not belong in such a folder, a bad name or alias. InfrastructureError:
     the store was away for `patience_seconds`; here as in every function below.
     """
-    files = _files(folder)
+    files = model_files(folder)
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
         raise UserError(
             f"{folder} is no model: it has no config.json or no safetensors weights; export one there"
@@ -189,40 +185,6 @@ def promote(
     return _patiently(store, attempt, patience_seconds)
 
 
-def folder_digest(folder: Path) -> str:
-    """sha256 (hex) of the sorted lines "sha256-of-file  relative/path": what the command above prints."""
-    lines = []
-    for file in sorted(_files(folder), key=os.fsencode):
-        with (folder / file).open("rb") as stream:
-            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file}\n")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _files(folder: Path) -> list[str]:
-    """Relative paths of the files of a model folder; UserError if one of them has no business there."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give the folder that holds the model's config.json")
-    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    odd = [path for path in found if path.is_symlink() or not path.is_file()]
-    if odd:
-        raise UserError(f"{odd[0]} is a link or a device: a model folder holds plain files only")
-    files = [path.relative_to(folder).as_posix() for path in found]
-    _refuse_pickles(files, str(folder))
-    return files
-
-
-def _refuse_pickles(files: Iterable[str], where: str) -> None:
-    for file in files:
-        path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts or "\\" in file or "\n" in file:
-            raise UserError(f"{where} names a file outside of itself ({file!r}): it is not to be trusted")
-        if path.suffix not in _ALLOWED_SUFFIXES:
-            raise UserError(
-                f"{where} holds {file}: only {', '.join(_ALLOWED_SUFFIXES)} files are taken "
-                "(never a pickle); save the weights as safetensors and leave other files out"
-            )
-
-
 def _find_version(client: MlflowClient, name: str, digest: str, run_id: str) -> ModelVersion | None:
     found = client.search_model_versions(
         f"name = '{name}' and run_id = '{run_id}' and tags.`{DIGEST_TAG}` = '{digest}'"
@@ -306,10 +268,10 @@ def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Pa
         raise UserError(
             f"{model.uri} has no files at {source}: register it again, or pull it where it was made"
         )
-    _refuse_pickles(files, model.uri)
+    refuse_pickles(files, model.uri)
     try:
         repository.download_artifacts("", dst_path=str(part))
-        for file in _files(part):
+        for file in model_files(part):
             with (part / file).open("rb") as stream:
                 os.fsync(stream.fileno())
     except (OSError, MlflowException) as error:  # MLflow wraps what its download threads raise

@@ -13,7 +13,8 @@ from mlflow_server import free_port, server
 from orchestrator import registry
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.mlflow_server import MlflowClient, connect
-from orchestrator.registry import folder_digest, promote, pull, pull_once, register, resolve
+from orchestrator.model_folder import folder_digest
+from orchestrator.registry import promote, pull, pull_once, register, resolve
 
 
 @pytest.fixture(scope="module")
