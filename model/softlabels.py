@@ -4,16 +4,16 @@ Some tokens of every row are replaced by the mask token, the same for teacher an
 student's prediction is pulled to the teacher's, KL over the vocabulary at temperature 1.
 
 Which tokens are masked is a function of the row's token ids alone (static masking, as BERT's): it does not
-depend on who computes the row, on its place in a batch or on a random state. Leaves out: keeping or swapping
+depend on who computes the row, on its place in a batch, on its padding or on a random state. Leaves out: keeping or swapping
 a part of the chosen tokens. Invariant: no host sync; logits are computed at the chosen positions only.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-SHARE = 0.15  # of a row's tokens, as in BERT
+PERCENT = 15  # of a row's tokens, as in BERT
 
 
 class Masked(NamedTuple):
@@ -25,19 +25,27 @@ class Masked(NamedTuple):
 
 
 def mask_tokens(ids: Tensor, mask: Tensor | None, mask_token_id: int, special_ids: tuple[int, ...]) -> Masked:
-    """Choose `SHARE` of each row's tokens (at least one), never padding or special ones, and mask them.
+    """Choose `PERCENT` of each row's valid tokens (at least one), never special ones, and mask them.
 
-    A row with fewer tokens to choose from than k has `valid` False at the rest.
+    k is what a row without padding has; `valid` is False at the rest of a shorter row, and of one with too few
+    tokens to choose from.
     """
-    eligible = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.clone()
+    own = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    eligible = own.clone()
     for special in special_ids:
         eligible &= ids != special
-    num_chosen = max(1, round(SHARE * ids.shape[1]))
-    scores = _hash(ids).masked_fill(~eligible, -1)
-    positions = scores.topk(num_chosen, dim=-1).indices
-    valid = eligible.gather(1, positions)
+    scores = _hash(ids.masked_fill(~own, -1)).masked_fill(~eligible, -1)
+    positions = scores.topk(_num_chosen(ids.shape[1]), dim=-1).indices  # best first
+    places = torch.arange(positions.shape[1], device=ids.device)
+    valid = eligible.gather(1, positions) & (places < _num_chosen(own.sum(dim=-1, keepdim=True)))
     chosen = torch.where(valid, mask_token_id, ids.gather(1, positions))
     return Masked(ids.scatter(1, positions, chosen), positions, valid)
+
+
+def _num_chosen(num_tokens: Any) -> Any:
+    """Of so many valid tokens (an int, or an integer tensor): at least one, halves rounded up."""
+    chosen = (num_tokens * PERCENT + 50) // 100
+    return chosen.clamp(min=1) if isinstance(chosen, Tensor) else max(1, chosen)
 
 
 def soft_label_rows(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -50,8 +58,8 @@ def soft_label_rows(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 
 def _hash(ids: Tensor) -> Tensor:
-    """A non-negative int64 per token, mixed from the row's ids and the position; multiplications wrap
-    around."""
+    """A non-negative int64 per token, mixed from the row's ids (-1 adds nothing) and the position; multiplications
+    wrap around."""
     places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     row = ((ids + 1) * (places * 0x5851F42D4C957F2D)).sum(dim=-1, keepdim=True)
     mixed = row + places * 0x2545F4914F6CDD1D

@@ -27,8 +27,8 @@ def test_a_share_of_each_row_is_masked_and_nothing_else_changes():
     masked = mask_tokens(ids, mask, MASK_ID, SPECIAL)
     assert masked.positions.shape == (64, 6)  # 15 % of 40
     changed = masked.ids != ids
-    assert changed.sum(-1).tolist() == masked.valid.sum(-1).tolist() == [6, 0] + [6] * 62
-    assert torch.equal(masked.ids[changed], torch.full((6 * 63,), MASK_ID))
+    assert changed.sum(-1).tolist() == masked.valid.sum(-1).tolist() == [3, 0] + [6] * 62
+    assert torch.equal(masked.ids[changed], torch.full((3 + 6 * 62,), MASK_ID))
     assert not (changed & ~mask).any() and not (changed & ((ids == 2) | (ids == 3))).any()
     assert all(len(set(row)) == 6 for row in masked.positions.tolist())
 
@@ -44,6 +44,16 @@ def test_the_choice_is_the_rows_own():
     assert share[0] == share[9] == 0  # special tokens; the others all alike
     others = share[[i for i in range(40) if i not in (0, 9)]]
     assert others.min() > 0.12 and others.max() < 0.20
+
+
+def test_the_choice_does_not_depend_on_the_padding_nor_on_what_stands_there():
+    """Of a short row 15 % of its own tokens are masked: not 15 % of the width, which can be all it has."""
+    ids, mask = rows()
+    trimmed = mask_tokens(ids[:1, :20], None, MASK_ID, SPECIAL)
+    assert trimmed.valid.sum() == 3
+    for junk in (0, 17):
+        padded = mask_tokens(ids[:1].masked_fill(~mask[:1], junk), mask[:1], MASK_ID, SPECIAL)
+        assert torch.equal(padded.ids[:, :20], trimmed.ids)
 
 
 def test_rows_are_kl_over_the_vocabulary():
@@ -84,7 +94,10 @@ def test_logits_at_the_masked_positions_and_their_training(architecture, tmp_pat
 
     sums = distiller.term_sums("s", taught, ids, mask)
     student_logits = student.model(masked.ids, attention_mask=mask).logits.gather(1, at)
-    torch.testing.assert_close(sums, soft_label_rows(taught.logits, student_logits).mean(1).sum()[None])
+    divergences = soft_label_rows(taught.logits, student_logits)
+    assert masked.valid.sum(1).tolist() == [6, 6, 5, 6]
+    expected = sum(row[valid].mean() for row, valid in zip(divergences, masked.valid, strict=True))
+    torch.testing.assert_close(sums, expected[None])
     sums.sum().backward()
     with_gradient = {name for name, p in student.model.named_parameters() if p.grad is not None}
     assert set(distiller.trained_parameters("s")) == with_gradient
