@@ -4,8 +4,8 @@ Some tokens of every row are replaced by the mask token, the same for teacher an
 student's prediction is pulled to the teacher's, KL over the vocabulary at temperature 1.
 
 Which tokens are masked is a function of the row's token ids alone (static masking, as BERT's): it does not
-depend on who computes the row, on its place in a batch, on its padding or on a random state. Leaves out: keeping or swapping
-a part of the chosen tokens. Invariant: no host sync; logits are computed at the chosen positions only.
+depend on who computes the row, on its place in a batch, on its padding or on a random state. Leaves out: keeping
+or swapping a part of the chosen tokens. Invariant: no host sync; logits are computed at the chosen positions only.
 """
 
 from typing import Any, NamedTuple
