@@ -54,6 +54,16 @@ class Cache:
             assert fetched is not None, "nobody evicts a file whose lock we hold"
             return fetched
 
+    def drop(self, lease: Lease) -> None:
+        """Remove a file that turned out damaged, and let it go. Another one that has taken its place since stays."""
+        with self._lock(f"{lease.path.name}.lock"):
+            try:
+                if os.path.samestat(lease.path.stat(), os.fstat(lease.file.fileno())):
+                    lease.path.unlink()
+            except FileNotFoundError:
+                pass
+            lease.release()
+
     def evict(self, room: int = 0) -> list[str]:
         """Remove the least recently used files that nobody holds, until `room` more bytes fit; their names."""
         removed = []

@@ -1,9 +1,29 @@
-"""The one exception that users of the data layer meet.
+"""What users of the data layer meet: `DataError`, and its two kinds that code here tells apart.
 
 A `DataError` is a single line: what was given, what is allowed, what to do next. The command line prints it
-as `minilm: error: …` and exits with code 2. Whatever else is raised here is a defect of this package.
+as `minilm: error: …` and exits with code 2. Whatever else is raised here is a defect of this package
+(or `data.quarantine.QuarantineGrew`, which asks for a new start).
+
+    DataError
+    ├── DamageError    a shard is damaged
+    └── OriginError    an object behind a URL is missing, or is not what the manifest pins
 """
 
 
 class DataError(Exception):
     """Text, tokenizer, shard or argument that cannot be used; the message says how to go on."""
+
+
+class DamageError(DataError):
+    """`shard` (its number) is damaged."""
+
+    def __init__(self, text: str, shard: int):
+        super().__init__(text, shard)
+        self.shard = shard
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class OriginError(DataError):
+    """Fetching the object again would not help."""

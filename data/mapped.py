@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from data.address_space import AddressSpace
-from data.errors import DataError
+from data.errors import DamageError, DataError
 from data.manifest import HELD_OUT, MANIFEST, Manifest, Shard, block_checksums
 from data.shard import ALIGNMENT, TRAILER_BYTES
 
@@ -23,23 +23,34 @@ I64 = npt.NDArray[np.int64]
 _MAX_MAPPED_SHARDS = 20_000  # two areas each; the kernel allows a process 65,530
 
 
-def damage(folder: Path, name: str, block: int, offset: int, what: str) -> DataError:
+def damage(folder: Path, shard: Shard, block: int, offset: int, what: str) -> DamageError:
     """The error for a damaged shard: where, and the commands that list and mend the damage."""
     folder = Path(folder)
     whole = folder.parent if folder.name == HELD_OUT and (folder.parent / MANIFEST).exists() else folder
-    return DataError(
-        f"shard {str(folder / name)!r}, block {block}, at byte {offset}: {what}; list all damage with "
-        f"`minilm data verify {whole}`, mend it with `minilm data repair {whole}`"
+    return DamageError(
+        f"shard {str(folder / shard.name)!r}, block {block}, at byte {offset}: {what}; list all damage with "
+        f"`minilm data verify {whole}`, mend it with `minilm data repair {whole}`",
+        shard.number,
     )
 
 
 class MappedShards:
-    """Rows of the data set in `folder`. `locate` says where a shard's file lies (a cache, or the folder itself)."""
+    """Rows of the data set in `folder`. `locate` says where a shard's file lies (a cache, or the folder itself).
+
+    Nobody asks for rows of `masked` blocks (bool [blocks]), so a shard may be cut within them.
+    """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, locate: Callable[[Shard], Path], *, verify: bool = True
+        self,
+        folder: Path,
+        manifest: Manifest,
+        locate: Callable[[Shard], Path],
+        *,
+        verify: bool = True,
+        masked: npt.NDArray[np.bool_] | None = None,
     ):
         self._folder, self._manifest, self._locate, self._verify = folder, manifest, locate, verify
+        self._masked = np.zeros(manifest.num_blocks, dtype=bool) if masked is None else masked
         self.layout = layout = manifest.layout
         whole = layout.shard_bytes(manifest.blocks_per_shard, manifest.rows_per_block)
         page = max(ALIGNMENT, mmap.PAGESIZE)
@@ -151,21 +162,22 @@ class MappedShards:
         try:
             with self._locate(info).open("rb") as file:
                 found = file.seek(0, 2)
+                last = info.first_block + info.num_blocks - 1
                 if found != info.num_bytes:
                     inside = max(0, found - layout.tokens_at(0)) // layout.stride_bytes
-                    block = info.first_block + min(inside, info.num_blocks - 1)
-                    what = f"the file has {found} bytes instead of {info.num_bytes}"
-                    raise damage(self._folder, info.name, block, min(found, info.num_bytes), what)
+                    block = min(info.first_block + inside, last)
+                    if not self._masked[block : last + 1].all():
+                        what = f"the file has {found} bytes instead of {info.num_bytes}"
+                        raise damage(self._folder, info, block, min(found, info.num_bytes), what)
                 self._space.map(file.fileno(), number * self._slot, info.num_bytes)
         except FileNotFoundError as error:
-            raise damage(self._folder, info.name, info.first_block, 0, "the file is missing") from error
+            raise damage(self._folder, info, info.first_block, 0, "the file is missing") from error
         self._mapped[number] = None
         end = number * self._slot + info.num_bytes
-        if self._verify and self._space.bytes[end - TRAILER_BYTES : end].any():
+        if self._verify and not self._masked[last] and self._space.bytes[end - TRAILER_BYTES : end].any():
             self.forget(number)
-            last = info.first_block + info.num_blocks - 1
             what = "the end of the archive is not zero"
-            raise damage(self._folder, info.name, last, info.num_bytes - TRAILER_BYTES, what)
+            raise damage(self._folder, info, last, info.num_bytes - TRAILER_BYTES, what)
 
     def forget(self, number: int) -> None:
         """Unmap a shard; it is mapped again when it is needed. What was verified stays verified."""
@@ -188,6 +200,6 @@ class MappedShards:
         found = xxhash.xxh3_64_intdigest(self._space.bytes[at + begin : at + end].data)
         if found != self._checksums[number][inner]:
             what = f"its {end - begin} bytes do not have the checksum that the manifest pins"
-            raise damage(self._folder, self._manifest.shard(number).name, block, begin, what)
+            raise damage(self._folder, self._manifest.shard(number), block, begin, what)
         self._verified[block] = True
         self.num_checked += 1

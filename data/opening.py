@@ -1,10 +1,12 @@
 """Folders, URLs and weights -> corpora that a `Stream` reads."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.quarantine import Quarantine
 from data.reader import RowReader
 from data.remote import is_remote
 from data.remote_reader import RemoteReader
@@ -12,14 +14,19 @@ from data.stream import Corpus
 
 
 def open_rows(
-    place: str | Path, *, cache: Path | None = None, options: dict[str, Any] | None = None, pin: bool = False
+    place: str | Path,
+    *,
+    cache: Path | None = None,
+    options: dict[str, Any] | None = None,
+    pin: bool = False,
+    quarantine: Quarantine | None = None,
 ) -> RowReader:
     """The data set in a folder, or behind a URL by way of the node's `cache`; `options` go to fsspec."""
     if not is_remote(place):
-        return RowReader(Path(place).expanduser(), pin=pin)
+        return RowReader(Path(place).expanduser(), pin=pin, quarantine=quarantine)
     if cache is None:
         raise DataError(f"{str(place)!r} is remote; say where its shards may be kept on this node (cache)")
-    return RemoteReader(str(place), cache=cache, options=options, pin=pin)
+    return RemoteReader(str(place), cache=cache, options=options, pin=pin, quarantine=quarantine)
 
 
 def open_corpora(
@@ -28,8 +35,8 @@ def open_corpora(
     cache: Path | None = None,
     options: dict[str, Any] | None = None,
     pin: bool = False,
+    quarantine: Quarantine | None = None,
 ) -> list[Corpus]:
     """Several data sets with their weights; what `Stream` takes as its source."""
-    return [
-        Corpus(open_rows(place, cache=cache, options=options, pin=pin), weight) for place, weight in places
-    ]
+    opened = partial(open_rows, cache=cache, options=options, pin=pin, quarantine=quarantine)
+    return [Corpus(opened(place), weight) for place, weight in places]

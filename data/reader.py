@@ -1,11 +1,12 @@
 """Rows by number, straight from memory-mapped shards.
 
 Every block's checksum is compared on its first use, so damage is an error that names shard, block and offset;
-no row is ever skipped. Shards are mapped when first needed and at most 256 stay mapped: opening costs the
-manifest alone, whatever the number of rows. Left out: which rows a step needs (data.stream), and remote
-storage.
+no row is ever skipped. With a quarantine, rows of the blocks on its list are never read: they come as padding of
+length 0. Shards are mapped when first needed: opening costs the manifest alone, whatever the number of rows. Left
+out: which rows a step needs (data.stream), and remote storage.
 """
 
+import logging
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data.errors import DamageError
 from data.manifest import Shard, TokenizerInfo, load_manifest
 from data.mapped import MappedShards
+from data.quarantine import Quarantine, damaged_blocks
+
+log = logging.getLogger("minilm.data")
 
 
 class Batch(NamedTuple):
@@ -30,7 +35,8 @@ class Batch(NamedTuple):
 
 class Counters(NamedTuple):
     """What a reader did so far: rows and bytes of tokens handed out, blocks whose checksum was compared; for remote
-    data also shards that were in the cache already, bytes fetched, and requests tried again."""
+    data also shards that were in the cache already, bytes fetched, and requests tried again. `masked_rows` of the
+    rows are in quarantine."""
 
     rows: int = 0
     row_bytes: int = 0
@@ -38,22 +44,36 @@ class Counters(NamedTuple):
     cache_hits: int = 0
     fetched_bytes: int = 0
     retries: int = 0
+    masked_rows: int = 0
 
 
 class RowReader:
-    """Random access to the rows of the data set in `folder`; `pin` puts batches into page-locked memory."""
+    """Random access to the rows of the data set in `folder`; `pin` puts batches into page-locked memory.
 
-    def __init__(self, folder: Path, *, verify: bool = True, pin: bool = False):
+    With a `quarantine`, rows of its blocks are masked, and damage that is new raises QuarantineGrew.
+    """
+
+    def __init__(
+        self, folder: Path, *, verify: bool = True, pin: bool = False, quarantine: Quarantine | None = None
+    ):
         self.folder = Path(folder)
         self.manifest = load_manifest(self.folder)
         self.pin = pin
         self._counters = Counters()
-        self._mapped = MappedShards(self.folder, self.manifest, self.locate, verify=verify)
+        self._quarantine = quarantine
+        masked = None if quarantine is None else quarantine.masked(self.manifest, self.place)
+        self._masked = masked if masked is not None and masked.any() else None
+        self._mapped = MappedShards(self.folder, self.manifest, self.locate, verify=verify, masked=masked)
         self._lock = threading.RLock()  # nobody may unmap what another thread is copying
 
     @property
     def counters(self) -> Counters:
         return self._counters
+
+    @property
+    def place(self) -> str:
+        """Where the data come from, for people."""
+        return str(self.folder)
 
     @property
     def num_rows(self) -> int:
@@ -90,19 +110,68 @@ class RowReader:
         return Batch(ids, mask, torch.from_numpy(wanted))
 
     def gather(self, wanted: npt.NDArray[np.int64], tokens: npt.NDArray) -> npt.NDArray[np.int64] | None:
-        """Copy the rows `wanted` into `tokens` ([n, seq_len] of the stored dtype); their lengths, None if all
-        whole."""
+        """Copy the rows `wanted` into `tokens` ([n, seq_len] of the stored dtype); their lengths (0: in quarantine),
+        None if all whole."""
         manifest = self.manifest
         if wanted.size and wanted.view(np.uint64).max() >= manifest.rows:  # below zero is huge, seen unsigned
             manifest.place(int(wanted.min()))
             manifest.place(int(wanted.max()))
+        num_masked = 0
         with self._lock:
-            lengths = self._mapped.gather(wanted, tokens)
+            masked = None if self._masked is None else self._masked[wanted // manifest.rows_per_block]
+            if masked is None or not masked.any():
+                lengths = self._gather_sound(wanted, tokens)
+            else:
+                num_masked = int(masked.sum())
+                lengths = self._gather_around(wanted, tokens, masked)
         done = self._counters
-        self._counters = Counters(
-            done.rows + len(wanted), done.row_bytes + tokens.nbytes, self._mapped.num_checked
+        self._counters = done._replace(
+            rows=done.rows + len(wanted),
+            row_bytes=done.row_bytes + tokens.nbytes,
+            checked_blocks=self._mapped.num_checked,
+            masked_rows=done.masked_rows + num_masked,
         )
         return lengths
+
+    def _gather_around(
+        self, wanted: npt.NDArray[np.int64], tokens: npt.NDArray, masked: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int64]:
+        """`gather` where some rows (bool [n]) are in quarantine: padding, of length 0."""
+        sound = ~masked
+        part = np.empty((int(sound.sum()), tokens.shape[1]), dtype=tokens.dtype)
+        found = self._gather_sound(wanted[sound], part)
+        tokens[sound] = part
+        tokens[masked] = max(0, self.manifest.tokenizer.pad_id)
+        lengths = np.zeros(len(wanted), dtype=np.int64)
+        lengths[sound] = self.manifest.seq_len if found is None else found
+        return lengths
+
+    def _gather_sound(
+        self, wanted: npt.NDArray[np.int64], tokens: npt.NDArray
+    ) -> npt.NDArray[np.int64] | None:
+        """`gather` of rows that are not in quarantine. A shard that is damaged gets one second look."""
+        looked: set[int] = set()
+        while True:
+            try:
+                return self._mapped.gather(wanted, tokens)
+            except DamageError as error:
+                if error.shard in looked:
+                    raise
+                looked.add(error.shard)
+                self._mapped.forget(error.shard)
+                bad = self.look_again(self.manifest.shard(error.shard), error)
+                if bad and self._quarantine is not None:
+                    self._quarantine.add(self.manifest, self.place, bad, str(error))
+                log.warning("%s: it was read wrongly once, and is whole where it comes from", error)
+
+    def look_again(self, shard: Shard, error: DamageError) -> list[int]:
+        """The blocks of a shard that are damaged where the data come from; none when reading it again helps.
+
+        Raises `error` unless there is a quarantine to put them into.
+        """
+        if self._quarantine is None or self._quarantine.path is None:
+            raise error
+        return damaged_blocks(self.locate(shard), self.folder, self.manifest, shard)
 
     def locate(self, shard: Shard) -> Path:
         """Where the file of a shard lies."""

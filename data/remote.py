@@ -22,7 +22,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 
-from data.errors import DataError
+from data.errors import DataError, OriginError
 
 SCHEMES = ("file", "http", "https", "s3", "gs")
 _PIECE_BYTES = 8 << 20
@@ -98,7 +98,7 @@ class Store:
                 return
             found.append(digest.hexdigest())
             if found.count(found[-1]) > 1:
-                raise DataError(
+                raise OriginError(
                     f"{self.url}/{name}: the object was replaced: its sha256 is {found[-1][:16]}…, the manifest pins "
                     f"{sha256[:16]}…; put the right one back, or use the data set's new manifest in a new run"
                 )
@@ -130,7 +130,7 @@ class Store:
                 found = self._fs.cat_file(path, start=start, end=end)
             return bytes(found)
         except FileNotFoundError as error:
-            raise DataError(
+            raise OriginError(
                 f"{path}: there is no such object; give the URL of a data set's folder"
             ) from error
         except PermissionError as error:

@@ -2,7 +2,8 @@
 
 Full shuffle needs all shards in the cache sooner or later; give the stream a `window` and only two windows of shards
 are held: the current one, and the next one on its way on threads. Rows, order and errors are those of the same
-data set on the local disk.
+data set on the local disk. A cached copy that turns out damaged is thrown away and fetched again; only a shard that
+is damaged or missing behind the URL can go into quarantine, and then does so whole.
 """
 
 import os
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from data.cache import Cache, Lease
-from data.errors import DataError
+from data.errors import DamageError, DataError, OriginError
 from data.manifest import CHECKSUMS, MANIFEST, TOKENIZER, Shard, parse_manifest
+from data.quarantine import Quarantine
 from data.reader import Counters, RowReader
 from data.remote import Patience, Store
 
@@ -35,6 +37,7 @@ class RemoteReader(RowReader):
         options: dict[str, Any] | None = None,
         num_fetchers: int = 4,
         pin: bool = False,
+        quarantine: Quarantine | None = None,
     ):
         self.store = Store(url, patience=patience, options=options)
         self.cache = Cache(Path(cache) / "shards", max_cache_bytes)
@@ -51,7 +54,7 @@ class RemoteReader(RowReader):
             )
         folder = Path(cache) / "sets" / manifest.fingerprint
         self._mirror_small_files(folder, raw)
-        super().__init__(folder, pin=pin)
+        super().__init__(folder, pin=pin, quarantine=quarantine)
 
     def _mirror_small_files(self, folder: Path, manifest: bytes) -> None:
         if (folder / MANIFEST).exists():
@@ -61,6 +64,10 @@ class RemoteReader(RowReader):
         for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
             _write_whole(folder / name, self.store.read(name))
         _write_whole(folder / MANIFEST, manifest)
+
+    @property
+    def place(self) -> str:
+        return self.store.url
 
     @property
     def counters(self) -> Counters:
@@ -78,7 +85,13 @@ class RemoteReader(RowReader):
                 if not future.cancel():
                     future.add_done_callback(_release)
             for shard in [*current.tolist(), *coming.tolist()]:
-                self._fetch_ahead(int(shard))
+                if not self._all_masked(int(shard)):
+                    self._fetch_ahead(int(shard))
+
+    def _all_masked(self, number: int) -> bool:
+        shard = self.manifest.shard(number)
+        blocks = slice(shard.first_block, shard.first_block + shard.num_blocks)
+        return self._masked is not None and bool(self._masked[blocks].all())
 
     def locate(self, shard: Shard) -> Path:
         """The cached file of a shard, waiting for it when it is still on its way."""
@@ -89,11 +102,28 @@ class RemoteReader(RowReader):
             self._leases[number] = self._pool.submit(self._take, self.manifest.shard(number))
         return self._leases[number]
 
+    def look_again(self, shard: Shard, error: DamageError) -> list[int]:
+        """Throw the cached copy away and fetch the shard again. All its blocks when that does not help."""
+        future = self._leases.pop(shard.number)
+        if future.exception() is None:
+            self.cache.drop(future.result())
+            try:
+                self._fetch_ahead(shard.number).result()
+                return []
+            except DamageError as origin:
+                error = origin
+        if self._quarantine is None or self._quarantine.path is None:
+            raise error
+        return list(range(shard.first_block, shard.first_block + shard.num_blocks))
+
     def _take(self, shard: Shard) -> Lease:
         def fetch(into: Path) -> None:
             self.store.fetch(shard.name, shard.num_bytes, shard.sha256, into)
 
-        lease = self.cache.take(shard.sha256, shard.num_bytes, fetch)
+        try:
+            lease = self.cache.take(shard.sha256, shard.num_bytes, fetch)
+        except OriginError as error:
+            raise DamageError(str(error), shard.number) from error
         self._hits += lease.hit
         self._fetched_bytes += 0 if lease.hit else shard.num_bytes
         return lease

@@ -26,6 +26,7 @@ from data.errors import DataError
 from data.manifest import Manifest, TokenizerInfo
 from data.mixture import make_schedule
 from data.order import Order, derive, make_order
+from data.quarantine import Quarantine
 from data.reader import Batch, Counters, RowReader
 from data.windows import WindowedOrder, make_windowed_order
 
@@ -74,7 +75,8 @@ class Stream:
 
     `source` is the folder of a data set, an object with rows, or several weighted corpora. `window`: shuffle
     by windows of so many shards instead of fully. `pin`: batches in page-locked memory. Row numbers of a
-    batch count over all corpora laid end to end.
+    batch count over all corpora laid end to end. `pin` and `quarantine` are for a folder; other sources were
+    opened with their own.
     """
 
     def __init__(
@@ -86,13 +88,14 @@ class Stream:
         micro_batch: int,
         window: int | None = None,
         pin: bool = False,
+        quarantine: Quarantine | None = None,
     ):
         if batch < 1 or micro_batch < 1 or batch % micro_batch:
             raise DataError(
                 f"batch {batch} cannot be cut into micro-batches of {micro_batch} rows; "
                 "micro_batch must divide batch, and both be at least 1"
             )
-        self.corpora = _corpora(source, pin)
+        self.corpora = _corpora(source, pin, quarantine)
         self.batch, self.num_micro_batches = batch, batch // micro_batch
         self._micro_batch_rows = micro_batch
         self._schedule = make_schedule([corpus.weight for corpus in self.corpora])
@@ -243,9 +246,11 @@ class Stream:
             thread.join()
 
 
-def _corpora(source: Path | Rows | Sequence[Corpus], pin: bool) -> list[Corpus]:
+def _corpora(
+    source: Path | Rows | Sequence[Corpus], pin: bool, quarantine: Quarantine | None
+) -> list[Corpus]:
     if isinstance(source, (str, Path)):
-        return [Corpus(RowReader(Path(source), pin=pin), 1.0)]
+        return [Corpus(RowReader(Path(source), pin=pin, quarantine=quarantine), 1.0)]
     if not isinstance(source, Sequence):
         return [Corpus(source, 1.0)]
     corpora = list(source)

@@ -13,7 +13,8 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    return {"BOOKS": make_data(folder / "books"), "WIKI": make_data(folder / "wiki", documents=30)}
+    books, wiki = make_data(folder / "books"), make_data(folder / "wiki", documents=30)
+    return {"BOOKS": books, "WIKI": wiki, "RUN": folder / "run"}
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
@@ -22,6 +23,6 @@ def test_an_example_runs(places, number):
 
 
 def test_there_are_examples_and_every_link_leads_somewhere():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     for target in re.findall(r"\]\((\.\./[^)#]+)\)", PAGE.read_text(encoding="utf-8")):
         assert (PAGE.parent / target).exists(), target
