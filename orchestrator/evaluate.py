@@ -11,6 +11,7 @@ from torch import nn
 
 from data.stream import RowReader, share
 from model.distiller import Distiller
+from orchestrator.buckets import by_length
 from orchestrator.world import World
 
 
@@ -38,11 +39,11 @@ def heldout_divergence(
         for index in share(-(-rows // micro_batch), world.rank, world.size):
             batch = reader.read(range(index * micro_batch, min((index + 1) * micro_batch, rows)))
             count += float(distiller.count(batch.mask, batch.input_ids.shape))
-            ids = batch.input_ids.to(device)
-            mask = None if batch.mask is None else batch.mask.to(device)
-            taught = distiller.teach(ids, mask)
-            for row, name in enumerate(students):
-                sums[row] += distiller.term_sums(name, taught, ids, mask)
+            for ids, mask in by_length(batch.input_ids, batch.mask):
+                ids, mask = ids.to(device), None if mask is None else mask.to(device)
+                taught = distiller.teach(ids, mask)
+                for row, name in enumerate(students):
+                    sums[row] += distiller.term_sums(name, taught, ids, mask)
     distiller.train()
     *totals, count = world.sum_host([*sums.flatten().tolist(), count])
     width = distiller.num_terms

@@ -9,10 +9,10 @@ Both keep one flat float32 `gradient` that backward passes write into, and trave
 the device.
 
 Exact, in numbers: gradients in units of 2^-40, loss terms in units of 2^-30. A micro-batch may add values up to
-2^61 units divided by the number of micro-batches (rounded down to a power of two), so that the sum can't overflow,
-not even in halves after running out of memory: with 8 micro-batches a gradient element up to 2^18 each. What is
-greater, infinite or no number is counted and never silently wrapped. Multiplying a float32 by 2^40 and rounding it
-to an integer loses only what lies below 2^-41. One rounding to float32 follows, at the end.
+2^61 units divided by the number of micro-batches (rounded down to a power of two), so that the sum can't overflow:
+with 8 micro-batches a gradient element up to 2^18 each. What is greater, infinite or no number is counted and never
+silently wrapped. Multiplying a float32 by 2^40 and rounding it to an integer loses only what lies below 2^-41. One
+rounding to float32 follows, at the end.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The teacher's forward pass is shared; each student has its own gradient sum, optimiser and dropout stream, so its
 weights do not depend on the students beside it. Dropout is seeded by (run seed, student, step, micro-batch): who
-computes a micro-batch does not matter. No Ray, no MLflow, no host sync on the device.
+computes a micro-batch does not matter. Rows with padding are computed by length (`buckets`). No Ray, no MLflow, no
+host sync on the device.
 
 A gradient or loss that is not finite never moves a weight: the sum that all ranks share says so on the device, and
 the fused AdamW leaves that update out on the device too. The host hears of it when it next reads (log steps).
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from model.distiller import Distiller
+from orchestrator.buckets import by_length
 from orchestrator.reduction import make_sum
 from orchestrator.world import World
 
@@ -207,25 +209,43 @@ class Share:
         self.unit = 2.0 ** -math.ceil(math.log2(int(distiller.count(None, (1, seq_len)))))
 
     def compute(self, micro_batches: Iterable[MicroBatch], parts: int) -> None:
-        """All of `micro_batches`, each in `parts` pieces of rows."""
+        """All of `micro_batches`, each by groups of rows of like length, each group in `parts` pieces of rows."""
         self.count = 0
         for student in self.students:
             student.sums.begin()
         for index, ids, mask in micro_batches:
-            masks: Sequence[Tensor | None] = [None] * parts if mask is None else mask.chunk(parts)
-            for part, (part_ids, part_mask) in enumerate(zip(ids.chunk(parts), masks, strict=False)):
-                self.compute_part((index,) if parts == 1 else (index, part), part_ids, part_mask)
+            self.count += int(self.distiller.count(mask, ids.shape))
+            pieces = [piece for group in by_length(ids, mask) for piece in _cut(*group, parts)]
+            totals = [torch.zeros_like(self.distiller.weights) for _ in self.students]
+            for number, piece in enumerate(pieces):
+                self.compute_piece((index,) if len(pieces) == 1 else (index, number), *piece, totals)
+            for student, total in zip(self.students, totals, strict=True):
+                student.sums.add(total)
 
-    def compute_part(self, number: tuple[int, ...], ids: Tensor, mask: Tensor | None) -> None:
-        self.count += int(self.distiller.count(mask, ids.shape))
-        ids = ids.to(self.device, non_blocking=True)
-        mask = None if mask is None else mask.to(self.device, non_blocking=True)
+    def compute_piece(
+        self, number: tuple[int, ...], ids: Tensor, mask: Tensor | None, totals: list[Tensor]
+    ) -> None:
+        """Teacher, students, loss and backward; adds each student's term sums [num_terms] to its total."""
+        ids = _moved(ids, self.device)
+        mask = None if mask is None else _moved(mask, self.device)
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             taught = self.distiller.teach(ids, mask)
-        for student in self.students:
+        for student, total in zip(self.students, totals, strict=True):
             dropout = derive_seed(self.seed, "dropout", student.name, self.step, *number)
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 sums = self.distiller.term_sums(student.name, taught, ids, mask, dropout_seed=dropout)
             sums = sums * self.unit
             (sums * self.distiller.weights).sum().backward()
-            student.sums.add(sums.detach())
+            total += sums.detach()
+
+
+def _cut(ids: Tensor, mask: Tensor | None, parts: int) -> Iterable[tuple[Tensor, Tensor | None]]:
+    masks: Sequence[Tensor | None] = [None] * parts if mask is None else mask.chunk(parts)
+    return zip(ids.chunk(parts), masks, strict=False)  # fewer rows than parts: fewer pieces
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: from pageable memory a copy to a GPU would wait."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

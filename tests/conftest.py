@@ -90,3 +90,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) 
     out = tmp_path_factory.mktemp("shards") / "words"
     build([text], str(teacher), out, seq_len=32, held_out=0.1, seed=0, processes=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) -> Path:
+    """Rows of at most 64 tokens, a document's piece each: most have padding. With a held-out split."""
+    from data.build import build
+
+    out = tmp_path_factory.mktemp("documents") / "words"
+    build([text], str(teacher), out, seq_len=64, packing="document", held_out=0.1, seed=0, processes=1)
+    return out

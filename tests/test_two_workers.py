@@ -27,9 +27,11 @@ def gradients(job: StageJob) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("reduction", ["fast", "exact"])
-def test_two_workers_compute_the_gradient_of_one(shards, teacher, tmp_path, reduction):
-    one = make_job(shards, teacher, tmp_path / "one", steps=1, warmup_steps=1, reduction=reduction)
+@pytest.mark.parametrize(("reduction", "data"), [("fast", "shards"), ("exact", "documents")])
+def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, reduction, data):
+    """`documents` have padding, so that rows are computed by length, in groups with dropout masks of their own."""
+    rows = request.getfixturevalue(data)
+    one = make_job(rows, teacher, tmp_path / "one", steps=1, warmup_steps=1, reduction=reduction)
     two = replace(one, folder=str(tmp_path / "two"))
     assert run_stage(one)
     assert worker_pool.join(worker_pool.start(two, 2)) == [0, 0], worker_pool.log(two)

@@ -1,0 +1,178 @@
+"""Rows grouped by length: every row once, gradients as without groups.
+
+That the bits are the same for any worker count is in test_two_workers.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from support import make_job
+from test_encoder import tiny_config
+from test_step import ALONE, one_step
+
+from data.reader import RowReader
+from model.distiller import Distiller
+from model.encoder import TappedEncoder, build_student
+from model.objective import Objective
+from orchestrator import step as step_module
+from orchestrator.buckets import LEAST_GAIN, ROUND, by_length, cuts
+from orchestrator.evaluate import heldout_divergence
+from orchestrator.students import build_distiller
+
+
+def padded(lengths, tokens=512, pad=1, seed=0):
+    """Random ids behind `lengths` of which padding follows."""
+    ids = torch.randint(4, 50, (len(lengths), tokens), generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+    return ids.masked_fill(~mask, pad), mask
+
+
+def test_every_row_is_in_one_group_whole_but_for_its_padding():
+    generator = torch.Generator().manual_seed(0)
+    for case in range(30):
+        lengths = torch.randint(0, 513, (1 + case,), generator=generator).tolist()
+        ids, mask = padded(lengths, seed=case)
+        groups = by_length(ids, mask)
+        assert [g[0].shape[1] for g in groups] == sorted({g[0].shape[1] for g in groups}, reverse=True)
+        rows = []
+        for part_ids, part_mask in groups:
+            width = part_ids.shape[1]
+            assert width % ROUND == 0
+            valid = torch.ones_like(part_ids, dtype=torch.bool) if part_mask is None else part_mask
+            assert part_mask is None or not part_mask.all()
+            rows += [tuple(row[own].tolist()) for row, own in zip(part_ids, valid, strict=True)]
+        assert sorted(rows) == sorted(tuple(row[own].tolist()) for row, own in zip(ids, mask, strict=True))
+
+
+def test_a_row_without_padding_takes_the_path_without_masks():
+    ids, mask = padded([512, 40, 512, 60])
+    (whole, whole_mask), (short, short_mask) = by_length(ids, mask)
+    assert torch.equal(whole, ids[[0, 2]]) and whole_mask is None
+    assert torch.equal(short, ids[[1, 3], :64]) and torch.equal(short_mask, mask[[1, 3], :64])
+    ((same, none),) = by_length(ids, None)
+    assert same is ids and none is None
+
+
+def test_padding_in_front_or_between_is_never_cut():
+    ids, mask = padded([0, 0, 0])
+    mask[0, 100:] = True  # in front
+    mask[1, [3, 511]] = True  # between
+    mask[2, 5:30] = True
+    (long, long_mask), (short, short_mask) = by_length(ids, mask)
+    assert torch.equal(long, ids[:2]) and torch.equal(long_mask, mask[:2])
+    assert torch.equal(short, ids[2:, :32]) and torch.equal(short_mask, mask[2:, :32])
+
+
+def test_the_cuts_are_the_cheapest():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(40):
+        sizes = sorted({32 * int(n) for n in torch.randint(1, 17, (6,), generator=generator)})
+        counts = torch.randint(1, 9, (len(sizes),), generator=generator).tolist()
+        group_cost = 0.1 * sum(counts) * 512
+
+        def cost(chosen, sizes=sizes, counts=counts, group_cost=group_cost):
+            widths = [min(c for c in chosen if c >= size) for size in sizes]
+            return sum(n * w for n, w in zip(counts, widths, strict=True)) + group_cost * len(chosen)
+
+        every = [
+            (*some, sizes[-1])
+            for size in range(len(sizes))
+            for some in itertools.combinations(sizes[:-1], size)
+        ]
+        assert cost(cuts(sizes, counts, group_cost)) == min(map(cost, every))
+
+
+def test_one_more_group_must_save_a_tenth():
+    assert LEAST_GAIN == 0.1
+    for rows, groups in ((1, 1), (3, 2)):  # of 10 rows that many have half the length: 5 % and 15 % saved
+        assert len(by_length(*padded([256] * rows + [512] * (10 - rows)))) == groups
+
+
+# ---- The same sums and gradients: rows, weights and positions are what they were. ----
+
+OBJECTIVES = {
+    "minilm": {},
+    "value-mse": {"reduction": "token"},
+    "hidden-relation": {},
+    "soft-label-mlm": {"mask_token_id": 49, "special_ids": (1,)},
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("roberta", name) for name in OBJECTIVES] + [("bert", "minilm"), ("modernbert", "minilm"), ("mpnet", "minilm")],
+)  # fmt: skip
+def test_groups_give_the_gradient_of_the_whole(architecture, name):
+    config = tiny_config(architecture, max_position_embeddings=200)
+    objective = Objective.named(name, **OBJECTIVES[name])
+    made = [
+        TappedEncoder(
+            build_student(config, layers=2, hidden=h, dropout=0.0, seed=s, head=objective.needs_head), 2
+        )
+        for s, h in enumerate((24, 16))
+    ]
+    for parameter in itertools.chain(*(encoder.parameters() for encoder in made)):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    distiller = Distiller(made[0], {"s": made[1]}, objective).double()
+    ids, mask = padded([128, 20, 33, 0, 128, 31], tokens=128)
+    results = []
+    for groups in ([(ids, mask)], by_length(ids, mask)):
+        sums = [distiller.term_sums("s", distiller.teach(*group), *group) for group in groups]
+        total = torch.stack(sums).sum(0)
+        parameters = list(distiller.trained_parameters("s").values())
+        gradients = torch.autograd.grad((total * distiller.weights).sum(), parameters)
+        results.append((len(groups), total.detach(), torch.cat([g.flatten() for g in gradients])))
+    (one, whole, whole_gradient), (several, cut, cut_gradient) = results
+    assert (one, several) == (1, 2)
+    torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cut_gradient, whole_gradient, rtol=0, atol=1e-12 * whole_gradient.abs().max())
+
+
+def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(documents, teacher, tmp_path, monkeypatch):
+    job = make_job(documents, teacher, tmp_path, dropout=0.0)
+    distiller = build_distiller(job, ALONE.device)
+    teach, shapes = distiller.teach, []
+    monkeypatch.setattr(distiller, "teach", lambda ids, mask: shapes.append(ids.shape) or teach(ids, mask))
+    _, (state,), outcome = one_step(job, distiller=distiller)
+    assert sum(rows for rows, _ in shapes) == 8
+    assert sum(rows * width for rows, width in shapes) < 0.9 * 8 * 64
+    monkeypatch.setattr(step_module, "by_length", lambda ids, mask: [(ids, mask)])
+    _, (plain,), expected = one_step(job)
+    torch.testing.assert_close(state.gradient, plain.gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(outcome.terms, expected.terms, rtol=1e-5, atol=0)
+    assert outcome.count == expected.count
+
+
+def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, monkeypatch):
+    distiller = build_distiller(make_job(documents, teacher, tmp_path), ALONE.device)
+    reader = RowReader(documents / "held-out")
+    values = []
+    for grouped in (True, False):
+        if not grouped:
+            monkeypatch.setattr("orchestrator.evaluate.by_length", lambda ids, mask: [(ids, mask)])
+        found = heldout_divergence(distiller, reader, rows=12, micro_batch=6, autocast=None, world=ALONE)
+        values.append(found["small"])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_out_of_memory_halves_every_group(documents, teacher, tmp_path, monkeypatch):
+    job = make_job(documents, teacher, tmp_path, dropout=0.0)
+    _, (expected,), _ = one_step(job)
+    distiller = build_distiller(job, ALONE.device)
+    teach, shapes = distiller.teach, []
+
+    def small_memory(ids, mask):
+        shapes.append(ids.shape)
+        if len(shapes) == 2:
+            raise torch.OutOfMemoryError("not enough")
+        return teach(ids, mask)
+
+    monkeypatch.setattr(distiller, "teach", small_memory)
+    _, (state,), outcome = one_step(job, distiller=distiller)
+    assert outcome.parts == 2
+    assert sum(rows for rows, _ in shapes[2:]) == 8
+    assert max(rows for rows, _ in shapes[2:]) <= 2 < max(rows for rows, _ in shapes[:2])
+    torch.testing.assert_close(state.gradient, expected.gradient, rtol=1e-4, atol=1e-7)
