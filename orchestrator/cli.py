@@ -101,11 +101,11 @@ def run_recipe(options: argparse.Namespace) -> int:
 
                 tell_rest(workdir.root, recipe.tracking.experiment)
     else:
-        with workdir.claim(recipe):  # before anything heavy is imported
+        with workdir.claim(recipe) as lease:  # before anything heavy is imported
             from orchestrator.curriculum import run_recipe
 
             summary = run_recipe(
-                recipe, options.recipe, workdir, launcher=options.launcher, address=options.address
+                recipe, options.recipe, workdir, lease, launcher=options.launcher, address=options.address
             )
     print(f"\n{summary.table()}\n\n{summary.next_steps()}")
     return 0

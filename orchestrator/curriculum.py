@@ -13,7 +13,7 @@ import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from orchestrator import launch
 from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.inputs import Dataset, check_stage, check_stages, model_folder, prepare_data
+from orchestrator.lease import Lease
 from orchestrator.progress import Line, StageProgress, build_reporter, duration
 from orchestrator.publish import publish
 from orchestrator.recipe import Recipe
@@ -37,13 +38,13 @@ FAILURES = {error.exit_code: error for error in (UserError, NoProgress, Infrastr
 
 
 def run_recipe(
-    recipe: Recipe, recipe_file: Path, workdir: Workdir, *, launcher: str, address: str | None
+    recipe: Recipe, recipe_file: Path, workdir: Workdir, lease: Lease, *, launcher: str, address: str | None
 ) -> Summary:
     """Run every stage that is not done, and return the summary of the whole curriculum.
 
-    The caller holds `workdir.claim`. `launcher`: "ray", or "inline" for the same worker in this process; `address`:
-    of a Ray cluster, None for RAY_ADDRESS or a local one. Raises `Stopped` after SIGINT or SIGTERM, `UserError` for
-    bad input, `InfrastructureError` when the workers kept dying.
+    The caller holds `lease`, from `workdir.claim`. `launcher`: "ray", or "inline" for the same worker in this
+    process; `address`: of a Ray cluster, None for RAY_ADDRESS or a local one. Raises `Stopped` after SIGINT or
+    SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
     with StopRequest() as stop, ExitStack() as stack:
@@ -65,7 +66,7 @@ def run_recipe(
             },
             recipe_file=recipe_file,
         )
-        driver = Driver(recipe, workdir, dataset, tracking, launcher, address, line, stop, stack)
+        driver = Driver(recipe, workdir, lease, dataset, tracking, launcher, address, line, stop, stack)
         try:
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
         except Stopped:
@@ -89,24 +90,21 @@ def run_recipe(
         return summary
 
 
+@dataclass
 class Driver:
     """What the stages of one run have in common."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        workdir: Workdir,
-        dataset: Dataset,
-        tracking: Tracking,
-        launcher: str,
-        address: str | None,
-        line: Line,
-        stop: StopRequest,
-        stack: ExitStack,
-    ):
-        self.recipe, self.workdir, self.dataset, self.tracking = recipe, workdir, dataset, tracking
-        self.launcher, self.address, self.line, self.stop, self.stack = launcher, address, line, stop, stack
-        self.connected = launcher == "inline"
+    recipe: Recipe
+    workdir: Workdir
+    lease: Lease
+    dataset: Dataset
+    tracking: Tracking
+    launcher: str
+    address: str | None
+    line: Line
+    stop: StopRequest
+    stack: ExitStack
+    connected: bool = False
 
     def run_stage(self, number: int) -> list[ModelEntry]:
         """Train and publish stage `number` (0-based) unless that is done; its teacher and students for the summary."""
@@ -125,6 +123,7 @@ class Driver:
             if done is None or done["digest"] != job.digest:
                 self.train(job, label)
             self.line.show(f"{label}  registering and drawing", force=True)
+            self.lease.check()
             return publish(self.recipe, job, folder, self.tracking, run)
         except BaseException as error:
             run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
@@ -187,13 +186,13 @@ class Driver:
         """Run the stage's workers until it is done. Raises `Stopped`, `UserError` or `InfrastructureError`."""
         self.connect()
         folder = self.workdir.stage(job.stage)
-        job = replace(job, attempt=f"{job.stage}-{uuid.uuid4().hex[:12]}")
+        job = replace(job, attempt=f"{job.stage}-{uuid.uuid4().hex[:12]}", lease=str(self.lease.path))
         place = self.wait_for_places(label) if self.launcher == "ray" else ""
         if place:  # decided once, so that no worker takes a GPU that Ray has not given it
             job = replace(job, device="cuda" if place == "GPU" else "cpu")
+        folder.root.mkdir(parents=True, exist_ok=True)
         for stale in (folder.stop_request, folder.failure, folder.done):
             stale.unlink(missing_ok=True)
-        write_json(folder.owner, {"attempt": job.attempt})
         folder.job.write_text(job.to_json(), encoding="utf-8")
         with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
             if place:
@@ -205,6 +204,7 @@ class Driver:
             except BaseException:
                 folder.stop_request.touch()  # the pool waits for the workers: let them end
                 raise
+        self.lease.check()
         self.line.close()
         folder.stop_request.unlink(missing_ok=True)
         check_outcome(job, folder, future, inline=self.launcher == "inline")
@@ -212,6 +212,7 @@ class Driver:
     def watch(self, future: Future[None], progress: StageProgress, folder: StageFolder) -> None:
         """Show progress until the workers have ended; pass a request to stop on to them."""
         while wait([future], timeout=POLL_SECONDS).not_done:
+            self.lease.check()
             progress.poll()
             if self.stop.requested and not folder.stop_request.exists():
                 folder.stop_request.touch()
@@ -220,7 +221,7 @@ class Driver:
         """Join or start the Ray cluster before the first stage that needs it."""
         if self.stop.requested:
             raise Stopped("stopped before the stage began; the same command goes on from here")
-        if self.connected:
+        if self.connected or self.launcher == "inline":
             return
         self.line.show("starting Ray", force=True)
         self.stack.enter_context(launch.ray_cluster(self.address, self.recipe.compute.workers[1]))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from orchestrator.files import write_json
 from orchestrator.metrics import PointLog
-from orchestrator.stage import StageFolder
+from orchestrator.stage import StageFolder, StageJob
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -37,10 +38,20 @@ class Due:
 class Journal:
     """Every rank keeps one, so that all take the same path; `writes` only on the main rank."""
 
-    def __init__(self, folder: StageFolder, *, writes: bool, workers: int, batch: int, seq_len: int):
-        self.folder, self.workers, self.batch, self.seq_len = folder, workers, batch, seq_len
-        self.points = PointLog(folder.points) if writes else None
-        self.heldout_points = PointLog(folder.heldout_points) if writes else None
+    def __init__(
+        self,
+        job: StageJob,
+        *,
+        writes: bool,
+        workers: int,
+        seq_len: int,
+        guard: Callable[[], None] = lambda: None,
+    ):
+        """`guard()` is called before each write and may raise to prevent it."""
+        self.job, self.workers, self.seq_len, self.guard = job, workers, seq_len, guard
+        self.folder = StageFolder(Path(job.folder))
+        self.points = PointLog(self.folder.points) if writes else None
+        self.heldout_points = PointLog(self.folder.heldout_points) if writes else None
         self.beat_due = Due(HEARTBEAT_SECONDS, at_once=True)
         self.metrics: dict[str, float] = {}
         self.restart(0)
@@ -59,7 +70,7 @@ class Journal:
         """A point: `metrics`, and the speed since the last one. `input_wait_share`: of the time, spent on waiting
         for rows."""
         seconds = max(time.monotonic() - self.since, 1e-9)
-        rows_per_second = (step - self.since_step) * self.batch / seconds
+        rows_per_second = (step - self.since_step) * self.job.batch / seconds
         self.metrics = metrics | {
             "rows_per_second": rows_per_second,
             "tokens_per_second": rows_per_second * self.seq_len,
@@ -67,19 +78,23 @@ class Journal:
         }
         self.restart(step)
         if self.points:
+            self.guard()
             self.points.append(step, self.metrics)
 
     def heldout(self, step: int, divergence: dict[str, dict[str, float]]) -> None:
         """A point of the held-out rows, by student and term. The time it took does not count as training."""
         self.restart(step)
         if self.heldout_points:
+            self.guard()
             self.heldout_points.append(
                 step, {f"{s}/heldout/{t}": v for s, terms in divergence.items() for t, v in terms.items()}
             )
 
     def beat(self, doing: str, step: int, *, force: bool = False) -> None:
         if self.points and (self.beat_due() or force):
+            self.guard()
             beat = {
+                "attempt": self.job.attempt,
                 "doing": doing,
                 "step": step,
                 "time": time.time(),

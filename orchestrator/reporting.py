@@ -18,6 +18,7 @@ from model.errors import ModelError
 from orchestrator.attempts import MAX_FAILURES, count_start_failure
 from orchestrator.errors import InfrastructureError, NoProgress, UserError
 from orchestrator.files import read_json, write_json
+from orchestrator.lease import Superseded, check_writer
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.storage import is_final
 
@@ -46,17 +47,22 @@ def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -
     """`worker.run_stage`, with errors that no retry can cure left in `failure.json` for the driver instead of raised.
 
     Those are bad input, storage that is full or can't be written, and any error that ends the start-up three times in
-    a row. Raises `InfrastructureError` when not even `failure.json` can be written.
+    a row. False, too, once a newer driver has taken the work directory. Raises `InfrastructureError` when not even
+    `failure.json` can be written.
     """
     folder = StageFolder(Path(job.folder))
-    if reported(job):
-        return False
     try:
+        check_writer(job.lease)
+        if reported(job):
+            return False
         from orchestrator.worker import run_stage  # here, so that a broken install counts as a failed start
 
         return run_stage(job, on_step)
     except (UserError, DataError, ModelError) as error:
         message, exit_code = str(error), getattr(error, "exit_code", UserError.exit_code)
+    except Superseded as error:
+        log.warning("stage %s: %s", job.stage, error)
+        return False
     except Exception as error:
         if is_final(error):
             exit_code = UserError.exit_code

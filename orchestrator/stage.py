@@ -29,7 +29,11 @@ class StudentJob:
 
 @dataclass(frozen=True)
 class StageJob:
-    """One teacher, its students, and how they are trained. Paths are absolute and seen by every node."""
+    """One teacher, its students, and how they are trained. Paths are absolute and seen by every node.
+
+    attempt: a fresh name each time a driver starts the stage. lease: the driver's file in `WORKDIR/lease`, "" where
+    none watches over the workers.
+    """
 
     stage: str
     folder: str
@@ -66,6 +70,7 @@ class StageJob:
     stall_seconds: float
     digest: str
     attempt: str = "inline"
+    lease: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -110,11 +115,6 @@ class StageFolder:
     def stop_request(self) -> Path:
         """Created by the driver: checkpoint at the next step boundary and return."""
         return self.root / "stop"
-
-    @property
-    def owner(self) -> Path:
-        """The attempt that may write here; a worker of an older attempt refuses to save."""
-        return self.root / "owner.json"
 
     @property
     def failure(self) -> Path:

@@ -1,5 +1,6 @@
 """The work directory: all that a run writes, and the proof that it belongs to this recipe.
 
+DIR/lease/          which process works in it (see `lease`)
 DIR/run.json        the recipe's result-determining fields; another recipe is refused
 DIR/recipe.yaml     the recipe file as given
 DIR/data/           shards, when the recipe names text
@@ -11,17 +12,16 @@ DIR/mlflow.db, mlartifacts/, tracking.json   tracking, unless MLFLOW_TRACKING_UR
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.errors import LeaseHeld, UserError
+from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_json
+from orchestrator.lease import Lease, take
 from orchestrator.recipe import Recipe, first_difference
 from orchestrator.stage import StageFolder
 
@@ -62,32 +62,22 @@ class Workdir:
         return same and self.summary.exists()
 
     @contextmanager
-    def claim(self, recipe: Recipe) -> Iterator[None]:
+    def claim(self, recipe: Recipe) -> Iterator[Lease]:
         """Hold the directory for this process and this recipe.
 
         Raises `UserError` when it belongs to another recipe, `LeaseHeld` when another process works in it.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / "lock").touch()
+            lease = take(self.root / "lease")
         except OSError as error:
             raise UserError(
                 f"cannot use {self.root} as work directory: {error.strerror}; give another --workdir"
             ) from error
-        with (self.root / "lock").open("a+", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise LeaseHeld(
-                    f"another run works in {self.root} ({lock.read().strip() or 'unknown'}); "
-                    f"wait for it, stop it, or give another --workdir"
-                ) from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+        try:
             self.check_recipe(recipe)
-            yield
+            yield lease
+        finally:
+            lease.release()
 
     def adopt(self, recipe: Recipe, recipe_file: Path) -> None:
         """Make the directory this recipe's for good; called once its inputs have been found sound."""

@@ -26,9 +26,10 @@ from orchestrator import checkpoint
 from orchestrator.attempts import Attempts, forget_start_failures
 from orchestrator.errors import UserError
 from orchestrator.evaluate import heldout_divergence
-from orchestrator.files import read_json, write_json
+from orchestrator.files import write_json
 from orchestrator.guards import Watchdog, check_finite, no_progress
 from orchestrator.journal import Due, Journal, student_metrics
+from orchestrator.lease import Superseded, check_writer
 from orchestrator.ledger import Expected, Ledger
 from orchestrator.reporting import own_rank
 from orchestrator.saver import Parts, Saver
@@ -42,10 +43,6 @@ from orchestrator.world import PeerFailed, World, join_world
 log = logging.getLogger(__name__)
 
 STOP_CHECK_SECONDS = 0.5
-
-
-class Superseded(Exception):
-    """A newer attempt owns the stage: this worker must not write any more."""
 
 
 def run_stage(job: StageJob, on_step: Callable[[int], None] | None = None) -> bool:
@@ -101,7 +98,11 @@ class StageRun:
         self.checkpoint_due = Due(job.checkpoint_every_seconds)
         with self.writing():
             self.journal = Journal(
-                self.folder, writes=world.is_main, workers=world.size, batch=job.batch, seq_len=self.seq_len
+                job,
+                writes=world.is_main,
+                workers=world.size,
+                seq_len=self.seq_len,
+                guard=self.check_writer,
             )
         self.saver: Saver | None = None
         self.attempts: Attempts | None = None
@@ -118,7 +119,7 @@ class StageRun:
                 self.identity,
                 keep=job.keep_checkpoints,
                 keep_every=job.keep_every_steps,
-                guard=self.check_owner,
+                guard=self.check_writer,
             )
 
     def run(self, on_step: Callable[[int], None] | None) -> bool:
@@ -166,6 +167,7 @@ class StageRun:
         first = threads = 0
         if self.world.is_main:
             try:
+                self.check_writer()
                 found = checkpoint.restore_newest(
                     self.folder.checkpoints, self.models, self.students, self.identity
                 )
@@ -319,7 +321,7 @@ class StageRun:
             for student in self.students:
                 refused = copy[f"{student.name}.optimizer"]["refused"].tolist()
                 check_finite(job, self.stream, student.name, refused)
-            self.check_owner()
+            self.check_writer()
             self.expected.check(steps)
 
         self.watchdog.expect_long()  # the save before it may still be in flight, and is waited for
@@ -329,10 +331,9 @@ class StageRun:
     def writing(self) -> AbstractContextManager[None]:
         return writing(self.folder.root)
 
-    def check_owner(self) -> None:
-        owner = read_json(self.folder.owner)
-        if owner is not None and owner["attempt"] != self.job.attempt:
-            raise Superseded(f"stage {self.job.stage} is now written by attempt {owner['attempt']}")
+    def check_writer(self) -> None:
+        """Before anything that a newer driver's workers must not find."""
+        check_writer(self.job.lease)
 
     def close(self) -> None:
         """Leave nothing running and no file open."""
@@ -347,7 +348,7 @@ class StageRun:
         """Export every student and write `done.json` last."""
         job = self.job
         self.journal.beat("exporting", job.steps, force=True)
-        self.check_owner()
+        self.check_writer()
         digests = {}
         for student in job.students:
             encoder = self.distiller.students[student.name]
@@ -390,7 +391,7 @@ def main() -> int:
     except PeerFailed as error:
         print(f"minilm: stopped: {error}", file=sys.stderr)
         return UserError.exit_code
-    except (UserError, DataError, ModelError, OSError, json.JSONDecodeError) as error:
+    except (UserError, DataError, ModelError, Superseded, OSError, json.JSONDecodeError) as error:
         print(f"minilm: error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
 

@@ -17,6 +17,7 @@ import yaml
 
 from model.export import weights_digest
 from orchestrator.files import read_json
+from orchestrator.metrics import read_all_points
 from orchestrator.stage import StageFolder
 
 
@@ -38,9 +39,11 @@ def write_recipe(folder: Path, text: Path, teacher: Path, **changes: object) -> 
     return path
 
 
-def minilm(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+def minilm(
+    *arguments: str | Path, program: tuple[str, ...] = ("-m", "orchestrator"), **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         env=os.environ | {"MLFLOW_TRACKING_URI": ""} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -203,17 +206,44 @@ def test_a_work_directory_of_another_recipe_is_refused(finished):
     assert "stages.1.steps is 40 there and 41 now; give another --workdir" in errors
 
 
-def test_a_second_run_in_the_same_work_directory_is_refused(finished, tmp_path):
-    recipe, work = finished / "tiny.yaml", tmp_path / "work"
-    override = ("--set", "stages.assistant.steps=100000", "--set", "stages.assistant.warmup_steps=10")
-    process = minilm("run", recipe, "--workdir", work, "--launcher", "inline", *override)
+ELSEWHERE = """
+import sys
+from orchestrator import cli, lease
+lease.this_machine, lease.PATIENCE_SECONDS = lambda: "another host", 1.0
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead_and_that_one_writes_no_more(finished, tmp_path):
+    """The first one's process is another host's, as far as anybody knows; it is stopped, overtaken, and wakes."""
+    work = tmp_path / "work"
+    folder = StageFolder(work / "stages" / "assistant")
+    steps = ("--set", "stages.assistant.steps=100000", "--set", "stages.assistant.warmup_steps=10")
+    command = ("run", finished / "tiny.yaml", "--workdir", work, "--launcher", "inline", *steps)
+    first = minilm(*command, program=("-c", ELSEWHERE))
+    second = None
     try:
-        wait_for(lambda: StageFolder(work / "stages" / "assistant").heartbeat.exists(), process)
-        _, errors = run("run", recipe, "--workdir", work, "--launcher", "inline", *override, expect=6)
-        assert f"another run works in {work} (process {process.pid} on" in errors
+        wait_for(folder.heartbeat.exists, first)
+        _, errors = run(*command, expect=6)
+        assert f"another run works in {work} (process {first.pid} on" in errors
+        first.send_signal(signal.SIGSTOP)
+        second = minilm(*command, program=("-c", ELSEWHERE.replace("another", "a third")))
+        wait_for(lambda: read_json(folder.heartbeat)["pid"] == second.pid, second)
+        first.send_signal(signal.SIGCONT)
+        _, errors = first.communicate(timeout=30)
+        assert first.returncode == 6
+        assert f"another run has taken {work} over" in errors
+        second.send_signal(signal.SIGTERM)
+        out, errors = second.communicate(timeout=60)
+        assert second.returncode == 3, out + errors
+        steps = [p.step for p in read_all_points(folder.points)]
+        assert steps == list(range(4, 4 * len(steps) + 1, 4))
+        assert [json.loads(line)["step"] for line in folder.points.read_text().splitlines()] == steps
     finally:
-        process.kill()
-        process.communicate()
+        for process in (first, second):
+            if process:
+                process.kill()
+                process.communicate()
 
 
 def bad_tokenizer(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, object], str]:

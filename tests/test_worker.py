@@ -25,6 +25,7 @@ from model.export import weights_digest
 from orchestrator import checkpoint
 from orchestrator.errors import UserError
 from orchestrator.metrics import read_all_points
+from orchestrator.reporting import run_reporting
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.worker import Superseded, main, run_stage
 
@@ -157,13 +158,34 @@ def test_rows_of_a_step_are_the_same_for_every_worker_count(shards):
             assert joined == alone
 
 
-def test_a_worker_of_an_older_attempt_does_not_save(shards, teacher, tmp_path):
-    job = make_job(shards, teacher, tmp_path, attempt="old")
-    folder = StageFolder(tmp_path)
-    folder.owner.write_text(json.dumps({"attempt": "new"}))
-    with pytest.raises(Superseded, match="written by attempt new"):
-        run_stage(job)
+def test_a_worker_of_an_older_driver_writes_nothing(shards, teacher, tmp_path):
+    """Not when it starts, though a save of the new driver is in flight, and not when it loses the lease on its way."""
+    lease = tmp_path / "lease" / "000004.json"
+    lease.parent.mkdir()
+    lease.touch()
+    job = make_job(
+        shards, teacher, tmp_path / "stages" / "first", lease=str(lease), steps=2000, log_every=2000
+    )
+    folder = StageFolder(Path(job.folder))
+
+    def lose(step):
+        if step == 4:
+            lease.rename(lease.with_name("000005.json"))  # as good as taken
+
+    with pytest.raises(Superseded, match=f"another run has taken {tmp_path} over"):
+        run_stage(replace(job, checkpoint_every_steps=5), lose)
     assert checkpoint.list_checkpoints(folder.checkpoints) == []
+    with pytest.raises(Superseded):  # no save is due: the next sign of life is refused, within about a second
+        lease.touch()
+        run_stage(
+            replace(job, checkpoint_every_steps=None), lambda step: lease.unlink() if step == 9 else None
+        )
+    assert json.loads(folder.heartbeat.read_text())["step"] < 1000
+    in_flight = folder.checkpoints / ".step-000000005.99.tmp"
+    in_flight.mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")}
+    assert not run_reporting(job)
+    assert {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")} == before
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(shards, teacher, tmp_path):

@@ -1,0 +1,200 @@
+"""One driver at a time: real processes that take, hold, lose and give back the lease of a work directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator import lease
+from orchestrator.errors import LeaseHeld
+from orchestrator.lease import Superseded, check_writer, still_held, take
+
+HOLDER = """
+import sys, threading
+from pathlib import Path
+from orchestrator import lease
+lease.RENEW_SECONDS, lease.PATIENCE_SECONDS, machine = 0.05, 1.0, sys.argv[2]
+if machine:
+    lease.this_machine = lambda: machine
+held = lease.take(Path(sys.argv[1]) / "lease")
+print(held.path.stem, flush=True)
+sys.stdin.read()
+held.release()
+"""
+
+
+class Driver:
+    """A process that takes the lease, on `machine` as it believes, and holds it until it is told to end."""
+
+    def __init__(self, work: Path, machine: str = ""):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, work, machine],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def epoch(self) -> int:
+        return int(self.process.stdout.readline())
+
+    def error(self) -> str:
+        out, errors = self.process.communicate(timeout=20)
+        assert self.process.returncode, f"it has ended in good order: {out}"
+        return errors.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def drivers(tmp_path: Path) -> Iterator[type[Driver]]:
+    made: list[Driver] = []
+
+    class Tracked(Driver):
+        def __init__(self, machine: str = ""):
+            super().__init__(tmp_path, machine)
+            made.append(self)
+
+    yield Tracked
+    for driver in made:
+        driver.process.kill()
+        driver.process.communicate()
+
+
+def files(work: Path) -> list[str]:
+    return sorted(path.name for path in (work / "lease").iterdir())
+
+
+def test_a_second_driver_is_refused_and_told_who_works_there(drivers, tmp_path):
+    first = drivers()
+    assert first.epoch() == 1
+    begun = time.monotonic()
+    with pytest.raises(LeaseHeld) as refused:
+        take(tmp_path / "lease")
+    assert time.monotonic() - begun < 0.5
+    assert refused.value.exit_code == 6
+    expected = (
+        f"another run works in {tmp_path} (process {first.process.pid} on {os.uname().nodename}, last sign of"
+    )
+    assert str(refused.value).startswith(expected)
+    first.process.send_signal(signal.SIGSTOP)  # here its process is seen, so that it is never taken for dead
+    time.sleep(1.3)
+    with pytest.raises(LeaseHeld, match="last sign of life [12] s ago"):
+        take(tmp_path / "lease")
+    assert files(tmp_path) == ["000001.json"]
+
+
+def test_a_killed_driver_is_followed_at_once_and_a_released_lease_too(drivers, tmp_path):
+    first = drivers()
+    assert first.epoch() == 1
+    first.process.kill()  # and not waited for: a zombie is dead as well
+    time.sleep(0.1)
+    begun = time.monotonic()
+    second = take(tmp_path / "lease")
+    assert time.monotonic() - begun < 0.5
+    assert files(tmp_path) == ["000002.json"]
+    second.release()
+    begun = time.monotonic()
+    third = take(tmp_path / "lease")
+    assert time.monotonic() - begun < 0.5
+    assert third.path.name == "000003.json"
+    third.release()
+    assert files(tmp_path) == ["000003.json"], "epochs only grow"
+
+
+def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path):
+    held = take(tmp_path / "lease")
+    held._ended.set()
+    held._thread.join()
+    record = json.loads(held.path.read_text()) | {
+        "started": 1
+    }  # ours, as if an older process had had our number
+    held.path.write_text(json.dumps(record))
+    after = take(tmp_path / "lease")
+    assert after.path.name == "000002.json"
+    after.release()
+
+
+def test_a_driver_elsewhere_is_followed_only_after_its_silence(drivers, tmp_path):
+    """The holder's machine is another, so its process number says nothing. Overtaken in its sleep, it ends."""
+    first = drivers("host A")
+    assert first.epoch() == 1
+    assert "another run works in" in drivers("host B").error()  # it saw the file being touched
+    first.process.send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    second = drivers("host B")
+    assert second.epoch() == 2
+    assert time.monotonic() - begun > 1.0
+    assert files(tmp_path) == ["000002.json"]
+    first.process.send_signal(signal.SIGCONT)
+    assert first.error().endswith("has taken " + str(tmp_path) + " over; this one ends without writing")
+    assert first.process.returncode == 6
+    assert files(tmp_path) == ["000002.json"]
+
+
+def test_of_many_challengers_one_wins(drivers, tmp_path):
+    dead = drivers()
+    dead.epoch()
+    dead.process.kill()
+    dead.process.wait()
+    rivals = [drivers() for _ in range(6)]
+    deadline = time.monotonic() + 60
+    while sum(rival.process.poll() is not None for rival in rivals) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (winner,) = (rival for rival in rivals if rival.process.poll() is None)
+    assert winner.epoch() == 2
+    assert files(tmp_path) == ["000002.json"]
+
+
+def test_a_challenger_that_was_asleep_while_others_came_and_went_starts_over(tmp_path, monkeypatch):
+    """It has judged epoch 1 dead; before it makes epoch 2, that one and a third have been taken."""
+    folder = tmp_path / "lease"
+    folder.mkdir()
+    (folder / "000001.json").touch()
+
+    def sleeps(path):
+        if path.name == "000001.json":
+            path.unlink()
+            (folder / "000003.json").touch()
+
+    monkeypatch.setattr(lease, "outlast", sleeps)
+    held = take(folder)
+    assert files(tmp_path) == ["000004.json"]
+    held.release()
+
+
+def test_a_file_that_says_nothing_is_waited_for(tmp_path, monkeypatch, capsys):
+    """Its maker has died between making and filling it; or it is just about to."""
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.6)
+    (tmp_path / "lease").mkdir()
+    (tmp_path / "lease" / "000001.json").touch()
+    begun = time.monotonic()
+    take(tmp_path / "lease").release()
+    assert 0.6 <= time.monotonic() - begun < 5
+    assert f"a process that is just starting had {tmp_path}: waiting 1 s" in capsys.readouterr().err
+
+
+def test_who_has_lost_the_lease_hears_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
+    lost: list[Path] = []
+    held = take(tmp_path / "lease", on_lost=lost.append)
+    held.check()
+    check_writer(str(held.path))
+    check_writer("")
+    assert still_held(held.path)
+    held.path.rename(tmp_path / "lease" / "000002.json")
+    held._thread.join(5)
+    assert lost == [held.path]
+    held.check()
+    assert lost == [held.path] * 2
+    with pytest.raises(Superseded, match="this worker ends without writing"):
+        check_writer(str(held.path))
+    held.release()
+    assert files(tmp_path) == ["000002.json"], "a lost lease is not made anew"
