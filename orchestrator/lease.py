@@ -15,20 +15,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from orchestrator.errors import LeaseHeld
+from orchestrator.processes import Process
 
 RENEW_SECONDS = 3.0
 PATIENCE_SECONDS = 30.0
 LOOK_SECONDS = 0.25
+UNKNOWN = "a process that is just starting"
 NAME = re.compile(r"\d{6,}\.json")
 
 
@@ -38,21 +40,10 @@ class Superseded(Exception):
     exit_code = LeaseHeld.exit_code
 
 
-@dataclass(frozen=True)
-class Holder:
-    """machine: equal only where process numbers mean the same. started: of the process, in clock ticks since boot."""
-
-    host: str
-    machine: str
-    pid: int
-    started: int
-    released: bool = False
-
-
 class Lease:
     """One epoch, held by this process until `release`. `on_lost()` is called once it has been lost."""
 
-    def __init__(self, path: Path, holder: Holder, on_lost: Callable[[Path], None]):
+    def __init__(self, path: Path, holder: Process, on_lost: Callable[[Path], None]):
         self.path, self.holder, self.on_lost = path, holder, on_lost
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="minilm-lease", daemon=True)
@@ -67,8 +58,7 @@ class Lease:
         self._ended.set()
         self._thread.join()
         with suppress(OSError), self.path.open("r+", encoding="utf-8") as file:  # never makes it anew
-            file.write(json.dumps(asdict(replace(self.holder, released=True))))
-            file.truncate()
+            write(file, self.holder, released=True)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
@@ -89,7 +79,7 @@ def take(folder: Path, *, on_lost: Callable[[Path], None] | None = None) -> Leas
     default the end of this process, with exit code 6.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    holder = Holder(socket.gethostname(), this_machine(), os.getpid(), started(os.getpid()) or 0)
+    holder = Process.this()
     while True:
         before = epochs(folder)
         if before:
@@ -97,7 +87,7 @@ def take(folder: Path, *, on_lost: Callable[[Path], None] | None = None) -> Leas
         path = folder / f"{epoch_of(before[-1]) + 1 if before else 1:06d}.json"
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(holder)))
+                write(file, holder, released=False)
         except FileExistsError:  # another challenger was faster
             continue
         if epochs(folder)[-1] == path:
@@ -129,32 +119,28 @@ def outlast(path: Path) -> None:
     """Return when the holder of `path` has released it or is dead. Raises `LeaseHeld` when it lives."""
     began, first, told = time.monotonic(), touched(path), False
     while time.monotonic() - began < PATIENCE_SECONDS:
-        seen, holder = touched(path), read(path)
-        if seen is None or (holder and holder.released):
+        seen, (holder, released) = touched(path), read(path)
+        if seen is None or released:
             return
-        if holder and holder.machine == this_machine():
-            if is_gone(holder):
+        if holder and holder.is_here:
+            if holder.is_gone():
                 return
             raise held(path, holder, (time.time_ns() - seen) / 1e9)
         if seen != first:
             raise held(path, holder, 0.0)
         if not told:
-            text = f"{name(holder)} had {path.parent.parent}: waiting {PATIENCE_SECONDS:.0f} s for a sign of life of it"
-            print(text, file=sys.stderr, flush=True)
+            wait = f"waiting {PATIENCE_SECONDS:.0f} s for a sign of life of it"
+            print(f"{holder or UNKNOWN} had {path.parent.parent}: {wait}", file=sys.stderr, flush=True)
             told = True
         time.sleep(LOOK_SECONDS)
 
 
-def held(path: Path, holder: Holder | None, age: float) -> LeaseHeld:
+def held(path: Path, holder: Process | None, age: float) -> LeaseHeld:
     """age: seconds since the last sign of life."""
+    who = f"{holder or UNKNOWN}, last sign of life {max(age, 0.0):.0f} s ago"
     return LeaseHeld(
-        f"another run works in {path.parent.parent} ({name(holder)}, last sign of life {max(age, 0.0):.0f} s ago); "
-        f"wait for it, stop it, or give another --workdir"
+        f"another run works in {path.parent.parent} ({who}); wait for it, stop it, or give another --workdir"
     )
-
-
-def name(holder: Holder | None) -> str:
-    return f"process {holder.pid} on {holder.host}" if holder else "a process that is just starting"
 
 
 def end_process(path: Path) -> None:
@@ -182,35 +168,15 @@ def touched(path: Path) -> int | None:
         return None
 
 
-def read(path: Path) -> Holder | None:
-    """None for a file that is just being made."""
+def read(path: Path) -> tuple[Process | None, bool]:
+    """Who has taken this epoch (None while the file is being made), and whether it has given it back."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Process(**record["holder"]), record["released"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None, False
 
 
-def this_machine() -> str:
-    """One boot of one kernel and one namespace of process numbers; containers on a host differ in the latter."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-
-
-def is_gone(holder: Holder) -> bool:
-    """Of a holder on this machine: has its process ended, though its number may be another's now?"""
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's, of whom /proc may tell nothing
-        return started(holder.pid) not in (None, holder.started)
-    return started(holder.pid) != holder.started
-
-
-def started(pid: int) -> int | None:
-    """When process `pid` of this machine started, in clock ticks since boot; None when it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+def write(file: TextIO, holder: Process, *, released: bool) -> None:
+    file.write(json.dumps({"holder": asdict(holder), "released": released}))
+    file.truncate()

@@ -208,8 +208,8 @@ def test_a_work_directory_of_another_recipe_is_refused(finished):
 
 ELSEWHERE = """
 import sys
-from orchestrator import cli, lease
-lease.this_machine, lease.PATIENCE_SECONDS = lambda: "another host", 1.0
+from orchestrator import cli, lease, processes
+processes.this_machine, lease.PATIENCE_SECONDS = lambda: "another host", 1.0
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -18,12 +18,12 @@ from orchestrator.errors import LeaseHeld
 from orchestrator.lease import Superseded, check_writer, still_held, take
 
 HOLDER = """
-import sys, threading
+import sys
 from pathlib import Path
-from orchestrator import lease
+from orchestrator import lease, processes
 lease.RENEW_SECONDS, lease.PATIENCE_SECONDS, machine = 0.05, 1.0, sys.argv[2]
 if machine:
-    lease.this_machine = lambda: machine
+    processes.this_machine = lambda: machine
 held = lease.take(Path(sys.argv[1]) / "lease")
 print(held.path.stem, flush=True)
 sys.stdin.read()
@@ -112,9 +112,8 @@ def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path):
     held = take(tmp_path / "lease")
     held._ended.set()
     held._thread.join()
-    record = json.loads(held.path.read_text()) | {
-        "started": 1
-    }  # ours, as if an older process had had our number
+    record = json.loads(held.path.read_text())
+    record["holder"]["started"] = 1  # as if an older process had had our number
     held.path.write_text(json.dumps(record))
     after = take(tmp_path / "lease")
     assert after.path.name == "000002.json"

@@ -1,0 +1,69 @@
+"""A process that another one, perhaps on another machine, can name without mistaking it for a later one.
+
+Process numbers are given again and mean something on one machine only, so a `Process` carries what tells them apart.
+Reads /proc, so it is for Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """machine: equal only where process numbers mean the same. started: in clock ticks since the machine's boot."""
+
+    host: str
+    machine: str
+    pid: int
+    started: int
+
+    @classmethod
+    def this(cls) -> Process:
+        return cls(socket.gethostname(), this_machine(), os.getpid(), started(os.getpid()) or 0)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_here(self) -> bool:
+        """Is it one of this machine, where `is_gone` and `kill` can be asked for?"""
+        return self.machine == this_machine()
+
+    def is_gone(self) -> bool:
+        """Has it ended, though its number may be another's now?"""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # another user's, of whom /proc may tell nothing
+            return started(self.pid) not in (None, self.started)
+        return started(self.pid) != self.started
+
+    def kill(self) -> bool:
+        """SIGKILL, which ends a stopped process too. False when it has ended before."""
+        if not self.is_here or self.is_gone():
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        return True
+
+
+def this_machine() -> str:
+    """One boot of one kernel and one namespace of process numbers; containers on a host differ in the latter."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def started(pid: int) -> int | None:
+    """When process `pid` of this machine started, in clock ticks since boot; None when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
