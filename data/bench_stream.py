@@ -2,7 +2,10 @@
 
     memcpy              all tokens copied at once from one array into another
     memcpy, cached      contiguous slices copied into one small buffer: the prefetcher's best case, no miss is paid
+    random copies       random rows by numpy from one array in memory into one buffer: the bound of `gather`, which
+                        adds addresses, checks and counters to it
     gather              random rows into one buffer in the stored dtype (what the promise is about)
+    gather, 4 x rows    the same, with four times as many rows a call
     batches             `RowReader.read`: random rows as fresh int64 tensors
     stream              `Stream.iterate`: order, read-ahead thread and int64 tensors
     webdataset blocks   our own shards, in file order (webdataset has no random access)
@@ -11,7 +14,8 @@
     megatron            random rows by its IndexedDataset, where megatron-core is installed
 
 Files are read once before anything is timed, so the page cache holds them: this measures readers, not disks.
-Every figure is the best of `repeats` runs of about `seconds` each.
+Every figure is the best of `repeats` runs of about `seconds` each: by the clock, and by the processor time of the
+whole process, which other programs disturb less and from which shares are worked out.
 """
 
 import importlib.util
@@ -21,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +55,22 @@ ROW_READERS = ("webdataset rows", "streaming", "litdata", "megatron")
 class Speed:
     reader: str
     rows_per_second: float
+    rows_per_cpu_second: float
     bytes_per_second: float
     note: str = ""
 
 
 @dataclass(frozen=True)
 class StreamBench:
-    """`gather_share`: gather against memcpy; `best_other`: gather against the fastest other reader of rows."""
+    """`gather_share`, `copies_share`: gather, and random copies, against memcpy; `best_other`: gather against the
+    fastest other reader of rows. All by processor time."""
 
     rows: int
     seq_len: int
     micro_batch: int
     speeds: list[Speed]
     gather_share: float
+    copies_share: float
     best_other: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,14 +81,14 @@ class StreamBench:
 
     def text(self) -> str:
         head = f"{self.rows:,} rows of {self.seq_len} tokens, {self.micro_batch} rows a micro-batch"
-        lines = [head, f"{'reader':<20}{'rows/s':>14}{'GB/s':>9}"]
+        lines = [head, f"{'reader':<20}{'rows/s':>14}{'GB/s':>9}{'rows/CPU s':>14}"]
         for speed in self.speeds:
             gigabytes = speed.bytes_per_second / 1e9
-            lines.append(
-                f"{speed.reader:<20}{speed.rows_per_second:>14,.0f}{gigabytes:>9.3f}  {speed.note}".rstrip()
-            )
+            rates = f"{speed.rows_per_second:>14,.0f}{gigabytes:>9.3f}{speed.rows_per_cpu_second:>14,.0f}"
+            lines.append(f"{speed.reader:<20}{rates}  {speed.note}".rstrip())
         lines.append(
-            f"gather is {self.gather_share:.0%} of memcpy, {self.best_other:,.0f} times the best other reader"
+            f"by processor time gather is {self.gather_share:.0%} of memcpy (bare random copies are "
+            f"{self.copies_share:.0%}), and {self.best_other:,.0f} times the best other reader"
         )
         return "\n".join(lines)
 
@@ -100,33 +108,36 @@ def bench_stream(
         data = _make_data(place / "data", rows, seq_len)
         row_bytes = RowReader(data).manifest.layout.row_bytes
         readers = {**_ours(data, micro_batch), **_others(data, place, micro_batch)}
-        best = dict.fromkeys(readers, 0.0)
+        best = dict.fromkeys(readers, (0.0, 0.0))
         for _ in range(repeats):  # in turns, so that a busy machine is busy for all of them
             for name, (_, make) in readers.items():
-                best[name] = max(best[name], _rows_per_second(make, seconds))
+                clock, cpu = _rows_per_second(make, seconds)
+                best[name] = max(best[name][0], clock), max(best[name][1], cpu)
         speeds = [
-            Speed(name, best[name], best[name] * row_bytes, note) for name, (note, _) in readers.items()
+            Speed(name, *best[name], best[name][0] * row_bytes, note) for name, (note, _) in readers.items()
         ]
     finally:
         if folder is None:
             shutil.rmtree(place, ignore_errors=True)
-    by_name = {speed.reader: speed.rows_per_second for speed in speeds}
-    others = [speed for name, speed in by_name.items() if name in ROW_READERS]
-    gather = by_name["gather"]
-    return StreamBench(rows, seq_len, micro_batch, speeds, gather / by_name["memcpy"], gather / max(others))
+    rates = {speed.reader: speed.rows_per_cpu_second for speed in speeds}
+    other = max(rate for name, rate in rates.items() if name in ROW_READERS)
+    gather, memcpy = rates["gather"], rates["memcpy"]
+    shares = gather / memcpy, rates["random copies"] / memcpy, gather / other
+    return StreamBench(rows, seq_len, micro_batch, speeds, *shares)
 
 
 Passes = Callable[[], Iterator[int]]
 
 
-def _rows_per_second(make: Passes, seconds: float) -> float:
-    """Rows that an endless iterator of row counts delivers in about `seconds`; its first item is warm-up."""
+def _rows_per_second(make: Passes, seconds: float) -> tuple[float, float]:
+    """Rows that an endless iterator of row counts delivers in about `seconds`, a second of the clock and of processor
+    time; its first item is warm-up."""
     counts = make()
     next(counts)
-    done, begin = 0, time.perf_counter()
+    done, begin, used = 0, time.perf_counter(), time.process_time()
     while (spent := time.perf_counter() - begin) < seconds:
         done += next(counts)
-    return done / spent
+    return done / spent, done / (time.process_time() - used)
 
 
 def _make_data(folder: Path, rows: int, seq_len: int) -> Path:
@@ -188,11 +199,18 @@ def _ours(data: Path, micro_batch: int) -> dict[str, tuple[str, Passes]]:
                 np.copyto(buffer, flat[at : at + size])
                 yield micro_batch
 
-    def gather() -> Iterator[int]:
-        buffer = np.empty((micro_batch, reader.seq_len), reader.manifest.dtype)
+    def random_copies() -> Iterator[int]:
+        array = flat[: reader.num_rows * row_bytes].reshape(-1, row_bytes)
+        buffer = np.empty((micro_batch, row_bytes), np.uint8)
         for wanted in _endless(order, micro_batch):
-            reader.gather(wanted, buffer)
+            np.take(array, wanted, axis=0, out=buffer, mode="clip")
             yield micro_batch
+
+    def gather(rows: int) -> Iterator[int]:
+        buffer = np.empty((rows, reader.seq_len), reader.manifest.dtype)
+        for wanted in _endless(order, rows):
+            reader.gather(wanted, buffer)
+            yield rows
 
     def batches() -> Iterator[int]:
         for wanted in _endless(order, micro_batch):
@@ -211,7 +229,9 @@ def _ours(data: Path, micro_batch: int) -> dict[str, tuple[str, Passes]]:
     return {
         "memcpy": ("", memcpy),
         "memcpy, cached": ("", memcpy_cached),
-        "gather": ("random rows", gather),
+        "random copies": ("random rows, in memory", random_copies),
+        "gather": ("random rows", partial(gather, micro_batch)),
+        "gather, 4 x rows": ("random rows", partial(gather, 4 * micro_batch)),
         "batches": ("random rows, int64 tensors", batches),
         "stream": ("random rows, int64 tensors, order included", stream),
     }
@@ -219,7 +239,7 @@ def _ours(data: Path, micro_batch: int) -> dict[str, tuple[str, Passes]]:
 
 def _endless(order: Any, micro_batch: int) -> Iterator[Any]:
     """Row numbers of micro-batches, worked out before they are timed, over and over."""
-    prepared = [order.rows(i * micro_batch, micro_batch) for i in range(256)]
+    prepared = [order.rows(i * micro_batch, micro_batch) for i in range(max(1, 65_536 // micro_batch))]
     while True:
         yield from prepared
 

@@ -1,7 +1,8 @@
 """All shards of a data set mapped side by side: checksums on first use, rows gathered by index.
 
 Invariant: no row is handed out before the checksum of its block was compared, and none of a shard that is not
-mapped: `_ready` knows both, block by block. A file's size and end are checked when it is mapped; nothing walks a tar.
+mapped: `_junk` knows both, block by block. A file's size and end are checked when it is mapped; nothing walks a tar.
+Numpy's calls cost as much as the copies of some dozens of rows, so `gather` makes few of them.
 """
 
 import mmap
@@ -65,7 +66,9 @@ class MappedShards:
             ) from error
         self._mapped: OrderedDict[int, None] = OrderedDict()
         self._checksums: dict[int, npt.NDArray[np.uint64]] = {}
-        self._ready = np.zeros(manifest.num_blocks, dtype=bool)
+        # 0 for a block that is not ready, else 1 + the rows of the grid that are no rows of ours before it. Memory is
+        # taken page by page as it is written: 10^10 rows cost nothing at the start.
+        self._junk = np.zeros(manifest.num_blocks, dtype=np.int64)
         self._verified = np.zeros(manifest.num_blocks, dtype=bool)
         self.num_checked = 0
         self._rows = self._row_view()
@@ -92,46 +95,41 @@ class MappedShards:
         """Copy rows `wanted` to `into` ([n, seq_len], contiguous, stored dtype); their stored lengths (int64
         [n]) where packing is "document". DataError names the first damaged block."""
         layout = self.layout
-        numbers = wanted.view(np.uint64)  # unsigned division by a scalar is several times as fast
-        blocks = numbers // np.uint64(layout.rows_per_block)
-        if not self._ready[blocks].all():
-            self._prepare(
-                np.unique(blocks[~self._ready[blocks]]).astype(np.int64), keep=blocks.astype(np.int64)
-            )
+        # unsigned division by a scalar is several times as fast
+        blocks = (wanted.view(np.uint64) // np.uint64(layout.rows_per_block)).view(np.int64)
+        index = self._junk.take(blocks)
+        if not np.logical_and.reduce(index):
+            self._prepare(np.unique(blocks[index == 0]), keep=blocks)
+            index = self._junk.take(blocks)
         if self._grid is not None:
-            index = self._grid_index(numbers, blocks)
+            index += wanted
+            index -= 1
             np.take(self._grid, index, axis=0, out=into, mode="clip")  # mode "raise" would copy twice
         else:
-            shards, inner = np.divmod(blocks, np.uint64(layout.blocks_per_shard))
-            into[...] = self._rows[shards, inner, numbers - blocks * np.uint64(layout.rows_per_block)]
-        if not layout.has_lengths:
-            return None
-        signed = blocks.astype(np.int64)
-        return self._lengths(signed, wanted - signed * layout.rows_per_block)
+            shards, inner = np.divmod(blocks, layout.blocks_per_shard)
+            into[...] = self._rows[shards, inner, wanted - blocks * layout.rows_per_block]
+        return self._lengths(blocks, wanted - blocks * layout.rows_per_block) if layout.has_lengths else None
 
-    def _grid_index(self, numbers: npt.NDArray[np.uint64], blocks: npt.NDArray[np.uint64]) -> I64:
-        """Where rows stand on the grid: their numbers, and the junk behind every block and shard before them."""
+    def _junk_before(self, blocks: I64) -> I64:
+        """Rows of the grid, before each of these blocks, that are not rows of ours: the ends of blocks and shards."""
         layout = self.layout
-        block_junk = layout.stride_bytes // layout.row_bytes - layout.rows_per_block
-        index = blocks * np.uint64(block_junk)
-        index += numbers
-        if self._manifest.num_shards > 1:
-            rows_a_shard = layout.rows_per_block * layout.blocks_per_shard
-            shard_junk = self._slot // layout.row_bytes - rows_a_shard - block_junk * layout.blocks_per_shard
-            index += numbers // np.uint64(rows_a_shard) * np.uint64(shard_junk)
-        return index.view(np.int64)
+        if self._grid is None:
+            return np.zeros(len(blocks), dtype=np.int64)
+        junk = layout.stride_bytes // layout.row_bytes - layout.rows_per_block
+        rows_a_shard = layout.rows_per_block * layout.blocks_per_shard
+        shard_junk = self._slot // layout.row_bytes - rows_a_shard - junk * layout.blocks_per_shard
+        return blocks * junk + blocks // layout.blocks_per_shard * shard_junk
 
     def _lengths(self, blocks: I64, rows: I64) -> I64:
-        layout, manifest = self.layout, self._manifest
+        """int64 [n]: stored lengths of rows `rows` of `blocks`. Only the last block of all may have fewer rows, and so
+        its lengths at another distance from its tokens."""
+        layout, last = self.layout, self._manifest.num_blocks - 1
+        shards, inner = np.divmod(blocks, layout.blocks_per_shard)
+        short = layout.lengths_at(0, self._manifest.rows_in_block(last))
+        behind = np.where(blocks == last, short, layout.lengths_at(0, layout.rows_per_block))
         dtype = np.dtype(layout.lengths_dtype).newbyteorder("<")
-        out = np.empty(len(blocks), dtype=np.int64)
-        for block in np.unique(blocks):
-            shard, inner = divmod(int(block), layout.blocks_per_shard)
-            num_rows = manifest.rows_in_block(int(block))
-            at = shard * self._slot + layout.lengths_at(inner, num_rows)
-            here = blocks == block
-            out[here] = np.ndarray((num_rows,), dtype, buffer=self._space.bytes, offset=at)[rows[here]]
-        return out
+        at = shards * self._slot + inner * layout.stride_bytes + behind + rows * dtype.itemsize
+        return self._space.bytes.view(dtype)[at // dtype.itemsize].astype(np.int64)
 
     def _prepare(self, blocks: I64, keep: I64) -> None:
         """Map and verify these blocks; shards of the blocks in `keep` stay mapped."""
@@ -145,7 +143,7 @@ class MappedShards:
             if self._verify:
                 for block in mine[~self._verified[mine]].tolist():
                     self.check(block)
-            self._ready[mine] = True
+            self._junk[mine] = self._junk_before(mine) + 1
 
     def _make_room(self, count: int, keep: set[int]) -> None:
         oldest = [shard for shard in self._mapped if shard not in keep] if self._full(count) else []
@@ -183,7 +181,7 @@ class MappedShards:
         """Unmap a shard; it is mapped again when it is needed. What was verified stays verified."""
         if number in self._mapped:
             info = self._manifest.shard(number)
-            self._ready[info.first_block : info.first_block + info.num_blocks] = False
+            self._junk[info.first_block : info.first_block + info.num_blocks] = 0
             del self._mapped[number]
             self._space.unmap(number * self._slot, self._slot)
 

@@ -59,7 +59,7 @@ class RowReader:
         self.folder = Path(folder)
         self.manifest = load_manifest(self.folder)
         self.pin = pin
-        self._counters = Counters()
+        self._num_rows = self._num_masked = 0  # handed out
         self._quarantine = quarantine
         masked = None if quarantine is None else quarantine.masked(self.manifest, self.place)
         self._masked = masked if masked is not None and masked.any() else None
@@ -68,7 +68,9 @@ class RowReader:
 
     @property
     def counters(self) -> Counters:
-        return self._counters
+        row_bytes = self._num_rows * self.manifest.layout.row_bytes
+        checked = self._mapped.num_checked
+        return Counters(self._num_rows, row_bytes, checked, masked_rows=self._num_masked)
 
     @property
     def place(self) -> str:
@@ -113,30 +115,24 @@ class RowReader:
         """Copy the rows `wanted` into `tokens` ([n, seq_len] of the stored dtype); their lengths (0: in quarantine),
         None if all whole."""
         manifest = self.manifest
-        if wanted.size and wanted.view(np.uint64).max() >= manifest.rows:  # below zero is huge, seen unsigned
+        if wanted.size and np.maximum.reduce(wanted.view(np.uint64)) >= manifest.rows:  # below zero is huge
             manifest.place(int(wanted.min()))
             manifest.place(int(wanted.max()))
-        num_masked = 0
         with self._lock:
-            masked = None if self._masked is None else self._masked[wanted // manifest.rows_per_block]
-            if masked is None or not masked.any():
+            if self._masked is None:
                 lengths = self._gather_sound(wanted, tokens)
             else:
-                num_masked = int(masked.sum())
-                lengths = self._gather_around(wanted, tokens, masked)
-        done = self._counters
-        self._counters = done._replace(
-            rows=done.rows + len(wanted),
-            row_bytes=done.row_bytes + tokens.nbytes,
-            checked_blocks=self._mapped.num_checked,
-            masked_rows=done.masked_rows + num_masked,
-        )
+                lengths = self._gather_around(wanted, tokens, self._masked[wanted // manifest.rows_per_block])
+            self._num_rows += len(wanted)
         return lengths
 
     def _gather_around(
         self, wanted: npt.NDArray[np.int64], tokens: npt.NDArray, masked: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.int64]:
+    ) -> npt.NDArray[np.int64] | None:
         """`gather` where some rows (bool [n]) are in quarantine: padding, of length 0."""
+        if not masked.any():
+            return self._gather_sound(wanted, tokens)
+        self._num_masked += int(masked.sum())
         sound = ~masked
         part = np.empty((int(sound.sum()), tokens.shape[1]), dtype=tokens.dtype)
         found = self._gather_sound(wanted[sound], part)

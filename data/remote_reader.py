@@ -71,7 +71,7 @@ class RemoteReader(RowReader):
 
     @property
     def counters(self) -> Counters:
-        return self._counters._replace(
+        return super().counters._replace(
             cache_hits=self._hits, fetched_bytes=self._fetched_bytes, retries=self.store.num_retries
         )
 
