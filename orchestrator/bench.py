@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from data.stream import Stream
 from orchestrator.checkpoint import Facts, Identity
+from orchestrator.corpora import open_stream
 from orchestrator.reduction import make_sum
 from orchestrator.saver import Saver
 from orchestrator.stage import StageJob
@@ -180,7 +180,7 @@ def bare_step(job: StageJob) -> Callable[[], None]:
         job.device if job.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     )
     distiller = build_distiller(job, device)
-    stream = Stream(Path(job.data), seed=job.seed, batch=job.batch, micro_batch=job.micro_batch)
+    stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=job.micro_batch)
     batches = [stream.micro_batch(0, index) for index in range(stream.num_micro_batches)]
     parameters = [p for name in distiller.students for p in distiller.trained_parameters(name).values()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

@@ -19,9 +19,10 @@ from typing import Any
 
 from model.export import weights_digest
 from orchestrator import launch
+from orchestrator.data_job import DataJob
 from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
 from orchestrator.files import read_json, write_json
-from orchestrator.inputs import Dataset, check_stage, check_stages, model_folder, prepare_data
+from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data
 from orchestrator.lease import Lease
 from orchestrator.progress import Line, StageProgress, build_reporter, duration
 from orchestrator.publish import publish
@@ -50,9 +51,9 @@ def run_recipe(
     with StopRequest() as stop, ExitStack() as stack:
         line = Line()
         stack.callback(line.close)
-        dataset = prepare_data(recipe, workdir, build_reporter(line, stop))
-        check_stages(recipe, workdir, dataset)
-        workdir.adopt(recipe, recipe_file)
+        data = prepare_data(recipe, workdir, build_reporter(line, stop))
+        check_stages(recipe, workdir, data)
+        workdir.adopt(recipe, recipe_file, data)
         line.show("opening the tracking store", force=True)
         tracking = Tracking.open(
             workdir.root,
@@ -60,13 +61,13 @@ def run_recipe(
             name=recipe.name,
             params=recipe.model_dump(mode="json"),
             tags={
-                "minilm.data_fingerprint": dataset.manifest.fingerprint,
-                "minilm.data": str(dataset.folder),
+                "minilm.data_fingerprint": data.fingerprint,
+                "minilm.data": data.places,
                 "minilm.recipe_digest": sha256_json(recipe.result_fields()),
             },
             recipe_file=recipe_file,
         )
-        driver = Driver(recipe, workdir, lease, dataset, tracking, launcher, address, line, stop, stack)
+        driver = Driver(recipe, workdir, lease, data, tracking, launcher, address, line, stop, stack)
         try:
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
         except Stopped:
@@ -97,7 +98,7 @@ class Driver:
     recipe: Recipe
     workdir: Workdir
     lease: Lease
-    dataset: Dataset
+    data: DataJob
     tracking: Tracking
     launcher: str
     address: str | None
@@ -133,19 +134,19 @@ class Driver:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
         recipe, compute = self.recipe, self.recipe.compute
         teacher = model_folder(stage.teacher_ref, recipe, self.workdir)
-        shape = check_stage(stage, teacher, self.dataset)
+        shape = check_stage(stage, teacher, self.data)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
         inputs = {
             "stage": fields | {"teacher": teacher_digest},
             "seed": recipe.seed,
             "precision": compute.precision,
-            "data": self.dataset.manifest.fingerprint,
+            "data": [self.data.fingerprint, self.data.window],
         }
         return StageJob(
             stage=stage.name,
             folder=str(self.workdir.stage(stage.name).root.resolve()),
-            data=str(self.dataset.folder),
+            data=self.data,
             teacher=str(teacher),
             teacher_name=fields["teacher"],
             teacher_digest=teacher_digest,

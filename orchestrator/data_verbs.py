@@ -62,7 +62,12 @@ def add_data_verbs(data: argparse.ArgumentParser) -> None:
     verify_run.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="folder step-… of a stage's checkpoints"
     )
-    verify_run.add_argument("data", type=Path, metavar="DATA", help="the data set that the run has read")
+    verify_run.add_argument(
+        "data",
+        nargs="*",
+        metavar="DATA",
+        help="where its data sets lie now, in the recipe's order, if they moved",
+    )
     _add_json(verify_run)
     verify_run.set_defaults(run=verify_run_verb)
 

@@ -9,42 +9,66 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from data.stream import RowReader, share
+from data.stream import Rows, share
 from model.distiller import Distiller
 from orchestrator.buckets import by_length
+from orchestrator.corpora import HeldOut
 from orchestrator.world import World
 
 
 def heldout_divergence(
     distiller: Distiller,
-    reader: RowReader,
+    corpora: Sequence[HeldOut],
     *,
     rows: int,
     micro_batch: int,
     autocast: torch.dtype | None,
     world: World,
 ) -> dict[str, dict[str, float]]:
-    """Per student, per term: the objective's mean over the first `rows` held-out rows, without dropout.
+    """Per student, per term: the objective's mean over about `rows` held-out rows, without dropout.
 
-    Nats a query (the objective's unit). The micro-batches are shared out over the workers; the sums are float64
-    and every worker gets the result. Leaves the students in training mode.
+    Nats a query (the objective's unit). Of a mixture, each corpus gives its first held-out rows, as many as its weight
+    says (at least one); the mean over corpora is weighted likewise, and beside TERM each corpus's own stands as
+    TERM/CORPUS. Leaves the students in training mode.
     """
-    rows = min(rows, reader.manifest.rows)
+    total = sum(corpus.weight for corpus in corpora)
+    found: dict[str, dict[str, float]] = {name: {} for name in distiller.students}
+    distiller.eval()
+    for corpus in corpora:
+        part = corpus.weight / total
+        means = _divergence(distiller, corpus.rows, max(1, round(rows * part)), micro_batch, autocast, world)
+        for name, terms in means.items():
+            for term, mean in terms.items():
+                found[name][term] = found[name].get(term, 0.0) + part * mean
+                if len(corpora) > 1:
+                    found[name][f"{term}/{corpus.name}"] = mean
+    distiller.train()
+    return found
+
+
+def _divergence(
+    distiller: Distiller,
+    held_out: Rows,
+    rows: int,
+    micro_batch: int,
+    autocast: torch.dtype | None,
+    world: World,
+) -> dict[str, dict[str, float]]:
+    """Means over the first `rows` rows. Workers share out the micro-batches; sums are float64, all get the result."""
+    rows = min(rows, held_out.num_rows)
     device = world.device
     students = list(distiller.students)
     sums = torch.zeros(len(students), distiller.num_terms, dtype=torch.float64, device=device)
     count = 0.0
-    distiller.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for index in share(-(-rows // micro_batch), world.rank, world.size):
-            batch = reader.read(range(index * micro_batch, min((index + 1) * micro_batch, rows)))
+            batch = held_out.read(range(index * micro_batch, min((index + 1) * micro_batch, rows)))
             count += float(distiller.count(batch.mask, batch.input_ids.shape))
             for ids, mask in by_length(batch.input_ids, batch.mask):
                 ids, mask = ids.to(device), None if mask is None else mask.to(device)
                 taught = distiller.teach(ids, mask)
                 for row, name in enumerate(students):
                     sums[row] += distiller.term_sums(name, taught, ids, mask)
-    distiller.train()
     *totals, count = world.sum_host([*sums.flatten().tolist(), count])
     width = distiller.num_terms
     return {

@@ -7,21 +7,24 @@ starts, from the configurations alone.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from data.build import BuildProgress, build
 from data.errors import DataError
-from data.manifest import Manifest, load_manifest
+from data.remote import is_remote
 from data.tokenizer import load_tokenizer, vocabulary_fingerprint
 from model.encoder import EncoderShape, inspect_encoder, tapped_layer
 from model.errors import ModelError
 from model.objective import Objective
+from orchestrator.corpora import describe
+from orchestrator.data_job import CacheJob, CorpusJob, DataJob, PairJob
 from orchestrator.errors import UserError
-from orchestrator.recipe import Recipe, Stage
+from orchestrator.recipe import Corpus, Recipe, Stage
 from orchestrator.references import (
     FolderRef,
     HubRef,
@@ -36,27 +39,17 @@ from orchestrator.workdir import Workdir
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
-@dataclass(frozen=True)
-class Dataset:
-    folder: Path
-    manifest: Manifest
-
-
 def prepare_data(
     recipe: Recipe, workdir: Workdir, progress: Callable[[BuildProgress], None] | None
-) -> Dataset:
-    """The recipe's data set, built into the work directory first when the recipe names text."""
+) -> DataJob:
+    """What the recipe's stages read, opened once; built into the work directory first when the recipe names text."""
     data = recipe.data
-    if data.shards is not None:
-        folder = Path(data.shards)
-    else:
-        folder = workdir.data
-        assert data.text is not None and data.tokenizer_ref is not None  # recipe_types: shards, or these two
-        tokenizer = model_folder(data.tokenizer_ref, recipe, workdir)
+    tokenizer = "" if data.tokenizer is None else str(model_folder(data.tokenizer_ref, recipe, workdir))
+    if data.text is not None:
         build(
             text_inputs(data.text),
-            str(tokenizer),
-            folder,
+            tokenizer,
+            workdir.data,
             seq_len=data.seq_len,
             packing=data.packing,
             held_out=data.held_out,
@@ -64,13 +57,42 @@ def prepare_data(
             text_field=data.text_field,
             progress=progress,
         )
-    manifest = load_manifest(folder)
-    if not (folder / "held-out" / "manifest.json").exists():
-        raise UserError(
-            f"data set {folder} has no held-out split, which every stage is measured on; "
-            f"build it again with `minilm data build --held-out 0.01 …` (a recipe: data.held_out)"
-        )
-    return Dataset(folder.resolve(), manifest)
+        corpora = [CorpusJob("text", str(workdir.data.resolve()))]
+    else:
+        corpora = [corpus_job(corpus, recipe, workdir, tokenizer) for corpus in data.corpora or ()]
+    cache = CacheJob(None if data.cache is None else str(data.cache), data.cache_gigabytes)
+    job = describe(corpora, window=data.window, cache=cache)
+    if is_remote(corpora[0].place):  # the cache is this node's, the work directory every node's
+        copy_whole(Path(job.tokenizer), workdir.tokenizer)
+        job = replace(job, tokenizer=str(workdir.tokenizer.resolve()))
+    return job
+
+
+def corpus_job(corpus: Corpus, recipe: Recipe, workdir: Workdir, tokenizer: str) -> CorpusJob:
+    """The corpus as plain values, not opened yet. `tokenizer`: the teacher's, for pairs that are read in place."""
+    if corpus.shards is not None:
+        return CorpusJob(corpus.name, corpus.shards, corpus.weight)
+    source = corpus.source_tokenizer
+    pair = PairJob(
+        tokenizer=tokenizer,
+        seq_len=recipe.data.seq_len,
+        held_out=recipe.data.held_out,
+        source_tokenizer=source and str(model_folder(parse_reference(source), recipe, workdir)),
+        fairseq_dict=corpus.fairseq_dict,
+        encoder=corpus.encoder,
+    )
+    assert corpus.tokens is not None  # recipe_types: shards or tokens
+    return CorpusJob(corpus.name, corpus.tokens, corpus.weight, pair=pair)
+
+
+def copy_whole(folder: Path, to: Path) -> None:
+    """Copy a folder; it is there whole or not at all."""
+    part = to.with_name(f"{to.name}.part")
+    for left in (part, to):
+        if left.exists():
+            shutil.rmtree(left)
+    shutil.copytree(folder, part)
+    part.rename(to)
 
 
 def model_folder(ref: Reference, recipe: Recipe, workdir: Workdir) -> Path:
@@ -150,7 +172,7 @@ def download(hub_id: str, teachers: Path) -> Path:
     return folder.resolve()
 
 
-def check_stages(recipe: Recipe, workdir: Workdir, dataset: Dataset) -> None:
+def check_stages(recipe: Recipe, workdir: Workdir, data: DataJob) -> None:
     """Every stage's teacher, data and students against each other before the first one runs. Raises `UserError`.
 
     The teacher of a later stage need not exist yet: an earlier student's shape is known from the recipe.
@@ -162,23 +184,22 @@ def check_stages(recipe: Recipe, workdir: Workdir, dataset: Dataset) -> None:
                 shape = shapes[name]
                 check_students(stage, shape)
             case ref:
-                shape = check_stage(stage, model_folder(ref, recipe, workdir), dataset)
+                shape = check_stage(stage, model_folder(ref, recipe, workdir), data)
         for student in stage.students:
             heads = student.heads or shape.heads
             shapes[student.name] = replace(shape, layers=student.layers, hidden=student.hidden, heads=heads)
 
 
-def check_stage(stage: Stage, teacher: Path, dataset: Dataset) -> EncoderShape:
+def check_stage(stage: Stage, teacher: Path, data: DataJob) -> EncoderShape:
     """The teacher's shape, after comparing it with the data and the students. Raises `UserError`."""
     shape = inspect_encoder(str(teacher))
-    manifest = dataset.manifest
     where = f"stage {stage.name}"
-    if manifest.seq_len > shape.max_tokens:
+    if data.seq_len > shape.max_tokens:
         raise UserError(
-            f"{where}: rows are {manifest.seq_len} tokens long, the teacher takes at most {shape.max_tokens}; "
+            f"{where}: rows are {data.seq_len} tokens long, the teacher takes at most {shape.max_tokens}; "
             f"build the data with a smaller seq_len"
         )
-    check_vocabulary(where, teacher, shape, dataset)
+    check_vocabulary(where, teacher, shape, data)
     try:
         tapped_layer(AutoConfig.from_pretrained(str(teacher)), stage.teacher_layer)
     except ModelError as error:
@@ -203,9 +224,9 @@ def check_students(stage: Stage, teacher: EncoderShape) -> None:
         raise UserError(f"stage {stage.name}: {error}") from error
 
 
-def check_vocabulary(where: str, teacher: Path, shape: EncoderShape, dataset: Dataset) -> None:
+def check_vocabulary(where: str, teacher: Path, shape: EncoderShape, data: DataJob) -> None:
     """Token ids must mean the same to the data and the teacher: the commonest silent error."""
-    info = dataset.manifest.tokenizer
+    info = data.vocabulary
     if info.vocab_size > shape.vocab_size:
         raise UserError(
             f"{where}: the data was made with a vocabulary of {info.vocab_size} tokens, the teacher knows "

@@ -13,15 +13,17 @@ them: a bounded cost, and a fault that lasts is found. `verify_run` recomputes e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from data.stream import Batch, Stream
+from data.stream import Batch
 from orchestrator import checkpoint
+from orchestrator.corpora import close, describe, open_stream
+from orchestrator.data_job import CacheJob, DataJob
 from orchestrator.errors import UserError
 
 MODULUS = 1 << 128
@@ -97,9 +99,9 @@ class Ledger:
 class Expected:
     """What the ledger should say, from (seed, step) and the shards as they are on disk now."""
 
-    def __init__(self, data: Path, *, seed: int, batch: int, micro_batch: int):
+    def __init__(self, data: DataJob, *, seed: int, batch: int, micro_batch: int):
         self.data = data
-        self.stream = Stream(data, seed=seed, batch=batch, micro_batch=micro_batch)
+        self.stream = open_stream(data, seed=seed, batch=batch, micro_batch=micro_batch)
 
     def digest(self, step: int) -> int:
         indices = range(self.stream.num_micro_batches)
@@ -110,7 +112,7 @@ class Expected:
         for step, digest in steps:
             if (expected := self.digest(step)) != digest:
                 raise UserError(
-                    f"the rows that step {step} was computed from are not those of the data set {self.data} "
+                    f"the rows that step {step} was computed from are not those of the data set {self.data.places} "
                     f"(digest {digest:032x}, expected {expected:032x}): a fault of memory, disk or program; nothing "
                     f"was saved; run `minilm data verify` on the data set, then the same command again: it goes on "
                     f"from the last checkpoint"
@@ -142,27 +144,52 @@ class RunCheck:
 
 
 def verify_run(
-    path: Path, data: Path, progress: Callable[[int, int], None] | None = None, *, micro_batch: int = 256
+    path: Path,
+    places: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    cache: CacheJob | None = None,
+    micro_batch: int = 256,
 ) -> RunCheck:
-    """Recompute the ledger of the checkpoint folder `path` from the data set folder `data`.
+    """Recompute the ledger of the checkpoint folder `path` from the data that it names.
 
-    Reads every row that the run has read, in rounds of about `micro_batch` rows. `progress(done, steps)` is called
-    after each step. Raises `UserError` where the checkpoint is damaged or belongs to another data set, `DataError`
+    `places`: where the run's corpora lie now, in its order, if they have moved. `cache`: for data behind URLs, if not
+    the run's own. Reads every row that the run has read, in rounds of about `micro_batch` rows. `progress(done, steps)`
+    is called after each step. Raises `UserError` where the checkpoint is damaged or belongs to other data, `DataError`
     for damaged data.
     """
     meta = checkpoint.read_meta(path)
     ledger = meta["ledger"]
     steps, batch = int(meta["step"]), int(ledger["batch"])
+    data = DataJob.from_values(ledger["data"])
+    data = replace(data, cache=cache or data.cache)
+    if places:
+        data = _moved(path, data, places)
     at_once = next(n for n in range(min(micro_batch, batch), 0, -1) if batch % n == 0)
     expected = Expected(data, seed=int(ledger["seed"]), batch=batch, micro_batch=at_once)
-    if expected.stream.fingerprint != meta["data"]:
-        raise UserError(
-            f"checkpoint {path} belongs to another data set ({meta['data'][:12]}) than {data} "
-            f"({expected.stream.fingerprint[:12]}); give the folder that the run has read"
-        )
     running = 0
-    for step in range(steps):
-        running = advance(running, expected.digest(step))
-        if progress:
-            progress(step + 1, steps)
+    try:
+        for step in range(steps):
+            running = advance(running, expected.digest(step))
+            if progress:
+                progress(step + 1, steps)
+    finally:
+        close(expected.stream.corpora)
     return RunCheck(steps, steps * batch, str(ledger["digest"]), f"{running:032x}")
+
+
+def _moved(path: Path, data: DataJob, places: Sequence[str]) -> DataJob:
+    """The same data at other places. Raises `UserError` when they are not the same."""
+    if len(places) != len(data.corpora):
+        raise UserError(
+            f"checkpoint {path} was made from {len(data.corpora)} data sets ({data.places}), {len(places)} are given; "
+            f"give as many, in this order"
+        )
+    corpora = [replace(c, place=place, fingerprint="") for c, place in zip(data.corpora, places, strict=True)]
+    found = describe(corpora, window=data.window, cache=data.cache)
+    if found.fingerprint != data.fingerprint:
+        raise UserError(
+            f"checkpoint {path} belongs to other data ({data.fingerprint[:12]}) than {', '.join(places)} "
+            f"({found.fingerprint[:12]}); give what the run has read ({data.places})"
+        )
+    return found

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from numpy.typing import NDArray
 
-from data.stream import RowReader
 from data.tokenizer import load_tokenizer
 from model.encoder import TappedEncoder, load_encoder, shape_of
 from model.relations import relation_maps
 from orchestrator import pictures, registry
+from orchestrator.corpora import close, open_held_out
 from orchestrator.evaluate import inference_speed
 from orchestrator.files import write_json
 from orchestrator.metrics import read_all_points
@@ -102,16 +102,20 @@ def entry(
 
 
 def terms(metrics: dict[str, float], student: str) -> dict[str, float]:
+    """The held-out divergence of the whole mixture by term; a corpus's own values, TERM/CORPUS, are left out."""
     prefix = f"{student}/heldout/"
-    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    return {term: value for term, value in found.items() if "/" not in term}
 
 
 def draw_maps(job: StageJob, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:
     """The query-key maps of teacher and students on the beginning of the first held-out row."""
-    batch = RowReader(Path(job.data) / "held-out").read(range(1))
+    held_out = open_held_out(job.data)
+    batch = held_out[0].rows.read(range(1))
+    close(held_out)
     ids = batch.input_ids[:, :PICTURE_TOKENS]
     mask = None if batch.mask is None else batch.mask[:, :PICTURE_TOKENS]
-    tokenizer = load_tokenizer(str(Path(job.data) / "tokenizer"))
+    tokenizer = load_tokenizer(job.data.tokenizer)
 
     def maps(encoder: TappedEncoder) -> NDArray:
         with torch.inference_mode():

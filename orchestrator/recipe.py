@@ -19,11 +19,12 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.errors import RecipeErrors, UserError
 from orchestrator.recipe_checks import Problem, check_across, explain, follows_from_another
 from orchestrator.recipe_source import KeyPath, Source, read_source
-from orchestrator.recipe_types import Compute, Data, Recipe, Stage, Student, Tracking
+from orchestrator.recipe_types import CORPUS_PLACES, Compute, Corpus, Data, Recipe, Stage, Student, Tracking
 from orchestrator.references import FolderRef, looks_like_path, package_path, parse_reference
 
 __all__ = [
     "Compute",
+    "Corpus",
     "Data",
     "Recipe",
     "Stage",
@@ -61,7 +62,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problems += _check_sound_parts(source.values)
     if problems:
         raise RecipeErrors(_in_file_order(source, problems))
-    for section in (recipe.data, *recipe.stages):
+    for section in (recipe.data, *(recipe.data.corpora or ()), *recipe.stages):
         section._as_written.update(as_written)
     return recipe
 
@@ -103,6 +104,11 @@ def _echoes_stage_name(source: Source, path: KeyPath) -> bool:
 
 def _as_the_file_has_it(source: Source, path: KeyPath) -> KeyPath:
     """Turns stages.0.students.0.… back into stages.0.student.…, and the like, as the author wrote it."""
+    if path[:2] == ("data", "corpora"):
+        data = source.values["data"]
+        if isinstance(data, list):
+            return ("data", *path[2:])
+        return path if "corpora" in data else ("data", *path[3:])
     if path[:1] != ("stages",) or len(path) < 3:
         return path
     if path[2:4] == ("students", 0) and "student" in source.values["stages"][path[1]]:
@@ -136,12 +142,24 @@ def _anchor_paths(source: Source) -> dict[str, str]:
             data["text"] = [data["text"]]
         for i in range(len(data["text"]) if isinstance(data.get("text"), list) else 0):
             anchor(data["text"], i, ("data", "text", i), is_path=True)
-        for key in data.keys() & {"shards", "tokenizer"}:
-            anchor(data, key, ("data", key), is_path=key == "shards")
+        for key in data.keys() & {"tokenizer", "cache"}:
+            anchor(data, key, ("data", key), is_path=key == "cache")
+    for corpus, at in _raw_corpora(data):
+        for key in corpus.keys() & set(CORPUS_PLACES):
+            anchor(corpus, key, (*at, key), is_path=key != "source_tokenizer")
     for i, stage in enumerate(stages):
         if isinstance(stage, dict) and "teacher" in stage:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)
     return as_written
+
+
+def _raw_corpora(data: Any) -> list[tuple[dict[str, Any], KeyPath]]:
+    """The mappings that may hold a corpus's places in a raw, perhaps malformed data section, each with its path."""
+    found: list[tuple[Any, KeyPath]] = [(data, ("data",))]
+    listed = data.get("corpora") if isinstance(data, dict) else data
+    at: KeyPath = ("data", "corpora") if isinstance(data, dict) else ("data",)
+    found += [(item, (*at, i)) for i, item in enumerate(listed if isinstance(listed, list) else ())]
+    return [(item, path) for item, path in found if isinstance(item, dict)]
 
 
 def _absolute(text: str, base: Path, is_path: bool) -> str | None:
@@ -179,11 +197,8 @@ def missing_inputs(recipe: Recipe) -> list[str]:
     """
     notes: list[str] = []
     data = recipe.data
-    if data.shards is not None and not (Path(data.shards) / "manifest.json").is_file():
-        notes.append(
-            f"data.shards: given {data.shards!r}, but there is no data set (no manifest.json): "
-            "make one with `minilm data build`, or give another: --set data.shards=FOLDER"
-        )
+    for corpus in data.corpora or ():
+        notes += _missing_corpus(corpus, "data" if len(data.corpora or ()) == 1 else "")
     for pattern in data.text or ():
         if absent := _absent_package(pattern):
             notes.append(f"data.text: {absent}, or give yours: --set data.text=FILES")
@@ -191,6 +206,11 @@ def missing_inputs(recipe: Recipe) -> list[str]:
             what = "no such file, or none that matches"
             notes.append(f"data.text: given {pattern!r}, but there is {what}; --set data.text=FILES")
     references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
+    references += [
+        (f"data.{corpus.name}.source_tokenizer", corpus.source_tokenizer)
+        for corpus in data.corpora or ()
+        if corpus.source_tokenizer
+    ]
     references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
     for key, text in references:
         if absent := _absent_package(text):
@@ -202,6 +222,24 @@ def missing_inputs(recipe: Recipe) -> list[str]:
                 f"{key}: given {text!r}, but there is no such folder; give yours: --set {key}=FOLDER"
             )
     return notes
+
+
+def _missing_corpus(corpus: Corpus, only: str) -> list[str]:
+    """`only`: the path by which `--set` reaches the recipe's only corpus."""
+    where, shards = only or f"data.{corpus.name}", corpus.shards
+    another = f"or give another: --set {only}.shards=FOLDER" if only else "or give another"
+    if shards is not None and "://" not in shards and not (Path(shards) / "manifest.json").is_file():
+        return [
+            f"{where}.shards: given {shards!r}, but there is no data set (no manifest.json): "
+            f"make one with `minilm data build`, {another}"
+        ]
+    files = [f"{corpus.tokens}.bin", f"{corpus.tokens}.idx"] if corpus.tokens else []
+    files += [file for file in (corpus.fairseq_dict, corpus.encoder) if file]
+    return [
+        f"{where}.tokens: given {corpus.tokens!r}, but there is no file {file!r}; give the prefix of a pair"
+        for file in files
+        if not Path(file).is_file()
+    ]
 
 
 def _absent_package(text: str) -> str | None:

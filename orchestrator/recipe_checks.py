@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pydantic_core import ErrorDetails
 
 from orchestrator.recipe_source import KeyPath
-from orchestrator.recipe_types import SECTIONS, Compute, Stage, Student
+from orchestrator.recipe_types import CORPUS_PLACES, SECTIONS, Compute, Stage, Student
 
 Problem = tuple[KeyPath, str]
 
@@ -162,6 +162,8 @@ def _unknown_key(path: tuple[int | str, ...]) -> str:
     key, allowed = str(path[-1]), list(SECTIONS[here].model_fields)
     if here == "stages":
         allowed.insert(allowed.index("students"), "student")
+    if here == "data":
+        allowed[1:1] = CORPUS_PLACES
     elsewhere = [section or "the top" for section, kind in SECTIONS.items() if key in kind.model_fields]
     guess = f"; it belongs under {' or '.join(elsewhere)}" if elsewhere else suggest(key, allowed)
     return f"unknown key{guess}; allowed: {', '.join(allowed)}"

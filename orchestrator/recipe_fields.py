@@ -12,6 +12,8 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from orchestrator.errors import UserError
 from orchestrator.references import check_form
 
+URL_SCHEMES = ("s3", "gs", "https", "http", "file")  # data.remote reads from these, a test says
+
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -45,6 +47,19 @@ def _local_path(value: Any) -> Any:
     if not isinstance(value, str) or not value or "://" in value:
         raise ValueError("a path on this machine")
     return value
+
+
+def _place(value: Any) -> Any:
+    if not isinstance(value, str) or "://" not in value:
+        return _local_path(value)
+    scheme, _, rest = value.partition("://")
+    if scheme not in URL_SCHEMES or not rest or "::" in rest or "?" in rest:
+        raise ValueError(
+            f"a folder, or a URL of {', '.join(f'{s}://' for s in URL_SCHEMES)} without parameters"
+        )
+    if "@" in rest.partition("/")[0]:
+        raise ValueError("a URL without credentials; they come from the environment (AWS_ACCESS_KEY_ID, …)")
+    return value.rstrip("/")
 
 
 def _one_or_several(value: Any) -> Any:
@@ -101,8 +116,10 @@ LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
 LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
+LocalPath = Annotated[str, BeforeValidator(_local_path)]
+Place = Annotated[str, BeforeValidator(_place)]
 TextPaths = Annotated[
-    tuple[Annotated[str, BeforeValidator(_local_path)], ...],
+    tuple[LocalPath, ...],
     BeforeValidator(_one_or_several),
     Field(min_length=1),
     WithJsonSchema(

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.recipe_types import Recipe
+from orchestrator.recipe_types import CORPUS_PLACES, Recipe
 
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "recipes" / "schema.json"
 
@@ -22,6 +22,15 @@ def recipe_schema() -> dict[str, Any]:
     schema["required"].remove("tracking")
     kinds["Tracking"].pop("required")
     kinds["Student"]["required"].remove("name")
+    data = kinds["Data"]
+    data["properties"] |= {key: kinds["Corpus"]["properties"][key] for key in CORPUS_PLACES}
+    schema["properties"]["data"] = {
+        "anyOf": [
+            schema["properties"]["data"],
+            {"type": "array", "items": {"$ref": "#/$defs/Corpus"}, "minItems": 1},
+        ]
+    }
+    kinds["Corpus"]["properties"]["name"].pop("default")
     stage = kinds["Stage"]
     stage["properties"]["student"] = {
         "$ref": "#/$defs/Student",

@@ -26,7 +26,9 @@ from orchestrator.recipe_fields import (
     HeldOutShare,
     LayerNumber,
     LocalFolder,
+    LocalPath,
     NotNegative,
+    Place,
     Positive,
     ReferenceText,
     Seed,
@@ -56,50 +58,135 @@ class _Section(BaseModel):
     _as_written: dict[str, str] = PrivateAttr(default_factory=dict)  # absolute path → as the file has it
 
 
-class Data(_Section):
-    """What the student reads: a built data set (`shards`), or `text` that the run builds one from."""
+class Corpus(_Section):
+    """One of the data sets that are read, `shards` or `tokens`, with its weight in the mixture."""
 
-    shards: LocalFolder | None = None
-    """Folder of a built data set (`minilm data build`); it already fixes all the other keys."""
+    name: Slug = Field(default="corpus")
+    """Under which its own held-out divergence is logged; default: corpus-1, corpus-2, …"""
+    shards: Place | None = None
+    """A built data set (`minilm data build`): a folder, or a URL of s3://, gs://, https://, http:// or file://."""
+    tokens: LocalPath | None = None
+    """Prefix of a .bin/.idx pair of Megatron or fairseq, read in place: no checksums, rows at its end held out."""
+    source_tokenizer: ReferenceText | None = None
+    """The tokenizer that made the ids of `tokens`; they are mapped by the tokens' names."""
+    fairseq_dict: LocalPath | None = None
+    """Or fairseq's dict.txt, for pairs of fairseq …"""
+    encoder: LocalPath | None = None
+    """… and encoder.json, where that dictionary's symbols are numbers."""
+    weight: Positive = 1.0
+    """Share of the rows of a step, relative to the other corpora's weights."""
+
+    @model_validator(mode="after")
+    def _shards_or_tokens(self) -> "Corpus":
+        if (self.shards is None) == (self.tokens is None):
+            raise ValueError("shards: FOLDER or URL, or tokens: PREFIX of a .bin/.idx pair")
+        of_tokens = [key for key in ("source_tokenizer", "fairseq_dict", "encoder") if getattr(self, key)]
+        if self.shards is not None and of_tokens:
+            raise ValueError(f"shards without {', '.join(of_tokens)}, because they hold the teacher's ids")
+        if self.tokens is not None and ("source_tokenizer" in of_tokens) == ("fairseq_dict" in of_tokens):
+            raise ValueError("tokens with either source_tokenizer: REFERENCE or fairseq_dict: FILE")
+        return self
+
+    def result_fields(self) -> dict[str, Any]:
+        """Everything here that determines the result, as JSON values; paths as the file has them."""
+        fields = self.model_dump(mode="json", exclude={"name"})
+        for key in CORPUS_PLACES:
+            fields[key] = self._as_written.get(fields[key], fields[key])
+        return fields
+
+
+CORPUS_PLACES = ("shards", "tokens", "source_tokenizer", "fairseq_dict", "encoder")
+
+
+class Data(_Section):
+    """What the student reads: built data sets, one (`shards` or `tokens`) or a mixture (`corpora`, or a list in
+    place of this section), or `text` that the run builds one from."""
+
+    corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)] | None = None
+    """Data sets that are mixed by weight, each with an order, epochs and held-out rows of its own."""
     text: TextPaths | None = None
     """Files, folders or globs: txt, json, jsonl, csv, parquet, plain or gz/xz/zst; `package:NAME/file`
     for a file of an installed package."""
     tokenizer: ReferenceText | None = None
-    """Tokenizer with the teacher's vocabulary: a folder, a hub id, `package:NAME/folder` or a
+    """Tokenizer with the teacher's vocabulary, for text and tokens: a folder, a hub id, `package:NAME/folder` or a
     registered model."""
     seq_len: SequenceLength = 512
     """Tokens a row."""
     packing: Literal["full", "document"] = "full"
     """full: rows filled to the end, no padding; document: a row never crosses documents."""
     held_out: HeldOutShare = 0.01
-    """Share of the documents kept out of training and used to measure the divergence."""
+    """Share of the documents (of tokens: of the rows) kept out of training and used to measure the divergence."""
     text_field: str | None = None
     """Field or column that holds the text in json, jsonl, csv and parquet; default: found by itself."""
+    window: Count | None = None
+    """Shuffle by windows of so many shards, the next of which is fetched ahead; default: fully."""
+    cache: LocalFolder | None = None
+    """Folder on each node for shards behind URLs; default: ~/.cache/minilm."""
+    cache_gigabytes: Positive = 64.0
+    """Shards that were not used for longest go when the cache is larger; those in use stay."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_data_set_is_short_for_corpora(cls, given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            return {"corpora": given}
+        if not isinstance(given, dict):
+            return given
+        only = {key: given[key] for key in CORPUS_PLACES if given.get(key) is not None}
+        if not only:
+            return given
+        if given.get("corpora") is not None:
+            raise ValueError(f"corpora: (a list), or {next(iter(only))}: (one), not both")
+        return {k: v for k, v in given.items() if k not in CORPUS_PLACES} | {"corpora": [only]}
 
     @model_validator(mode="after")
-    def _shards_or_text(self) -> "Data":
+    def _corpora_or_text(self) -> "Data":
         given = {key for key in self.model_fields_set if getattr(self, key) is not None}
-        if ("shards" in given) == ("text" in given):
-            raise ValueError("either shards: FOLDER, or text: FILES with tokenizer: REFERENCE")
-        if "shards" in given and given != {"shards"}:
-            others = ", ".join(sorted(given - {"shards"}))
-            raise ValueError(f"shards alone, because the data set was built with its own; remove {others}")
+        if ("corpora" in given) == ("text" in given):
+            raise ValueError(
+                "either shards: FOLDER, tokens: PREFIX or a list of such, or text: FILES with tokenizer: REFERENCE"
+            )
         if "text" in given and "tokenizer" not in given:
             raise ValueError("text: FILES with tokenizer: REFERENCE, the teacher's own")
+        if "corpora" in given:
+            self._check_corpora(given & {"tokenizer", "seq_len", "packing", "held_out", "text_field"})
         return self
+
+    def _check_corpora(self, built_with: set[str]) -> None:
+        assert self.corpora is not None
+        of_tokens = {"tokenizer", "seq_len", "held_out"}
+        if any(corpus.tokens for corpus in self.corpora):
+            if "tokenizer" not in built_with:
+                raise ValueError("tokens: PREFIX with tokenizer: REFERENCE, the teacher's own")
+            built_with -= of_tokens
+        if built_with:
+            others = ", ".join(sorted(built_with))
+            raise ValueError(f"shards alone, because the data set was built with its own; remove {others}")
+
+    @field_validator("corpora")
+    @classmethod
+    def _name_corpora(cls, given: tuple[Corpus, ...] | None) -> tuple[Corpus, ...] | None:
+        named = [
+            corpus if "name" in corpus.model_fields_set else corpus.model_copy(update={"name": f"corpus-{i}"})
+            for i, corpus in enumerate(given or (), start=1)
+        ]
+        names = [corpus.name for corpus in named]
+        if double := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"a name for each corpus; {double[0]!r} is there twice")
+        return tuple(named) or None
 
     @property
     def tokenizer_ref(self) -> Reference:
-        """Of a recipe with text. Raises UserError when a package that it names is not installed."""
+        """Of a recipe with text or tokens. Raises UserError when a package that it names is not installed."""
         assert self.tokenizer is not None, "a recipe with shards names no tokenizer"
         return parse_reference(self.tokenizer)
 
     def result_fields(self) -> dict[str, Any]:
         """Everything here that determines the result, as JSON values; paths as the file has them."""
-        fields = self.model_dump(mode="json")
-        for key in ("shards", "tokenizer"):
-            fields[key] = self._as_written.get(fields[key], fields[key])
+        fields = self.model_dump(mode="json", exclude={"cache", "cache_gigabytes", "corpora"})
+        fields["tokenizer"] = self._as_written.get(fields["tokenizer"], fields["tokenizer"])
         fields["text"] = fields["text"] and [self._as_written.get(path, path) for path in fields["text"]]
+        fields["corpora"] = self.corpora and [corpus.result_fields() for corpus in self.corpora]
         return fields
 
 
@@ -333,6 +420,7 @@ class Recipe(_Section):
 SECTIONS: dict[str, type[_Section]] = {
     "": Recipe,
     "data": Data,
+    "corpora": Corpus,
     "stages": Stage,
     "students": Student,
     "relations": RelationTerm,

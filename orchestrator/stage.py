@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.data_job import DataJob
+
 
 @dataclass(frozen=True)
 class StudentJob:
@@ -37,7 +39,7 @@ class StageJob:
 
     stage: str
     folder: str
-    data: str
+    data: DataJob
     teacher: str
     teacher_name: str
     teacher_digest: str
@@ -73,11 +75,12 @@ class StageJob:
     lease: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(asdict(self) | {"data": self.data.to_values()}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> StageJob:
         values = json.loads(text)
+        values["data"] = DataJob.from_values(values["data"])
         values["students"] = tuple(StudentJob(**s) for s in values["students"])
         values["adam_betas"] = tuple(values["adam_betas"])
         return cls(**values)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from data.manifest import load_manifest
 from model.distiller import Distiller
 from model.encoder import TappedEncoder, build_student, load_encoder
 from model.initialize import from_teacher
@@ -54,11 +52,11 @@ def build_objective(job: StageJob) -> Objective:
     objective = Objective.named(**job.objective)
     if not objective.needs_head:
         return objective
-    tokens = load_manifest(Path(job.data)).tokenizer
+    tokens = job.data.vocabulary
     if tokens.mask_id < 0:
         raise UserError(
-            f"stage {job.stage}: objective {job.objective['name']} masks tokens, and the tokenizer of the data set "
-            f"{job.data} has no mask token; choose an objective of relations, such as minilm"
+            f"stage {job.stage}: objective {job.objective['name']} masks tokens, and the tokenizer of the data "
+            f"({job.data.places}) has no mask token; choose an objective of relations, such as minilm"
         )
     special = (tokens.mask_id, tokens.cls_id, tokens.sep_id, tokens.pad_id, tokens.unk_id)
     present = tuple(sorted({token for token in special if token >= 0}))

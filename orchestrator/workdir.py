@@ -4,6 +4,7 @@ DIR/lease/          which process works in it (see `lease`)
 DIR/run.json        the recipe's result-determining fields; another recipe is refused
 DIR/recipe.yaml     the recipe file as given
 DIR/data/           shards, when the recipe names text
+DIR/tokenizer/      of data behind a URL
 DIR/teachers/       teachers pulled from a registry or a hub
 DIR/stages/STAGE/   one stage (see `stage.StageFolder`)
 DIR/summary.json    the table of a finished run
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.data_job import DataJob
 from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.lease import Lease, take
@@ -43,6 +45,11 @@ class Workdir:
     @property
     def data(self) -> Path:
         return self.root / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Of data behind a URL."""
+        return self.root / "tokenizer"
 
     @property
     def teachers(self) -> Path:
@@ -79,9 +86,20 @@ class Workdir:
         finally:
             lease.release()
 
-    def adopt(self, recipe: Recipe, recipe_file: Path) -> None:
-        """Make the directory this recipe's for good; called once its inputs have been found sound."""
-        write_json(self.run, {"recipe": recipe.result_fields()})
+    def adopt(self, recipe: Recipe, recipe_file: Path, data: DataJob) -> None:
+        """Make the directory this recipe's for good; called once its inputs have been found sound.
+
+        Raises `UserError` where the data are not those that the run here began with.
+        """
+        fingerprints = [corpus.fingerprint for corpus in data.corpora]
+        before = (read_json(self.run) or {}).get("data", fingerprints)
+        for corpus, old in zip(data.corpora, before, strict=True):
+            if corpus.fingerprint != old:
+                raise UserError(
+                    f"data set {corpus.place} was replaced: its fingerprint is {corpus.fingerprint[:16]}…, the run in "
+                    f"{self.root} began with {old[:16]}…; put the right one back, or give another --workdir"
+                )
+        write_json(self.run, {"recipe": recipe.result_fields(), "data": fingerprints})
         copy = self.root / "recipe.yaml"
         if not (copy.exists() and copy.samefile(recipe_file)):
             shutil.copyfile(recipe_file, copy)

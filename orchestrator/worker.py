@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 from data.errors import DataError
-from data.stream import Batch, RowReader, Stream, share
+from data.stream import Batch, share
 from model.errors import ModelError
 from model.export import export_student, model_card, weights_digest
 from orchestrator import checkpoint
 from orchestrator.attempts import Attempts, forget_start_failures
+from orchestrator.corpora import close, open_held_out, open_stream
 from orchestrator.errors import UserError
 from orchestrator.evaluate import heldout_divergence
 from orchestrator.files import write_json
@@ -79,15 +80,9 @@ class StageRun:
         if job.reduction == "exact" and world.device.type == "cuda":
             compute_deterministically()
         self.fixed_threads = job.reduction == "exact" and world.device.type == "cpu"
-        self.stream = Stream(
-            Path(job.data),
-            seed=job.seed,
-            batch=job.batch,
-            micro_batch=job.micro_batch,
-            pin=world.device.type == "cuda",
-        )
-        self.seq_len = self.stream.corpora[0].rows.seq_len
-        self.heldout = RowReader(Path(job.data) / "held-out")
+        order = {"seed": job.seed, "batch": job.batch, "micro_batch": job.micro_batch}
+        self.stream = open_stream(job.data, **order, pin=world.device.type == "cuda")
+        self.heldout = open_held_out(job.data)
         self.distiller = build_distiller(job, world.device)
         self.students = make_states(job, self.distiller)
         self.models = {student.name: self.distiller.state_module(student.name) for student in self.students}
@@ -101,7 +96,7 @@ class StageRun:
                 job,
                 writes=world.is_main,
                 workers=world.size,
-                seq_len=self.seq_len,
+                seq_len=job.data.seq_len,
                 guard=self.check_writer,
             )
         self.saver: Saver | None = None
@@ -109,9 +104,7 @@ class StageRun:
         if world.is_main:
             with self.writing():
                 self.attempts = Attempts(self.folder.root)
-            self.expected = Expected(
-                Path(job.data), seed=job.seed, batch=job.batch, micro_batch=job.micro_batch
-            )
+            self.expected = Expected(job.data, **order)
             self.saver = Saver(
                 self.folder.checkpoints,
                 self.models,
@@ -245,7 +238,7 @@ class StageRun:
                 max_gradient_norm=self.job.max_gradient_norm,
                 autocast=self.autocast,
                 world=self.world,
-                seq_len=self.seq_len,
+                seq_len=self.job.data.seq_len,
                 tell=self.tell,
                 parts=self.parts,
             )
@@ -314,7 +307,12 @@ class StageRun:
         if not (stop or by_count or kept or by_clock or done == job.steps):
             return
         self.checkpoint_due.restart()
-        ledger = {"digest": f"{self.ledger.running:032x}", "seed": job.seed, "batch": job.batch}
+        ledger = {
+            "digest": f"{self.ledger.running:032x}",
+            "seed": job.seed,
+            "batch": job.batch,
+            "data": job.data.to_values(),
+        }
         steps = self.ledger.cut()
 
         def check(copy: Parts) -> None:
@@ -343,6 +341,9 @@ class StageRun:
         if self.attempts:
             self.attempts.close()
         self.journal.close()
+        close([*self.stream.corpora, *self.heldout])
+        if self.world.is_main:
+            close(self.expected.stream.corpora)
 
     def finish(self) -> None:
         """Export every student and write `done.json` last."""
@@ -360,11 +361,11 @@ class StageRun:
                 teacher=f"{job.teacher_name}, layer {job.teacher_layer}",
                 facts={
                     "Objective": job.objective["name"],
-                    "Steps": f"{job.steps:,} of {job.batch} rows x {self.seq_len} tokens",
+                    "Steps": f"{job.steps:,} of {job.batch} rows x {job.data.seq_len} tokens",
                     "Peak learning rate": f"{job.peak_lr:g}",
                 },
             )
-            export_student(encoder.model, Path(job.data) / "tokenizer", folder, card)
+            export_student(encoder.model, Path(job.data.tokenizer), folder, card)
             digests[student.name] = weights_digest(folder)
         write_json(
             self.folder.done,

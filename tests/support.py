@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from orchestrator.corpora import describe
+from orchestrator.data_job import CorpusJob, DataJob
 from orchestrator.stage import StageJob, StudentJob
 
 
+def describe_folder(data: Path) -> DataJob:
+    return describe([CorpusJob("only", str(data))])
+
+
 def make_job(
-    data: Path,
+    data: Path | DataJob,
     teacher: Path,
     folder: Path,
     *,
@@ -21,7 +27,7 @@ def make_job(
     values: dict[str, Any] = {
         "stage": "first",
         "folder": str(folder),
-        "data": str(data),
+        "data": data if isinstance(data, DataJob) else describe_folder(data),
         "teacher": str(teacher),
         "teacher_name": "bert",
         "teacher_digest": "",

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_teacher
+from support import describe_folder
 
-from data.manifest import load_manifest
 from orchestrator.errors import UserError
-from orchestrator.inputs import Dataset, check_stage, check_stages, model_folder, prepare_data, tokenizer_name
+from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data, tokenizer_name
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.references import FolderRef
 from orchestrator.workdir import Workdir
@@ -47,7 +47,7 @@ def recipe_with(
 
 def complaint(recipe: Recipe, teacher: Path, shards: Path) -> str:
     with pytest.raises(UserError) as raised:
-        check_stage(recipe.stages[0], teacher, Dataset(shards, load_manifest(shards)))
+        check_stage(recipe.stages[0], teacher, describe_folder(shards))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -72,7 +72,7 @@ def test_head_counts_that_differ_where_the_objective_needs_them_equal(tmp_path, 
         objective="minilmv2",
         relation_heads=6,
     )
-    check_stage(split.stages[0], teacher, Dataset(shards, load_manifest(shards)))
+    check_stage(split.stages[0], teacher, describe_folder(shards))
 
 
 def test_a_teacher_layer_that_does_not_exist(tmp_path, teacher, shards):
@@ -234,4 +234,4 @@ def test_a_later_stage_that_cannot_fit_is_refused_before_the_first_one_runs(tmp_
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "data": {"shards": str(shards)}, "stages": [first, second]}))
     with pytest.raises(UserError, match="stage second: the teacher has 4 heads and the student 2"):
-        check_stages(load_recipe(path), Workdir(tmp_path / "work"), Dataset(shards, load_manifest(shards)))
+        check_stages(load_recipe(path), Workdir(tmp_path / "work"), describe_folder(shards))

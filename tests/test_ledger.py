@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_job
+from support import describe_folder, make_job
 
 from data.build import build
 from data.stream import Batch, Stream
@@ -87,7 +87,7 @@ def test_the_running_digest_of_a_run_is_the_recomputed_one(shards, teacher, tmp_
     assert run_stage(job)
     path = checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)[-1]
     calls = []
-    check = verify_run(path, shards, lambda done, steps: calls.append((done, steps)), micro_batch=5)
+    check = verify_run(path, [str(shards)], lambda done, steps: calls.append((done, steps)), micro_batch=5)
     assert check.sound
     assert (check.step, check.rows, calls[-1]) == (7, 84, (7, 7))
     assert "84 rows of 7 steps are exactly those" in check.text()
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_other_rows_is_told(shards, teacher, tmp_path, capsys):
     assert cli.main(verb) == 0
     assert "24 rows of 3 steps are exactly those" in capsys.readouterr().out
     (path / "checkpoint.json").write_text(meta.replace('"seed": 3', '"seed": 4'))
-    check = verify_run(path, shards)
+    check = verify_run(path)
     assert not check.sound
     assert "24 rows of 3 steps are NOT those that seed and data give" in check.text()
     assert cli.main([*verb, "--json"]) == 2
@@ -113,12 +113,10 @@ def test_another_data_set_is_refused(shards, teacher, text, tmp_path):
     other = tmp_path / "other"
     build([text], str(teacher), other, seq_len=16, held_out=0.1, seed=0, processes=1)
     path = checkpoint.list_checkpoints(StageFolder(tmp_path / "run").checkpoints)[-1]
-    with pytest.raises(
-        UserError, match="belongs to another data set .* give the folder that the run has read"
-    ):
-        verify_run(path, other)
+    with pytest.raises(UserError, match="belongs to other data .* give what the run has read"):
+        verify_run(path, [str(other)])
     with pytest.raises(UserError, match="cannot be read .* give a folder step-… of a stage's checkpoints"):
-        verify_run(tmp_path, shards)
+        verify_run(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["contents", "twice"])
@@ -148,7 +146,9 @@ def test_a_wrong_row_stops_the_run_before_its_checkpoint(shards, teacher, tmp_pa
 
 
 def test_expected_does_not_depend_on_the_micro_batch(shards):
-    digests = {Expected(shards, seed=3, batch=12, micro_batch=m).digest(5) for m in (1, 4, 12)}
+    digests = {
+        Expected(describe_folder(shards), seed=3, batch=12, micro_batch=m).digest(5) for m in (1, 4, 12)
+    }
     assert len(digests) == 1
 
 

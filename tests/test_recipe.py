@@ -155,7 +155,7 @@ def test_paths_count_from_where_they_are_written(tmp_path: Path, monkeypatch: py
     shards = load(
         tmp_path / "here", BASE.replace("text: corpus.txt\n  tokenizer: ./tokenizer", "shards: rows")
     )
-    assert shards.data.shards == tmp_path / "here" / "rows"
+    assert [c.shards for c in shards.data.corpora or ()] == [str(tmp_path / "here" / "rows")]
 
 
 def test_what_could_be_hub_id_or_folder_is_a_folder_if_there_is_one(tmp_path: Path) -> None:
@@ -245,6 +245,84 @@ def test_missing_inputs_are_notes_and_no_errors(tmp_path: Path) -> None:
     assert missing_inputs(load(tmp_path, shards)) == []
 
 
+# Several data sets
+
+
+MIXED = BASE.replace(
+    "data:\n  text: corpus.txt\n  tokenizer: ./tokenizer\n",
+    "data:\n  - {shards: books, weight: 0.7}\n  - {name: wiki, shards: 's3://bucket/wiki/', weight: 0.3}\n",
+)
+PAIR = BASE.replace(
+    "text: corpus.txt", "tokens: here/gpt\n  source_tokenizer: owner/gpt\n  window: 3\n  cache: ./cache"
+)
+
+
+def test_one_data_set_a_list_and_corpora_are_the_same_thing(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MIXED)
+    assert [(c.name, c.shards, c.weight) for c in recipe.data.corpora or ()] == [
+        ("corpus-1", str(tmp_path / "books"), 0.7),
+        ("wiki", "s3://bucket/wiki", 0.3),
+    ]
+    written_out = MIXED.replace("data:\n", "data:\n  corpora:\n")
+    assert load(tmp_path, written_out) == recipe
+    assert load(tmp_path, MIXED, "data.wiki.weight=0.5").data.corpora[1].weight == 0.5  # type: ignore[index]
+    one = BASE.replace("text: corpus.txt\n  tokenizer: ./tokenizer", "shards: books")
+    listed = BASE.replace("text: corpus.txt\n  tokenizer: ./tokenizer", "corpora: [{shards: books}]")
+    assert load(tmp_path, one) == load(tmp_path, listed)
+    (corpus,) = recipe.result_fields()["data"]["corpora"][:1]
+    assert (corpus["shards"], corpus["weight"], "name" in corpus) == ("books", 0.7, False)
+    assert missing_inputs(recipe)[0].startswith("data.corpus-1.shards: given")
+    for key in ("cache: c", "cache_gigabytes: 3"):
+        cached = load(tmp_path, one.replace("shards: books", f"shards: books\n  {key}"))
+        assert cached.result_fields() == load(tmp_path, one).result_fields()
+
+
+def test_a_pair_that_is_read_in_place(tmp_path: Path) -> None:
+    data = load(tmp_path, PAIR).data
+    (corpus,) = data.corpora or ()
+    assert (corpus.tokens, corpus.source_tokenizer) == (str(tmp_path / "here" / "gpt"), "owner/gpt")
+    assert (data.window, data.cache) == (3, tmp_path / "cache")
+    assert missing_inputs(load(tmp_path, PAIR))[0] == (
+        f"data.tokens: given {corpus.tokens!r}, but there is no file '{corpus.tokens}.bin'; give the prefix of a pair"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (MIXED, ["data.0.shards=ftp://host/x"], "--set: data.0.shards: given 'ftp://host/x'; allowed: a folder, or a "
+         "URL of s3://, gs://, https://, http://, file:// without parameters"),
+        (MIXED, ["data.0.shards=https://me:secret@host/x"], "allowed: a URL without credentials; they come from the "
+         "environment (AWS_ACCESS_KEY_ID, …)"),
+        (MIXED, ["data.0.shards='https://host/x?token=1'"], "without parameters"),
+        (MIXED, ["data.0.weight=0"], "--set: data.0.weight: given 0; allowed: greater than 0"),
+        (MIXED, ["data.0.wieght=1"], "data.0.wieght: unknown key; did you mean 'weight'?; allowed: name, shards"),
+        (MIXED, ["data.0.name=wiki"], "allowed: a name for each corpus; 'wiki' is there twice"),
+        (MIXED, ["data.0.tokens=x"], "data.0: given a mapping; allowed: shards: FOLDER or URL, or tokens: PREFIX"),
+        (MIXED, ["data.0.encoder=x"], "allowed: shards without encoder, because they hold the teacher's ids"),
+        (MIXED, ["data=[]"], "data: given []; allowed: at least 1 item"),
+        (BASE, ["data.corpora=[{shards: a}]"], "allowed: either shards: FOLDER, tokens: PREFIX or a list of such, or"),
+        (BASE, ["data={shards: a, corpora: [{shards: b}]}"], "allowed: corpora: (a list), or shards: (one), not both"),
+        (BASE, ["data={shards: a, weight: 2}"], "data.weight: unknown key; it belongs under corpora or relations"),
+        (PAIR, ["data.source_tokenizer=null"], "allowed: tokens with either source_tokenizer: REFERENCE or "
+         "fairseq_dict: FILE"),
+        (PAIR, ["data.tokenizer=null"], "allowed: tokens: PREFIX with tokenizer: REFERENCE, the teacher's own"),
+        (PAIR, ["data.packing=document"], "remove packing"),
+        (PAIR, ["data.window=0"], "data.window: given 0; allowed: greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_data_sets_that_can_not_be(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
+    (line,) = problems(tmp_path, text, *overrides)
+    assert expected in line
+
+
+def test_urls_are_of_the_schemes_that_are_read() -> None:
+    from data.remote import SCHEMES
+    from orchestrator.recipe_fields import URL_SCHEMES
+
+    assert set(URL_SCHEMES) == set(SCHEMES)
+
+
 # What determines the result
 
 
@@ -276,6 +354,7 @@ def test_the_canonical_form_is_blind_to_spelling_and_to_what_changes_no_weight(t
         ("stages.0.student.dropout=0", ("stages.0.students.0.dropout", 0.1, 0.0)),
         ("stages.0.adam_betas=[0.9, 0.98]", ("stages.0.adam_betas.1", 0.999, 0.98)),
         ("stages.0.relation_heads=24", ("stages.0.relation_heads", None, 24)),
+        ("data.window=4", ("data.window", None, 4)),
     ],
 )
 def test_what_changes_the_result_shows_by_path(
@@ -314,8 +393,9 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         + "workers: 3\n"
     )
     assert problems(tmp_path, text, "compute.device=gpu") == [
-        "recipe.yaml:3: data.txt: unknown key; did you mean 'text'?; allowed: shards, text, tokenizer, "
-        "seq_len, packing, held_out, text_field",
+        "recipe.yaml:3: data.txt: unknown key; did you mean 'text'?; allowed: corpora, shards, tokens, "
+        "source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, packing, held_out, text_field, "
+        "window, cache, cache_gigabytes",
         "recipe.yaml:6: stages.0.peak_lr: missing; add it (Learning rate at the end of the warm-up)",
         "recipe.yaml:10: stages.0.steps: given -100; allowed: greater than or equal to 1",
         "recipe.yaml:11: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "
@@ -357,7 +437,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         ("data.text=s3://bucket/corpus", "given 's3://bucket/corpus'; allowed: a path on this machine"),
         ("data.text=[]", "data.text: given []; allowed: at least 1 item"),
         ("data.tokenizer=null", "data: given a mapping; allowed: text: FILES with tokenizer: REFERENCE"),
-        ("data.shards=rows", "allowed: either shards: FOLDER, or text: FILES"),
+        ("data.shards=rows", "allowed: either shards: FOLDER, tokens: PREFIX or a list of such, or text: FILES"),
         ("data={shards: rows, seq_len: 64}", "shards alone, because the data set was built with its own; "
                                                "remove seq_len"),
         ("compute.threads=some", "compute.threads: given 'some'; allowed: a whole number"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from support import make_job
 
-from data.stream import Stream
+from orchestrator.corpora import open_stream
 from orchestrator.step import StepOutcome, StudentState, derive_seed, train_step
 from orchestrator.students import build_distiller
 from orchestrator.world import World
@@ -33,9 +31,7 @@ def one_step(job, *, micro_batch: int | None = None, distiller=None, step=0, sta
         )
         for name, encoder in distiller.students.items()
     ]
-    stream = Stream(
-        Path(job.data), seed=job.seed, batch=job.batch, micro_batch=micro_batch or job.micro_batch
-    )
+    stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=micro_batch or job.micro_batch)
     batches = ((i, *stream.micro_batch(step, i)[:2]) for i in range(stream.num_micro_batches))
     outcome = train_step(
         distiller,
@@ -47,7 +43,7 @@ def one_step(job, *, micro_batch: int | None = None, distiller=None, step=0, sta
         max_gradient_norm=None,
         autocast=None,
         world=ALONE,
-        seq_len=stream.manifest.seq_len,
+        seq_len=job.data.seq_len,
         **changes,
     )
     return distiller, states, outcome
@@ -68,7 +64,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_sequences(shards, teacher, t
     job = make_job(shards, teacher, tmp_path, dropout=0.0)
     _, (state,), _ = one_step(job)
     distiller = build_distiller(job, ALONE.device)
-    stream = Stream(Path(job.data), seed=job.seed, batch=job.batch, micro_batch=job.batch)
+    stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=job.batch)
     ids, mask, _ = stream.micro_batch(0, 0)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     taught, own = distiller.teach(ids, mask), distiller.students["small"](ids, mask)
