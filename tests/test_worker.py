@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,7 +250,10 @@ def test_the_plain_command_does_not_heed_an_old_request_to_stop(shards, teacher,
 
 
 def test_the_plain_command_reports_errors_in_one_line(shards, teacher, tmp_path):
-    process = start_worker(make_job(tmp_path / "no-data", teacher, tmp_path / "stage"))
+    gone = shutil.copytree(shards, tmp_path / "data")
+    job = make_job(gone, teacher, tmp_path / "stage")
+    shutil.rmtree(gone)
+    process = start_worker(job)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.startswith("minilm: error:")
