@@ -108,7 +108,24 @@ class MappedShards:
         else:
             shards, inner = np.divmod(blocks, layout.blocks_per_shard)
             into[...] = self._rows[shards, inner, wanted - blocks * layout.rows_per_block]
-        return self._lengths(blocks, wanted - blocks * layout.rows_per_block) if layout.has_lengths else None
+        lengths = None
+        if layout.has_lengths:
+            lengths = self._lengths(blocks, wanted - blocks * layout.rows_per_block)
+        if self._space.lost:
+            raise self._cut()
+        return lengths
+
+    def _cut(self) -> DamageError:
+        """The error for bytes that went away after they were mapped. What was known of that shard is forgotten."""
+        number, offset = divmod(self._space.lost[0], self._slot)
+        self._space.lost.clear()
+        self.forget(number)
+        info = self._manifest.shard(number)
+        self._verified[info.first_block : info.first_block + info.num_blocks] = False
+        inside = max(0, offset - self.layout.tokens_at(0)) // self.layout.stride_bytes
+        block = info.first_block + min(inside, info.num_blocks - 1)
+        what = "its bytes went away while they were read (the file was cut, or the disk fails)"
+        return damage(self._folder, info, block, offset, what)
 
     def _junk_before(self, blocks: I64) -> I64:
         """Rows of the grid, before each of these blocks, that are not rows of ours: the ends of blocks and shards."""
@@ -196,6 +213,8 @@ class MappedShards:
         end = self.layout.end_of_block(inner, self._manifest.rows_in_block(block))
         at = number * self._slot
         found = xxhash.xxh3_64_intdigest(self._space.bytes[at + begin : at + end].data)
+        if self._space.lost:
+            raise self._cut()
         if found != self._checksums[number][inner]:
             what = f"its {end - begin} bytes do not have the checksum that the manifest pins"
             raise damage(self._folder, self._manifest.shard(number), block, begin, what)

@@ -1,7 +1,11 @@
 """The stream: rows of a step are a pure function of seed and step; damage is never passed on."""
 
+import faulthandler
+import os
 import random
+import re
 import shutil
+import signal
 import threading
 
 import numpy as np
@@ -257,3 +261,81 @@ def load_ok(folder):
 def test_a_missing_data_set_says_how_to_make_one(tmp_path):
     with pytest.raises(DataError, match=r"holds no data set .*make one with: minilm data build"):
         Stream(tmp_path / "nothing", seed=1, batch=1, micro_batch=1)
+
+
+def in_a_child(work):
+    """What `work()` returns, from a process of its own that may die of a signal; or that signal, negative."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(send, str(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    status = os.waitpid(child, 0)[1]
+    answer = os.read(receive, 4000).decode()
+    os.close(receive)
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else answer
+
+
+def the_error(read):
+    try:
+        read()
+    except DataError as error:
+        return error
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_kills_nobody(copy, ahead):
+    manifest = load_manifest(copy)
+    shard = manifest.shard(1)
+
+    def work():
+        reader = RowReader(copy)
+        rows = range(shard.first_row, shard.first_row + shard.num_rows)
+        wanted = reader.read(rows)
+        os.truncate(copy / shard.name, 4096 + 100)
+        if ahead:  # on the thread, with numpy's copy outside Python's lock
+            stream = Stream(reader, seed=1, batch=64, micro_batch=64)
+            text = the_error(lambda: list(stream.iterate(0, 20, range(1))))
+        else:
+            text = the_error(lambda: reader.read(rows))
+        again = the_error(lambda: reader.read(rows))
+        assert torch.equal(reader.read(range(5)).input_ids, RowReader(copy).read(range(5)).input_ids)
+        assert len(wanted.row_ids) == shard.num_rows
+        return f"{text}\n{again}"
+
+    first, second = in_a_child(work).splitlines()
+    where = rf"{shard.name}', block \d+, at byte (\d+): its bytes went away while they were read"
+    assert int(re.search(where, first)[1]) >= 8192
+    assert f"`minilm data repair {copy}`" in first
+    assert f"the file has 4196 bytes instead of {shard.num_bytes}" in second
+
+
+def test_a_block_cut_between_mapping_and_its_checksum_is_an_error(copy):
+    manifest = load_manifest(copy)
+    last = manifest.shard(0).num_rows - 1
+
+    def work():
+        reader = RowReader(copy)
+        reader.read([0])  # maps the shard, and compares its first block alone
+        os.truncate(copy / manifest.shard(0).name, 8192)
+        return the_error(lambda: reader.read([last]))
+
+    assert "went away while they were read" in in_a_child(work)
+
+
+def test_memory_of_others_that_goes_away_still_ends_the_process(data, tmp_path):
+    path = tmp_path / "other"
+    path.write_bytes(bytes(8192))
+
+    def work():
+        faulthandler.disable()  # it would print where the process was
+        RowReader(data).read([0])
+        other = np.memmap(path, mode="r")
+        os.truncate(path, 0)
+        return int(other[5000])
+
+    assert in_a_child(work) == -signal.SIGBUS
