@@ -29,7 +29,7 @@ FAST = [
         marks=[NEEDS_TRITON, pytest.mark.skipif(not INTERPRETED, reason="a GPU compiles it")],
     ),
     pytest.param(("tiled", "cuda"), marks=pytest.mark.gpu),
-    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), marks=[NEEDS_TRITON, pytest.mark.gpu]),
 ]
 NAMES = ("student_x", "student_y")
 
@@ -212,6 +212,37 @@ def test_tiled_is_the_same_for_every_tile(monkeypatch, tile):
     got = loss_and_gradients("tiled", tensors, ragged(3, 11), torch.float64, **options)
     truth = loss_and_gradients("reference", tensors, ragged(3, 11), torch.float64, **options)
     assert max(error(got, truth)) < 1e-14
+
+
+@NEEDS_TRITON
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU `tune` tries them")
+@pytest.mark.parametrize(("forward", "backward"), [((16, 32), (32, 16)), ((64, 16), (16, 64))])
+def test_triton_is_the_same_for_every_launch(monkeypatch, forward, backward):
+    from model.kernels.fused import LAUNCH, Launch
+
+    for which, (M, N) in (("forward", forward), ("backward", backward)):
+        monkeypatch.setitem(LAUNCH, (which, torch.float32), Launch(M, N, 4, 2))
+    hold_against_reference(
+        ("triton", "cpu"), inputs(1, 2, 50, 16, 16, torch.float32), ragged(1, 50), torch.float32
+    )
+
+
+@NEEDS_TRITON
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU it is run by hand")
+def test_tuning_times_both_passes_and_leaves_the_table_as_it_was():
+    from model.kernels.fused import LAUNCH, Launch
+    from model.kernels.tune import tune
+
+    before = dict(LAUNCH)
+    candidates = [Launch(16, 16, 4, 2), Launch(32, 16, 4, 2)]
+    shape = {"rows": 1, "heads": 1, "tokens": 33, "head_sizes": (16, 16), "dtype": torch.float32}
+    found = tune(**shape, device="cpu", candidates=candidates, repeats=1)
+    assert {which: sorted(launch for _, launch in timed) for which, timed in found.items()} == {
+        "forward": candidates,
+        "backward": candidates,
+    }
+    assert all(timed == sorted(timed) for timed in found.values())
+    assert before == LAUNCH
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):

@@ -5,7 +5,7 @@ a learned bias on the student's side (its gradient would be a whole map) and dty
 """
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,9 +15,28 @@ from torch.autograd.function import once_differentiable
 from model.kernels.relation import relation_backward, relation_forward
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Queries and keys a block. At head size 128 the backward takes 65 KB of shared memory in bfloat16, 100 KB in
-# float32.
-BLOCK = {torch.bfloat16: 64, torch.float32: 128 if _INTERPRETED else 32}
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched: queries a block and keys a block (backward: what a program owns, and what it walks
+    over), warps a program, stages of the pipelined loop."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+
+# The one table to tune; `python -m model.kernels.tune` measures candidates. At head size 128 the backward takes 65 KB
+# of shared memory in bfloat16, 100 KB in float32.
+LAUNCH = {
+    ("forward", torch.bfloat16): Launch(64, 64, 4, 3),
+    ("backward", torch.bfloat16): Launch(64, 64, 4, 3),
+    ("forward", torch.float32): Launch(32, 32, 4, 3),
+    ("backward", torch.float32): Launch(32, 32, 4, 3),
+}
+if _INTERPRETED:  # Python runs every program: fewer and larger ones
+    LAUNCH |= {key: Launch(128, 128, 4, 3) for key in LAUNCH if key[1] == torch.float32}
 
 
 def fused_sum(
@@ -61,7 +80,8 @@ class _Fused(torch.autograd.Function):
         ctx.constants = _constants(teacher_x, student_x, keys, teacher_bias, student_bias)
         ctx.strides = (*strides_T, *strides_S)
         ctx.save_for_backward(*sides, keys, bias_T, bias_S, lse_T, lse_S, weights_BT)
-        grid = (triton.cdiv(tokens, ctx.constants["M"]), batch * heads)
+        launch = LAUNCH["forward", student_x.dtype]
+        grid = (triton.cdiv(tokens, launch.M), batch * heads)
         keys_or_any = weights_BT if keys is None else keys
         relation_forward[grid](
             *sides,
@@ -75,6 +95,7 @@ class _Fused(torch.autograd.Function):
             heads,
             tokens,
             **ctx.constants,
+            **launch._asdict(),
         )
         return (kl * weights_BT[:, None, :]).sum()
 
@@ -85,17 +106,17 @@ class _Fused(torch.autograd.Function):
         batch, heads, tokens, _ = sides[2].shape
         weights_BT = weights_BT * upstream  # on the device: no host sync
         grad_x, grad_y = torch.empty_like(sides[2]), torch.empty_like(sides[3])
-        grid = (triton.cdiv(tokens, ctx.constants["M"]), batch * heads, 2)
+        launch = LAUNCH["backward", grad_x.dtype]
+        grid = (triton.cdiv(tokens, launch.M), batch * heads, 2)
         keys_or_any = weights_BT if keys is None else keys
         relation_backward[grid](
             *sides, keys_or_any, bias_T, bias_S, *ctx.strides, lse_T, lse_S, weights_BT, grad_x, grad_y,
-            heads, tokens, **ctx.constants,
+            heads, tokens, **ctx.constants, **launch._asdict(),
         )  # fmt: skip
         return grad_x, grad_y, None, None, None, None, None, None
 
 
 def _constants(teacher: Tensor, student: Tensor, *optional: Tensor | None) -> dict[str, Any]:
-    block = BLOCK[student.dtype]
     size_T, size_S = teacher.shape[-1], student.shape[-1]
     flags = zip(("HAS_KEYS", "HAS_BIAS_T", "HAS_BIAS_S"), optional, strict=True)
     return {
@@ -105,8 +126,6 @@ def _constants(teacher: Tensor, student: Tensor, *optional: Tensor | None) -> di
         "D_S": max(16, triton.next_power_of_2(size_S)),
         **{flag: tensor is not None for flag, tensor in flags},
         "WIDEN": student.dtype == torch.bfloat16 and _INTERPRETED,
-        "M": block,
-        "N": block,
     }
 
 
