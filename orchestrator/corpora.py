@@ -16,6 +16,7 @@ from typing import NamedTuple
 from data.errors import DataError
 from data.indexed_rows import IndexedRows
 from data.manifest import HELD_OUT, MANIFEST, TOKENIZER
+from data.quarantine import Quarantine
 from data.reader import RowReader
 from data.remote import is_remote
 from data.remote_reader import RemoteReader
@@ -33,9 +34,27 @@ class HeldOut(NamedTuple):
     rows: Rows
 
 
-def open_stream(data: DataJob, *, seed: int, batch: int, micro_batch: int, pin: bool = False) -> Stream:
-    """The batches of a stage. Raises `UserError` or `DataError` where data are not those that the job pins."""
-    corpora = [Corpus(_train_rows(corpus, data.cache, pin), corpus.weight) for corpus in data.corpora]
+def load_quarantine(data: DataJob) -> Quarantine | None:
+    """The list of damaged blocks to leave out, as it is now; None where damage ends the run."""
+    if data.quarantine is None:
+        return None
+    return Quarantine(Path(data.quarantine.path), max_quarantined_share=data.quarantine.max_share)
+
+
+def open_stream(
+    data: DataJob,
+    *,
+    seed: int,
+    batch: int,
+    micro_batch: int,
+    pin: bool = False,
+    quarantine: Quarantine | None = None,
+) -> Stream:
+    """The batches of a stage. Raises `UserError` or `DataError` where data are not those that the job pins, or damaged
+    beyond what a `quarantine` allows."""
+    corpora = [
+        Corpus(_train_rows(corpus, data.cache, pin, quarantine), corpus.weight) for corpus in data.corpora
+    ]
     return Stream(corpora, seed=seed, batch=batch, micro_batch=micro_batch, window=data.window)
 
 
@@ -65,7 +84,7 @@ def describe(
     opened: list[Corpus] = []
     try:
         for corpus in corpora:
-            opened.append(Corpus(_train_rows(corpus, cache, pin=False), corpus.weight))
+            opened.append(Corpus(_train_rows(corpus, cache), corpus.weight))
             close([HeldOut(corpus.name, corpus.weight, _held_out_rows(corpus, cache))])
         stream = Stream(opened, seed=0, batch=1, micro_batch=1, window=window)
         _check_cache([part.rows for part in opened], window, cache)
@@ -92,11 +111,13 @@ def cache_folder(cache: CacheJob) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilm"
 
 
-def _train_rows(corpus: CorpusJob, cache: CacheJob, pin: bool) -> Rows:
+def _train_rows(
+    corpus: CorpusJob, cache: CacheJob, pin: bool = False, quarantine: Quarantine | None = None
+) -> Rows:
     if corpus.pair is not None:
         rows: Rows = _split_pair(corpus)[0]
     else:
-        rows = _open(corpus.place, cache, corpus.fingerprint, pin)
+        rows = _open(corpus.place, cache, corpus.fingerprint, pin, quarantine)
     if corpus.fingerprint and rows.fingerprint != corpus.fingerprint:
         raise UserError(
             f"data set {corpus.place} was replaced: its fingerprint is {rows.fingerprint[:16]}…, this run began with "
@@ -119,7 +140,7 @@ def _held_out_rows(corpus: CorpusJob, cache: CacheJob) -> Rows:
             )
         return RowReader(folder)
     try:
-        return _open(f"{corpus.place.rstrip('/')}/{HELD_OUT}", cache, "", pin=False)
+        return _open(f"{corpus.place.rstrip('/')}/{HELD_OUT}", cache, "")
     except DataError as error:
         raise UserError(
             f"data set {corpus.place}: its held-out split, which every stage is measured on, cannot be read ({error}); "
@@ -127,15 +148,22 @@ def _held_out_rows(corpus: CorpusJob, cache: CacheJob) -> Rows:
         ) from error
 
 
-def _open(place: str, cache: CacheJob, fingerprint: str, pin: bool) -> RowReader:
+def _open(
+    place: str,
+    cache: CacheJob,
+    fingerprint: str,
+    pin: bool = False,
+    quarantine: Quarantine | None = None,
+) -> RowReader:
     if not is_remote(place):
-        return RowReader(Path(place), pin=pin)
+        return RowReader(Path(place), pin=pin, quarantine=quarantine)
     return RemoteReader(
         place,
         cache=cache_folder(cache),
         max_cache_bytes=round(cache.gigabytes * 1e9),
         fingerprint=fingerprint or None,
         pin=pin,
+        quarantine=quarantine,
     )
 
 

@@ -49,9 +49,17 @@ class CacheJob:
 
 
 @dataclass(frozen=True)
+class QuarantineJob:
+    """Damaged blocks are left out, up to `max_share` of a data set, and listed in the file `path` that all nodes see."""
+
+    path: str
+    max_share: float
+
+
+@dataclass(frozen=True)
 class DataJob:
     """`fingerprint`: of all corpora and weights. `tokenizer`: the folder that students are exported with. `window`:
-    shuffled by so many shards, None for fully."""
+    shuffled by so many shards, None for fully. `quarantine`: None where damage ends the run."""
 
     corpora: tuple[CorpusJob, ...]
     fingerprint: str
@@ -60,6 +68,7 @@ class DataJob:
     tokenizer: str
     window: int | None
     cache: CacheJob
+    quarantine: QuarantineJob | None = None
 
     @property
     def places(self) -> str:
@@ -79,5 +88,6 @@ class DataJob:
             "corpora": tuple(corpora),
             "vocabulary": TokenizerInfo(**values["vocabulary"]),
             "cache": CacheJob(**values["cache"]),
+            "quarantine": values["quarantine"] and QuarantineJob(**values["quarantine"]),
         }
         return cls(**{**values, **typed})

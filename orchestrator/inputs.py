@@ -22,7 +22,7 @@ from model.encoder import EncoderShape, inspect_encoder, tapped_layer
 from model.errors import ModelError
 from model.objective import Objective
 from orchestrator.corpora import describe
-from orchestrator.data_job import CacheJob, CorpusJob, DataJob, PairJob
+from orchestrator.data_job import CacheJob, CorpusJob, DataJob, PairJob, QuarantineJob
 from orchestrator.errors import UserError
 from orchestrator.recipe import Corpus, Recipe, Stage
 from orchestrator.references import (
@@ -62,6 +62,9 @@ def prepare_data(
         corpora = [corpus_job(corpus, recipe, workdir, tokenizer) for corpus in data.corpora or ()]
     cache = CacheJob(None if data.cache is None else str(data.cache), data.cache_gigabytes)
     job = describe(corpora, window=data.window, cache=cache)
+    if data.on_corrupt == "quarantine":
+        path = str(workdir.quarantine.resolve())
+        job = replace(job, quarantine=QuarantineJob(path, data.max_quarantined_share))
     if is_remote(corpora[0].place):  # the cache is this node's, the work directory every node's
         copy_whole(Path(job.tokenizer), workdir.tokenizer)
         job = replace(job, tokenizer=str(workdir.tokenizer.resolve()))

@@ -175,9 +175,9 @@ def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadP
 
 def start_inline(job: StageJob, pool: ThreadPoolExecutor) -> Future[None]:
     """Run the same worker in this process, without Ray: rank and size come from the environment."""
-    from orchestrator.reporting import run_reporting
+    from orchestrator.reporting import run_alone
 
     def work() -> None:
-        run_reporting(job)
+        run_alone(job)
 
     return pool.submit(work)

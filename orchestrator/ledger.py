@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data.quarantine import Blocks, Quarantine
 from data.stream import Batch
 from orchestrator import checkpoint
 from orchestrator.corpora import close, describe, open_stream
@@ -99,9 +100,13 @@ class Ledger:
 class Expected:
     """What the ledger should say, from (seed, step) and the shards as they are on disk now."""
 
-    def __init__(self, data: DataJob, *, seed: int, batch: int, micro_batch: int):
+    def __init__(
+        self, data: DataJob, *, seed: int, batch: int, micro_batch: int, quarantine: Quarantine | None = None
+    ):
         self.data = data
-        self.stream = open_stream(data, seed=seed, batch=batch, micro_batch=micro_batch)
+        self.stream = open_stream(
+            data, seed=seed, batch=batch, micro_batch=micro_batch, quarantine=quarantine
+        )
 
     def digest(self, step: int) -> int:
         indices = range(self.stream.num_micro_batches)
@@ -166,16 +171,25 @@ def verify_run(
     if places:
         data = _moved(path, data, places)
     at_once = next(n for n in range(min(micro_batch, batch), 0, -1) if batch % n == 0)
-    expected = Expected(data, seed=int(ledger["seed"]), batch=batch, micro_batch=at_once)
+    order = {"seed": int(ledger["seed"]), "batch": batch, "micro_batch": at_once}
     running = 0
-    try:
-        for step in range(steps):
-            running = advance(running, expected.digest(step))
-            if progress:
-                progress(step + 1, steps)
-    finally:
-        close(expected.stream.corpora)
+    for first, last, quarantine in _spans(steps, ledger["quarantine"]):
+        expected = Expected(data, **order, quarantine=quarantine)
+        try:
+            for step in range(first, last):
+                running = advance(running, expected.digest(step))
+                if progress:
+                    progress(step + 1, steps)
+        finally:
+            close(expected.stream.corpora)
     return RunCheck(steps, steps * batch, str(ledger["digest"]), f"{running:032x}")
+
+
+def _spans(steps: int, history: Sequence[tuple[int, Blocks]]) -> list[tuple[int, int, Quarantine]]:
+    """(first step, step behind the last, blocks left out) of a run whose list grew at the steps of `history`."""
+    begins: list[tuple[int, Blocks]] = [(0, {}), *((step, blocks) for step, blocks in history)]
+    ends = [*(step for step, _ in begins[1:]), steps]
+    return [(first, end, Quarantine.of(blocks)) for (first, blocks), end in zip(begins, ends, strict=True)]
 
 
 def _moved(path: Path, data: DataJob, places: Sequence[str]) -> DataJob:

@@ -95,6 +95,7 @@ class Corpus(_Section):
         return fields
 
 
+NOT_RESULT = {"cache", "cache_gigabytes", "on_corrupt", "max_quarantined_share"}
 CORPUS_PLACES = ("shards", "tokens", "source_tokenizer", "fairseq_dict", "encoder")
 
 
@@ -124,6 +125,11 @@ class Data(_Section):
     """Folder on each node for shards behind URLs; default: ~/.cache/minilm."""
     cache_gigabytes: Positive = 64.0
     """Shards that were not used for longest go when the cache is larger; those in use stay."""
+    on_corrupt: Literal["stop", "quarantine"] = "stop"
+    """When a block of rows is damaged. stop: the run ends and says how to repair it; quarantine: all workers leave
+    its rows out of the loss, and count them."""
+    max_quarantined_share: BelowOne = 0.001
+    """Of a data set's rows; more damage ends the run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -183,7 +189,7 @@ class Data(_Section):
 
     def result_fields(self) -> dict[str, Any]:
         """Everything here that determines the result, as JSON values; paths as the file has them."""
-        fields = self.model_dump(mode="json", exclude={"cache", "cache_gigabytes", "corpora"})
+        fields = self.model_dump(mode="json", exclude=NOT_RESULT | {"corpora"})
         fields["tokenizer"] = self._as_written.get(fields["tokenizer"], fields["tokenizer"])
         fields["text"] = fields["text"] and [self._as_written.get(path, path) for path in fields["text"]]
         fields["corpora"] = self.corpora and [corpus.result_fields() for corpus in self.corpora]

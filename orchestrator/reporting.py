@@ -11,9 +11,11 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from data.errors import DataError
+from data.quarantine import QuarantineGrew
 from model.errors import ModelError
 from orchestrator.attempts import MAX_FAILURES, count_start_failure
 from orchestrator.errors import InfrastructureError, NoProgress, UserError
@@ -60,6 +62,9 @@ def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -
         return run_stage(job, on_step)
     except (UserError, DataError, ModelError) as error:
         message, exit_code = str(error), getattr(error, "exit_code", UserError.exit_code)
+    except QuarantineGrew as error:  # all workers have to start again: no failure, and bounded by the share
+        log.warning("stage %s: %s", job.stage, error)
+        raise
     except Superseded as error:
         log.warning("stage %s: %s", job.stage, error)
         return False
@@ -91,6 +96,13 @@ def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -
             f"{message} (and {folder.failure} cannot be written: {error.strerror or error})"
         ) from error
     return False
+
+
+def run_alone(job: StageJob) -> bool:
+    """`run_reporting` where no supervisor starts the worker again when the list of damaged blocks grew."""
+    while True:
+        with suppress(QuarantineGrew):
+            return run_reporting(job)
 
 
 def reported(job: StageJob) -> bool:

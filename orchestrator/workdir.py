@@ -5,6 +5,7 @@ DIR/run.json        the recipe's result-determining fields; another recipe is re
 DIR/recipe.yaml     the recipe file as given
 DIR/data/           shards, when the recipe names text
 DIR/tokenizer/      of data behind a URL
+DIR/quarantine.json damaged blocks that are left out, where data.on_corrupt says so
 DIR/teachers/       teachers pulled from a registry or a hub
 DIR/stages/STAGE/   one stage (see `stage.StageFolder`)
 DIR/summary.json    the table of a finished run
@@ -50,6 +51,11 @@ class Workdir:
     def tokenizer(self) -> Path:
         """Of data behind a URL."""
         return self.root / "tokenizer"
+
+    @property
+    def quarantine(self) -> Path:
+        """Damaged blocks that are left out (data.on_corrupt)."""
+        return self.root / "quarantine.json"
 
     @property
     def teachers(self) -> Path:

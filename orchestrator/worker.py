@@ -15,10 +15,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.errors import DataError
+from data.quarantine import QuarantineGrew
 from data.stream import Batch, share
 from model.errors import ModelError
 from model.export import export_student, model_card, weights_digest
@@ -32,6 +34,7 @@ from orchestrator.guards import Watchdog, check_finite, no_progress
 from orchestrator.journal import Due, Journal, student_metrics
 from orchestrator.lease import Superseded, check_writer
 from orchestrator.ledger import Expected, Ledger
+from orchestrator.masking import Masking
 from orchestrator.reporting import own_rank
 from orchestrator.saver import Parts, Saver
 from orchestrator.schedule import learning_rate
@@ -61,7 +64,7 @@ def run_stage(job: StageJob, on_step: Callable[[int], None] | None = None) -> bo
             try:
                 return run.run(on_step)
             except Exception as error:
-                if is_final(error):
+                if is_final(error) or run.masking.grew():
                     run.end_attempt()  # nothing to count
                 raise
             finally:
@@ -80,8 +83,10 @@ class StageRun:
         if job.reduction == "exact" and world.device.type == "cuda":
             compute_deterministically()
         self.fixed_threads = job.reduction == "exact" and world.device.type == "cpu"
-        order = {"seed": job.seed, "batch": job.batch, "micro_batch": job.micro_batch}
-        self.stream = open_stream(job.data, **order, pin=world.device.type == "cuda")
+        order: dict[str, int] = {"seed": job.seed, "batch": job.batch, "micro_batch": job.micro_batch}
+        self.masking = Masking(job.data)
+        quarantine = self.masking.quarantine
+        self.stream = open_stream(job.data, **order, pin=world.device.type == "cuda", quarantine=quarantine)
         self.heldout = open_held_out(job.data)
         self.distiller = build_distiller(job, world.device)
         self.students = make_states(job, self.distiller)
@@ -104,7 +109,7 @@ class StageRun:
         if world.is_main:
             with self.writing():
                 self.attempts = Attempts(self.folder.root)
-            self.expected = Expected(job.data, **order)
+            self.expected = Expected(job.data, **order, quarantine=quarantine)
             self.saver = Saver(
                 self.folder.checkpoints,
                 self.models,
@@ -169,18 +174,24 @@ class StageRun:
             except Exception as problem:  # the others must hear of it before it is raised
                 error = problem
             threads = self.choose_threads(found[1].threads if found else None)
-        failed, first, threads = self.world.from_main([error is not None, first, threads])
+        failed, first, threads, masked = self.world.from_main(
+            [error is not None, first, threads, self.masking.digest]
+        )
         if error is not None:
             raise error
         if failed:
             raise PeerFailed("the main rank cannot resume, and says why")
+        self.masking.check_main(masked)
         if self.fixed_threads:
             torch.set_num_threads(threads)
+        ledger: dict[str, Any] = {}
         if first:
             folder = self.folder.checkpoints
             facts = found[1] if found else checkpoint.restore_step(folder, first, self.models, self.students)
             self.parts = facts.parts
-            self.ledger.running = int(facts.ledger["digest"], 16)
+            ledger = facts.ledger
+            self.ledger.running = int(ledger["digest"], 16)
+        self.masking.restore(first, ledger)
         if self.world.is_main:
             log.info("stage %s: %s", self.job.stage, f"resumes at step {first}" if first else "starts")
         return first
@@ -220,6 +231,7 @@ class StageRun:
             with self.journal.waiting_for_rows():
                 batch = next(batches)
             self.ledger.take(batch)
+            self.masking.take(batch)
             yield index, batch.input_ids, batch.mask
 
     def train(self, step: int, micro_batches: Iterator[MicroBatch]) -> StepOutcome:
@@ -247,20 +259,22 @@ class StageRun:
                 f"stage {self.job.stage}: out of memory at step {step}, even with half a micro-batch "
                 f"({self.job.micro_batch // 2} rows) at once; lower micro_batch (now {self.job.micro_batch})"
             ) from error
-        _, failed, *limbs = outcome.told
+        _, failed, masked, *limbs = outcome.told
         if failed:
             if self.saver:
                 self.saver.wait()
             raise PeerFailed("the main rank could not save, and says why")
         self.parts = outcome.parts
         self.ledger.close_step(step, limbs)
+        self.masking.rows += masked
         return outcome
 
     def tell(self) -> list[int]:
-        """To be added over ranks with the step: is a stop requested, did the last save fail, the rows' digest."""
+        """To be added over ranks with the step: is a stop requested, did the last save fail, masked rows, the digest
+        of all."""
         stop = self.stop_check_due() and self.folder.stop_request.exists()
         failed = self.saver is not None and self.saver.failed
-        return [stop, failed, *self.ledger.own()]
+        return [stop, failed, self.masking.own(), *self.ledger.own()]
 
     def rate(self, step: int) -> float:
         job = self.job
@@ -270,6 +284,8 @@ class StageRun:
         """One point: this step's loss terms, rate and norms. Waits for the device."""
         weights = self.distiller.weights.tolist()
         metrics = {"learning_rate": self.rate(step - 1)}
+        if self.masking.quarantine:
+            metrics["data/quarantined_rows"] = self.masking.rows
         rows = zip(self.students, outcome.terms.tolist(), outcome.norms.tolist(), strict=True)
         for student, means, norm in rows:
             refused = student.refused.tolist()
@@ -312,6 +328,7 @@ class StageRun:
             "seed": job.seed,
             "batch": job.batch,
             "data": job.data.to_values(),
+            **self.masking.facts(),
         }
         steps = self.ledger.cut()
 
@@ -389,6 +406,9 @@ def main() -> int:
         if own_rank() == 0:  # before the ranks meet: a request of an earlier run is not one to this
             StageFolder(Path(job.folder)).stop_request.unlink(missing_ok=True)
         return 0 if run_stage(job) else 3
+    except QuarantineGrew as error:
+        print(f"minilm: stopped: {error}", file=sys.stderr)
+        return 3
     except PeerFailed as error:
         print(f"minilm: stopped: {error}", file=sys.stderr)
         return UserError.exit_code

@@ -1,0 +1,159 @@
+"""A damaged shard: the run ends and says how to mend it, or leaves the same rows out on any number of workers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import worker_pool
+import yaml
+from conftest import write_text
+from support import describe_folder, make_job
+
+from data.build import build
+from data.errors import DataError
+from data.manifest import load_manifest
+from data.quarantine import Quarantine, QuarantineGrew
+from model.export import weights_digest
+from orchestrator import checkpoint
+from orchestrator.corpora import open_stream
+from orchestrator.data_job import QuarantineJob
+from orchestrator.inputs import prepare_data
+from orchestrator.ledger import verify_run
+from orchestrator.masking import Masking
+from orchestrator.metrics import read_all_points
+from orchestrator.recipe import load_recipe
+from orchestrator.reporting import run_alone, run_reporting
+from orchestrator.stage import StageFolder, StageJob
+from orchestrator.workdir import Workdir
+from orchestrator.worker import run_stage
+
+STEPS, DAMAGED_AT = 12, 7
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    text = write_text(folder / "words.txt", documents=120)
+    options = {"seq_len": 32, "held_out": 0.1, "rows_per_block": 4, "shard_bytes": 40_000, "processes": 1}
+    build([text], str(teacher), folder / "data", **options)
+    return folder / "data"
+
+
+@pytest.fixture
+def damaged(whole: Path, tmp_path: Path) -> tuple[Path, str, list[int]]:
+    """A copy with a flipped bit in the first block that only step `DAMAGED_AT` and later read, its shard's name, and
+    at each step how many of its rows are read."""
+    folder = shutil.copytree(whole, tmp_path / "data")
+    manifest = load_manifest(folder)
+    stream = open_stream(describe_folder(whole), seed=3, batch=8, micro_batch=8)
+    blocks = [[manifest.place(row).block for row in stream.row_ids(step, 0)] for step in range(STEPS)]
+    early = {block for step in blocks[:DAMAGED_AT] for block in step}
+    block = next(block for block in blocks[DAMAGED_AT] if block not in early)
+    place = manifest.place(block * manifest.rows_per_block)
+    shard = folder / manifest.shard(place.shard).name
+    raw = bytearray(shard.read_bytes())
+    raw[place.offset] ^= 1
+    shard.write_bytes(raw)
+    return folder, shard.name, [step.count(block) for step in blocks]
+
+
+def masked_job(data: Path, teacher: Path, folder: Path, *, share: float = 0.1) -> StageJob:
+    job = make_job(data, teacher, folder, steps=STEPS, log_every=1)
+    return replace(job, data=replace(job.data, quarantine=QuarantineJob(str(folder / "list.json"), share)))
+
+
+def quarantined(job: StageJob) -> list[float]:
+    return [p.metrics["data/quarantined_rows"] for p in read_all_points(StageFolder(Path(job.folder)).points)]
+
+
+def digest(job: StageJob) -> str:
+    return weights_digest(StageFolder(Path(job.folder)).student("small"))
+
+
+def test_stop_names_the_block_and_the_command_that_repairs_it(damaged, teacher, tmp_path):
+    folder, shard, _ = damaged
+    with pytest.raises(DataError, match=rf"{shard}.*block \d+.*`minilm data repair {folder}`"):
+        run_stage(make_job(folder, teacher, tmp_path / "stage", steps=STEPS))
+
+
+def test_one_and_two_workers_leave_the_same_rows_out(damaged, whole, teacher, tmp_path):
+    folder, shard, counts = damaged
+    sound = masked_job(whole, teacher, tmp_path / "sound")
+    assert run_alone(sound)
+    alone = masked_job(folder, teacher, tmp_path / "alone")
+    assert run_alone(alone)
+    both = masked_job(folder, teacher, tmp_path / "both")
+    rounds = 1
+    while (codes := worker_pool.join(worker_pool.start(both, 2))) != [0, 0]:
+        assert rounds < 4, f"{codes}\n{worker_pool.log(both)}"
+        rounds += 1
+    assert rounds > 1
+    assert digest(alone) == digest(both) != digest(sound)
+    expected = [sum(counts[: step + 1]) for step in range(STEPS)]
+    assert expected[DAMAGED_AT - 1] == 0 < expected[-1]
+    assert quarantined(alone) == quarantined(both) == expected
+    assert quarantined(sound) == [0] * STEPS
+    for job in (alone, both):
+        path = checkpoint.list_checkpoints(StageFolder(Path(job.folder)).checkpoints)[-1]
+        assert [step for step, _ in checkpoint.read_meta(path)["ledger"]["quarantine"]] == [6]
+        assert verify_run(path).sound
+        assert json.loads((Path(job.folder) / "attempts.json").read_text())["failures"] == 0
+
+
+def test_more_damage_than_the_recipe_allows_ends_the_run(damaged, teacher, tmp_path):
+    folder, shard, _ = damaged
+    job = masked_job(folder, teacher, tmp_path / "stage", share=0.001)
+    assert not run_reporting(job)
+    failure = json.loads(StageFolder(Path(job.folder)).failure.read_text())
+    assert failure["exit_code"] == 2
+    assert "are damaged, more than max_quarantined_share allows (0.10%)" in failure["message"]
+    assert (
+        f"{shard} (1 blocks)" in failure["message"] and f"`minilm data repair {folder}`" in failure["message"]
+    )
+
+
+def test_a_list_that_grew_while_the_workers_started(whole, tmp_path):
+    data = replace(describe_folder(whole), quarantine=QuarantineJob(str(tmp_path / "list.json"), 0.5))
+    early = Masking(data)
+    with pytest.raises(QuarantineGrew):
+        Quarantine(tmp_path / "list.json", max_quarantined_share=0.5).add(
+            load_manifest(whole), str(whole), [2], "damage"
+        )
+    late = Masking(data)
+    assert early.grew() and not late.grew()
+    late.check_main(late.digest)
+    with pytest.raises(QuarantineGrew, match="grew while the workers started: they start again"):
+        late.check_main(early.digest)
+
+
+def test_the_history_of_lists_goes_on_from_a_checkpoint(whole, tmp_path):
+    stop = Masking(describe_folder(whole))
+    stop.restore(0, {})
+    assert (stop.facts(), stop.digest, stop.grew()) == ({"masked_rows": 0, "quarantine": []}, 0, False)
+    stop.restore(
+        9, {"masked_rows": 3, "quarantine": [[4, {"f": [1]}]]}
+    )  # mended, and on_corrupt: stop from here on
+    assert stop.facts() == {"masked_rows": 3, "quarantine": [(4, {"f": [1]}), (9, {})]}
+
+
+def test_the_recipe_says_what_happens(whole, teacher, tmp_path):
+    stage = {
+        "name": "s",
+        "teacher": str(teacher),
+        "student": {"layers": 1, "hidden": 24},
+        "batch": 32,
+        "steps": 9,
+    }
+    data = {"shards": str(whole), "on_corrupt": "quarantine", "max_quarantined_share": 0.02}
+    recipe = {"name": "r", "data": data, "stages": [stage | {"peak_lr": 1e-3, "warmup_steps": 1}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    loaded, work = load_recipe(tmp_path / "r.yaml"), Workdir(tmp_path / "work")
+    job = prepare_data(loaded, work, None)
+    assert job.quarantine == QuarantineJob(str(tmp_path / "work" / "quarantine.json"), 0.02)
+    stopping = load_recipe(tmp_path / "r.yaml", ["data.on_corrupt=stop"])
+    assert prepare_data(stopping, work, None).quarantine is None
+    assert stopping.result_fields() == loaded.result_fields()
