@@ -50,7 +50,7 @@ class CacheJob:
 
 @dataclass(frozen=True)
 class QuarantineJob:
-    """Damaged blocks are left out, up to `max_share` of a data set, and listed in the file `path` that all nodes see."""
+    """Damaged blocks are left out, up to `max_share` of a data set, and listed in the file `path` (on all nodes)."""
 
     path: str
     max_share: float
