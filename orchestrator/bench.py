@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.checkpoint import Facts, Identity
+from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.corpora import open_stream
 from orchestrator.reduction import make_sum
 from orchestrator.saver import Saver
@@ -109,7 +110,9 @@ def save_row(job: StageJob, folder: Path, device: torch.device, *, rounds: int =
         student.gradient.normal_()
         student.update(torch.tensor(True, device=device), step=0, learning_rate=1e-6, max_gradient_norm=None)
     models = {student.name: distiller.state_module(student.name) for student in students}
-    saver = Saver(folder, models, students, Identity("", ""), keep=1, keep_every=None, guard=lambda: None)
+    saver = Saver(
+        LocalFolder(folder), models, students, Identity("", ""), keep=1, keep_every=None, guard=lambda: None
+    )
     facts = Facts({"digest": "0", "seed": 0, "batch": 1}, 1, 1)
     stalls, writes = [], []
     for step in range(rounds + 1):

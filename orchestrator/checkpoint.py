@@ -1,10 +1,10 @@
 """The state of a stage between two steps, on disk: whole or absent, verified when read.
 
-A checkpoint is a folder `step-000000120/` with, for each student, its weights and optimiser moments as safetensors
+A checkpoint is a folder `step-000000120` with, for each student, its weights and optimiser moments as safetensors
 and a `checkpoint.json` that names the step, the job's digest, the data's fingerprint, the SHA-256 of every file, and
-`Facts`. It is written under a temporary name, fsynced and renamed; the last `keep` stay, and every n-th step's. It is
-removed by renaming it first. So whoever dies when, a folder called `step-…` is whole. The teacher is never in it, and
-no random-generator state either: every seed is a function of the step. No pickles.
+`Facts`. Where it lies, and how it is committed in one operation, is the store's affair (`checkpoint_store`); the last
+`keep` stay, and every n-th step's. The teacher is never in it, and no random-generator state either: every seed is a
+function of the step. No pickles.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import re
-import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from orchestrator.errors import UserError
-from orchestrator.files import fsync_folder, write_json
+from orchestrator.checkpoint_store import META, CheckpointStore, open_store, step_of
+from orchestrator.errors import InfrastructureError, UserError
+from orchestrator.files import write_json
 from orchestrator.step import StudentState
 from orchestrator.tensorfile import write_tensors
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-NAME = re.compile(r"step-(\d{9})")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DAMAGE = (ValueError, KeyError, SafetensorError, FileNotFoundError)  # ValueError: JSON that is none, too
 
@@ -80,7 +78,7 @@ def capture(
 
 
 def write(
-    folder: Path,
+    store: CheckpointStore,
     step: int,
     parts: Mapping[str, Mapping[str, Tensor]],
     identity: Identity,
@@ -89,26 +87,23 @@ def write(
     keep: int,
     keep_every: int | None = None,
     guard: Callable[[], None] = lambda: None,
-) -> Path:
+) -> str:
     """Write the state after `step` updates; drop all but the newest `keep` and every `keep_every`-th step's.
 
     `parts`: see `capture`; on the CPU. `guard()` is called last before the commit and may raise to prevent it.
-    Raises `OSError` as the storage does, and leaves nothing behind then.
+    Returns the checkpoint's name. Raises `OSError` as the storage does, `InfrastructureError` for a remote store, and
+    leaves nothing that looks like a checkpoint behind then.
     """
-    final = folder / f"step-{step:09d}"
-    if final.exists():
-        return final
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    for name in store.names():
+        if step_of(name) == step:
+            return name
+    with store.staged(step) as folder:
         hashes = {
-            f"{stem}.safetensors": write_tensors(temporary / f"{stem}.safetensors", tensors)
+            f"{stem}.safetensors": write_tensors(folder / f"{stem}.safetensors", tensors)
             for stem, tensors in parts.items()
         }
         write_json(
-            temporary / "checkpoint.json",
+            folder / META,
             {
                 "format": FORMAT,
                 "step": step,
@@ -118,83 +113,68 @@ def write(
                 **asdict(facts),
             },
         )
-        fsync_folder(temporary)
-        guard()
-        temporary.rename(final)
-        fsync_folder(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in list_checkpoints(folder)[:-keep]:
-        if keep_every is None or step_of(old) % keep_every:
-            remove(old)
-    return final
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; killed in the middle, what is left is not called one."""
-    leftover = path.with_name(f".{path.name}.old.tmp")
-    path.rename(leftover)
-    shutil.rmtree(leftover)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name))
-
-
-def step_of(path: Path) -> int:
-    found = NAME.fullmatch(path.name)
-    assert found, f"{path} is no checkpoint"
-    return int(found[1])
+        name = store.commit(folder, guard)
+    try:
+        for old in store.names()[:-keep]:
+            if keep_every is None or step_of(old) % keep_every:
+                store.remove(old)
+        store.sweep()
+    except InfrastructureError as error:  # the new one is safe, and the next save tries again
+        log.warning("older checkpoints stay for now: %s", error)
+    return name
 
 
 def restore_newest(
-    folder: Path,
+    store: CheckpointStore,
     models: Mapping[str, torch.nn.Module],
     students: Sequence[StudentState],
     identity: Identity,
 ) -> tuple[int, Facts] | None:
     """Load the newest sound checkpoint into `models` and `students`; its step and facts, or None where there is none.
 
-    For the one process that writes to `folder`: what killed saves left is removed, and a damaged checkpoint is
+    For the one process that writes to `store`: what killed saves left is removed, and a damaged checkpoint is
     passed over with a warning, in favour of the one before, and set aside, so that its step can be saved again.
-    Storage that fails to answer (ESTALE, EIO, EMFILE, EACCES) is no damage: its `OSError` is raised.
+    Storage that fails to answer (ESTALE, EIO, EMFILE, EACCES, a server's 500) is no damage: its error is raised.
     Raises `UserError` when a checkpoint belongs to another recipe or data set, or when checkpoints exist and none is
     sound.
     """
-    for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    damaged: list[Path] = []
-    found = list_checkpoints(folder)
-    for path in reversed(found):
+    store.sweep()
+    damaged: list[str] = []
+    found = store.names()
+    for name in reversed(found):
         try:
-            meta, tensors = read(path)
+            with store.opened(name) as folder:
+                meta, tensors = read(folder)
         except DAMAGE as error:
-            log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, error)
-            damaged.append(path)
+            log.warning(
+                "checkpoint %s/%s is damaged (%s): falling back to the one before", store.where, name, error
+            )
+            damaged.append(name)
             continue
-        check_identity(path, meta, identity)
+        check_identity(f"{store.where}/{name}", meta, identity)
         for other in damaged:
-            set_aside(other)
+            store.set_aside(other)
         load(meta, tensors, models, students)
         return int(meta["step"]), Facts.of(meta)
     if found:
         raise UserError(
-            f"none of the {len(found)} checkpoints in {folder} is sound; restore one from a backup, "
-            f"or delete the folder to start the stage again"
+            f"none of the {len(found)} checkpoints in {store.where} is sound; restore one from a backup, "
+            f"or delete them to start the stage again"
         )
     return None
 
 
 def restore_step(
-    folder: Path, step: int, models: Mapping[str, torch.nn.Module], students: Sequence[StudentState]
+    store: CheckpointStore,
+    step: int,
+    models: Mapping[str, torch.nn.Module],
+    students: Sequence[StudentState],
 ) -> Facts:
     """Load the checkpoint that the main rank has chosen. Raises what `read` raises."""
-    meta, tensors = read(folder / f"step-{step:09d}")
-    load(meta, tensors, models, students)
+    name = next(name for name in reversed(store.names()) if step_of(name) == step)
+    with store.opened(name) as folder:
+        meta, tensors = read(folder)
+        load(meta, tensors, models, students)
     return Facts.of(meta)
 
 
@@ -209,28 +189,24 @@ def load(
         load_optimizer(student, tensors[f"{student.name}.optimizer.safetensors"], meta["step"])
 
 
-def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint to `damaged-…`; of each step the last one is kept, to be looked at."""
-    aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """What `checkpoint.json` says. Raises `UserError` when that is no checkpoint of this version."""
+def read_meta(place: str) -> dict[str, Any]:
+    """What the `checkpoint.json` of one checkpoint, a folder or URL, says. Raises `UserError` when that is none of
+    this version."""
+    above, _, name = place.rstrip("/").rpartition("/")
     try:
-        meta = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+        store = open_store(above, Path(tempfile.gettempdir()))
+        meta = json.loads(store.read_meta(name))
         if meta["format"] == FORMAT:
             return meta
         problem = f"has format {meta['format']}, this version reads {FORMAT}"
     except (OSError, ValueError, KeyError) as error:
         problem = f"cannot be read ({error})"
-    raise UserError(f"checkpoint {path} {problem}; give a folder step-… of a stage's checkpoints")
+    raise UserError(f"checkpoint {place} {problem}; give a folder step-… of a stage's checkpoints")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """A checkpoint's metadata and tensors by file name, every hash checked. Raises ValueError on damage."""
-    meta = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+    meta = json.loads((path / META).read_text(encoding="utf-8"))
     if meta["format"] != FORMAT:
         raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
     tensors = {}
@@ -241,15 +217,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     return meta, tensors
 
 
-def check_identity(path: Path, meta: dict[str, Any], identity: Identity) -> None:
+def check_identity(where: str, meta: dict[str, Any], identity: Identity) -> None:
     for what, given, expected in (
         ("recipe", meta["job"], identity.job),
         ("data set", meta["data"], identity.data),
     ):
         if given != expected:
             raise UserError(
-                f"checkpoint {path} belongs to another {what} ({given[:12]}, this run has {expected[:12]}); "
-                f"use another --workdir, or delete the stage's folder to train it again"
+                f"checkpoint {where} belongs to another {what} ({given[:12]}, this run has {expected[:12]}); "
+                f"use another --workdir or compute.checkpoints, or delete the stage's checkpoints to train it again"
             )
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from model.export import weights_digest
 from orchestrator import launch
+from orchestrator.checkpoint_store import open_store
 from orchestrator.data_job import DataJob
-from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
+from orchestrator.errors import InfrastructureError, LeaseHeld, NoProgress, Stopped, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data
 from orchestrator.lease import Lease
@@ -30,12 +31,13 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe_types import Stage
 from orchestrator.signals import StopRequest
 from orchestrator.stage import StageFolder, StageJob, StudentJob
+from orchestrator.storage import writing
 from orchestrator.summary import ModelEntry, Summary
 from orchestrator.tracking import Tracking
 from orchestrator.workdir import Workdir
 
 POLL_SECONDS = 0.25
-FAILURES = {error.exit_code: error for error in (UserError, NoProgress, InfrastructureError)}
+FAILURES = {error.exit_code: error for error in (UserError, NoProgress, LeaseHeld, InfrastructureError)}
 
 
 def run_recipe(
@@ -176,6 +178,7 @@ class Driver:
             checkpoint_every_seconds=compute.checkpoint_every_seconds,
             keep_checkpoints=compute.keep_checkpoints,
             keep_every_steps=compute.keep_every_steps,
+            checkpoints=compute.checkpoints and f"{compute.checkpoints}/{recipe.name}/{stage.name}",
             reduction=compute.reduction,
             on_nonfinite=compute.on_nonfinite,
             max_skipped_steps=compute.max_skipped_steps,
@@ -194,6 +197,7 @@ class Driver:
         folder.root.mkdir(parents=True, exist_ok=True)
         for stale in (folder.stop_request, folder.failure, folder.done):
             stale.unlink(missing_ok=True)
+        self.take_checkpoints(job, folder)
         folder.job.write_text(job.to_json(), encoding="utf-8")
         with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
             if place:
@@ -209,6 +213,24 @@ class Driver:
         self.line.close()
         folder.stop_request.unlink(missing_ok=True)
         check_outcome(job, folder, future, inline=self.launcher == "inline")
+
+    def take_checkpoints(self, job: StageJob, folder: StageFolder) -> None:
+        """Make checkpoints outside the work directory this attempt's own; whoever wrote them before stops.
+
+        Raises `UserError` when the stage was begun with its checkpoints elsewhere: here it would start again.
+        """
+        store = open_store(job.checkpoints, folder.checkpoints)
+        before = read_json(folder.job)
+        if before is not None and before.get("checkpoints") != job.checkpoints and not store.names():
+            old = open_store(before.get("checkpoints"), folder.checkpoints)
+            if old.names():
+                raise UserError(
+                    f"stage {job.stage} has checkpoints in {old.where}, and compute.checkpoints is now {store.where}, "
+                    f"where there are none; copy them there, or set compute.checkpoints back"
+                )
+        if job.checkpoints:  # another work directory's run may know the place too
+            with writing(store.where):
+                store.claim(job.attempt)
 
     def watch(self, future: Future[None], progress: StageProgress, folder: StageFolder) -> None:
         """Show progress until the workers have ended; pass a request to stop on to them."""

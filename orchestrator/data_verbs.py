@@ -60,7 +60,7 @@ def add_data_verbs(data: argparse.ArgumentParser) -> None:
         "verify-run", help="compare the rows that a checkpoint was trained on with the data set"
     )
     verify_run.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder step-… of a stage's checkpoints"
+        "checkpoint", metavar="CHECKPOINT", help="folder or URL step-… of a stage's checkpoints"
     )
     verify_run.add_argument(
         "data",

@@ -149,27 +149,27 @@ class RunCheck:
 
 
 def verify_run(
-    path: Path,
+    place: str | Path,
     places: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
     *,
     cache: CacheJob | None = None,
     micro_batch: int = 256,
 ) -> RunCheck:
-    """Recompute the ledger of the checkpoint folder `path` from the data that it names.
+    """Recompute the ledger of the checkpoint `place` (a folder or URL) from the data that it names.
 
     `places`: where the run's corpora lie now, in its order, if they have moved. `cache`: for data behind URLs, if not
     the run's own. Reads every row that the run has read, in rounds of about `micro_batch` rows. `progress(done, steps)`
     is called after each step. Raises `UserError` where the checkpoint is damaged or belongs to other data, `DataError`
     for damaged data.
     """
-    meta = checkpoint.read_meta(path)
+    meta = checkpoint.read_meta(str(place))
     ledger = meta["ledger"]
     steps, batch = int(meta["step"]), int(ledger["batch"])
     data = DataJob.from_values(ledger["data"])
     data = replace(data, cache=cache or data.cache)
     if places:
-        data = _moved(path, data, places)
+        data = _moved(str(place), data, places)
     at_once = next(n for n in range(min(micro_batch, batch), 0, -1) if batch % n == 0)
     order = {"seed": int(ledger["seed"]), "batch": batch, "micro_batch": at_once}
     running = 0
@@ -192,18 +192,18 @@ def _spans(steps: int, history: Sequence[tuple[int, Blocks]]) -> list[tuple[int,
     return [(first, end, Quarantine.of(blocks)) for (first, blocks), end in zip(begins, ends, strict=True)]
 
 
-def _moved(path: Path, data: DataJob, places: Sequence[str]) -> DataJob:
+def _moved(place: str, data: DataJob, places: Sequence[str]) -> DataJob:
     """The same data at other places. Raises `UserError` when they are not the same."""
     if len(places) != len(data.corpora):
         raise UserError(
-            f"checkpoint {path} was made from {len(data.corpora)} data sets ({data.places}), {len(places)} are given; "
+            f"checkpoint {place} was made from {len(data.corpora)} data sets ({data.places}), {len(places)} are given; "
             f"give as many, in this order"
         )
     corpora = [replace(c, place=place, fingerprint="") for c, place in zip(data.corpora, places, strict=True)]
     found = describe(corpora, window=data.window, cache=data.cache)
     if found.fingerprint != data.fingerprint:
         raise UserError(
-            f"checkpoint {path} belongs to other data ({data.fingerprint[:12]}) than {', '.join(places)} "
+            f"checkpoint {place} belongs to other data ({data.fingerprint[:12]}) than {', '.join(places)} "
             f"({found.fingerprint[:12]}); give what the run has read ({data.places})"
         )
     return found

@@ -147,6 +147,9 @@ def _anchor_paths(source: Source) -> dict[str, str]:
     for corpus, at in _raw_corpora(data):
         for key in corpus.keys() & set(CORPUS_PLACES):
             anchor(corpus, key, (*at, key), is_path=key != "source_tokenizer")
+    compute = values.get("compute")
+    if isinstance(compute, dict) and "checkpoints" in compute:
+        anchor(compute, "checkpoints", ("compute", "checkpoints"), is_path=True)
     for i, stage in enumerate(stages):
         if isinstance(stage, dict) and "teacher" in stage:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from orchestrator.checkpoint_store import CHECKPOINT_SCHEMES
 from orchestrator.errors import UserError
 from orchestrator.references import check_form
 
@@ -60,6 +61,15 @@ def _place(value: Any) -> Any:
     if "@" in rest.partition("/")[0]:
         raise ValueError("a URL without credentials; they come from the environment (AWS_ACCESS_KEY_ID, …)")
     return value.rstrip("/")
+
+
+def _checkpoint_place(value: Any) -> Any:
+    text = value.rstrip("/") if isinstance(value, str) else ""
+    scheme, is_url, path = text.partition("://")
+    sound = path and not set(path) & set("?#@*[] ") and path.startswith("/") == (scheme == "file")
+    if not text or (is_url and not (sound and scheme in ("file", *CHECKPOINT_SCHEMES))):
+        raise ValueError("a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    return text
 
 
 def _one_or_several(value: Any) -> Any:
@@ -115,6 +125,7 @@ Workers = Annotated[
 LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
+CheckpointPlace = Annotated[str, BeforeValidator(_checkpoint_place)]
 LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
 LocalPath = Annotated[str, BeforeValidator(_local_path)]
 Place = Annotated[str, BeforeValidator(_place)]

@@ -21,6 +21,7 @@ from pydantic import (
 
 from orchestrator.recipe_fields import (
     BelowOne,
+    CheckpointPlace,
     Count,
     CountOrAuto,
     HeldOutShare,
@@ -338,6 +339,9 @@ class Compute(_Section):
     """Seconds between checkpoints."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept for each stage."""
+    checkpoints: CheckpointPlace | None = None
+    """Folder or URL (s3://BUCKET/PREFIX, gs://BUCKET/PREFIX) for checkpoints, under the recipe's and the stage's name;
+    credentials come from the environment. Default: the work directory."""
     keep_every_steps: Count | None = None
     """A checkpoint of every so many steps is made, and kept for good; default: none."""
     reduction: Literal["exact", "fast"] = "exact"

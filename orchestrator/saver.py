@@ -2,32 +2,39 @@
 
 At most one save is in flight. Its copy lives in host memory that is allocated once (page-locked beside a GPU, whose
 copies are queued on the stream and waited for by the thread, so the loop never waits for the device). An error of
-the thread is raised in the loop at its next step.
+the thread is raised in the loop at its next step; only that a remote store was not to be had for a while is not: then
+that save is given up, and a later one has its turn.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Facts, Identity
+from orchestrator.checkpoint_store import CheckpointStore, StoreUnavailable
 from orchestrator.step import StudentState
 from orchestrator.storage import writing
+
+log = logging.getLogger(__name__)
 
 Parts = dict[str, dict[str, Tensor]]
 
 
 class Saver:
-    """Saves `models` and `students` into `folder`; `keep`, `keep_every`, `guard` as for `checkpoint.write`."""
+    """Saves `models` and `students` into `store`; `keep`, `keep_every`, `guard` as for `checkpoint.write`.
+
+    `given_up`: how many saves a store that was not to be had has cost.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        store: CheckpointStore,
         models: Mapping[str, torch.nn.Module],
         students: Sequence[StudentState],
         identity: Identity,
@@ -36,8 +43,9 @@ class Saver:
         keep_every: int | None,
         guard: Callable[[], None],
     ):
-        self.folder, self.models, self.students, self.identity = folder, models, students, identity
+        self.store, self.models, self.students, self.identity = store, models, students, identity
         self.keep, self.keep_every, self.guard = keep, keep_every, guard
+        self.given_up = 0
         self._host: Parts = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -50,10 +58,11 @@ class Saver:
     def failed(self) -> bool:
         return self._error is not None
 
-    def save(self, step: int, facts: Facts, check: Callable[[Parts], None]) -> None:
+    def save(self, step: int, facts: Facts, check: Callable[[Parts], None], *, must: bool = True) -> None:
         """Copy the state after `step` updates and begin to write it, behind the save in flight if there is one.
 
-        `check(copy)` runs on the thread before anything is written, and may raise to prevent it.
+        `check(copy)` runs on the thread before anything is written, and may raise to prevent it. `must`: that the
+        store was not to be had is an error.
         """
         self.wait()
         copied = self._copy()
@@ -62,9 +71,9 @@ class Saver:
             try:
                 copied()
                 check(self._host)
-                with writing(self.folder):
+                with writing(self.store.where):
                     checkpoint.write(
-                        self.folder,
+                        self.store,
                         step,
                         self._host,
                         self.identity,
@@ -73,6 +82,17 @@ class Saver:
                         keep_every=self.keep_every,
                         guard=self.guard,
                     )
+            except StoreUnavailable as error:
+                if must:
+                    self._error = error
+                    return
+                self.given_up += 1
+                log.warning(
+                    "step %d is NOT saved (%d saves given up so far), the run goes on and saves again later: %s",
+                    step,
+                    self.given_up,
+                    error,
+                )
             except BaseException as error:  # handed to the loop, whatever it is
                 self._error = error
 
@@ -87,6 +107,11 @@ class Saver:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def wait_a_little(self, seconds: float) -> None:
+        """Return when nothing is in flight, or after `seconds`."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def close(self) -> None:
         """Let a save in flight end; its error, if any, is dropped, because another one is on its way."""

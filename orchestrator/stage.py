@@ -35,6 +35,7 @@ class StageJob:
 
     attempt: a fresh name each time a driver starts the stage. lease: the driver's file in `WORKDIR/lease`, "" where
     none watches over the workers.
+    checkpoints: a folder or URL of this stage's own; None for `StageFolder.checkpoints`.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class StageJob:
     checkpoint_every_seconds: float
     keep_checkpoints: int
     keep_every_steps: int | None
+    checkpoints: str | None
     reduction: str
     on_nonfinite: str
     max_skipped_steps: int
@@ -98,6 +100,7 @@ class StageFolder:
 
     @property
     def checkpoints(self) -> Path:
+        """The checkpoints, or room to work in for a store that is elsewhere."""
         return self.root / "checkpoints"
 
     @property

@@ -19,7 +19,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path | str) -> Iterator[None]:
     """Around our own writes below `folder`: what the storage refuses would be refused again, so it ends the run.
 
     Raises `InfrastructureError` for an `OSError` with a number. A full disk's is left as it is (`is_final`).

@@ -26,8 +26,9 @@ from model.errors import ModelError
 from model.export import export_student, model_card, weights_digest
 from orchestrator import checkpoint
 from orchestrator.attempts import Attempts, forget_start_failures
+from orchestrator.checkpoint_store import open_store
 from orchestrator.corpora import close, open_held_out, open_stream
-from orchestrator.errors import UserError
+from orchestrator.errors import LeaseHeld, UserError
 from orchestrator.evaluate import heldout_divergence
 from orchestrator.files import write_json
 from orchestrator.guards import Watchdog, check_finite, no_progress
@@ -47,6 +48,7 @@ from orchestrator.world import PeerFailed, World, join_world
 log = logging.getLogger(__name__)
 
 STOP_CHECK_SECONDS = 0.5
+SAVE_WAIT_SECONDS = 1.0
 
 
 def run_stage(job: StageJob, on_step: Callable[[int], None] | None = None) -> bool:
@@ -94,6 +96,8 @@ class StageRun:
         self.identity = checkpoint.Identity(job.digest, self.stream.fingerprint)
         self.ledger = Ledger()
         self.parts = 1
+        self.store = open_store(job.checkpoints, self.folder.checkpoints)
+        self.save_overdue = False
         self.stop_check_due = Due(STOP_CHECK_SECONDS, at_once=True)
         self.checkpoint_due = Due(job.checkpoint_every_seconds)
         with self.writing():
@@ -111,7 +115,7 @@ class StageRun:
                 self.attempts = Attempts(self.folder.root)
             self.expected = Expected(job.data, **order, quarantine=quarantine)
             self.saver = Saver(
-                self.folder.checkpoints,
+                self.store,
                 self.models,
                 self.students,
                 self.identity,
@@ -166,9 +170,7 @@ class StageRun:
         if self.world.is_main:
             try:
                 self.check_writer()
-                found = checkpoint.restore_newest(
-                    self.folder.checkpoints, self.models, self.students, self.identity
-                )
+                found = checkpoint.restore_newest(self.store, self.models, self.students, self.identity)
                 first = found[0] if found else 0
                 self.begin_attempt(first)
             except Exception as problem:  # the others must hear of it before it is raised
@@ -186,8 +188,9 @@ class StageRun:
             torch.set_num_threads(threads)
         ledger: dict[str, Any] = {}
         if first:
-            folder = self.folder.checkpoints
-            facts = found[1] if found else checkpoint.restore_step(folder, first, self.models, self.students)
+            facts = (
+                found[1] if found else checkpoint.restore_step(self.store, first, self.models, self.students)
+            )
             self.parts = facts.parts
             ledger = facts.ledger
             self.ledger.running = int(ledger["digest"], 16)
@@ -313,15 +316,22 @@ class StageRun:
         self.watchdog.alive(force=True)
 
     def save_if_due(self, done: int, stop: bool) -> None:
-        """Begin a checkpoint by step count, before a stop and at the end; by the clock when none is in flight."""
+        """Begin a checkpoint before a stop, at the end and where it is kept; else when none is in flight.
+
+        By step count it waits for the one in flight a little: behind a store that is slower, it comes later.
+        """
         if not self.saver:
             return
         job = self.job
         by_count = job.checkpoint_every_steps is not None and done % job.checkpoint_every_steps == 0
         kept = job.keep_every_steps is not None and done % job.keep_every_steps == 0
-        by_clock = not self.saver.busy and self.checkpoint_due()
-        if not (stop or by_count or kept or by_clock or done == job.steps):
+        must = stop or kept or done == job.steps
+        if by_count:
+            self.saver.wait_a_little(SAVE_WAIT_SECONDS)
+            self.save_overdue = True
+        if not must and (self.saver.busy or not (self.save_overdue or self.checkpoint_due())):
             return
+        self.save_overdue = False
         self.checkpoint_due.restart()
         ledger = {
             "digest": f"{self.ledger.running:032x}",
@@ -340,15 +350,22 @@ class StageRun:
             self.expected.check(steps)
 
         self.watchdog.expect_long()  # the save before it may still be in flight, and is waited for
-        self.saver.save(done, checkpoint.Facts(ledger, torch.get_num_threads(), self.parts), check)
+        facts = checkpoint.Facts(ledger, torch.get_num_threads(), self.parts)
+        self.saver.save(done, facts, check, must=must)
         self.watchdog.alive(force=True)
 
     def writing(self) -> AbstractContextManager[None]:
         return writing(self.folder.root)
 
     def check_writer(self) -> None:
-        """Before anything that a newer driver's workers must not find."""
+        """Before anything that a newer driver's workers must not find, in the work directory or beside other runs'."""
         check_writer(self.job.lease)
+        owner = self.store.owner() if self.job.checkpoints else None
+        if owner not in (None, self.job.attempt):
+            raise LeaseHeld(
+                f"stage {self.job.stage}: another run ({owner}) has taken over the checkpoints in {self.store.where}; "
+                f"let one of the two go on, or give this one another compute.checkpoints"
+            )
 
     def close(self) -> None:
         """Leave nothing running and no file open."""

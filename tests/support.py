@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.corpora import describe
 from orchestrator.data_job import CorpusJob, DataJob
 from orchestrator.stage import StageJob, StudentJob
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders of the checkpoints in a local store, oldest first."""
+    return [folder / name for name in LocalFolder(folder).names()]
 
 
 def describe_folder(data: Path) -> DataJob:
@@ -54,6 +60,7 @@ def make_job(
         "checkpoint_every_seconds": 3600.0,
         "keep_checkpoints": 2,
         "keep_every_steps": None,
+        "checkpoints": None,
         "reduction": "exact",
         "on_nonfinite": "stop",
         "max_skipped_steps": 10,

@@ -11,9 +11,11 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import checkpoints_in
 
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Facts, Identity
+from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.errors import UserError
 from orchestrator.step import StudentState
 from orchestrator.tensorfile import write_tensors
@@ -38,7 +40,8 @@ def advance(states: list[StudentState], step: int) -> None:
 
 def save(folder, step, models, states, keep=2, identity=MINE, **options):
     parts = checkpoint.capture(models, states)
-    return checkpoint.write(folder, step, parts, identity, FACTS, keep=keep, **options)
+    name = checkpoint.write(LocalFolder(folder), step, parts, identity, FACTS, keep=keep, **options)
+    return folder / name
 
 
 def test_a_restored_run_continues_bit_for_bit(tmp_path):
@@ -47,7 +50,7 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
         advance(states, step)
     save(tmp_path, 3, models, states)
     other_models, other_states = make(1)
-    assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == (3, FACTS)
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), other_models, other_states, MINE) == (3, FACTS)
     for step in range(3, 6):
         advance(states, step)
         advance(other_states, step)
@@ -56,14 +59,14 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
 
 
 def test_nothing_there_means_none(tmp_path):
-    assert checkpoint.restore_newest(tmp_path / "absent", *make(0), MINE) is None
+    assert checkpoint.restore_newest(LocalFolder(tmp_path / "absent"), *make(0), MINE) is None
 
 
 def test_the_last_k_are_kept(tmp_path):
     models, states = make(0)
     for step in (1, 2, 3, 4):
         save(tmp_path, step, models, states, keep=2)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000000003", "step-000000004"]
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["step-000000003", "step-000000004"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "lose", "metadata"])
@@ -86,7 +89,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     else:
         (newest / "checkpoint.json").write_text("{")
     other_models, other_states = make(5)
-    assert checkpoint.restore_newest(tmp_path, other_models, other_states, MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), other_models, other_states, MINE) == (1, FACTS)
     assert all(torch.equal(v, other_models["s"].state_dict()[k]) for k, v in first.items())
     assert "step-000000002 is damaged" in caplog.text
 
@@ -102,15 +105,15 @@ def test_storage_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, number
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="not now"):
         patch.setattr(checkpoint, "sha256_file", fails)
-        checkpoint.restore_newest(tmp_path, *make(1), MINE)
-    assert checkpoint.restore_newest(tmp_path, *make(1), MINE) == (2, FACTS)
+        checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE)
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (2, FACTS)
 
 
 def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
     path = save(tmp_path, 1, *make(0))
     (path / "checkpoint.json").unlink()
     with pytest.raises(UserError, match="none of the 1 checkpoints in .* is sound; restore one"):
-        checkpoint.restore_newest(tmp_path, *make(0), MINE)
+        checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), MINE)
 
 
 @pytest.mark.parametrize(
@@ -119,15 +122,17 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
 )
 def test_another_recipes_or_data_sets_checkpoint_is_refused(tmp_path, identity, what):
     save(tmp_path, 1, *make(0))
-    with pytest.raises(UserError, match=f"belongs to another {what} .* use another --workdir"):
-        checkpoint.restore_newest(tmp_path, *make(0), identity)
+    with pytest.raises(
+        UserError, match=f"belongs to another {what} .* use another --workdir or compute.checkpoints"
+    ):
+        checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), identity)
 
 
 def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     """What a SIGKILL in the middle of a save leaves: the temporary folder."""
     path = save(tmp_path, 1, *make(0))
     shutil.copytree(path, tmp_path / ".step-000000002.999.tmp")
-    assert checkpoint.restore_newest(tmp_path, *make(0), MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), MINE) == (1, FACTS)
 
 
 @pytest.mark.parametrize("limit", [0, 5, 100, 250])

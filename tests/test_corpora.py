@@ -14,14 +14,14 @@ import worker_pool
 import yaml
 from bad_server import BadServer
 from conftest import WORDS, write_text
-from support import make_job
+from support import checkpoints_in, make_job
 from test_foreign import write_megatron
 
 from data.build import build
 from data.errors import DataError
 from data.manifest import load_manifest
 from model.export import weights_digest
-from orchestrator import checkpoint, cli
+from orchestrator import cli
 from orchestrator.corpora import cache_folder, close, describe, open_held_out, open_stream
 from orchestrator.data_job import CacheJob, CorpusJob, DataJob, PairJob
 from orchestrator.errors import UserError
@@ -64,7 +64,7 @@ def digest(job: StageJob) -> str:
 
 
 def newest(job: StageJob) -> Path:
-    return checkpoint.list_checkpoints(StageFolder(Path(job.folder)).checkpoints)[-1]
+    return checkpoints_in(StageFolder(Path(job.folder)).checkpoints)[-1]
 
 
 def test_a_mixture_with_a_window_killed_and_resumed_gives_the_same_bits(sets, teacher, tmp_path):

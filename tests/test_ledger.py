@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import describe_folder, make_job
+from support import checkpoints_in, describe_folder, make_job
 
 from data.build import build
 from data.stream import Batch, Stream
-from orchestrator import checkpoint, cli, ledger
+from orchestrator import cli, ledger
 from orchestrator.errors import UserError
 from orchestrator.ledger import Expected, Ledger, from_limbs, rows_digest, to_limbs, verify_run
 from orchestrator.stage import StageFolder
@@ -85,7 +85,7 @@ def test_a_bounded_number_of_steps_is_compared_with_first_and_last_among_them():
 def test_the_running_digest_of_a_run_is_the_recomputed_one(shards, teacher, tmp_path):
     job = make_job(shards, teacher, tmp_path, steps=7, batch=12)
     assert run_stage(job)
-    path = checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)[-1]
+    path = checkpoints_in(StageFolder(tmp_path).checkpoints)[-1]
     calls = []
     check = verify_run(path, [str(shards)], lambda done, steps: calls.append((done, steps)), micro_batch=5)
     assert check.sound
@@ -95,7 +95,7 @@ def test_the_running_digest_of_a_run_is_the_recomputed_one(shards, teacher, tmp_
 
 def test_a_checkpoint_of_other_rows_is_told(shards, teacher, tmp_path, capsys):
     assert run_stage(make_job(shards, teacher, tmp_path, steps=3))
-    path = checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)[-1]
+    path = checkpoints_in(StageFolder(tmp_path).checkpoints)[-1]
     meta = (path / "checkpoint.json").read_text()
     verb = ["data", "verify-run", str(path), str(shards)]
     assert cli.main(verb) == 0
@@ -112,7 +112,7 @@ def test_another_data_set_is_refused(shards, teacher, text, tmp_path):
     assert run_stage(make_job(shards, teacher, tmp_path / "run", steps=3))
     other = tmp_path / "other"
     build([text], str(teacher), other, seq_len=16, held_out=0.1, seed=0, processes=1)
-    path = checkpoint.list_checkpoints(StageFolder(tmp_path / "run").checkpoints)[-1]
+    path = checkpoints_in(StageFolder(tmp_path / "run").checkpoints)[-1]
     with pytest.raises(UserError, match="belongs to other data .* give what the run has read"):
         verify_run(path, [str(other)])
     with pytest.raises(UserError, match="cannot be read .* give a folder step-… of a stage's checkpoints"):
@@ -139,7 +139,7 @@ def test_a_wrong_row_stops_the_run_before_its_checkpoint(shards, teacher, tmp_pa
         match=r"the rows that step 4 was computed from are not those of the data set .* nothing was saved",
     ):
         run_stage(job)
-    names = [p.name for p in checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)]
+    names = [p.name for p in checkpoints_in(StageFolder(tmp_path).checkpoints)]
     assert names == ["step-000000003"]
     monkeypatch.undo()
     assert run_stage(job)

@@ -11,7 +11,7 @@ import pytest
 import worker_pool
 import yaml
 from conftest import write_text
-from support import describe_folder, make_job
+from support import checkpoints_in, describe_folder, make_job
 
 from data.build import build
 from data.errors import DataError
@@ -98,8 +98,8 @@ def test_one_and_two_workers_leave_the_same_rows_out(damaged, whole, teacher, tm
     assert quarantined(alone) == quarantined(both) == expected
     assert quarantined(sound) == [0] * STEPS
     for job in (alone, both):
-        path = checkpoint.list_checkpoints(StageFolder(Path(job.folder)).checkpoints)[-1]
-        assert [step for step, _ in checkpoint.read_meta(path)["ledger"]["quarantine"]] == [6]
+        path = checkpoints_in(StageFolder(Path(job.folder)).checkpoints)[-1]
+        assert [step for step, _ in checkpoint.read_meta(str(path))["ledger"]["quarantine"]] == [6]
         assert verify_run(path).sound
         assert json.loads((Path(job.folder) / "attempts.json").read_text())["failures"] == 0
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_job
+from support import checkpoints_in, make_job
 from test_checkpoint import FACTS, MINE, advance, make, save
 
 from orchestrator import checkpoint
+from orchestrator.checkpoint_store import LocalFolder, step_of
 from orchestrator.errors import UserError
 from orchestrator.reporting import run_reporting
 from orchestrator.saver import Saver
@@ -23,7 +24,7 @@ from orchestrator.worker import run_stage
 
 
 def make_saver(folder: Path, models, states, *, keep: int = 2, keep_every=None, guard=lambda: None) -> Saver:
-    return Saver(folder, models, states, MINE, keep=keep, keep_every=keep_every, guard=guard)
+    return Saver(LocalFolder(folder), models, states, MINE, keep=keep, keep_every=keep_every, guard=guard)
 
 
 def test_struck_at_any_operation_of_a_save_the_next_start_finds_a_whole_one(tmp_path):
@@ -68,7 +69,7 @@ def test_the_copy_is_the_state_of_its_step_however_slow_the_disk(tmp_path, monke
     own.wait()
     assert not own.busy
     others, other_states = make(5)
-    assert checkpoint.restore_newest(tmp_path, others, other_states, MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), others, other_states, MINE) == (1, FACTS)
     assert all(torch.equal(v, others["s"].state_dict()[k]) for k, v in expected.items())
     assert not torch.equal(expected["0.weight"], models["s"].state_dict()["0.weight"])
 
@@ -93,7 +94,7 @@ def test_one_save_at_a_time_and_each_with_its_own_state(tmp_path, monkeypatch):
         own.save(step, FACTS, lambda copy: None)
     own.wait()
     assert max(running) == before + 1
-    for path, weight in zip(checkpoint.list_checkpoints(tmp_path), weights, strict=True):
+    for path, weight in zip(checkpoints_in(tmp_path), weights, strict=True):
         assert torch.equal(checkpoint.read(path)[1]["s.model.safetensors"]["0.weight"], weight)
 
 
@@ -119,7 +120,7 @@ def test_every_nth_stays_beside_the_newest(tmp_path):
     models, states = make(0)
     for step in range(1, 11):
         save(tmp_path, step, models, states, keep=2, keep_every=4)
-    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)] == [4, 8, 9, 10]
+    assert [step_of(p.name) for p in checkpoints_in(tmp_path)] == [4, 8, 9, 10]
 
 
 def test_the_loop_makes_and_keeps_every_nth(shards, teacher, tmp_path):
@@ -127,8 +128,8 @@ def test_the_loop_makes_and_keeps_every_nth(shards, teacher, tmp_path):
         shards, teacher, tmp_path, checkpoint_every_steps=3, keep_every_steps=5, keep_checkpoints=1, steps=11
     )
     assert run_stage(job)
-    kept = checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)
-    assert [checkpoint.step_of(path) for path in kept] == [5, 10, 11]
+    kept = checkpoints_in(StageFolder(tmp_path).checkpoints)
+    assert [step_of(path.name) for path in kept] == [5, 10, 11]
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(tmp_path):
@@ -137,11 +138,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(tmp_path):
         advance(states, step)
         newest = save(tmp_path, step, models, states)
     (newest / "s.model.safetensors").unlink()
-    assert checkpoint.restore_newest(tmp_path, models, states, MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), models, states, MINE) == (1, FACTS)
     assert (tmp_path / "damaged-step-000000002").is_dir()
     advance(states, 2)
     save(tmp_path, 2, models, states)
-    assert checkpoint.restore_newest(tmp_path, models, states, MINE) == (2, FACTS)
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), models, states, MINE) == (2, FACTS)
 
 
 def test_a_failing_disk_ends_the_loop_at_its_next_step_in_one_line(shards, teacher, tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def test_a_failing_disk_ends_the_loop_at_its_next_step_in_one_line(shards, teach
     assert failure["exit_code"] == 2
     assert "no space left on the disk of" in failure["message"]
     assert seen[-1] in (6, 7)
-    assert [p.name for p in checkpoint.list_checkpoints(folder.checkpoints)] == ["step-000000003"]
+    assert [p.name for p in checkpoints_in(folder.checkpoints)] == ["step-000000003"]
     monkeypatch.undo()
     folder.failure.unlink()
     assert run_reporting(job)

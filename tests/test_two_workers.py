@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import worker_pool
-from support import make_job
+from support import checkpoints_in, make_job
 from torch import Tensor
 
 from orchestrator import checkpoint
@@ -20,7 +20,7 @@ BETA1 = 0.9
 
 def gradients(job: StageJob) -> dict[str, Tensor]:
     """Of the only step: Adam's first moment is then (1 - β1) times the gradient, and no weight update hides a scale."""
-    (newest,) = checkpoint.list_checkpoints(StageFolder(Path(job.folder)).checkpoints)
+    (newest,) = checkpoints_in(StageFolder(Path(job.folder)).checkpoints)
     tensors = checkpoint.read(newest)[1]["small.optimizer.safetensors"]
     return {
         k.removeprefix("exp_avg/"): v / (1 - BETA1) for k, v in tensors.items() if k.startswith("exp_avg/")

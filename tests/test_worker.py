@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import worker_pool
-from support import make_job
+from support import checkpoints_in, make_job
 from transformers import BertConfig, BertForMaskedLM
 
 from data.stream import Stream
@@ -62,7 +62,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(shards, teacher, t
 
     assert not run_stage(parts, on_step=stop_after_four)
     assert not folder.done.exists()
-    assert checkpoint.list_checkpoints(folder.checkpoints)[-1].name == "step-000000005"
+    assert checkpoints_in(folder.checkpoints)[-1].name == "step-000000005"
     folder.stop_request.unlink()
     seen: list[int] = []
     assert run_stage(parts, on_step=seen.append)
@@ -175,7 +175,7 @@ def test_a_worker_of_an_older_driver_writes_nothing(shards, teacher, tmp_path):
 
     with pytest.raises(Superseded, match=f"another run has taken {tmp_path} over"):
         run_stage(replace(job, checkpoint_every_steps=5), lose)
-    assert checkpoint.list_checkpoints(folder.checkpoints) == []
+    assert checkpoints_in(folder.checkpoints) == []
     with pytest.raises(Superseded):  # no save is due: the next sign of life is refused, within about a second
         lease.touch()
         run_stage(
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(shards, teach
         r"no weight has moved by it; lower peak_lr \(now 1e\+30\)",
     ):
         run_stage(job)
-    assert checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints) == []
+    assert checkpoints_in(StageFolder(tmp_path).checkpoints) == []
     stream = Stream(shards, seed=job.seed, batch=12, micro_batch=12)
     failed = json.loads(StageFolder(tmp_path).failed_step.read_text())
     assert failed == {"step": 1, "row_ids": stream.row_ids(1, 0).tolist()}
@@ -221,7 +221,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_bounded(shards, teach
     assert run_stage(job)
     points = read_all_points(StageFolder(tmp_path).points)
     assert [p.metrics["small/skipped_steps"] for p in points] == [0, 0, 0, 0, 1, 1, 1, 1, 1]
-    meta, tensors = checkpoint.read(checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)[-1])
+    meta, tensors = checkpoint.read(checkpoints_in(StageFolder(tmp_path).checkpoints)[-1])
     assert tensors["small.optimizer.safetensors"]["refused"].tolist() == [1, 4, 0]
     with pytest.raises(UserError, match=r"not finite at step 4, and 1 updates were skipped .*steps is 0\)"):
         run_stage(replace(job, folder=str(tmp_path / "none"), max_skipped_steps=0))

@@ -11,7 +11,9 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from orchestrator import checkpoint
+from support import checkpoints_in
+
+from orchestrator.checkpoint_store import step_of
 from orchestrator.stage import StageFolder, StageJob
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -76,7 +78,7 @@ def kill_at(processes: list[BaseProcess], rank: int, job: StageJob, step: int) -
     """SIGKILL one rank as soon as a checkpoint of `step` or later is there; exit codes of all, ended by themselves."""
     folder = StageFolder(Path(job.folder)).checkpoints
     deadline = time.monotonic() + 60
-    while not any(checkpoint.step_of(path) >= step for path in checkpoint.list_checkpoints(folder)):
+    while not any(step_of(path.name) >= step for path in checkpoints_in(folder)):
         assert all(process.is_alive() for process in processes), log(job)
         assert time.monotonic() < deadline, log(job)
         time.sleep(0.002)
