@@ -99,7 +99,7 @@ class Distiller(nn.Module):
             for at, taps in zip(self._watched, teacher_taps.earlier, strict=True)
             if at in self._mapped[name]
         ]
-        taught = teacher_taps._replace(earlier=tuple(earlier)).to(student_taps.q.dtype)
+        taught = teacher_taps._replace(earlier=tuple(earlier)).like(student_taps)
         return self.objective.term_sums(taught, student_taps, mask, self._projections[name], masked)
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:

@@ -50,12 +50,15 @@ class Taps(NamedTuple):
     earlier: "tuple[Taps, ...]" = ()
     logits: Tensor | None = None
 
-    def to(self, dtype: torch.dtype) -> "Taps":
-        """All tensors as `dtype`."""
-        q, k, v, bias, hidden = (None if part is None else part.to(dtype) for part in self[:5])
-        assert q is not None and k is not None and v is not None
-        logits = None if self.logits is None else self.logits.to(dtype)
-        return Taps(q, k, v, bias, hidden, tuple(taps.to(dtype) for taps in self.earlier), logits)
+    def like(self, other: "Taps") -> "Taps":
+        """Each tensor in the dtype of its counterpart: under autocast hidden states can differ from q, k and v."""
+        cast = {
+            name: own.to(its.dtype)
+            for name, own, its in zip(self._fields, self, other, strict=True)
+            if isinstance(own, Tensor) and isinstance(its, Tensor)
+        }
+        earlier = tuple(own.like(its) for own, its in zip(self.earlier, other.earlier, strict=True))
+        return self._replace(**cast, earlier=earlier)
 
     def tensors(self, parts: Collection[str]) -> list[Tensor]:
         """The tensors of these fields, those of earlier layers included."""

@@ -186,6 +186,20 @@ def test_every_objective_trains_exactly_what_it_names(name):
     assert ("projection.value.weight" in distiller.trained_parameters("deep")) == (name == "value-mse")
 
 
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"soft-label-mlm"}))
+def test_every_objective_runs_under_autocast(name):
+    """Where q, k and v are bfloat16 and hidden states float32; the result is near the float32 one."""
+    distiller = Distiller(teacher(), {"s": student(hidden=12)}, Objective.named(name))
+    distiller.students["s"].eval()
+    input_ids, mask = batch()
+    sums = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            sums.append(distiller.term_sums("s", distiller.teach(input_ids, mask), input_ids, mask))
+    assert sums[1].dtype == torch.float32
+    torch.testing.assert_close(sums[1], sums[0], rtol=0.1, atol=1e-4)
+
+
 def test_layer_to_layer_maps_uniformly():
     big = TappedEncoder(build_student(config(), layers=6, hidden=16, seed=0), 6)
     distiller = Distiller(

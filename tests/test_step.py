@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import make_job
 
 from orchestrator.corpora import open_stream
 from orchestrator.step import StepOutcome, StudentState, derive_seed, train_step
-from orchestrator.students import build_distiller
+from orchestrator.students import build_distiller, make_states
 from orchestrator.world import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), control=None)
 
 
-def one_step(job, *, micro_batch: int | None = None, distiller=None, step=0, states=None, **changes):
+def one_step(job, *, micro_batch=None, distiller=None, step=0, states=None, world=ALONE, **changes):
     """Run a step (0) of a job and return its distiller, the students' states and the outcome."""
-    distiller = distiller or build_distiller(job, ALONE.device)
-    states = states or [
-        StudentState(
-            name,
-            encoder.trained_parameters(),
-            betas=(0.9, 0.999),
-            eps=1e-6,
-            weight_decay=0.01,
-            reduction=job.reduction,
-            num_micro_batches=job.batch // (micro_batch or job.micro_batch),
-            num_terms=distiller.num_terms,
-            on_nonfinite=job.on_nonfinite,
-        )
-        for name, encoder in distiller.students.items()
-    ]
+    distiller = distiller or build_distiller(job, world.device)
+    states = states or make_states(replace(job, micro_batch=micro_batch or job.micro_batch), distiller)
     stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=micro_batch or job.micro_batch)
     batches = ((i, *stream.micro_batch(step, i)[:2]) for i in range(stream.num_micro_batches))
     outcome = train_step(
@@ -40,11 +29,9 @@ def one_step(job, *, micro_batch: int | None = None, distiller=None, step=0, sta
         step=step,
         seed=job.seed,
         learning_rate=1e-3,
-        max_gradient_norm=None,
-        autocast=None,
-        world=ALONE,
+        world=world,
         seq_len=job.data.seq_len,
-        **changes,
+        **{"max_gradient_norm": None, "autocast": None} | changes,
     )
     return distiller, states, outcome
 
