@@ -33,10 +33,16 @@ from orchestrator.signals import StopRequest
 from orchestrator.stage import StageFolder, StageJob, StudentJob
 from orchestrator.storage import writing
 from orchestrator.summary import ModelEntry, Summary
+from orchestrator.supervise import Heartbeats, Supervisor
 from orchestrator.tracking import Tracking
 from orchestrator.workdir import Workdir
 
 POLL_SECONDS = 0.25
+REMEDIES = {
+    "GPU": "add nodes with GPUs, lower compute.workers or use --set compute.device=cpu",
+    "trainer": "lower compute.workers or add nodes (`ray start --resources '{\"trainer\": 1}'` gives a node one)",
+    "CPU": "lower compute.workers or add nodes",
+}
 FAILURES = {error.exit_code: error for error in (UserError, NoProgress, LeaseHeld, InfrastructureError)}
 
 
@@ -205,9 +211,12 @@ class Driver:
             else:
                 future = launch.start_inline(job, pool)
             try:
-                self.watch(future, StageProgress(self.line, job, label), folder)
+                self.watch(future, job, label, place)
             except BaseException:
                 folder.stop_request.touch()  # the pool waits for the workers: let them end
+                if place:  # or they are not there to end
+                    launch.abandon(folder.root)
+                    self.connected = False
                 raise
         self.lease.check()
         self.line.close()
@@ -232,13 +241,28 @@ class Driver:
             with writing(store.where):
                 store.claim(job.attempt)
 
-    def watch(self, future: Future[None], progress: StageProgress, folder: StageFolder) -> None:
-        """Show progress until the workers have ended; pass a request to stop on to them."""
+    def watch(self, future: Future[None], job: StageJob, label: str, place: str) -> None:
+        """Show progress until the workers have ended, pass a request to stop on to them, and look after silent ones."""
+        folder, progress, beats = (
+            StageFolder(Path(job.folder)),
+            StageProgress(self.line, job, label),
+            Heartbeats(job),
+        )
+        supervise = Supervisor(
+            job,
+            beats,
+            wait_seconds=self.recipe.compute.wait_seconds,
+            end=launch.end_worker,
+            lacking=lambda: launch.lacking(place, self.recipe.compute.workers[0]),
+            say=self.line.say,
+        )
         while wait([future], timeout=POLL_SECONDS).not_done:
             self.lease.check()
-            progress.poll()
+            beats.look()
             if self.stop.requested and not folder.stop_request.exists():
                 folder.stop_request.touch()
+            # inline, the worker's own watchdog ends this very process
+            progress.show(beats.newest, supervise(self.stop.requested) if place else "")
 
     def connect(self) -> None:
         """Join or start the Ray cluster before the first stage that needs it."""
@@ -252,19 +276,30 @@ class Driver:
         self.connected = True
 
     def wait_for_places(self, label: str) -> str:
-        """The resource a worker takes, once enough of it is free; a line says what is waited for."""
-        compute = self.recipe.compute
-        place = launch.place_for(compute.device, compute.workers[0])
-        began = time.monotonic()
-        while (free := launch.free_places(place)) < compute.workers[0]:
+        """The resource a worker takes, once enough of it is free; a line says what is waited for.
+
+        Raises `UserError` when the cluster hasn't got it in time, `InfrastructureError` when others don't give it back.
+        """
+        compute, began = self.recipe.compute, time.monotonic()
+        least = compute.workers[0]
+        while True:
+            place = launch.pick_place(compute.device, least)
+            problem = launch.lacking(place, least)
+            busy = "" if problem else launch.occupied(place, least)
+            if not (problem or busy):
+                return place
+            waited = time.monotonic() - began
+            if problem and (waited >= compute.wait_seconds or launch.cluster_address(self.address) is None):
+                raise UserError(f"{problem}; {REMEDIES[place]}")
+            if busy and waited >= compute.wait_seconds:
+                raise InfrastructureError(
+                    f"{busy}; compute.wait_seconds is {compute.wait_seconds:g}; the same command tries again"
+                )
             if self.stop.requested:
                 raise Stopped("stopped while waiting for the cluster; the same command goes on from here")
-            waited = duration(time.monotonic() - began)
-            self.line.show(
-                f"{label}  waiting for the cluster: {free:g} of {compute.workers[0]} {place} are free ({waited})"
-            )
+            timer = f"({duration(waited)} of {duration(compute.wait_seconds)})"
+            self.line.show(f"{label}  waiting for the cluster: {problem or busy} {timer}")
             time.sleep(1)
-        return place
 
 
 def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, inline: bool) -> None:
@@ -273,6 +308,8 @@ def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, i
     if failure is not None and failure["attempt"] == job.attempt:
         raise FAILURES[failure["exit_code"]](failure["message"])
     if (error := future.exception()) is not None:
+        if isinstance(cause := getattr(error, "controller_failure", None), UserError):  # launch.storm_guard's
+            raise cause
         if inline:  # a defect of ours: it keeps its traceback
             raise error
         raise InfrastructureError(

@@ -5,14 +5,15 @@ Readers are elsewhere: the terminal follows the heartbeat, tracking and pictures
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from orchestrator.files import write_json
 from orchestrator.metrics import PointLog
+from orchestrator.processes import Process
 from orchestrator.stage import StageFolder, StageJob
 
 HEARTBEAT_SECONDS = 1.0
@@ -49,7 +50,7 @@ class Journal:
     ):
         """`guard()` is called before each write and may raise to prevent it."""
         self.job, self.workers, self.seq_len, self.guard = job, workers, seq_len, guard
-        self.folder = StageFolder(Path(job.folder))
+        self.folder, self.process = StageFolder(Path(job.folder)), Process.this()
         self.points = PointLog(self.folder.points) if writes else None
         self.heldout_points = PointLog(self.folder.heldout_points) if writes else None
         self.beat_due = Due(HEARTBEAT_SECONDS, at_once=True)
@@ -98,7 +99,8 @@ class Journal:
                 "doing": doing,
                 "step": step,
                 "time": time.time(),
-                "pid": os.getpid(),
+                "pid": self.process.pid,
+                "process": asdict(self.process),
                 "workers": self.workers,
                 "metrics": self.metrics,
             }

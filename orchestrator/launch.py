@@ -20,7 +20,8 @@ from typing import Any
 
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import read_json, write_json
-from orchestrator.stage import StageJob
+from orchestrator.processes import Process
+from orchestrator.stage import StageFolder, StageJob
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,11 @@ PROCESS_GROUP_TIMEOUT_SECONDS = 300
 RESERVATION = "reservation.json"
 RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for free places (60)
 CONNECT_SECONDS = 10
+KILL_SECONDS = 60
+START_SECONDS = (
+    "20"  # to find places for a group of workers; a node that has died is still counted for a while
+)
+SILENT_STARTS = 5
 
 
 @contextmanager
@@ -36,9 +42,10 @@ def ray_cluster(address: str | None, max_workers: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_SECONDS)
     import ray
 
-    given = address or os.environ.get("RAY_ADDRESS")
+    given = cluster_address(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if given:
         check_answers(given)
@@ -58,6 +65,11 @@ def ray_cluster(address: str | None, max_workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def cluster_address(address: str | None) -> str | None:
+    """Of the cluster that is to be joined; None for one of our own on this machine, which never grows."""
+    return address or os.environ.get("RAY_ADDRESS")
+
+
 def check_answers(address: str) -> None:
     """Raise `UserError` if nobody listens at HOST:PORT: `ray.init` would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -72,30 +84,60 @@ def check_answers(address: str) -> None:
         ) from error
 
 
-def place_for(device: str, least: int) -> str:
-    """The resource of which every worker takes one: a GPU, the exclusive `trainer`, or where there is none a CPU.
-
-    Raises `UserError` when the connected cluster has fewer than `least` of it.
-    """
+def pick_place(device: str, least: int) -> str:
+    """The resource of which every worker takes one: a GPU, the exclusive `trainer`, or where there is none a CPU."""
     import ray
 
     total = ray.cluster_resources()
     gpu = device == "cuda" or (device == "auto" and total.get("GPU", 0) >= least)
-    name = "GPU" if gpu else "trainer" if "trainer" in total else "CPU"
-    if total.get(name, 0) < least:
-        hint = "" if gpu else " (`ray start --resources '{\"trainer\": 1}'` gives a node a place for one)"
-        raise UserError(
-            f"the Ray cluster has {total.get(name, 0):g} {name}, the recipe asks for {least} workers with one "
-            f"each; lower compute.workers or add nodes{hint}"
-        )
-    return name
+    return "GPU" if gpu else "trainer" if "trainer" in total else "CPU"
 
 
-def free_places(place: str) -> float:
-    """How many of `place` nobody holds. Ray Train counts the total instead, and would wait for ever."""
+def lacking(place: str, least: int) -> str:
+    """What the connected cluster has not got for `least` workers with one `place` each; "" if nothing."""
     import ray
 
-    return float(ray.available_resources().get(place, 0))
+    total = ray.cluster_resources().get(place, 0)
+    return (
+        ""
+        if total >= least
+        else f"the Ray cluster has {total:g} {place}, the recipe asks for {least} workers with one each"
+    )
+
+
+def occupied(place: str, least: int) -> str:
+    """How little of `place` is free for `least` workers; "" if enough. Ray Train counts the total instead, and would
+    wait for ever."""
+    import ray
+
+    free = ray.available_resources().get(place, 0)
+    return "" if free >= least else f"{free:g} of {least} {place} are free, others hold the rest"
+
+
+def end_worker(process: Process) -> bool:
+    """SIGKILL a worker on whatever node of the connected cluster; False if it had ended, or its node is away."""
+    if process.is_here:
+        return process.kill()
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeManagerHostname"] == process.host:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(Process.kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            try:
+                return bool(ray.get(task.remote(process), timeout=KILL_SECONDS))
+            except Exception as error:  # whatever Ray raises for a node that goes away meanwhile
+                log.warning("%s could not be ended: %s", process, error)
+    return False
+
+
+def abandon(folder: Path) -> None:
+    """Leave the cluster while a stage still runs or waits: `fit` ends with an error."""
+    import ray
+
+    cancel_reservation(folder)
+    ray.shutdown()
 
 
 def cancel_reservation(folder: Path) -> None:
@@ -126,7 +168,55 @@ def train_function(config: dict[str, Any]) -> None:
 
     job = StageJob.from_json(config["job"])
     log_to_file(job)
-    run_reporting(job)
+    run_reporting(job, eviction_announced=drain_announced)
+
+
+def drain_announced() -> bool:
+    """In a worker: is a node of its group being drained?
+
+    Ray's watcher tells every rank. Its public `get_preemption_info` is a collective of 5-9 ms; the ranks agree on
+    this with the sums of their step.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def storm_guard(job: StageJob) -> Any:
+    """Lives in Ray's controller, and ends a run whose workers start again and again without a sign of life.
+
+    Deaths at a step and errors of the start-up are counted by the workers, in the stage's folder (`attempts`). This
+    is for what they can't count: a folder that they can't write, a process killed before its first step.
+    """
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class StormGuard(WorkerGroupCallback):
+        beat: Any = None
+        starts = 0
+        reason = "nothing that they told"
+
+        def before_worker_group_start(self, worker_group_context: Any) -> None:
+            beat = read_json(StageFolder(Path(job.folder)).heartbeat)
+            if beat != self.beat:
+                self.beat, self.starts = beat, 0
+            if self.starts >= SILENT_STARTS:
+                raise InfrastructureError(
+                    f"stage {job.stage}: its workers died {self.starts} times in a row without a sign of life, at "
+                    f"last because of {self.reason}; the same command goes on from the last checkpoint"
+                )
+
+        def after_worker_group_start(
+            self, worker_group: Any
+        ) -> None:  # and not before: places may be waited for
+            self.starts += 1
+
+        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+            for error in worker_group_status.errors.values():
+                cause = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", error)
+                self.reason = " ".join(str(cause).split())[:500]
+                break
+
+    return StormGuard()
 
 
 def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadPoolExecutor) -> Future[None]:
@@ -158,6 +248,7 @@ def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadP
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=[storm_guard(job)],
         ),
     )
     cancel_reservation(folder)

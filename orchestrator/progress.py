@@ -8,14 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TextIO
 
 from data.build import BuildProgress
 from orchestrator.errors import Stopped
-from orchestrator.files import read_json
 from orchestrator.signals import StopRequest
-from orchestrator.stage import StageFolder, StageJob
+from orchestrator.stage import StageJob
 
 PLAIN_INTERVAL_SECONDS = 5.0
 
@@ -90,18 +88,15 @@ class StageProgress:
 
     def __init__(self, line: Line, job: StageJob, prefix: str):
         self.line, self.job, self.prefix = line, job, prefix
-        self.folder = StageFolder(Path(job.folder))
-        self.started = time.time()
+        self.started = time.monotonic()
 
-    def poll(self) -> None:
-        try:
-            beat = read_json(self.folder.heartbeat)
-        except (OSError, ValueError):  # a shared file system, between two of its versions
-            return
-        if beat is None or beat["time"] < self.started:
-            self.line.show(f"{self.prefix}  starting workers ({duration(time.time() - self.started)})")
-            return
-        self.line.show(self.describe(beat))
+    def show(self, beat: dict[str, Any] | None, silence: str = "") -> None:
+        """`beat`: the newest heartbeat of this attempt, None before the first; `silence`: words about its age."""
+        if beat is None:
+            text = f"{self.prefix}  starting workers ({duration(time.monotonic() - self.started)})"
+        else:
+            text = self.describe(beat)
+        self.line.show(f"{text}  {silence}" if silence else text)
 
     def describe(self, beat: dict[str, Any]) -> str:
         job, metrics = self.job, beat["metrics"]

@@ -355,6 +355,9 @@ class Compute(_Section):
     stall_seconds: Positive = 600.0
     """A worker that makes no step for so long ends itself, with its stacks in its log, to be replaced;
     start-up, measuring and saving may take ten times as long."""
+    wait_seconds: NotNegative = 600.0
+    """How long a run waits for places for its fewest workers that a cluster hasn't got or others hold, at the
+    start and after it has lost them. 0: not at all."""
 
 
 class Tracking(_Section):

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 PEER_REPORT_SECONDS = 1.0
 
 
+class Evicted(Exception):
+    """This worker's place is about to be taken away: the state is saved, and another one goes on elsewhere."""
+
+
 def log_to_file(job: StageJob) -> None:
     """Send this worker's log to `worker-<rank>.log` in the stage's folder, where the driver points people to.
 
@@ -45,7 +49,11 @@ def log_to_file(job: StageJob) -> None:
     root.setLevel(logging.INFO)
 
 
-def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -> bool:
+def run_reporting(
+    job: StageJob,
+    on_step: Callable[[int], None] | None = None,
+    eviction_announced: Callable[[], bool] = lambda: False,
+) -> bool:
     """`worker.run_stage`, with errors that no retry can cure left in `failure.json` for the driver instead of raised.
 
     Those are bad input, storage that is full or can't be written, and any error that ends the start-up three times in
@@ -59,7 +67,7 @@ def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -
             return False
         from orchestrator.worker import run_stage  # here, so that a broken install counts as a failed start
 
-        return run_stage(job, on_step)
+        return run_stage(job, on_step, eviction_announced)
     except (UserError, DataError, ModelError) as error:
         message, exit_code = str(error), getattr(error, "exit_code", UserError.exit_code)
     except QuarantineGrew as error:  # all workers have to start again: no failure, and bounded by the share
@@ -68,6 +76,9 @@ def run_reporting(job: StageJob, on_step: Callable[[int], None] | None = None) -
     except Superseded as error:
         log.warning("stage %s: %s", job.stage, error)
         return False
+    except Evicted as error:  # for the supervisor, which starts another worker
+        log.warning("stage %s: %s", job.stage, error)
+        raise
     except Exception as error:
         if is_final(error):
             exit_code = UserError.exit_code

@@ -36,7 +36,7 @@ from orchestrator.journal import Due, Journal, student_metrics
 from orchestrator.lease import Superseded, check_writer
 from orchestrator.ledger import Expected, Ledger
 from orchestrator.masking import Masking
-from orchestrator.reporting import own_rank
+from orchestrator.reporting import Evicted, own_rank
 from orchestrator.saver import Parts, Saver
 from orchestrator.schedule import learning_rate
 from orchestrator.stage import StageFolder, StageJob
@@ -51,22 +51,27 @@ STOP_CHECK_SECONDS = 0.5
 SAVE_WAIT_SECONDS = 1.0
 
 
-def run_stage(job: StageJob, on_step: Callable[[int], None] | None = None) -> bool:
+def run_stage(
+    job: StageJob,
+    on_step: Callable[[int], None] | None = None,
+    eviction_announced: Callable[[], bool] = lambda: False,
+) -> bool:
     """Train the stage's students to the end, or to a requested stop. True when the stage is done.
 
-    `on_step(step)` is called after each update (for tests and profilers). Raises `UserError`, `DataError` or
-    `ModelError` for what a retry can't cure.
+    `on_step(step)` is called after each update (for tests and profilers). `eviction_announced()` is asked before each
+    update: once one rank is told so, all save at the next step boundary and raise `Evicted`. Raises `UserError`,
+    `DataError` or `ModelError` for what a retry can't cure.
     """
     with join_world(job.device, job.threads) as world:
         folder = StageFolder(Path(job.folder))
         with writing(folder.root):
             watchdog = Watchdog(folder.worker_log(world.rank), job.stall_seconds)
         try:
-            run = StageRun(job, world, watchdog)
+            run = StageRun(job, world, watchdog, eviction_announced)
             try:
                 return run.run(on_step)
             except Exception as error:
-                if is_final(error) or run.masking.grew():
+                if is_final(error) or isinstance(error, Evicted) or run.masking.grew():
                     run.end_attempt()  # nothing to count
                 raise
             finally:
@@ -78,8 +83,11 @@ def run_stage(job: StageJob, on_step: Callable[[int], None] | None = None) -> bo
 class StageRun:
     """`saver` and `attempts` exist on the main rank only."""
 
-    def __init__(self, job: StageJob, world: World, watchdog: Watchdog):
+    def __init__(
+        self, job: StageJob, world: World, watchdog: Watchdog, eviction_announced: Callable[[], bool]
+    ):
         self.job, self.world, self.watchdog = job, world, watchdog
+        self.eviction_announced = eviction_announced
         self.folder = StageFolder(Path(job.folder))
         self.autocast = pick_precision(job.precision, world.device)
         if job.reduction == "exact" and world.device.type == "cuda":
@@ -138,23 +146,25 @@ class StageRun:
             for step in range(first, job.steps):
                 self.watchdog.alive()
                 outcome = self.train(step, self.rows_of_step(batches, mine))
-                done, stop = step + 1, outcome.told[0] > 0
+                done, stop, evicted = step + 1, outcome.told[0] > 0, outcome.told[1] > 0
                 if done % job.log_every == 0 or done == job.steps:
                     self.log_step(done, outcome)
                 if done == job.steps or (job.eval_every and done % job.eval_every == 0):
                     self.evaluate(done)
                 with self.writing():
                     self.journal.beat("training", done)
-                self.save_if_due(done, stop)
+                self.save_if_due(done, stop or evicted)
                 if on_step:
                     on_step(done)
-                if stop:
+                if stop or evicted:
                     break
         finally:
             batches.close()
-        self.watchdog.expect_long()
+        self.expect_long("saving", done)
         if self.saver:
             self.saver.wait()
+        if evicted and not stop and done < job.steps:
+            raise Evicted(f"step {done} is saved, because a node of this run is about to be taken away")
         if done == job.steps and self.world.is_main:
             with self.writing():
                 if self.attempts:
@@ -262,7 +272,7 @@ class StageRun:
                 f"stage {self.job.stage}: out of memory at step {step}, even with half a micro-batch "
                 f"({self.job.micro_batch // 2} rows) at once; lower micro_batch (now {self.job.micro_batch})"
             ) from error
-        _, failed, masked, *limbs = outcome.told
+        _, _, failed, masked, *limbs = outcome.told
         if failed:
             if self.saver:
                 self.saver.wait()
@@ -273,11 +283,11 @@ class StageRun:
         return outcome
 
     def tell(self) -> list[int]:
-        """To be added over ranks with the step: is a stop requested, did the last save fail, masked rows, the digest
-        of all."""
+        """To be added over ranks with the step: is a stop requested, is a place of this run about to be taken away,
+        did the last save fail, masked rows, the digest of all."""
         stop = self.stop_check_due() and self.folder.stop_request.exists()
         failed = self.saver is not None and self.saver.failed
-        return [stop, failed, self.masking.own(), *self.ledger.own()]
+        return [stop, self.eviction_announced(), failed, self.masking.own(), *self.ledger.own()]
 
     def rate(self, step: int) -> float:
         job = self.job
@@ -300,9 +310,7 @@ class StageRun:
             self.journal.step(step, metrics)
 
     def evaluate(self, step: int) -> None:
-        self.watchdog.expect_long()
-        with self.writing():
-            self.journal.beat("evaluating", step, force=True)
+        self.expect_long("evaluating", step)
         divergence = heldout_divergence(
             self.distiller,
             self.heldout,
@@ -349,10 +357,17 @@ class StageRun:
             self.check_writer()
             self.expected.check(steps)
 
-        self.watchdog.expect_long()  # the save before it may still be in flight, and is waited for
+        if self.saver.busy:  # it is waited for
+            self.expect_long("saving", done)
         facts = checkpoint.Facts(ledger, torch.get_num_threads(), self.parts)
         self.saver.save(done, facts, check, must=must)
         self.watchdog.alive(force=True)
+
+    def expect_long(self, doing: str, step: int) -> None:
+        """What comes now may take long: told to this process's watchdog, and to the driver."""
+        self.watchdog.expect_long()
+        with self.writing():
+            self.journal.beat(doing, step, force=True)
 
     def writing(self) -> AbstractContextManager[None]:
         return writing(self.folder.root)

@@ -12,9 +12,7 @@ import pytest
 from support import make_job
 
 from data.build import BuildProgress
-from orchestrator.files import write_json
 from orchestrator.progress import Line, StageProgress, describe_build, duration
-from orchestrator.stage import StageFolder
 from orchestrator.summary import ModelEntry, Summary
 
 
@@ -69,19 +67,11 @@ def test_a_stage_line_says_step_terms_speed_and_time_left(tmp_path):
     }
     out = io.StringIO()
     progress = StageProgress(Line(out), job, "[1/2] first")
-    write_json(
-        StageFolder(tmp_path).heartbeat,
-        {"doing": "training", "step": 120, "time": progress.started + 1, "metrics": metrics},
-    )
-    progress.poll()
+    progress.show({"doing": "training", "step": 120, "metrics": metrics}, "last heartbeat 20 s ago")
     assert out.getvalue() == (
-        "[1/2] first  step 120/240  loss 0.812 (attention 0.400 value 0.412)  32 rows/s  4.1k tokens/s  1m00s left\n"
+        "[1/2] first  step 120/240  loss 0.812 (attention 0.400 value 0.412)  32 rows/s  4.1k tokens/s  1m00s left  "
+        "last heartbeat 20 s ago\n"
     )
-
-
-def test_a_heartbeat_that_cannot_be_read_is_passed_over(tmp_path):
-    StageFolder(tmp_path).heartbeat.write_text("{")
-    StageProgress(Line(io.StringIO()), make_job(tmp_path, tmp_path, tmp_path), "x").poll()
 
 
 def test_a_build_line_without_a_guess_of_the_time_left():

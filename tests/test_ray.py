@@ -145,11 +145,10 @@ def test_a_cluster_without_room_is_refused_with_what_it_has(head, finished, tmp_
         "stages.small.batch=12",
     )
     arguments = (finished / "tiny.yaml", "--workdir", tmp_path / "work", "--address", "auto", *override)
-    _, errors = run("run", *arguments, expect=2, **head)
-    assert (
-        "the Ray cluster has 2 trainer, the recipe asks for 3 workers with one each; lower compute.workers"
-        in errors
-    )
+    _, errors = run("run", *arguments, "--set", "compute.wait_seconds=2", expect=2, **head)
+    lack = "the Ray cluster has 2 trainer, the recipe asks for 3 workers with one each"
+    assert f"waiting for the cluster: {lack} (0s of 2s)" in errors
+    assert f"minilm: error: {lack}; lower compute.workers or add nodes" in errors
     assert "Traceback" not in errors
 
 

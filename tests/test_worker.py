@@ -26,7 +26,7 @@ from model.export import weights_digest
 from orchestrator import checkpoint
 from orchestrator.errors import UserError
 from orchestrator.metrics import read_all_points
-from orchestrator.reporting import run_reporting
+from orchestrator.reporting import Evicted, run_reporting
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.worker import Superseded, main, run_stage
 
@@ -187,6 +187,18 @@ def test_a_worker_of_an_older_driver_writes_nothing(shards, teacher, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")}
     assert not run_reporting(job)
     assert {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")} == before
+
+
+def test_an_announced_eviction_saves_the_step_that_is_done_and_no_more(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path, checkpoint_every_steps=None)
+    done: list[int] = []
+    with pytest.raises(Evicted, match="step 6 is saved"):
+        run_reporting(job, done.append, lambda: len(done) >= 5)
+    saved = checkpoint.list_checkpoints(StageFolder(tmp_path).checkpoints)
+    assert [checkpoint.step_of(path) for path in saved] == [6]
+    assert json.loads((tmp_path / "attempts.json").read_text())["running"] is False  # it counts as no death
+    assert run_reporting(job, done.append, lambda: len(done) >= 12)  # at the last step it is no matter
+    assert done == list(range(1, 13))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(shards, teacher, tmp_path):
