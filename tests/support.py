@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data.manifest import TokenizerInfo
 from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.corpora import describe
-from orchestrator.data_job import CorpusJob, DataJob
+from orchestrator.data_job import CacheJob, CorpusJob, DataJob
 from orchestrator.stage import StageJob, StudentJob
 
 
@@ -18,6 +19,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def describe_folder(data: Path) -> DataJob:
     return describe([CorpusJob("only", str(data))])
+
+
+# of jobs that nobody runs
+NO_DATA = DataJob((), "", 32, TokenizerInfo("", 0, 0, 0, 0, 0, 0), "", None, CacheJob())
 
 
 def make_job(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 import pytest
-from support import make_job
+from support import NO_DATA, make_job
 
 from orchestrator.curriculum import check_outcome
 from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
@@ -24,7 +24,7 @@ def ended(error: BaseException | None = None) -> Future[None]:
 
 @pytest.fixture
 def job(tmp_path):
-    return make_job(tmp_path, tmp_path, tmp_path, attempt="mine")
+    return make_job(NO_DATA, tmp_path, tmp_path, attempt="mine")
 
 
 @pytest.mark.parametrize("kind", [UserError, NoProgress, InfrastructureError])

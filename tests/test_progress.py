@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import make_job
+from support import NO_DATA, make_job
 
 from data.build import BuildProgress
 from orchestrator.progress import Line, StageProgress, describe_build, duration
@@ -56,7 +56,7 @@ def test_a_terminal_that_has_gone_ends_nothing():
 
 
 def test_a_stage_line_says_step_terms_speed_and_time_left(tmp_path):
-    job = make_job(tmp_path, tmp_path, tmp_path, steps=240, batch=16)
+    job = make_job(NO_DATA, tmp_path, tmp_path, steps=240, batch=16)
     metrics = {
         "small/loss": 0.8125,
         "small/attention": 0.4,

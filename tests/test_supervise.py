@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from support import make_job
+from support import NO_DATA, make_job
 
 from orchestrator import supervise
 from orchestrator.errors import InfrastructureError, Stopped
@@ -25,7 +25,7 @@ class Scene:
         self.folder, self.now, self.missing = folder, 0.0, ""
         self.ended: list[int] = []
         self.said: list[str] = []
-        job = make_job(folder, folder, folder, attempt="mine", stall_seconds=100.0)
+        job = make_job(NO_DATA, folder, folder, attempt="mine", stall_seconds=100.0)
         self.beats = Heartbeats(job, clock=lambda: self.now)
         self.supervisor = Supervisor(
             job, self.beats, wait_seconds=50, end=self.end, lacking=lambda: self.missing, say=self.said.append
