@@ -59,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     run.add_argument("--workdir", type=Path, help="where everything is written (default: runs/NAME)")
     run.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a recipe key")
+    run.add_argument(
+        "--from", dest="redo_from", metavar="STAGE", help="do this stage and those behind it again"
+    )
     run.add_argument("--launcher", choices=("ray", "inline"), default="ray")
     run.add_argument("--address", help="of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
     run.set_defaults(run=run_recipe)
@@ -92,7 +95,7 @@ def run_recipe(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.set)
     workdir = Workdir((options.workdir or default_workdir(recipe.name)).resolve())
-    if workdir.is_finished(recipe):
+    if options.redo_from is None and workdir.is_finished(recipe):
         summary = Summary.read(workdir.summary)
         print(f"every stage of {recipe.name} is done already in {workdir.root}", file=sys.stderr)
         if untold(workdir.root):
@@ -101,11 +104,17 @@ def run_recipe(options: argparse.Namespace) -> int:
 
                 tell_rest(workdir.root, recipe.tracking.experiment)
     else:
-        with workdir.claim(recipe) as lease:  # before anything heavy is imported
+        with workdir.claim(recipe, options.redo_from) as lease:  # before anything heavy is imported
             from orchestrator.curriculum import run_recipe
 
             summary = run_recipe(
-                recipe, options.recipe, workdir, lease, launcher=options.launcher, address=options.address
+                recipe,
+                options.recipe,
+                workdir,
+                lease,
+                launcher=options.launcher,
+                address=options.address,
+                redo_from=options.redo_from,
             )
     print(f"\n{summary.table()}\n\n{summary.next_steps()}")
     return 0

@@ -47,13 +47,20 @@ FAILURES = {error.exit_code: error for error in (UserError, NoProgress, LeaseHel
 
 
 def run_recipe(
-    recipe: Recipe, recipe_file: Path, workdir: Workdir, lease: Lease, *, launcher: str, address: str | None
+    recipe: Recipe,
+    recipe_file: Path,
+    workdir: Workdir,
+    lease: Lease,
+    *,
+    launcher: str,
+    address: str | None,
+    redo_from: str | None = None,
 ) -> Summary:
     """Run every stage that is not done, and return the summary of the whole curriculum.
 
     The caller holds `lease`, from `workdir.claim`. `launcher`: "ray", or "inline" for the same worker in this
-    process; `address`: of a Ray cluster, None for RAY_ADDRESS or a local one. Raises `Stopped` after SIGINT or
-    SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
+    process; `address`: of a Ray cluster, None for RAY_ADDRESS or a local one; `redo_from`: as it was claimed. Raises
+    `Stopped` after SIGINT or SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
     with StopRequest() as stop, ExitStack() as stack:
@@ -61,7 +68,7 @@ def run_recipe(
         stack.callback(line.close)
         data = prepare_data(recipe, workdir, build_reporter(line, stop))
         check_stages(recipe, workdir, data)
-        workdir.adopt(recipe, recipe_file, data)
+        workdir.adopt(recipe, recipe_file, data, redo_from)
         line.show("opening the tracking store", force=True)
         tracking = Tracking.open(
             workdir.root,

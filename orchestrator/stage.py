@@ -144,6 +144,10 @@ class StageFolder:
         """Registered and described: nothing is left to do for this stage."""
         return self.root / "published.json"
 
+    def begun(self) -> bool:
+        """Is there work that a change would invalidate?"""
+        return self.done.exists() or any(self.checkpoints.glob("step-*"))
+
     def student(self, name: str) -> Path:
         """The exported `transformers` folder of a student."""
         return self.root / "students" / name

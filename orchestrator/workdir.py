@@ -1,7 +1,8 @@
 """The work directory: all that a run writes, and the proof that it belongs to this recipe.
 
 DIR/lease/          which process works in it (see `lease`)
-DIR/run.json        the recipe's result-determining fields; another recipe is refused
+DIR/run.json        the recipe's result-determining fields, and its data's fingerprints
+DIR/set-aside/N/    what `--from STAGE` did again, as it was before
 DIR/recipe.yaml     the recipe file as given
 DIR/data/           shards, when the recipe names text
 DIR/tokenizer/      of data behind a URL
@@ -16,16 +17,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from orchestrator.changes import invalidated_stages, text_changed, told
 from orchestrator.data_job import DataJob
 from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.lease import Lease, take
-from orchestrator.recipe import Recipe, first_difference
+from orchestrator.recipe import Recipe
 from orchestrator.stage import StageFolder
 
 
@@ -75,10 +79,10 @@ class Workdir:
         return same and self.summary.exists()
 
     @contextmanager
-    def claim(self, recipe: Recipe) -> Iterator[Lease]:
-        """Hold the directory for this process and this recipe.
+    def claim(self, recipe: Recipe, redo_from: str | None = None) -> Iterator[Lease]:
+        """Hold the directory for this process and this recipe; `redo_from`: do that stage and all behind it again.
 
-        Raises `UserError` when it belongs to another recipe, `LeaseHeld` when another process works in it.
+        Raises `UserError` when work in it is not this recipe's, `LeaseHeld` when another process works in it.
         """
         try:
             lease = take(self.root / "lease")
@@ -87,37 +91,84 @@ class Workdir:
                 f"cannot use {self.root} as work directory: {error.strerror}; give another --workdir"
             ) from error
         try:
-            self.check_recipe(recipe)
+            self.settle({"recipe": recipe.result_fields()}, redo_from)
             yield lease
         finally:
             lease.release()
 
-    def adopt(self, recipe: Recipe, recipe_file: Path, data: DataJob) -> None:
+    def settle(self, new: Mapping[str, Any], redo_from: str | None) -> None:
+        """Make sure that all work here is `new`'s (a record, see `changes`), setting aside what is to be done again."""
+        old = read_json(self.run)
+        redone = self.check(old, new, redo_from)
+        if old is None:
+            return
+        goes_on = (
+            old.get("from") == redo_from and old["recipe"] == new["recipe"] and not self.summary.exists()
+        )
+        if redone and not goes_on:
+            self.set_aside([*(self.stage(name).root for name in redone), self.summary])
+        if text_changed(old, new):
+            self.set_aside([self.data])
+
+    def check(
+        self, old: Mapping[str, Any] | None, new: Mapping[str, Any], redo_from: str | None
+    ) -> list[str]:
+        """The stages to be done again. Raises `UserError` for work that `new` invalidates and `redo_from` keeps."""
+        names = [stage["name"] for stage in new["recipe"]["stages"]]
+        if redo_from is not None and redo_from not in names:
+            raise UserError(f"--from {redo_from}: the recipe has no such stage; allowed: {', '.join(names)}")
+        redone = names[names.index(redo_from) :] if redo_from else []
+        if old is None:
+            return redone
+        if old["recipe"]["name"] != new["recipe"]["name"]:
+            what = told("name", ("", old["recipe"]["name"], new["recipe"]["name"]))
+            raise UserError(
+                f"work directory {self.root} belongs to another recipe: {what}; give another --workdir"
+            )
+        why = invalidated_stages(old, new)
+        if kept := [name for name in why if name not in redone and self.stage(name).begun()]:
+            raise UserError(self._refusal(kept, why[kept[0]], redo_from))
+        return redone
+
+    def _refusal(self, kept: Sequence[str], why: str, redo_from: str | None) -> str:
+        stages = f"stage{'s' if len(kept) > 1 else ''} {', '.join(kept)}"
+        if redo_from:
+            return (
+                f"--from {redo_from} keeps {stages}, which this recipe changes: {why}; give --from {kept[0]}, or "
+                f"another --workdir"
+            )
+        return (
+            f"work directory {self.root} holds work of {stages} that this recipe changes: {why}; --from {kept[0]} does "
+            f"it again, with all stages behind it (what is there goes to set-aside/), or give another --workdir"
+        )
+
+    def set_aside(self, paths: Sequence[Path]) -> None:
+        """Move what exists of `paths` to a new folder, DIR/set-aside/NUMBER, and say so."""
+        there = [path for path in paths if path.exists()]
+        if not there:
+            return
+        aside = self.root / "set-aside"
+        numbers = [int(path.name) for path in aside.glob("*") if path.name.isdecimal()]
+        folder = aside / f"{max(numbers, default=0) + 1:03d}"
+        for path in there:
+            target = folder / path.relative_to(self.root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        moved = ", ".join(str(path.relative_to(self.root)) for path in there)
+        print(f"set aside in {folder}: {moved}", file=sys.stderr)
+
+    def adopt(self, recipe: Recipe, recipe_file: Path, data: DataJob, redo_from: str | None = None) -> None:
         """Make the directory this recipe's for good; called once its inputs have been found sound.
 
-        Raises `UserError` where the data are not those that the run here began with.
+        Raises `UserError` where the data are not those that work here was made from.
         """
         fingerprints = [corpus.fingerprint for corpus in data.corpora]
-        before = (read_json(self.run) or {}).get("data", fingerprints)
-        for corpus, old in zip(data.corpora, before, strict=True):
-            if corpus.fingerprint != old:
-                raise UserError(
-                    f"data set {corpus.place} was replaced: its fingerprint is {corpus.fingerprint[:16]}…, the run in "
-                    f"{self.root} began with {old[:16]}…; put the right one back, or give another --workdir"
-                )
-        write_json(self.run, {"recipe": recipe.result_fields(), "data": fingerprints})
+        new: dict[str, Any] = {"recipe": recipe.result_fields(), "data": fingerprints}
+        old = read_json(self.run)
+        self.check(old, new, redo_from)
+        if old and old["recipe"] != new["recipe"]:
+            self.summary.unlink(missing_ok=True)  # of fewer stages, or of others
+        write_json(self.run, new | {"from": redo_from or (old or {}).get("from")})
         copy = self.root / "recipe.yaml"
         if not (copy.exists() and copy.samefile(recipe_file)):
             shutil.copyfile(recipe_file, copy)
-
-    def check_recipe(self, recipe: Recipe) -> None:
-        record = read_json(self.run)
-        if record is None:
-            return
-        difference = first_difference(record["recipe"], recipe.result_fields())
-        if difference:
-            path, old, new = difference
-            raise UserError(
-                f"work directory {self.root} belongs to another recipe: {path} is {old!r} there and {new!r} now; "
-                f"give another --workdir, or delete this one to start again"
-            )

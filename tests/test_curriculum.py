@@ -203,7 +203,7 @@ def test_a_work_directory_of_another_recipe_is_refused(finished):
         expect=2,
     )
     assert errors.startswith("minilm: error: work directory")
-    assert "stages.1.steps is 40 there and 41 now; give another --workdir" in errors
+    assert "stages.small.steps is 40 there and 41 now; --from small does it again" in errors
 
 
 ELSEWHERE = """
