@@ -19,6 +19,7 @@ from model.errors import ModelError
 from orchestrator.bench_verbs import add_bench_verbs
 from orchestrator.data_verbs import add_data_verbs
 from orchestrator.errors import RecipeErrors, UserError
+from orchestrator.soak import add_soak_verb
 from orchestrator.untold import untold
 
 
@@ -73,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
 
     add_data_verbs(verbs.add_parser("data", help="build, import, look at and care for data sets"))
     add_bench_verbs(verbs.add_parser("bench", help="measure this machine: the loss, a step, the stream"))
+    add_soak_verb(
+        verbs.add_parser("soak", help="run a recipe while everything around it is killed, and compare")
+    )
 
     pull = verbs.add_parser("pull", help="bring a registered model down")
     pull.add_argument("uri", metavar="models:/NAME@ALIAS")

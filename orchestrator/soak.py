@@ -1,0 +1,430 @@
+"""`minilm soak`: run a recipe again and again while it is struck, and compare what comes out with an undisturbed run.
+
+    WORKDIR/reference/     the undisturbed run: one worker, no Ray
+    WORKDIR/disk/round-N/  the work directory of a round; removed when every check holds, else kept as WORKDIR/round-N
+    WORKDIR/round-N.log    what `minilm run` said; WORKDIR/soak.json, the tally so far
+
+The strikes are `soak_plan`'s, what they do is in `soak_arena`, what must be true afterwards in `soak_checks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import UserError
+from orchestrator.files import read_json, write_json
+from orchestrator.soak_plan import WEIGHTS, Strike, plan
+from orchestrator.soak_tally import Recovery, Tally
+
+if TYPE_CHECKING:
+    from orchestrator.recipe import Recipe
+    from orchestrator.soak_arena import Arena
+    from orchestrator.workdir import Workdir
+
+POLL_SECONDS = 0.05
+IDLE_SECONDS = 20.0  # steps that go on for so long: the strike has hit nobody
+IDLE_SECONDS_ADDED = 60.0  # a new node is looked for every few seconds, and may be left unused
+VICTIM_SECONDS = 20.0
+MAX_BAD_ENDS = 3
+BEGAN = re.compile(r"stage \S+: (?:resumes at step (\d+)|starts)")
+
+
+def add_soak_verb(soak: argparse.ArgumentParser) -> None:
+    soak.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    soak.add_argument("--minutes", type=float, default=10.0, help="for how long it is struck (default: 10)")
+    soak.add_argument("--seed", type=int, default=0, help="of the strikes; a round takes the next one")
+    soak.add_argument("--workdir", type=Path, help="a new folder (default: runs/soak-NAME)")
+    soak.add_argument("--only", help=f"strikes to choose from, of {','.join(WEIGHTS)}")
+    soak.add_argument("--hang-seconds", type=float, default=300.0, help="no step for so long is a hang")
+    soak.add_argument("--json", action="store_true", help="for programs")
+    soak.set_defaults(run=soak_verb)
+
+
+def soak_verb(options: argparse.Namespace) -> int:
+    from orchestrator.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe)
+    folder = (options.workdir or Path("runs") / f"soak-{recipe.name}").resolve()
+    kinds = check_options(recipe, folder, options.only)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)  # so that nothing is left behind
+    try:
+        tally = soak(
+            recipe,
+            options.recipe.resolve(),
+            folder,
+            kinds,
+            seed=options.seed,
+            seconds=60 * options.minutes,
+            hang_seconds=options.hang_seconds,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(json.dumps(tally.as_dict(), indent=2) if options.json else tally.text())
+    return 0 if tally.sound else 1
+
+
+def check_options(recipe: Recipe, folder: Path, only: str | None) -> list[str]:
+    """The kinds of strikes asked for. Raises `UserError` for what can't be soaked."""
+    if recipe.compute.reduction != "exact" or recipe.compute.threads is None:
+        raise UserError(
+            f"recipe {recipe.name} cannot be soaked: weights are compared bit for bit, so it needs compute.reduction: "
+            f"exact (now {recipe.compute.reduction}) and a number of compute.threads (now {recipe.compute.threads})"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give a new --workdir, or delete it")
+    kinds = only.split(",") if only else list(WEIGHTS)
+    if unknown := [kind for kind in kinds if kind not in WEIGHTS]:
+        raise UserError(f"--only {only}: {', '.join(unknown)} is none of {','.join(WEIGHTS)}")
+    return kinds
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def soak(
+    recipe: Recipe,
+    recipe_file: Path,
+    folder: Path,
+    kinds: list[str],
+    *,
+    seed: int,
+    seconds: float,
+    hang_seconds: float,
+) -> Tally:
+    """Rounds until `seconds` are over; the last one is let to its end. Ctrl-C gives the tally so far."""
+    from orchestrator.soak_arena import Arena
+    from orchestrator.soak_checks import check_round
+    from orchestrator.workdir import Workdir
+
+    tally = Tally(seed)
+    reference = Workdir(folder / "reference")
+    folder.mkdir(parents=True, exist_ok=True)
+    say("the undisturbed run, on one worker")
+    run_undisturbed(recipe_file, reference.root, folder / "reference.log")
+    try:
+        with Arena(folder, *recipe.compute.workers) as arena:
+            kinds = possible(kinds, arena)
+            deadline = time.monotonic() + seconds
+            number = 0
+            while time.monotonic() < deadline:
+                number += 1
+                work = Workdir(arena.disk / f"round-{number}")
+                say(f"round {number}: strikes of seed {seed + number - 1}: {', '.join(kinds)}")
+                overrides = [f"tracking.experiment=soak-round-{number}"]
+                arena.begin(recipe_file, work.root, folder / f"round-{number}.log", overrides)
+                game = Round(
+                    recipe, work, arena, plan(seed + number - 1, kinds), tally, reference, hang_seconds
+                )
+                finished = game.play(deadline)
+                found = check_round(recipe, work, reference, arena.server_uri) if finished else {}
+                for name, problems in found.items():
+                    tally.problems[name] += [f"round {number}: {problem}" for problem in problems]
+                if not finished or any(found.values()):
+                    shutil.copytree(work.root, folder / f"round-{number}")
+                    say(f"round {number} is kept in {folder}/round-{number}")
+                shutil.rmtree(work.root)
+                tally.rounds += finished
+                write_json(folder / "soak.json", tally.as_dict())
+                say(
+                    f"round {number} is over: {tally.kills} kills, {'sound' if tally.sound else 'NOT sound'} so far"
+                )
+                if not finished:
+                    break
+    except KeyboardInterrupt:
+        say("interrupted")
+    write_json(folder / "soak.json", tally.as_dict())
+    return tally
+
+
+def run_undisturbed(recipe: Path, work: Path, log: Path) -> None:
+    command = [sys.executable, "-m", "orchestrator", "run", str(recipe), "--workdir", str(work)]
+    environment = dict(os.environ) | {"MLFLOW_TRACKING_URI": ""}
+    with log.open("ab") as out:
+        code = subprocess.run(
+            [*command, "--launcher", "inline"], stdout=out, stderr=out, env=environment, check=False
+        ).returncode
+    if code:
+        raise UserError(f"the undisturbed run ended with exit code {code}; {last_line(log)}")
+
+
+def possible(kinds: list[str], arena: Arena) -> list[str]:
+    """Without the strikes that this machine or recipe leaves no room for, said once."""
+    impossible = {
+        "full": ""
+        if arena.has_own_disk
+        else "mounting a small tmpfs is not allowed; try `unshare -Urm minilm soak …`",
+        "node": "" if arena.most > arena.least else "compute.workers is not a range",
+    }
+    for kind in kinds:
+        if impossible.get(kind):
+            say(f"no strike {kind!r}: {impossible[kind]}")
+    return [kind for kind in kinds if not impossible.get(kind)]
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{log} ends with: {lines[-1][:300]}" if lines else f"{log} is empty"
+
+
+class Progress:
+    """How far a run has come, from its small files: stages that are done, steps of the current one.
+
+    attempts: begun so far. resumed: the step at which the last one began. repeated: steps made again, of all.
+    """
+
+    def __init__(self, recipe: Recipe, work: Workdir):
+        self.stages = [work.stage(stage.name) for stage in recipe.stages]
+        self.stage = self.step = self.attempts = self.resumed = self.repeated = 0
+        self.moved = time.monotonic()
+        self._offset = 0
+
+    @property
+    def folder(self) -> Any:
+        return self.stages[min(self.stage, len(self.stages) - 1)]
+
+    def look(self) -> None:
+        before = (self.stage, self.step, self.attempts)
+        while self.stage < len(self.stages) and self.folder.published.exists():
+            self.stage, self.step, self._offset = self.stage + 1, 0, 0
+        if self.stage < len(self.stages):
+            self._read_log()
+            try:  # see `attempts`: the number of the step that is being computed
+                self.step = int((self.folder.root / "reached").read_bytes()[:20])
+            except (OSError, ValueError):
+                self.step = 0
+        if before != (self.stage, self.step, self.attempts):
+            self.moved = time.monotonic()
+
+    def _read_log(self) -> None:
+        try:
+            with self.folder.worker_log(0).open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for found in BEGAN.finditer(whole.decode(errors="replace")):
+            self.attempts, self.resumed = self.attempts + 1, int(found[1] or 0)
+            self.repeated += max(0, self.step - self.resumed)
+            self.step = self.resumed
+
+
+@dataclass
+class Wound:
+    """A strike that the run has not recovered from yet, with its progress at that moment."""
+
+    kind: str
+    at: float
+    stage: int
+    step: int
+    attempts: int
+    repeated: int
+    alone: bool = True
+
+
+class Round:
+    """One run of the recipe from its beginning to its end, struck by `strikes`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        work: Workdir,
+        arena: Arena,
+        strikes: Iterator[Strike],
+        tally: Tally,
+        reference: Workdir,
+        hang_seconds: float,
+    ):
+        from orchestrator.soak_checks import median_step_seconds
+
+        self.recipe, self.work, self.arena, self.strikes, self.tally = recipe, work, arena, strikes, tally
+        self.hang_seconds = hang_seconds
+        self.step_seconds = [
+            median_step_seconds(reference.stage(stage.name), stage.batch) for stage in recipe.stages
+        ]
+        self.progress = Progress(recipe, work)
+        self.wound: Wound | None = None
+        self.since = self.last_strike = time.monotonic()
+        self.may_end = False  # with an error, because the disk is full
+        self.bad_ends = 0
+        for name in ("ends", "hangs"):
+            tally.problems[name] += []
+
+    def play(self, deadline: float) -> bool:
+        """True when the run has come to its end."""
+        began = time.monotonic()
+        self.arena.mend()
+        self.start()
+        strike = next(self.strikes, None)
+        while True:
+            time.sleep(POLL_SECONDS)
+            self.arena.tick()
+            self.progress.look()
+            self.settle()
+            code = self.arena.driver.poll() if self.arena.driver else 1
+            if code == 0:
+                break
+            if code is not None and not self.go_on(code):
+                return False
+            if time.monotonic() - self.progress.moved > self.hang_seconds:
+                self.hang()
+            if strike and time.monotonic() < deadline and self.is_due(strike) and self.hit(strike):
+                strike = next(self.strikes, None)
+        wall = time.monotonic() - began
+        self.tally.wall += wall
+        self.tally.steps += sum(stage.steps for stage in self.recipe.stages)
+        self.tally.useful += sum(
+            stage.steps * seconds
+            for stage, seconds in zip(self.recipe.stages, self.step_seconds, strict=True)
+        )
+        return self.repeat()
+
+    def start(self) -> None:
+        self.arena.start_driver()
+        self.progress.moved = time.monotonic()
+
+    def repeat(self) -> bool:
+        """The same command on the finished run tells MLflow what is left, and changes nothing."""
+        self.arena.mend()
+        if left := self.arena.free_stopped():
+            self.tally.problems["ends"].append(f"{left} stopped workers were never replaced")
+        self.start()
+        code = self.arena.driver.wait(self.hang_seconds) if self.arena.driver else None
+        if code:
+            self.tally.problems["ends"].append(
+                f"the finished run, repeated, ended with {code}; {last_line(self.arena.log)}"
+            )
+        return not code
+
+    def settle(self) -> None:
+        """Is the wound healed? A step was made by a new attempt, or a stage was finished; or there was none."""
+        wound, now, progress = self.wound, time.monotonic(), self.progress
+        if wound is None:
+            return
+        new_attempt = progress.attempts > wound.attempts and progress.step > progress.resumed
+        if new_attempt or progress.stage > wound.stage:
+            repeated, seconds = progress.repeated - wound.repeated, now - wound.at
+            lost = seconds + repeated * self.step_seconds[wound.stage]
+            self.tally.recoveries.append(Recovery(wound.kind, seconds, repeated, lost, wound.alone))
+            say(f"    recovered after {seconds:.1f} s, {repeated} steps again")
+        elif (
+            progress.attempts == wound.attempts
+            and wound.kind != "driver"  # its workers may run on until the next driver takes over
+            and now - wound.at > (IDLE_SECONDS_ADDED if wound.kind == "node added" else IDLE_SECONDS)
+            and now - progress.moved < 1
+            and progress.step > wound.step + 1
+        ):
+            self.tally.idle[wound.kind] += 1
+            say("    without effect")
+        else:
+            return
+        self.wound, self.may_end = None, False
+
+    def is_due(self, strike: Strike) -> bool:
+        now = time.monotonic()
+        if strike.hasty:
+            return now - self.last_strike >= strike.pause
+        making_steps = self.progress.step > self.progress.resumed and now - self.progress.moved < 1
+        if self.wound is not None or not making_steps:
+            self.since = now
+        return now - self.since >= strike.pause
+
+    def hit(self, strike: Strike) -> bool:
+        """Do what the strike says, and note it. False to be asked again: there is no victim, and may be one soon."""
+        arena, kind = self.arena, strike.kind
+        detail, wounds = "", True
+        if kind == "worker":
+            done = arena.kill_worker(strike.pick)
+        elif kind == "stop":
+            done = arena.stop_worker(strike.pick)
+        elif kind == "driver":
+            arena.kill_driver()
+            self.start()
+            done = True
+        elif kind == "damage":
+            detail = arena.damage(self.progress.folder, strike.pick) or ""
+            done = bool(detail) and arena.kill_worker(strike.pick)
+        elif kind == "node":
+            kind, done = f"node {arena.change_nodes(strike.pick)}", True
+        elif kind == "full":
+            arena.fill_disk(strike.lasting)
+            self.may_end = done = True
+        elif kind == "tracking":
+            arena.stop_server(strike.lasting)
+            done, wounds = True, False
+        else:
+            done, wounds = self.rival(), False
+        now = time.monotonic()
+        if not done and now - self.last_strike < strike.pause + VICTIM_SECONDS:
+            return False
+        self.last_strike = now
+        say(f"{strike.text()}{': ' + detail if detail else ''}{'' if done else ': no victim'}")
+        if not done:
+            return True
+        self.tally.struck[kind] += 1
+        if not wounds:
+            return True
+        if self.wound is not None:
+            self.wound.alone, self.wound.attempts = False, self.progress.attempts
+            self.wound.kind = kind
+        else:
+            p = self.progress
+            self.wound = Wound(kind, now, p.stage, p.step, p.attempts, p.repeated)
+        return True
+
+    def rival(self) -> bool:
+        code = self.arena.rival()
+        ended = self.arena.driver is not None and self.arena.driver.poll() is not None
+        if code != 6 and not ended:
+            self.tally.problems["ends"].append(f"a second driver ended with {code} instead of 6")
+        return True
+
+    def go_on(self, code: int) -> bool:
+        """The run has ended by itself before its end: run it again. False when that has happened too often."""
+        away = not self.arena.server_is_up
+        why = "the disk is full" if self.may_end else "MLflow is away" if away else ""
+        text = f"ended with {code}; {last_line(self.arena.log)}"
+        say(f"    {text}{f' ({why})' if why else ''}")
+        if why and code in (2, 10):
+            if self.arena.disk_is_full:
+                time.sleep(1)
+        else:
+            self.tally.problems["ends"].append(text)
+            self.bad_ends += 1
+            if self.bad_ends > MAX_BAD_ENDS:
+                return False
+        self.start()
+        return True
+
+    def hang(self) -> None:
+        beat = read_json(self.progress.folder.heartbeat)
+        doing = f"{beat['doing']} at step {beat['step']}" if beat else "nothing yet"
+        wound = (
+            f", {time.monotonic() - self.wound.at:.0f} s after a strike {self.wound.kind!r}"
+            if self.wound
+            else ""
+        )
+        text = f"no step for {self.hang_seconds:.0f} s{wound}; last heartbeat: {doing}; {last_line(self.arena.log)}"
+        self.tally.problems["hangs"].append(text)
+        say(f"    HANG: {text}")
+        self.arena.kill_driver()
+        self.arena.free_stopped()
+        self.start()

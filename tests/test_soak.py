@@ -1,0 +1,296 @@
+"""The soak itself: its strikes are reproducible, its checks find every fault, and a short one of them is run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_teacher, write_text
+from safetensors.torch import load_file, save_file
+
+from orchestrator import cli
+from orchestrator.recipe import Recipe, load_recipe
+from orchestrator.soak import Progress, Round
+from orchestrator.soak_checks import check_round
+from orchestrator.soak_plan import HASTY, PAUSE_SECONDS, WEIGHTS, Strike, plan
+from orchestrator.soak_tally import Recovery, Tally
+from orchestrator.workdir import Workdir
+
+
+def write_soak_recipe(
+    folder: Path, *, steps: int, stages: int = 1, workers: object = 1, **compute: object
+) -> Path:
+    """Sizes so small that starting is all that takes time: a step of 6 rows of 32 tokens, 2 layers of 16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write_text(folder / "words.txt", documents=300)
+    teacher = make_teacher(folder / "bert", layers=2, hidden=32)
+    stage = {"batch": 6, "steps": steps, "peak_lr": 1e-3, "warmup_steps": steps // 10, "held_out_rows": 8}
+    students = [("assistant", str(teacher), 2), ("small", "assistant", 1)][:stages]
+    recipe = {
+        "name": "soak",
+        "data": {"text": str(text), "tokenizer": str(teacher), "seq_len": 32, "held_out": 0.1},
+        "stages": [
+            {
+                "name": name,
+                "teacher": of,
+                "student": {"layers": layers, "hidden": 16},
+                "eval_every": 500,
+                **stage,
+            }
+            for name, of, layers in students
+        ],
+        "compute": {
+            "workers": workers,
+            "micro_batch": 2,
+            "threads": 1,
+            "checkpoint_every_seconds": 1,
+            "stall_seconds": 20,
+            **compute,
+        },
+        "tracking": {"log_every": 20},
+    }
+    path = folder / "soak.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_the_strikes_are_a_function_of_the_seed():
+    first = list(itertools.islice(plan(7, list(WEIGHTS)), 300))
+    assert first == list(itertools.islice(plan(7, list(WEIGHTS)), 300))
+    assert first != list(itertools.islice(plan(8, list(WEIGHTS)), 300))
+    assert {strike.kind for strike in first} == set(WEIGHTS)
+    assert [strike.number for strike in first] == list(range(1, 301))
+    assert all(
+        PAUSE_SECONDS[0] <= strike.pause <= PAUSE_SECONDS[1] and 0 <= strike.pick < 1 for strike in first
+    )
+    hasty = {strike.kind for strike in first if strike.hasty}
+    assert hasty == set(HASTY), "these, and only these, can strike a run that is just starting"
+    assert {strike.kind for strike in itertools.islice(plan(7, ["driver"]), 20)} == {"driver"}
+    assert first[0].text() == "#1 worker: 1.0 s of steps, pick 0.072, lasting 14.4 s"
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_soak_recipe(tmp_path_factory.mktemp("soak"), steps=60, checkpoint_every_steps=20)
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_file: Path) -> Recipe:
+    return load_recipe(recipe_file, [])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe_file: Path) -> Workdir:
+    work = recipe_file.parent / "undisturbed"
+    assert cli.main(["run", str(recipe_file), "--workdir", str(work), "--launcher", "inline"]) == 0
+    return Workdir(work)
+
+
+def store(work: Workdir) -> str:
+    return f"sqlite:///{work.root / 'mlflow.db'}"
+
+
+def test_nothing_is_found_where_nothing_is_wrong(recipe, undisturbed):
+    found = check_round(recipe, undisturbed, undisturbed, store(undisturbed))
+    assert found == {name: [] for name in ("rows", "points", "MLflow", "weights", "teacher", "tidiness")}
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True)
+
+
+def a_point_doubled(work: Workdir) -> None:
+    path = work.stage("assistant").points
+    path.write_text("".join([*lines(path), lines(path)[1]]))
+
+
+def a_point_lost(work: Workdir) -> None:
+    path = work.stage("assistant").heldout_points
+    path.write_text("".join(lines(path)[:-1]))
+
+
+def a_number_lost(work: Workdir) -> None:
+    path = work.stage("assistant").points
+    point = json.loads(lines(path)[0])
+    del point["metrics"]["assistant/loss"]
+    path.write_text("".join([json.dumps(point) + "\n", *lines(path)[1:]]))
+
+
+def another_ledger(work: Workdir) -> None:
+    path = next(work.stage("assistant").checkpoints.glob("*60")) / "checkpoint.json"
+    meta = json.loads(path.read_text())
+    meta["ledger"]["digest"] = f"{1:032x}"
+    path.write_text(json.dumps(meta))
+
+
+def another_end(work: Workdir) -> None:
+    path = work.stage("assistant").done
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ledger": f"{1:032x}"}))
+
+
+def other_weights(work: Workdir) -> None:
+    path = work.stage("assistant").student("assistant") / "model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1e-7
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def another_teacher(work: Workdir) -> None:
+    path = work.stage("assistant").job
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_digest": "0" * 64}))
+
+
+def half_a_file(work: Workdir) -> None:
+    (work.stage("assistant").checkpoints / ".step-000000060.1.tmp").mkdir()
+
+
+def a_checkpoint_too_many(work: Workdir) -> None:
+    last = next(work.stage("assistant").checkpoints.glob("*60"))
+    shutil.copytree(last, last.with_name("step-000000007"))
+
+
+def in_mlflow(work: Workdir, change) -> None:
+    from orchestrator.mlflow_server import connect
+
+    run = json.loads((work.root / "tracking.json").read_text())["runs"]["assistant"]
+    change(connect(store(work)), run)
+
+
+def a_point_told_twice(work: Workdir) -> None:
+    in_mlflow(work, lambda client, run: client.log_metric(run, "assistant/loss", 0.5, timestamp=1, step=40))
+
+
+def a_metric_of_nobody(work: Workdir) -> None:
+    in_mlflow(work, lambda client, run: client.log_metric(run, "assistant/strange", 0.5, step=40))
+
+
+def a_run_never_ended(work: Workdir) -> None:
+    in_mlflow(work, lambda client, run: client.update_run(run, "RUNNING"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "text"),
+    [
+        (a_point_doubled, "points", "doubled [40] (1)"),
+        (a_point_lost, "points", "heldout.jsonl: steps lost [60] (1)"),
+        (a_number_lost, "points", "step 20 lacks ['assistant/loss']"),
+        (another_ledger, "rows", "are NOT those that seed and data give"),
+        (another_end, "rows", "done.json says"),
+        (other_weights, "weights", "weights of assistant are"),
+        (another_teacher, "teacher", "have changed"),
+        (half_a_file, "tidiness", "left behind"),
+        (a_checkpoint_too_many, "tidiness", "3 checkpoints instead of 2"),
+        (a_point_told_twice, "MLflow", "MLflow's assistant/loss: steps lost [] (0), doubled [40] (1)"),
+        (a_metric_of_nobody, "MLflow", "no points file has: ['assistant/strange']"),
+        (a_run_never_ended, "MLflow", "its MLflow run is RUNNING"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_every_fault_is_found(recipe, undisturbed, tmp_path, fault, check, text):
+    work = Workdir(tmp_path / "work")
+    shutil.copytree(undisturbed.root, work.root)
+    fault(work)
+    found = check_round(recipe, work, undisturbed, store(work))
+    assert any(text in problem for problem in found[check]), found
+
+
+def test_progress_is_read_from_the_small_files(recipe, tmp_path):
+    work = Workdir(tmp_path)
+    folder = work.stage("assistant")
+    folder.root.mkdir(parents=True)
+    progress = Progress(recipe, work)
+    log = folder.worker_log(0)
+    log.write_text("x INFO stage assistant: starts\nx INFO stage assi")
+    (folder.root / "reached").write_bytes(b"%20d" % 31)
+    progress.look()
+    assert (progress.stage, progress.step, progress.attempts, progress.resumed) == (0, 31, 1, 0)
+    log.write_text(log.read_text() + "stant: resumes at step 20\n")
+    (folder.root / "reached").write_bytes(b"%20d" % 20)
+    progress.look()
+    assert (progress.step, progress.attempts, progress.resumed, progress.repeated) == (20, 2, 20, 11)
+    folder.published.write_text("{}")
+    progress.look()
+    assert progress.stage == 1
+
+
+def test_the_tally_fails_with_any_problem_and_reckons_what_a_failure_costs():
+    tally = Tally(seed=1)
+    assert not tally.sound, "nothing was run to its end"
+    tally.rounds, tally.steps, tally.useful, tally.wall = 1, 1000, 10.0, 100.0
+    tally.problems["rows"] = []
+    assert tally.sound
+    tally.struck.update(["worker", "driver", "tracking"])
+    for kind, lost, alone in (("worker", 20.0, True), ("driver", 40.0, True), ("worker", 600.0, False)):
+        tally.recoveries.append(Recovery(kind, lost - 1, 5, lost, alone))
+    assert tally.kills == 2
+    assert tally.expected_goodput == pytest.approx(0.95)
+    text = tally.text()
+    assert "2 kills in 1 finished rounds of 1,000 steps" in text
+    assert "at one in 10 minutes goodput would be 95.0%" in text
+    tally.problems["points"].append("round 1: a step lost")
+    assert not tally.sound
+    assert "1 PROBLEMS\n    round 1: a step lost" in tally.text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--only", "worker,earthquake"], "--only worker,earthquake: earthquake is none of worker,driver,"),
+        (["--workdir", "{full}"], "is not empty: give a new --workdir"),
+    ],
+)
+def test_bad_options_are_one_line(recipe_file, tmp_path, capsys, arguments, error):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    given = ["--workdir", str(tmp_path / "new"), *arguments]
+    given = [part.format(full=tmp_path / "full") for part in given]
+    assert cli.main(["soak", str(recipe_file), *given]) == 2
+    problem = capsys.readouterr().err
+    assert error in problem
+    assert problem.count("\n") == 1
+
+
+def test_a_recipe_that_rounds_is_refused(tmp_path, capsys):
+    path = write_soak_recipe(tmp_path, steps=60, reduction="fast")
+    assert cli.main(["soak", str(path), "--workdir", str(tmp_path / "work")]) == 2
+    assert "it needs compute.reduction: exact (now fast)" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(tmp_path):
+    """A real cluster, server and run, struck three times on purpose."""
+    from orchestrator.soak import run_undisturbed
+    from orchestrator.soak_arena import Arena
+
+    path = write_soak_recipe(tmp_path / "in", steps=400, checkpoint_every_steps=20)
+    recipe, reference, tally = load_recipe(path, []), Workdir(tmp_path / "reference"), Tally(seed=0)
+    run_undisturbed(path, reference.root, tmp_path / "reference.log")
+    kinds = ("tracking", "worker", "damage")
+    strikes = iter([Strike(n, kind, 0.2, False, 0.4, 5.0) for n, kind in enumerate(kinds)])
+    with Arena(tmp_path / "soak", 1, 1) as arena:
+        work = Workdir(arena.disk / "work")
+        arena.begin(path, work.root, tmp_path / "run.log", [])
+        log = tmp_path / "run.log"
+        assert Round(recipe, work, arena, strikes, tally, reference, 120).play(float("inf")), log.read_text()
+        found = check_round(recipe, work, reference, arena.server_uri)
+    assert tally.struck == dict.fromkeys(kinds, 1)
+    assert [recovery.kind for recovery in tally.recoveries] == ["worker", "damage"]
+    assert tally.recoveries[1].repeated >= 20, "it went on from the checkpoint before the damaged one"
+    assert not any(tally.problems.values()), tally.problems
+    assert not any(found.values()), found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_twenty_minutes_of_soak(tmp_path, capsys):
+    path = write_soak_recipe(tmp_path / "in", steps=1500, stages=2, workers=[1, 3])
+    code = cli.main(
+        ["soak", str(path), "--minutes", "20", "--seed", "1", "--workdir", str(tmp_path / "soak")]
+    )
+    print(capsys.readouterr().out)
+    assert code == 0
