@@ -19,6 +19,7 @@ from model.encoder import TappedEncoder, build_student
 from model.objective import Objective
 from orchestrator import step as step_module
 from orchestrator.buckets import LEAST_GAIN, ROUND, by_length, cuts
+from orchestrator.corpora import HeldOut
 from orchestrator.evaluate import heldout_divergence
 from orchestrator.students import build_distiller
 
@@ -148,12 +149,12 @@ def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(documents, tea
 
 def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, monkeypatch):
     distiller = build_distiller(make_job(documents, teacher, tmp_path), ALONE.device)
-    reader = RowReader(documents / "held-out")
+    held_out = [HeldOut("only", 1.0, RowReader(documents / "held-out"))]
     values = []
     for grouped in (True, False):
         if not grouped:
             monkeypatch.setattr("orchestrator.evaluate.by_length", lambda ids, mask: [(ids, mask)])
-        found = heldout_divergence(distiller, reader, rows=12, micro_batch=6, autocast=None, world=ALONE)
+        found = heldout_divergence(distiller, held_out, rows=12, micro_batch=6, autocast=None, world=ALONE)
         values.append(found["small"])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
