@@ -21,6 +21,7 @@ from orchestrator.attempts import MAX_FAILURES, count_start_failure
 from orchestrator.errors import InfrastructureError, NoProgress, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.lease import Superseded, check_writer
+from orchestrator.processes import Process
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.storage import is_final
 
@@ -47,6 +48,7 @@ def log_to_file(job: StageJob) -> None:
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    log.info("rank %d is %s", own_rank(), Process.this())
 
 
 def run_reporting(
