@@ -1,17 +1,10 @@
-"""How fast and how large: the divergence by itself, and whole training steps against the way they are written
-by hand.
+"""How fast and how large: what is measured, how it is printed, and the divergence by itself.
 
-By hand means: two transformers models with eager attention and `output_attentions=True`, whole maps, the KL
-of their softmaxes, AdamW over all parameters. Both ways take the same rows, sizes, dropout and fused
-optimiser, one after the other in one process.
-
-Time: the median and the 20 % and 80 % quantiles of repeated steps after a warm-up. Memory: bytes of all
-tensors alive at the peak of one step (weights, gradients and optimiser included), counted by the allocator.
-FLOP: what the objective needs with nothing computed behind the tap, the same figure for either way, so that
-shares compare.
+Time: the median and the 20 % and 80 % quantiles of repeated calls after a warm-up. Memory: bytes of all tensors
+alive at the peak of one call, those that live before and after it included, counted by the allocator. Whole
+training steps are in bench_step.py.
 """
 
-import copy
 import gc
 import json
 import platform
@@ -24,13 +17,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoConfig, AutoModel
 
-from model.distiller import Distiller
-from model.encoder import TappedEncoder, build_student
 from model.errors import ModelError
-from model.objective import Objective
 from model.relations import relation_kl
 
 
@@ -54,26 +42,6 @@ class Row:
     peak_memory_bytes: int
     flop_per_second: float
     share_of_matmul_peak: float
-
-
-@dataclass(frozen=True)
-class Size:
-    """An encoder's size, written 6x384."""
-
-    layers: int
-    hidden: int
-
-    @staticmethod
-    def parse(text: str) -> "Size":
-        """ "6x384" -> Size(6, 384)."""
-        try:
-            layers, hidden = (int(part) for part in text.split("x"))
-        except ValueError:
-            raise ModelError(f"{text!r} is no encoder size; write layers x hidden, as in 6x384") from None
-        return Size(layers, hidden)
-
-    def __str__(self) -> str:
-        return f"{self.layers}x{self.hidden}"
 
 
 def bench_loss(
@@ -111,69 +79,8 @@ def bench_loss(
         except ModelError:
             continue
         shape = f"{batch}x{heads}x{tokens}x{tokens}, heads of {teacher_size} and {student_size}"
-        rows.append(_measure("loss", implementation, shape, step, sides, batch * tokens, flop, peak, repeats))
+        rows.append(measure("loss", implementation, shape, step, sides, batch * tokens, flop, peak, repeats))
     return rows
-
-
-def bench_step(
-    *,
-    teacher: Size = Size(12, 768),
-    students: Sequence[Size] = (Size(6, 384),),
-    batch: int = 8,
-    tokens: int = 512,
-    heads: int = 12,
-    ways: Sequence[str] = ("by-hand", "ours"),
-    repeats: int = 5,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    vocabulary: int = 30522,
-) -> list[Row]:
-    """A whole training step: teacher, students, loss, gradients, update; float32 weights, `dtype` by
-    autocast.
-
-    ways: "by-hand" and "ours" for every student alone; "ours-compiled" with compiled blocks. With several
-    students a last row trains all of them on one teacher pass.
-    """
-    ids = torch.randint(0, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(1)).to(device)
-    config = AutoConfig.for_model(
-        "bert",
-        vocab_size=vocabulary,
-        num_hidden_layers=teacher.layers,
-        hidden_size=teacher.hidden,
-        num_attention_heads=heads,
-        intermediate_size=4 * teacher.hidden,
-        max_position_embeddings=max(512, tokens),
-    )
-    if unknown := [way for way in ways if way not in _STEPS]:
-        raise ModelError(f"way {unknown[0]!r} is not known; use {', '.join(_STEPS)}")
-    peak = matmul_peak(device, dtype)
-    groups = [[size] for size in students] + ([list(students)] if len(students) > 1 else [])
-    rows = []
-    for group in groups:
-        flop = step_flop(teacher, group, batch, tokens)
-        shape = f"{teacher} to {' + '.join(map(str, group))}, {batch}x{tokens}"
-        for way in ways:
-            if way == "by-hand" and len(group) > 1:
-                continue
-            step, held = _STEPS[way](copy.deepcopy(config), group, ids, dtype)  # a model keeps its config
-            rows.append(_measure("step", way, shape, step, held, batch * tokens, flop, peak, repeats))
-            del step, held
-            gc.collect()
-    return rows
-
-
-def step_flop(teacher: Size, students: Iterable[Size], batch: int, tokens: int) -> float:
-    """Floating-point operations of a step, two a multiplication: a backward counts twice its forward."""
-
-    def forward(size: Size) -> float:
-        layer = 2 * 12 * size.hidden**2 + 4 * tokens * size.hidden
-        return (size.layers - 1) * layer + 2 * 3 * size.hidden**2
-
-    def relations(size: Size) -> float:
-        return 2 * 2 * tokens * (teacher.hidden + 3 * size.hidden)
-
-    a_token = forward(teacher) + sum(3 * forward(size) + relations(size) for size in students)
-    return batch * tokens * a_token
 
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
@@ -236,7 +143,7 @@ def peak_bytes(step: Callable[[], Any], held: Any, device: str) -> int:
     return before + peak
 
 
-def _measure(
+def measure(
     bench: str,
     way: str,
     shape: str,
@@ -247,6 +154,10 @@ def _measure(
     peak: float,
     repeats: int,
 ) -> Row:
+    """Warm up twice, then `repeats` calls of `step`. held: what lives beside it; its first tensor names the device.
+
+    tokens, flop: of one step. peak: FLOP/s of a matrix product.
+    """
     first = _tensors(held)[0]
     device = first.device.type
     step()
@@ -292,88 +203,3 @@ def _tensors(held: Any) -> list[Tensor]:
     if isinstance(held, torch.optim.Optimizer):
         return [v for state in held.state.values() for v in state.values() if isinstance(v, Tensor)]
     return [tensor for part in held for tensor in _tensors(part)]
-
-
-def _autocast(ids: Tensor, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
-
-
-def _step_of_ours(
-    config: Any, sizes: Sequence[Size], ids: Tensor, dtype: torch.dtype, *, compiled: bool = False
-) -> tuple[Callable[[], None], list[Any]]:
-    teacher = TappedEncoder(
-        AutoModel.from_config(config, attn_implementation="sdpa"), config.num_hidden_layers
-    )
-    students = {}
-    for i, size in enumerate(sizes):
-        student = build_student(config, layers=size.layers, hidden=size.hidden, seed=i)
-        students[f"{i}-{size}"] = TappedEncoder(student, size.layers)
-    distiller = Distiller(teacher, students, Objective.named("minilm")).to(ids.device)
-    distiller.train()
-    if compiled:
-        for encoder in (teacher, *students.values()):
-            encoder.compile_blocks()
-    optimizers = {name: _adamw(distiller.trained_parameters(name).values()) for name in students}
-
-    def step() -> None:
-        with _autocast(ids, dtype):
-            taps = distiller.teach(ids, None)
-        for name, optimizer in optimizers.items():
-            with _autocast(ids, dtype):
-                sums = distiller.term_sums(name, taps, ids, None)
-            (sums.sum() / len(ids)).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-
-    return step, [distiller, teacher, *optimizers.values(), ids]
-
-
-def _step_compiled(*arguments: Any) -> tuple[Callable[[], None], list[Any]]:
-    return _step_of_ours(*arguments, compiled=True)
-
-
-def _step_by_hand(
-    config: Any, sizes: Sequence[Size], ids: Tensor, dtype: torch.dtype
-) -> tuple[Callable[[], None], list[Any]]:
-    size = sizes[0]
-    teacher = AutoModel.from_config(config, attn_implementation="eager").eval().to(ids.device)
-    shape = build_student(config, layers=size.layers, hidden=size.hidden, seed=0).config
-    student = AutoModel.from_config(shape, attn_implementation="eager").train().to(ids.device)
-    optimizer = _adamw(student.parameters())
-
-    def outputs(model: Any) -> tuple[Tensor, Tensor]:
-        out = model(ids, output_attentions=True, output_hidden_states=True)
-        attention = model.encoder.layer[-1].attention.self
-        value = (
-            attention.value(out.hidden_states[-2])
-            .unflatten(-1, (config.num_attention_heads, -1))
-            .transpose(1, 2)
-        )
-        return out.attentions[-1], (value @ value.transpose(-1, -2) / value.shape[-1] ** 0.5).softmax(-1)
-
-    def divergence(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        logs = student_map.float().clamp(min=1e-9).log()
-        return functional.kl_div(logs, teacher_map.float(), reduction="none").sum(-1).mean()
-
-    def step() -> None:
-        with _autocast(ids, dtype):
-            with torch.no_grad():
-                teacher_maps = outputs(teacher)
-            student_maps = outputs(student)
-        loss = torch.stack([divergence(s, t) for s, t in zip(student_maps, teacher_maps, strict=True)]).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-
-    return step, [student, teacher, optimizer, ids]
-
-
-_STEPS: dict[str, Callable[..., tuple[Callable[[], None], list[Any]]]] = {
-    "ours": _step_of_ours,
-    "ours-compiled": _step_compiled,
-    "by-hand": _step_by_hand,
-}

@@ -25,6 +25,7 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--students", default="6x384", metavar="LxH,…", help="several share one teacher pass too"
     )
+    step.add_argument("--micro-batches", type=int, default=1, help="of --batch rows, before an update")
     step.add_argument("--ways", default="by-hand,ours", help="of by-hand, ours, ours-compiled")
     _add_common(step)
     step.set_defaults(run=bench_step)
@@ -45,11 +46,12 @@ def bench_loss(options: argparse.Namespace) -> int:
 
 
 def bench_step(options: argparse.Namespace) -> int:
-    from model.bench import Size, bench_step
+    from model.bench_step import Size, bench_step
 
     students = [Size.parse(size) for size in options.students.split(",")]
     teacher, ways = Size.parse(options.teacher), options.ways.split(",")
-    rows = bench_step(teacher=teacher, students=students, ways=ways, **_common(options))
+    sizes = {"teacher": teacher, "students": students, "micro_batches": options.micro_batches}
+    rows = bench_step(**sizes, ways=ways, **_common(options))
     return _print(rows, options.json)
 
 

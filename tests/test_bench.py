@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from model import bench
-from model.bench import Size, bench_loss, bench_step, json_lines, peak_bytes, step_flop, table
+from model import bench, bench_step
+from model.bench import bench_loss, json_lines, peak_bytes, table
+from model.bench_step import Size, step_flop
 from model.errors import ModelError
 
 TINY = {"teacher": Size(2, 16), "batch": 2, "tokens": 12, "heads": 2, "repeats": 2, "vocabulary": 30}
@@ -14,7 +15,8 @@ TINY = {"teacher": Size(2, 16), "batch": 2, "tokens": 12, "heads": 2, "repeats":
 
 @pytest.fixture(autouse=True)
 def small_matmul(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e11)
+    for module in (bench, bench_step):
+        monkeypatch.setattr(module, "matmul_peak", lambda device, dtype: 1e11)
 
 
 def test_loss_rows_and_their_two_forms():
@@ -40,7 +42,7 @@ def test_step_rows_of_one_student_and_of_several_on_one_teacher_pass(monkeypatch
     monkeypatch.setattr(
         bench, "peak_bytes", lambda step, held, device: step() or 7
     )  # the profiler takes seconds
-    rows = bench_step(students=[Size(2, 8), Size(1, 8)], **TINY)
+    rows = bench_step.bench_step(students=[Size(2, 8), Size(1, 8)], **TINY)
     assert [(row.way, row.shape) for row in rows] == [
         ("by-hand", "2x16 to 2x8, 2x12"),
         ("ours", "2x16 to 2x8, 2x12"),
@@ -49,11 +51,14 @@ def test_step_rows_of_one_student_and_of_several_on_one_teacher_pass(monkeypatch
         ("ours", "2x16 to 2x8 + 1x8, 2x12"),
     ]
     assert {row.peak_memory_bytes for row in rows} == {7}
+    (row,) = bench_step.bench_step(students=[Size(1, 8)], ways=["ours"], micro_batches=3, **TINY)
+    assert row.shape == "2x16 to 1x8, 3 of 2x12"
+    assert row.tokens_per_second * row.median_seconds == pytest.approx(3 * 2 * 12)
 
 
 def test_by_hand_is_the_same_objective(monkeypatch):
-    """Without dropout and with the same weights both ways give the same gradients: a fair comparison."""
-    config = bench.AutoConfig.for_model(
+    """Without dropout and with the same weights both ways give the same gradients, of three micro-batches here."""
+    config = bench_step.AutoConfig.for_model(
         "bert",
         vocab_size=30,
         num_hidden_layers=2,
@@ -61,11 +66,11 @@ def test_by_hand_is_the_same_objective(monkeypatch):
         num_attention_heads=2,
         intermediate_size=32,
     )
-    ids = torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 30, (3, 2, 9), generator=torch.Generator().manual_seed(0))
     gradients = {}
     for way in ("ours", "by-hand"):
         torch.manual_seed(0)
-        step, held = bench._STEPS[way](config, [Size(2, 8)], ids, torch.float32)
+        step, held = bench_step._STEPS[way](config, [Size(2, 8)], ids, torch.float32)
         optimizer = next(part for part in held if isinstance(part, torch.optim.Optimizer))
         student = held[0].students["0-2x8"].model if way == "ours" else held[0]
         teacher = held[1].model if way == "ours" else held[1]

@@ -5,14 +5,15 @@ import json
 
 import pytest
 
-from model import bench
+from model import bench, bench_step
 from model.errors import ModelError
 from orchestrator.bench_verbs import add_bench_verbs
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e11)
+    for module in (bench, bench_step):
+        monkeypatch.setattr(module, "matmul_peak", lambda device, dtype: 1e11)
     monkeypatch.setattr(bench, "peak_bytes", lambda step, held, device: step() or 7)
 
 
@@ -58,3 +59,9 @@ def test_reduction_prints_a_row_for_each_sum(capsys):
         ("exact", 1000, 2),
         ("fast", 1000, 2),
     ]
+
+
+def test_a_step_of_several_micro_batches(capsys):
+    sizes = ("--teacher", "2x8", "--students", "1x4", "--batch", "1", "--tokens", "8", "--ways", "ours")
+    assert call("step", *sizes, "--micro-batches", "2") == 0
+    assert "2x8 to 1x4, 2 of 1x8" in capsys.readouterr().out

@@ -16,7 +16,8 @@ from support import make_job
 from test_encoder import batch, tiny_model
 from test_step import one_step
 
-from model.bench import Size, bench_loss, bench_step
+from model.bench import bench_loss
+from model.bench_step import Size, bench_step
 from model.encoder import FAMILIES, TappedEncoder
 from model.export import weights_digest
 from model.relations import relation_kl
