@@ -86,6 +86,11 @@ def check_options(recipe: Recipe, folder: Path, only: str | None) -> list[str]:
             f"recipe {recipe.name} cannot be soaked: weights are compared bit for bit, so it needs compute.reduction: "
             f"exact (now {recipe.compute.reduction}) and a number of compute.threads (now {recipe.compute.threads})"
         )
+    if recipe.compute.checkpoints is not None:
+        raise UserError(
+            f"recipe {recipe.name} cannot be soaked: every round needs checkpoints of its own, so leave "
+            f"compute.checkpoints out (now {recipe.compute.checkpoints})"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give a new --workdir, or delete it")
     kinds = only.split(",") if only else list(WEIGHTS)

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator import checkpoint
+from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.errors import InfrastructureError
 from orchestrator.launch import RESIZE_SECONDS
 from orchestrator.stage import StageFolder
@@ -189,7 +190,7 @@ class Arena:
 
     def damage(self, stage: StageFolder, pick: float) -> str | None:
         """Damage the newest checkpoint, if there is a sound one behind it; how, or None."""
-        found = checkpoint.list_checkpoints(stage.checkpoints)
+        found = [stage.checkpoints / name for name in LocalFolder(stage.checkpoints).names()]
         try:
             checkpoint.read(found[-2])
             victims = sorted(path for path in found[-1].iterdir() if path.is_file())

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from model.export import weights_digest
-from orchestrator import checkpoint
+from orchestrator.checkpoint_store import LocalFolder, step_of
 from orchestrator.files import read_json
 from orchestrator.ledger import verify_run
 from orchestrator.metrics import Point, read_points
@@ -44,12 +44,12 @@ def check_round(recipe: Recipe, work: Workdir, reference: Workdir, server: str) 
 def rows(folder: StageFolder) -> Problems:
     """The last checkpoint's ledger and that of `done.json` are what seed and data give: no row lost, none doubled."""
     job = StageJob.from_json(folder.job.read_text(encoding="utf-8"))
-    last = checkpoint.list_checkpoints(folder.checkpoints)[-1]
-    check = verify_run(last)
+    last = LocalFolder(folder.checkpoints).names()[-1]
+    check = verify_run(folder.checkpoints / last)
     done = read_json(folder.done)
     problems = [] if check.sound else [check.text()]
     if check.step != job.steps or done is None or done["ledger"] != check.expected:
-        problems.append(f"done.json says {done}, {last.name} recomputes to {check.expected}")
+        problems.append(f"done.json says {done}, {last} recomputes to {check.expected}")
     return problems
 
 
@@ -137,8 +137,8 @@ def tidiness(recipe: Recipe, folder: StageFolder) -> Problems:
     """No half-written file is left, and no more checkpoints than configured."""
     left = [path.name for path in folder.root.rglob(".*.tmp")]
     problems = [f"left behind: {left}"] if left else []
-    kept, every = checkpoint.list_checkpoints(folder.checkpoints), recipe.compute.keep_every_steps
-    newest = [path for path in kept if every is None or checkpoint.step_of(path) % every]
+    kept, every = LocalFolder(folder.checkpoints).names(), recipe.compute.keep_every_steps
+    newest = [name for name in kept if every is None or step_of(name) % every]
     if len(newest) > recipe.compute.keep_checkpoints:
         problems.append(f"{len(newest)} checkpoints instead of {recipe.compute.keep_checkpoints}")
     return problems

@@ -255,10 +255,18 @@ def test_bad_options_are_one_line(recipe_file, tmp_path, capsys, arguments, erro
     assert problem.count("\n") == 1
 
 
-def test_a_recipe_that_rounds_is_refused(tmp_path, capsys):
-    path = write_soak_recipe(tmp_path, steps=60, reduction="fast")
+@pytest.mark.parametrize(
+    ("compute", "error"),
+    [
+        ({"reduction": "fast"}, "it needs compute.reduction: exact (now fast)"),
+        ({"threads": "auto"}, "a number of compute.threads (now None)"),
+        ({"checkpoints": "s3://bucket/folder"}, "leave compute.checkpoints out (now s3://bucket/folder)"),
+    ],
+)
+def test_a_recipe_that_cannot_be_compared_is_refused(tmp_path, capsys, compute, error):
+    path = write_soak_recipe(tmp_path, steps=60, **compute)
     assert cli.main(["soak", str(path), "--workdir", str(tmp_path / "work")]) == 2
-    assert "it needs compute.reduction: exact (now fast)" in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.timeout(900)
