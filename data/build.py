@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,13 @@ def import_data(
         "shard_bytes": shard_bytes,
     }
     with _disk_errors(out):
-        if (done := finished_build(out, arguments, plan.files)) is not None:
+        done = finished_build(out, arguments, plan.files)
+        if done is not None and not (out / WORK).exists():
             return done
         created = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
         with _lock(out):
             if (done := finished_build(out, arguments, plan.files)) is not None:
+                shutil.rmtree(out / WORK, ignore_errors=True)  # of a build that was killed when all was done
                 return done
             info = TokenizerInfo(vocabulary_fingerprint(loaded), _vocab_size(loaded), *special_ids(loaded))
             layout = _layout(info, seq_len, packing, rows_per_block, shard_bytes)
@@ -212,12 +213,22 @@ def _layout(info: TokenizerInfo, seq_len: int, packing: str, rows_per_block: int
 def _lock(out: Path) -> Iterator[None]:
     """One build a folder at a time; a second one waits and then finds the first one's result."""
     path = out / ".lock"
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    while True:
+        out.mkdir(parents=True, exist_ok=True)  # the one before us may have failed, and left nothing behind
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+            file = path.open("w")
+        except FileNotFoundError:
+            continue
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # while we waited it was removed: others may hold the one that is there now
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -34,6 +34,7 @@ from data.pack import content_len
 from data.ray_tasks import run_tasks_on_ray
 from data.report import REPORT, BuildReport, make_report, save_report
 from data.sources.plugin import Plan
+from data.telling import Told
 from data.workers import Task, run_tasks
 
 WORK = ".build"
@@ -43,7 +44,7 @@ _PHASES = {"tokenize": (0.0, 0.85), "sort": (0.85, 0.92), "write": (0.92, 1.0)}
 
 class BuildProgress(NamedTuple):
     """Where a build is: `phase` is tokenize, sort or write; `done` of `total` tasks of the phase; `share`
-    0..1 of all."""
+    0..1 of all. Share, documents and tokens count parts of tasks under way too, as far as they tell."""
 
     phase: str
     done: int
@@ -84,14 +85,23 @@ class BuildRun:
         key_file = self.folder / "key.json"
         key = {**saved, "files": [stamp["content"] for stamp in saved["files"]]}
         key["plan"] = xxhash.xxh3_128_hexdigest(json.dumps(self.work._asdict()).encode())
-        if key_file.exists() and json.loads(key_file.read_text()) == key:
-            return
+        if key_file.exists():
+            if (before := json.loads(key_file.read_text())) == key:
+                return
+            self._remove_published(bool(before["held_out"]))
         shutil.rmtree(self.folder, ignore_errors=True)
         for name in ("runs", "buckets", "results", *SPLITS):
             (self.folder / name).mkdir(parents=True)
         _save_tokenizer(tokenizer, self.folder / TOKENIZER)
         save_work(self.folder, self.work)
         save_json(key_file, key)
+
+    def _remove_published(self, held_out: bool) -> None:
+        """What another build had moved into place when it was killed, the manifest being the last."""
+        for path in (*self.out.glob("shard-*.tar"), self.out / CHECKSUMS):
+            path.unlink(missing_ok=True)
+        if held_out:
+            shutil.rmtree(self.out / HELD_OUT, ignore_errors=True)
 
     def run(self) -> BuildReport:
         before = time.monotonic()
@@ -168,34 +178,43 @@ class BuildRun:
         if name == "tokenize":
             for result in results.values():
                 self._count(result)
-        self._tell(name, len(results), len(tasks))
+        under_way: dict[int, Told] = {}
+
+        def tick() -> None:
+            self._tell(name, len(results), len(tasks), list(under_way.values()))
+
+        tick()
         todo: list[Task] = [(name, {"folder": str(self.folder), **tasks[index]}) for index in left]
-        for ended in run_tasks_on_ray(todo) if self.on_ray else run_tasks(todo, self.processes):
-            if ended is not None:
-                number, result = left[ended[0]], ended[1]
-                results[number] = result
-                save_json(paths[number], result)
-                if name == "tokenize":
-                    self._count(result)
-            self._tell(name, len(results), len(tasks))
+        ended = (
+            run_tasks_on_ray(todo, tick) if self.on_ray else run_tasks(todo, self.processes, under_way, tick)
+        )
+        for index, result in ended:
+            results[left[index]] = result
+            save_json(paths[left[index]], result)
+            if name == "tokenize":
+                self._count(result)
+            tick()
         return [results[index] for index in range(len(tasks))]
 
     def _count(self, result: dict[str, int]) -> None:
         self.documents += result["documents"]
         self.tokens += result["tokens"]
 
-    def _tell(self, phase: str, done: int, total: int) -> None:
+    def _tell(self, phase: str, done: int, total: int, under_way: list[Told]) -> None:
         low, high = _PHASES[phase]
-        share = low + (high - low) * done / max(1, total)
+        parts = done + sum(told["share"] for told in under_way)
+        share = low + (high - low) * parts / max(1, total)
         if self.share_at_start < 0:
             self.share_at_start = share
         if self.progress is not None:
             seconds = time.monotonic() - self.started
             gained = share - self.share_at_start
             left = seconds * (1 - share) / gained if gained > 0 else math.nan
-            self.progress(
-                BuildProgress(phase, done, total, share, self.documents, self.tokens, seconds, left)
+            documents, tokens = (
+                have + sum(int(told[name]) for told in under_way)
+                for name, have in (("documents", self.documents), ("tokens", self.tokens))
             )
+            self.progress(BuildProgress(phase, done, total, share, documents, tokens, seconds, left))
 
     def _publish(self, manifests: dict[str, Manifest], report: BuildReport) -> None:
         """Move everything into place; the held-out data set first, the main manifest last."""

@@ -27,6 +27,7 @@ from data.manifest import shard_name
 from data.pack import content_len, document_rows, full_rows, joined, pieces
 from data.shard import Layout, write_shard
 from data.sources.plugin import Document, find_source
+from data.telling import report
 
 SPLITS = ("train", "held-out")
 NUM_BINS = 40  # of the length histogram: bin i holds lengths in [2^(i/2), 2^((i+1)/2))
@@ -107,6 +108,7 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
     counts = {"documents": 0, "empty": 0, "tokens": 0, "unknown": 0, "held_out": 0, "runs": 0}
     held, tokens_held = _Held([], [], []), 0
     for document, ids in _coded(folder, work, unit):
+        report({name: counts[name] for name in ("documents", "tokens")})
         if not len(ids):
             counts["empty"] += 1
             continue

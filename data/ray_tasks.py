@@ -4,7 +4,7 @@ Every node must see the build's folder under the same path (NFS, Lustre, …): t
 node that does not see it is named. Ray runs a task again when its node is lost; every task is safe to run twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ _TICK_SECONDS = 0.5
 _IN_FLIGHT_PER_CORE = 2
 
 
-def run_tasks_on_ray(tasks: Sequence[Task]) -> Iterator[tuple[int, Any] | None]:
+def run_tasks_on_ray(tasks: Sequence[Task], tick: Callable[[], None]) -> Iterator[tuple[int, Any]]:
     """As `data.workers.run_tasks`, one core a task, on the cluster that this process is connected to or that
-    RAY_ADDRESS names. Leaving the iterator cancels what is under way."""
+    RAY_ADDRESS names. Tasks under way tell nothing. Leaving the iterator cancels what is under way."""
     import ray
 
     if not ray.is_initialized():
@@ -39,7 +39,7 @@ def run_tasks_on_ray(tasks: Sequence[Task]) -> Iterator[tuple[int, Any] | None]:
                 return
             done, _ = ray.wait(list(waiting), timeout=_TICK_SECONDS)
             if not done:
-                yield None
+                tick()
             for reference in done:
                 index = waiting.pop(reference)
                 yield index, _result(ray.get(reference))

@@ -17,11 +17,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from data.errors import DataError
+from data.telling import Told, hearing
 
 Task = tuple[str, dict[str, Any]]
 
@@ -30,16 +32,28 @@ _TICK_SECONDS = 0.5
 _START = "import sys; sys.path[:] = {path!r}; from data.workers import serve; serve()"
 
 
-def run_tasks(tasks: Sequence[Task], processes: int) -> Iterator[tuple[int, Any] | None]:
-    """Run every task; yields (index, result) as they end, and None every half second in between.
+def run_tasks(
+    tasks: Sequence[Task], processes: int, under_way: dict[int, Told], tick: Callable[[], None]
+) -> Iterator[tuple[int, Any]]:
+    """Run every task; yields (index, result) as they end.
 
-    The first error stops all and is raised here. Leaving the iterator, by whatever way, ends every worker.
+    In between `tick` is called every half second, in the caller's thread; `under_way` then says what the tasks under
+    way have told (data.telling). The first error stops all and is raised here, and one of `tick` too. Leaving the
+    iterator, by whatever way, ends every worker.
     """
     processes = min(processes, len(tasks))
     if processes <= 1:
+
+        def heard(index: int, told: Told) -> None:
+            under_way[index] = told
+            tick()
+
         with _serial_tokenizers():
             for index, (name, arguments) in enumerate(tasks):
-                yield index, _function(name)(**arguments)
+                with hearing(partial(heard, index)):
+                    result = _function(name)(**arguments)
+                under_way.pop(index, None)
+                yield index, result
         return
     workers: SimpleQueue[_Worker] = SimpleQueue()
     started = [_Worker() for _ in range(processes)]
@@ -50,7 +64,7 @@ def run_tasks(tasks: Sequence[Task], processes: int) -> Iterator[tuple[int, Any]
     def run(index: int) -> tuple[int, Any]:
         worker = workers.get()
         try:
-            return index, worker.call(*tasks[index])
+            return index, worker.call(*tasks[index], partial(under_way.__setitem__, index))
         finally:
             workers.put(worker)
 
@@ -59,9 +73,11 @@ def run_tasks(tasks: Sequence[Task], processes: int) -> Iterator[tuple[int, Any]
         while waiting:
             done, waiting = wait(waiting, timeout=_TICK_SECONDS, return_when=FIRST_COMPLETED)
             if not done:
-                yield None
+                tick()
             for future in done:
-                yield future.result()
+                index, result = future.result()
+                under_way.pop(index, None)
+                yield index, result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in started:
@@ -107,12 +123,13 @@ class _Worker:
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         )
 
-    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+    def call(self, name: str, arguments: dict[str, Any], heard: Callable[[Told], None]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps([name, arguments]).encode() + b"\n")
             self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        while (line := self._process.stdout.readline()) and "told" in (answer := json.loads(line)):
+            heard(answer["told"])
         if not line:
             code = self._process.wait()
             raise WorkerEnded(
@@ -120,7 +137,6 @@ class _Worker:
                 "processes, "
                 "then run the same command again: finished pieces are kept"
             )
-        answer = json.loads(line)
         if "error" in answer:
             raise DataError(answer["error"])
         if "os_error" in answer:
@@ -138,7 +154,7 @@ class _Worker:
 
 
 def serve() -> None:
-    """The worker's side: tasks from stdin, one answer a line to what was stdout; prints go to stderr."""
+    """The worker's side: tasks from stdin, answers, one a line, to what was stdout; prints go to stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -149,17 +165,21 @@ def serve() -> None:
             lines.put(line)
         os._exit(0)  # the parent is gone
 
+    def send(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
     threading.Thread(target=listen, daemon=True).start()
     while True:
         name, arguments = json.loads(lines.get())
         answer: dict[str, Any]
         try:
-            answer = {"result": _function(name)(**arguments)}
+            with hearing(lambda told: send({"told": told})):
+                answer = {"result": _function(name)(**arguments)}
         except DataError as error:
             answer = {"error": str(error)}
         except OSError as error:
             answer = {"os_error": [error.errno, error.strerror, error.filename]}
         except Exception:
             answer = {"defect": traceback.format_exc()}
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
+        send(answer)

@@ -3,26 +3,31 @@
 import errno
 import gzip
 import json
+import lzma
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from data_cases import CLS, PAD, SEP, make_documents, make_tokenizer
 from transformers import AutoTokenizer
 
-from data import build_tasks, workers
+from data import build_tasks, telling, workers
 from data import shard as shard_module
-from data.build import build
+from data.build import _lock, build
 from data.errors import DataError
 from data.manifest import load_manifest
 from data.sources import text as source
+from data.sources import text_formats
 from data.stream import RowReader
 
 
@@ -167,6 +172,65 @@ def test_progress_rises_to_one_and_tells_time_left(text, tokenizer, tmp_path):
     assert seen[-1].documents == 90 and seen[-1].seconds_left == 0
 
 
+def frames(raw):
+    return b"".join(zstandard.compress(raw[at : at + 5000]) for at in range(0, len(raw), 5000))
+
+
+@pytest.mark.parametrize("packer", ["", ".gz", ".xz", ".zst"])
+def test_one_process_tells_progress_inside_a_task(tokenizer, tmp_path, monkeypatch, packer):
+    """One file that is one task: share, documents and time left move while it runs."""
+    monkeypatch.setattr(telling, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(build_tasks, "_BATCH_CHARACTERS", 4000)
+    raw = "\n\n".join(make_documents(600)).encode()
+    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": frames}[packer]
+    monkeypatch.setattr(text_formats, "BUFFER_BYTES", 4096)
+    text = tmp_path / f"text.txt{packer}"
+    text.write_bytes(pack(raw))
+    seen = []
+    build([text], tokenizer, tmp_path / "out", processes=1, progress=seen.append, **SMALL)
+    inside = [p for p in seen if p.phase == "tokenize" and p.done == 0]
+    assert inside[0].total == 1 and inside[0].share == 0 and math.isnan(inside[0].seconds_left)
+    shares = sorted({round(p.share, 2) for p in inside})
+    assert len(shares) > 5 and shares[-1] > 0.6  # tokenize is 0.85 of all
+    assert all(p.seconds_left > 0 for p in inside if p.share)
+    assert 0 < inside[len(inside) // 2].documents < 600 and inside[-1].tokens > 5000
+    for name in ("share", "documents", "tokens"):
+        values = [getattr(p, name) for p in seen]
+        assert values == sorted(values)
+
+
+class Noted(dict):
+    """What tasks under way tell; everything is kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = []
+
+    def __setitem__(self, key, value):
+        self.all.append((key, value))
+        super().__setitem__(key, value)
+
+
+def test_worker_processes_tell_how_far_a_task_is(tokenizer, tmp_path):
+    text = tmp_path / "text.txt.gz"  # more than 1 MiB packed: two tasks
+    text.write_bytes(gzip.compress("\n\n".join(make_documents(20_000)).encode(), 1))
+
+    def stop(progress):
+        raise Killed
+
+    with pytest.raises(Killed):
+        build([text], tokenizer, tmp_path / "out", processes=2, progress=stop, seq_len=64)
+    under_way = Noted()
+    tasks = [("tokenize", {"folder": str(tmp_path / "out" / ".build"), "unit": i}) for i in range(2)]
+    results = dict(workers.run_tasks(tasks, 2, under_way, lambda: None))
+    assert sum(result["documents"] for result in results.values()) == 20_000
+    assert {index for index, _ in under_way.all} == {0, 1} and not under_way
+    for number in range(2):
+        told = [entry for index, entry in under_way.all if index == number]
+        assert 0 < told[0]["share"] <= 1 and 0 < told[-1]["documents"] < results[number]["documents"]
+        assert told == sorted(told, key=lambda entry: entry["tokens"])
+
+
 BUILD = """
 import sys
 from data.sources import text
@@ -198,6 +262,57 @@ def test_a_build_that_is_killed_goes_on_and_ends_with_the_same_bytes(text, token
     assert kills >= 1
     assert files_of(out) == files_of(tmp_path / "whole")
     assert not (out / ".build").exists() and not (out / ".lock").exists()
+
+
+def test_the_lock_holds_though_every_holder_removes_it(tmp_path):
+    inside, most = 0, 0
+
+    def hold():
+        nonlocal inside, most
+        for _ in range(40):
+            with _lock(tmp_path / "out"):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.0002)
+                inside -= 1
+
+    threads = [threading.Thread(target=hold) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and not list((tmp_path / "out").iterdir())
+
+
+def test_what_a_build_left_when_it_was_killed_at_its_very_end_is_removed(text, tokenizer, tmp_path):
+    whole = build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
+    (tmp_path / "out" / ".build" / "runs").mkdir(parents=True)
+    (tmp_path / "out" / ".build" / "runs" / "000000-0000.run").write_bytes(bytes(100))
+    again = build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
+    assert again == whole
+    assert not (tmp_path / "out" / ".build").exists() and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_another_build_removes_what_one_had_published_when_it_was_killed(
+    text, tokenizer, tmp_path, monkeypatch
+):
+    synced = []
+
+    def killed_in_the_middle():
+        synced.append(True)
+        if len(synced) == 2:  # the held-out set is in place, the shards of the other without their manifest
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sync", killed_in_the_middle)
+        with pytest.raises(Killed):
+            build(text, tokenizer, tmp_path / "out", held_out=0.3, processes=1, **SMALL)
+    assert (tmp_path / "out" / "held-out" / "manifest.json").exists()
+    assert len(list((tmp_path / "out").glob("shard-*.tar"))) > 1
+    larger = {**SMALL, "shard_bytes": 1 << 20}
+    build(text, tokenizer, tmp_path / "out", processes=1, **larger)
+    build(text, tokenizer, tmp_path / "clean", processes=1, **larger)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "clean")
 
 
 class Killed(BaseException):
@@ -341,7 +456,7 @@ def worker_processes():
 def test_workers_are_gone_when_a_task_fails_and_when_they_are_not_awaited():
     tasks = [("tokenize", {"folder": "/nonexistent", "unit": i}) for i in range(4)]
     with pytest.raises(FileNotFoundError):
-        list(workers.run_tasks(tasks, 2))
+        list(workers.run_tasks(tasks, 2, {}, lambda: None))
     assert not worker_processes()
 
 

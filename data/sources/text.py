@@ -29,6 +29,7 @@ import zstandard
 from data.errors import DataError
 from data.sources.plugin import Document, Plan, take
 from data.sources.text_formats import TextFile, documents_of_lines, json_line, records, unpacked, with_offsets
+from data.telling import tell
 
 FORMATS = {".txt": "txt", ".text": "txt", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 FORMATS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -226,11 +227,13 @@ def _read_range(file: TextFile, unit: Unit) -> Iterator[Document]:
             for offset, line in lines:
                 if offset >= unit.stop:
                     return
+                tell((offset - unit.start) / (unit.stop - unit.start))
                 if line.strip():
                     record = json_line(file, line, f"byte {offset}")
                     yield Document(unit.file, offset, _text_of(record, file.field))
             return
         for position, document in _runs_in_range(lines, unit.stop, file.by_line):
+            tell((position - unit.start) / (unit.stop - unit.start))
             yield Document(unit.file, position, document)
 
 

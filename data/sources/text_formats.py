@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -16,8 +17,10 @@ from typing import IO, Any, NamedTuple, cast
 import zstandard
 
 from data.errors import DataError
+from data.telling import tell
 
 MAX_DOCUMENT_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 17
 
 
 class TextFile(NamedTuple):
@@ -61,8 +64,11 @@ def _parquet(file: TextFile) -> Iterator[Any]:
     try:
         with pq.ParquetFile(file.path) as table:
             columns = [file.field] if file.field in table.schema_arrow.names else None
+            done = 0
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
+                done += batch.num_rows
+                tell(done / table.metadata.num_rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"text {file.path!r} is damaged or no parquet file ({_line(error)}); fetch it again"
@@ -70,14 +76,39 @@ def _parquet(file: TextFile) -> Iterator[Any]:
 
 
 def unpacked(file: TextFile) -> IO[bytes]:
-    """The unpacked bytes of a file as a stream."""
+    """The unpacked bytes of a file as a stream, which tells how much of the file was read. Whoever closes it closes
+    the file."""
+    raw = io.BufferedReader(_Telling(file.path), buffer_size=BUFFER_BYTES)
     if file.packer == ".gz":
-        return cast(IO[bytes], gzip.open(file.path, "rb"))
+        return cast(IO[bytes], _Gzip(raw))
     if file.packer == ".xz":
-        return cast(IO[bytes], lzma.open(file.path, "rb"))
+        return cast(IO[bytes], _Xz(raw))
     if file.packer == ".zst":
-        return io.BufferedReader(_Zstd(Path(file.path).open("rb")), buffer_size=1 << 20)
-    return Path(file.path).open("rb")
+        return io.BufferedReader(_Zstd(raw), buffer_size=1 << 20)
+    return raw
+
+
+class _Telling(io.FileIO):
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        tell(self.tell() / max(1, os.fstat(self.fileno()).st_size))
+        return count
+
+
+class _Gzip(gzip.GzipFile):
+    def __init__(self, raw: IO[bytes]):
+        super().__init__(fileobj=raw, mode="rb")
+        self.myfileobj = raw  # type: ignore[assignment]  # what it closes
+
+
+class _Xz(lzma.LZMAFile):
+    def __init__(self, raw: IO[bytes]):
+        super().__init__(raw)
+        self._packed_file = raw
+
+    def close(self) -> None:
+        super().close()
+        self._packed_file.close()
 
 
 class _Zstd(io.RawIOBase):
@@ -93,7 +124,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            packed = self._packed or self._raw.read(1 << 16)
+            packed = self._packed or self._raw.read(BUFFER_BYTES)
             if not packed:
                 if self._frame is not None:
                     raise EOFError("it ends inside a zstandard frame")
