@@ -47,4 +47,5 @@ def test_a_build_on_ray_gives_the_same_bytes_and_the_same_errors(cluster, tmp_pa
     with pytest.raises(
         DataError, match=r"node .* does not see '.*far'; build on a cluster needs an output folder"
     ):
-        list(run_tasks_on_ray([("tokenize", {"folder": str(tmp_path / "far"), "unit": 0})]))
+        tasks = [("tokenize", {"folder": str(tmp_path / "far"), "unit": 0})]
+        list(run_tasks_on_ray(tasks, lambda: None))
