@@ -26,6 +26,7 @@ class Distiller(nn.Module):
     """`teacher` (frozen here, for good) and its `students` by name, compared by `objective`.
 
     `weights` float32 [num_terms], on the teacher's device: loss = (weights * term_sums).sum() / count.
+    `head_shape`: relations, named `objective.relation_names`, and heads of each.
     """
 
     weights: Tensor
@@ -43,6 +44,8 @@ class Distiller(nn.Module):
         self.objective = objective
         self.term_names = objective.names
         self.num_terms = len(objective.names)
+        heads = objective.relation_heads or teacher.model.config.num_attention_heads
+        self.head_shape = len(objective.relation_names), heads
         self.register_buffer("weights", objective.weights.to(teacher.model.device), persistent=False)
         self._projections: dict[str, dict[str, nn.Linear]] = {}
         self._mapped: dict[str, list[int]] = {}
@@ -84,11 +87,13 @@ class Distiller(nn.Module):
         mask: Tensor | None,
         *,
         dropout_seed: int | None = None,
+        heads: Tensor | None = None,
     ) -> Tensor:
         """[num_terms], float32 or better, with gradients to student `name`: undivided and unweighted.
 
         dropout_seed: all that this student's dropout depends on; the global random state is left as it was.
-        None draws from the global state, as any module does.
+        None draws from the global state, as any module does. heads: `head_shape`; where given, the relations'
+        undivided sums by head are added to it, which costs a forward of the loss.
         """
         masked = self.objective.mask_tokens(input_ids, mask)
         inputs = (input_ids, mask) if masked is None else (masked.ids, mask, masked.positions)
@@ -100,6 +105,8 @@ class Distiller(nn.Module):
             if at in self._mapped[name]
         ]
         taught = teacher_taps._replace(earlier=tuple(earlier)).like(student_taps)
+        if heads is not None:
+            heads += self.objective.head_sums(taught, student_taps, mask)
         return self.objective.term_sums(taught, student_taps, mask, self._projections[name], masked)
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:

@@ -117,17 +117,29 @@ class Objective:
         extra = projections or {}, masked
         return torch.stack([self._term(term, teacher, student, mask, *extra) for term in self.relations])
 
-    def head_sums(self, teacher: Taps, student: Taps, mask: Tensor | None) -> dict[str, Tensor]:
-        """For looking at: each relation's undivided divergence by head, [heads] by name. Their mean is the term."""
+    @property
+    def relation_names(self) -> tuple[str, ...]:
+        """The terms that have a value by head, in the order of `head_sums`."""
+        return tuple(term.name for term in self.relations if isinstance(term, Relation))
+
+    def head_sums(self, teacher: Taps, student: Taps, mask: Tensor | None) -> Tensor:
+        """For looking at: each relation's undivided divergence by head, [relations, heads], without gradients.
+
+        The mean over heads is the term.
+        """
         heads = range(self.relation_heads or teacher.q.shape[1])
         relations = [term for term in self.relations if isinstance(term, Relation)]
+        sides = self._sides(teacher, student)
+        values = student.q.new_zeros(
+            len(relations), len(heads), dtype=torch.promote_types(student.q.dtype, torch.float32)
+        )
         with torch.no_grad():
-            return {
-                term.name: torch.stack(
-                    [term.sum(self._setting, teacher, student, mask, head) for head in heads]
-                )
-                for term in relations
-            }
+            for row, term in zip(values, relations, strict=True):
+                for head in heads:
+                    row[head] = torch.stack(
+                        [term.sum(self._setting, t, s, mask, head) for t, s in sides]
+                    ).mean()
+        return values
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
         """What this batch's sums are divided by, an int64 scalar; shape = (rows, tokens), read if mask is None."""
@@ -171,14 +183,16 @@ class Objective:
         if isinstance(term, SoftLabels):
             assert masked is not None
             return term.sum(teacher, student, masked)
-        sides = [(teacher, student)]
-        if self.layer_to_layer:
-            sides += zip(teacher.earlier, student.earlier, strict=True)
+        sides = self._sides(teacher, student)
         if isinstance(term, Relation):
             sums = [term.sum(self._setting, t, s, mask) for t, s in sides]
         else:
             sums = [term.sum(self._setting, t, s, mask, projections.get(term.name)) for t, s in sides]
         return torch.stack(sums).mean()
+
+    def _sides(self, teacher: Taps, student: Taps) -> list[tuple[Taps, Taps]]:
+        earlier = zip(teacher.earlier, student.earlier, strict=True) if self.layer_to_layer else ()
+        return [(teacher, student), *earlier]
 
     @property
     def _setting(self) -> Setting:

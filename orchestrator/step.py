@@ -48,7 +48,7 @@ class StudentState:
     norm are single operations. AdamW is Adam with decoupled weight decay (MiniLM, section 4.1); biases and
     normalisation weights, the parameters with fewer than two dimensions, are not decayed.
 
-    `reduction`: "exact" or "fast" (see `reduction`), for steps of `num_micro_batches` and `num_terms` loss terms.
+    `reduction`: "exact" or "fast" (see `reduction`), for steps of `num_micro_batches` and `num_terms` values.
     `on_nonfinite`: after an update that was not finite, "stop" leaves all later ones out too, "skip" goes on.
     `refused` int64 [3], on the device: how many updates were not finite and so left out; the first ("stop") or last
     ("skip") step of them, -1 for none; 1 when it has come to a stop.
@@ -111,14 +111,16 @@ class StudentState:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """`terms` float64 [students, terms]: the global means; `norms` [students]: of the mean gradient.
+    """`terms` float64 [students, terms]: the global means; `norms` [students]: of the mean gradient; `heads` float64
+    [students, relations, heads]: the relations' means by head, zeros where they were not asked for.
 
-    Both stay on the device and are the same on all ranks, as are the host values: `count`, what the sums were
-    divided by; `told`, the sums over ranks of what each had to tell; `parts`, into how many each micro-batch is cut
+    All stay on the device and are the same on all ranks, as are the host values: `count`, what the sums were divided
+    by; `told`, the sums over ranks of what each had to tell; `parts`, into how many each micro-batch is cut
     from the next step on.
     """
 
     terms: Tensor
+    heads: Tensor
     norms: Tensor
     count: int
     told: list[int]
@@ -139,17 +141,19 @@ def train_step(
     seq_len: int,
     tell: Callable[[], Sequence[int]] = tuple,
     parts: int = 1,
+    by_head: bool = False,
 ) -> StepOutcome:
     """Update every student once from this worker's `micro_batches`: (number in the global batch, ids, mask) on the CPU.
 
     The loss is the objective's mean over the whole global batch: sums over micro-batches and workers, divided once
     by the global count. `seq_len`: tokens of a row. `tell()` is called when the rows are through, and returns as
-    many integers on every rank. `parts`: into how many pieces each micro-batch is cut. Raises
-    `torch.OutOfMemoryError` when half a micro-batch does not fit either.
+    many integers on every rank. `parts`: into how many pieces each micro-batch is cut. `by_head`: compute the
+    relations' values by head too, a forward of the loss more. Raises `torch.OutOfMemoryError` when half a micro-batch
+    does not fit either.
     """
     taken: list[MicroBatch] = []
     coming = iter(micro_batches)
-    work = Share(distiller, students, step, seed, autocast, world.device, seq_len)
+    work = Share(distiller, students, step, seed, autocast, world.device, seq_len, by_head)
     out_of_memory = False
     try:
         work.compute(_noting(coming, taken), parts)
@@ -168,16 +172,18 @@ def train_step(
             torch.cuda.empty_cache()
         work.compute(chain(taken, coming), 2)
     count, halved, *told = world.sum_integers([work.count, int(out_of_memory), *tell()])
-    terms, norms = [], []
+    values, norms = [], []
     for student in students:
         means, finite = student.sums.finish(world, count * work.unit)
-        terms.append(means)
+        values.append(means)
         norms.append(
             student.update(
                 finite, step=step, learning_rate=learning_rate, max_gradient_norm=max_gradient_norm
             )
         )
-    return StepOutcome(torch.stack(terms), torch.stack(norms), count, told, 2 if halved else parts)
+    terms, heads = torch.stack(values).split([distiller.num_terms, math.prod(distiller.head_shape)], dim=1)
+    heads = heads.unflatten(1, distiller.head_shape)
+    return StepOutcome(terms, heads, torch.stack(norms), count, told, 2 if halved else parts)
 
 
 def _noting(coming: Iterable[MicroBatch], taken: list[MicroBatch]) -> Iterable[MicroBatch]:
@@ -202,9 +208,10 @@ class Share:
         autocast: torch.dtype | None,
         device: torch.device,
         seq_len: int,
+        by_head: bool,
     ):
         self.distiller, self.students, self.step, self.seed = distiller, students, step, seed
-        self.autocast, self.device = autocast, device
+        self.autocast, self.device, self.by_head = autocast, device, by_head
         self.count = 0
         self.unit = 2.0 ** -math.ceil(math.log2(int(distiller.count(None, (1, seq_len)))))
 
@@ -216,27 +223,35 @@ class Share:
         for index, ids, mask in micro_batches:
             self.count += int(self.distiller.count(mask, ids.shape))
             pieces = [piece for group in by_length(ids, mask) for piece in _cut(*group, parts)]
-            totals = [torch.zeros_like(self.distiller.weights) for _ in self.students]
+            totals = [torch.zeros(num_values(self.distiller), device=self.device) for _ in self.students]
             for number, piece in enumerate(pieces):
                 self.compute_piece((index,) if len(pieces) == 1 else (index, number), *piece, totals)
             for student, total in zip(self.students, totals, strict=True):
-                student.sums.add(total)
+                student.sums.add(total * self.unit)
 
     def compute_piece(
         self, number: tuple[int, ...], ids: Tensor, mask: Tensor | None, totals: list[Tensor]
     ) -> None:
-        """Teacher, students, loss and backward; adds each student's term sums [num_terms] to its total."""
+        """Teacher, students, loss and backward; adds each student's sums, terms and then heads, to its total."""
+        num_terms = self.distiller.num_terms
         ids = _moved(ids, self.device)
         mask = None if mask is None else _moved(mask, self.device)
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             taught = self.distiller.teach(ids, mask)
         for student, total in zip(self.students, totals, strict=True):
             dropout = derive_seed(self.seed, "dropout", student.name, self.step, *number)
+            heads = total[num_terms:].view(self.distiller.head_shape) if self.by_head else None
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                sums = self.distiller.term_sums(student.name, taught, ids, mask, dropout_seed=dropout)
-            sums = sums * self.unit
-            (sums * self.distiller.weights).sum().backward()
-            total += sums.detach()
+                sums = self.distiller.term_sums(
+                    student.name, taught, ids, mask, dropout_seed=dropout, heads=heads
+                )
+            (sums * self.distiller.weights).sum().mul(self.unit).backward()
+            total[:num_terms] += sums.detach()
+
+
+def num_values(distiller: Distiller) -> int:
+    """What a student's sums hold beside its gradient: its terms, and its relations by head."""
+    return distiller.num_terms + math.prod(distiller.head_shape)
 
 
 def _cut(ids: Tensor, mask: Tensor | None, parts: int) -> Iterable[tuple[Tensor, Tensor | None]]:

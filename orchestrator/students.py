@@ -17,7 +17,7 @@ from model.initialize import from_teacher
 from model.objective import Objective
 from orchestrator.errors import UserError
 from orchestrator.stage import StageJob
-from orchestrator.step import StudentState, derive_seed
+from orchestrator.step import StudentState, derive_seed, num_values
 
 
 def build_distiller(job: StageJob, device: torch.device) -> Distiller:
@@ -74,7 +74,7 @@ def make_states(job: StageJob, distiller: Distiller) -> list[StudentState]:
             weight_decay=job.weight_decay,
             reduction=job.reduction,
             num_micro_batches=job.batch // job.micro_batch,
-            num_terms=distiller.num_terms,
+            num_terms=num_values(distiller),
             on_nonfinite=job.on_nonfinite,
         )
         for student in job.students

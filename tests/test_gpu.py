@@ -77,7 +77,7 @@ def test_a_step_never_waits_for_the_device(
 ):
     rows = request.getfixturevalue(data)
     job = gpu_job(rows, teacher, tmp_path, reduction=reduction, objective={"name": objective})
-    options = {"world": GPU, "autocast": autocast, "max_gradient_norm": 1.0}
+    options = {"world": GPU, "autocast": autocast, "max_gradient_norm": 1.0, "by_head": True}
     distiller, states, _ = one_step(job, **options)  # compiles kernels, allocates
     with no_sync:
         _, _, outcome = one_step(job, distiller=distiller, states=states, step=1, **options)

@@ -191,17 +191,25 @@ def test_hidden_relation_splits_hidden_states_into_heads():
     assert "hidden" in objective.parts and Objective.named("minilm").parts == {"q", "k", "v", "bias"}
 
 
-@pytest.mark.parametrize("name", ["minilm", "minilmv2"])
+@pytest.mark.parametrize("name", ["minilm", "minilmv2", "layer-to-layer", "value-mse"])
 def test_heads_average_to_their_term(name):
     bias = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(2))
     objective = Objective.named(name, reduction="token")
-    teacher, student = taps(2, 4, 0)._replace(bias=bias), taps(2, 3, 1)
+    teacher, student = taps(2, 4, 0)._replace(bias=bias), taps(2, 4, 1)
+    if name == "layer-to-layer":
+        teacher, student = (
+            teacher._replace(earlier=(taps(2, 4, 2),)),
+            student._replace(earlier=(taps(2, 4, 3),)),
+        )
     by_head = objective.head_sums(teacher, student, mask())
-    sums = objective.term_sums(teacher, student, mask())
-    assert tuple(by_head) == objective.names
-    for term, heads in zip(sums, by_head.values(), strict=True):
-        assert heads.shape == (2,)
-        torch.testing.assert_close(heads.mean(), term)
+    sums = dict(zip(objective.names, objective.term_sums(teacher, student, mask()), strict=True))
+    assert by_head.shape == (len(objective.relation_names), 2)
+    assert set(objective.names) - set(objective.relation_names) == (
+        {"value"} if name == "value-mse" else set()
+    )
+    for term, heads in zip(objective.relation_names, by_head, strict=True):
+        assert heads[0] != heads[1]
+        torch.testing.assert_close(heads.mean(), sums[term])
 
 
 def test_from_plain_values():

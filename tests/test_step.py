@@ -154,6 +154,22 @@ def test_a_loss_that_is_not_finite_is_seen_without_reading_the_device(shards, te
 
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_values_by_head_average_to_their_terms_and_change_nothing(documents, teacher, tmp_path, reduction):
+    job = make_job(
+        documents, teacher, tmp_path, reduction=reduction, students=(("small", 2, 24), ("other", 1, 48))
+    )
+    _, (plain, _), without = one_step(job)
+    _, (state, _), outcome = one_step(job, by_head=True)
+    assert torch.count_nonzero(without.heads) == 0
+    assert (
+        outcome.heads.shape == (2, 2, 4) and outcome.heads.dtype == torch.float64
+    )  # students, relations, heads
+    torch.testing.assert_close(outcome.heads.mean(-1), outcome.terms, rtol=1e-5, atol=0.0)
+    assert (outcome.heads.std(-1) > 1e-3).all()
+    assert torch.equal(outcome.terms, without.terms) and torch.equal(state.gradient, plain.gradient)
+
+
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
 def test_out_of_memory_halves_the_computation_and_not_the_batch(
     shards, teacher, tmp_path, reduction, monkeypatch, caplog
 ):
