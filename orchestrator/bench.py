@@ -113,7 +113,7 @@ def save_row(job: StageJob, folder: Path, device: torch.device, *, rounds: int =
     saver = Saver(
         LocalFolder(folder), models, students, Identity("", ""), keep=1, keep_every=None, guard=lambda: None
     )
-    facts = Facts({"digest": "0", "seed": 0, "batch": 1}, 1, 1)
+    facts = Facts({"digest": "0", "seed": 0, "batch": 1}, 1, 1, "float32")
     stalls, writes = [], []
     for step in range(rounds + 1):
         start = _now(device)

@@ -50,15 +50,17 @@ class Facts:
 
     ledger: `digest` (hex, see `ledger`) with the `seed` and `batch` that it can be recomputed from. threads: CPU
     threads of every worker. parts: into how many each micro-batch is cut (2 after running out of memory).
+    precision: float32 or bfloat16.
     """
 
     ledger: dict[str, Any]
     threads: int
     parts: int
+    precision: str
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Facts:
-        return cls(meta["ledger"], meta["threads"], meta["parts"])
+        return cls(meta["ledger"], meta["threads"], meta["parts"], meta["precision"])
 
 
 def sha256_file(path: Path) -> str:

@@ -177,6 +177,7 @@ class Driver:
             steps=stage.steps,
             peak_lr=stage.peak_lr,
             warmup_steps=stage.warmup_steps,
+            schedule=stage.schedule,
             adam_betas=stage.adam_betas,
             adam_eps=stage.adam_eps,
             weight_decay=stage.weight_decay,

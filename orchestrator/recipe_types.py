@@ -264,8 +264,8 @@ class Stage(_Section):
     """Learning rate at the end of the warm-up."""
     warmup_steps: Whole
     """Steps in which the learning rate rises from 0 to its peak."""
-    schedule: Literal["linear"] = "linear"
-    """How the learning rate falls to 0 after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up; constant: it stays at its peak."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay rates of Adam's two averages."""
     adam_eps: Positive = 1e-6
@@ -330,7 +330,8 @@ class Compute(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward pass; auto: bfloat16 where the device computes in it."""
+    """Of the forward and backward pass; auto: bfloat16 where the device computes in it. A stage keeps to what it
+    began with."""
     threads: CountOrAuto = None
     """CPU threads a worker; auto (the default): its share of the machine's."""
     checkpoint_every_steps: Count | None = None

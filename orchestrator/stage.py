@@ -53,6 +53,7 @@ class StageJob:
     steps: int
     peak_lr: float
     warmup_steps: int
+    schedule: str
     adam_betas: tuple[float, float]
     adam_eps: float
     weight_decay: float
@@ -143,10 +144,6 @@ class StageFolder:
     def published(self) -> Path:
         """Registered and described: nothing is left to do for this stage."""
         return self.root / "published.json"
-
-    def begun(self) -> bool:
-        """Is there work that a change would invalidate?"""
-        return self.done.exists() or any(self.checkpoints.glob("step-*"))
 
     def student(self, name: str) -> Path:
         """The exported `transformers` folder of a student."""

@@ -81,15 +81,6 @@ def make_states(job: StageJob, distiller: Distiller) -> list[StudentState]:
     ]
 
 
-def pick_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype, or None for float32 throughout. `auto`: bfloat16 on a GPU that has it."""
-    if precision == "bfloat16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    ):
-        return torch.bfloat16
-    return None
-
-
 def compute_deterministically() -> None:
     """Before the first kernel on a GPU: let torch pick those that add in a fixed order; it warns where it has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

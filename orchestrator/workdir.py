@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.changes import invalidated_stages, text_changed, told
+from orchestrator.checkpoint_store import CheckpointStore, open_store
 from orchestrator.data_job import DataJob
 from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_json
@@ -106,7 +107,12 @@ class Workdir:
             old.get("from") == redo_from and old["recipe"] == new["recipe"] and not self.summary.exists()
         )
         if redone and not goes_on:
+            for name in redone:
+                self.set_aside_elsewhere(name)
             self.set_aside([*(self.stage(name).root for name in redone), self.summary])
+        self.set_aside(
+            [self.stage(name).root for name in invalidated_stages(old, new) if not self.begun(name)]
+        )
         if text_changed(old, new):
             self.set_aside([self.data])
 
@@ -126,7 +132,7 @@ class Workdir:
                 f"work directory {self.root} belongs to another recipe: {what}; give another --workdir"
             )
         why = invalidated_stages(old, new)
-        if kept := [name for name in why if name not in redone and self.stage(name).begun()]:
+        if kept := [name for name in why if name not in redone and self.begun(name)]:
             raise UserError(self._refusal(kept, why[kept[0]], redo_from))
         return redone
 
@@ -141,6 +147,22 @@ class Workdir:
             f"work directory {self.root} holds work of {stages} that this recipe changes: {why}; --from {kept[0]} does "
             f"it again, with all stages behind it (what is there goes to set-aside/), or give another --workdir"
         )
+
+    def begun(self, name: str) -> bool:
+        """Is there work of a stage that a change would make useless?"""
+        return self.stage(name).done.exists() or bool(self.checkpoints(name).names())
+
+    def checkpoints(self, name: str) -> CheckpointStore:
+        """Where a stage's are: here, or where its last attempt put them."""
+        stage = self.stage(name)
+        return open_store((read_json(stage.job) or {}).get("checkpoints"), stage.checkpoints)
+
+    def set_aside_elsewhere(self, name: str) -> None:
+        """The checkpoints of a stage that are not in this directory."""
+        if (read_json(self.stage(name).job) or {}).get("checkpoints"):
+            store = self.checkpoints(name)
+            for checkpoint in store.names():
+                store.set_aside(checkpoint)
 
     def set_aside(self, paths: Sequence[Path]) -> None:
         """Move what exists of `paths` to a new folder, DIR/set-aside/NUMBER, and say so."""

@@ -40,9 +40,10 @@ from orchestrator.reporting import Evicted, own_rank
 from orchestrator.saver import Parts, Saver
 from orchestrator.schedule import learning_rate
 from orchestrator.stage import StageFolder, StageJob
+from orchestrator.steady import AUTOCAST, PRECISIONS, choose_precision, choose_threads
 from orchestrator.step import MicroBatch, StepOutcome, train_step
 from orchestrator.storage import is_final, writing
-from orchestrator.students import build_distiller, compute_deterministically, make_states, pick_precision
+from orchestrator.students import build_distiller, compute_deterministically, make_states
 from orchestrator.world import PeerFailed, World, join_world
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class StageRun:
         self.job, self.world, self.watchdog = job, world, watchdog
         self.eviction_announced = eviction_announced
         self.folder = StageFolder(Path(job.folder))
-        self.autocast = pick_precision(job.precision, world.device)
+        self.precision = job.precision  # for good from `resume` on
         if job.reduction == "exact" and world.device.type == "cuda":
             compute_deterministically()
         self.fixed_threads = job.reduction == "exact" and world.device.type == "cpu"
@@ -175,8 +176,9 @@ class StageRun:
 
     def resume(self) -> int:
         """The first step to compute: everything is as it was before it. The main rank chooses the checkpoint."""
+        job = self.job
         found, error = None, None
-        first = threads = 0
+        first = 0
         if self.world.is_main:
             try:
                 self.check_writer()
@@ -185,15 +187,17 @@ class StageRun:
                 self.begin_attempt(first)
             except Exception as problem:  # the others must hear of it before it is raised
                 error = problem
-            threads = self.choose_threads(found[1].threads if found else None)
-        failed, first, threads, masked = self.world.from_main(
-            [error is not None, first, threads, self.masking.digest]
-        )
+        before = (found[1].threads, found[1].precision) if found else (None, None)
+        threads = choose_threads(job.threads, before[0], exact=self.fixed_threads)
+        precision = choose_precision(job.precision, before[1], self.world.device)
+        chosen = [first, threads, PRECISIONS.index(precision), self.masking.digest]
+        failed, first, threads, number, masked = self.world.from_main([error is not None, *chosen])
         if error is not None:
             raise error
         if failed:
             raise PeerFailed("the main rank cannot resume, and says why")
         self.masking.check_main(masked)
+        self.precision = PRECISIONS[number]
         if self.fixed_threads:
             torch.set_num_threads(threads)
         ledger: dict[str, Any] = {}
@@ -222,22 +226,6 @@ class StageRun:
             with suppress(OSError):  # on a full disk the count stays as it was
                 self.attempts.end()
 
-    def choose_threads(self, before: int | None) -> int:
-        """CPU threads of every worker. Kernels split their sums by it, so exact runs keep to what they began with."""
-        wanted = torch.get_num_threads()
-        if not self.fixed_threads or before in (None, wanted):
-            return wanted
-        if self.job.threads is None:
-            log.info("goes on with %d CPU threads a worker, as it began: reduction is exact", before)
-            return before
-        log.warning(
-            "compute.threads is %d and was %d before: the weights will not be bit-identical to those of a run "
-            "with one number throughout",
-            wanted,
-            before,
-        )
-        return wanted
-
     def rows_of_step(self, batches: Iterator[Batch], mine: range) -> Iterator[MicroBatch]:
         """This worker's micro-batches of the next step, each noted in the ledger."""
         for index in mine:
@@ -261,7 +249,7 @@ class StageRun:
                 seed=self.job.seed,
                 learning_rate=self.rate(step),
                 max_gradient_norm=self.job.max_gradient_norm,
-                autocast=self.autocast,
+                autocast=AUTOCAST[self.precision],
                 world=self.world,
                 seq_len=self.job.data.seq_len,
                 tell=self.tell,
@@ -291,7 +279,13 @@ class StageRun:
 
     def rate(self, step: int) -> float:
         job = self.job
-        return learning_rate(step, peak=job.peak_lr, warmup_steps=job.warmup_steps, num_steps=job.steps)
+        return learning_rate(
+            step,
+            peak=job.peak_lr,
+            warmup_steps=job.warmup_steps,
+            num_steps=job.steps,
+            schedule=job.schedule,
+        )
 
     def log_step(self, step: int, outcome: StepOutcome) -> None:
         """One point: this step's loss terms, rate and norms. Waits for the device."""
@@ -316,7 +310,7 @@ class StageRun:
             self.heldout,
             rows=self.job.held_out_rows,
             micro_batch=self.job.micro_batch,
-            autocast=self.autocast,
+            autocast=AUTOCAST[self.precision],
             world=self.world,
         )
         with self.writing():
@@ -359,7 +353,7 @@ class StageRun:
 
         if self.saver.busy:  # it is waited for
             self.expect_long("saving", done)
-        facts = checkpoint.Facts(ledger, torch.get_num_threads(), self.parts)
+        facts = checkpoint.Facts(ledger, torch.get_num_threads(), self.parts, self.precision)
         self.saver.save(done, facts, check, must=must)
         self.watchdog.alive(force=True)
 

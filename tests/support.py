@@ -51,6 +51,7 @@ def make_job(
         "steps": 12,
         "peak_lr": 1e-3,
         "warmup_steps": 3,
+        "schedule": "linear",
         "adam_betas": (0.9, 0.999),
         "adam_eps": 1e-6,
         "weight_decay": 0.01,

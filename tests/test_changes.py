@@ -118,13 +118,31 @@ def test_work_that_would_be_lost_is_told_and_nothing_moves(work, recipe_file, ch
     with pytest.raises(UserError) as caught, work.claim(recipe, redo_from):
         pass
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert work.stage("wide").begun() and work.stage("thin").begun() and work.data.exists()
+    assert work.begun("wide") and work.begun("thin") and work.data.exists()
     assert not (work.root / "set-aside").exists()
 
 
 def test_a_change_of_what_has_not_begun_is_taken(work, recipe_file):
+    """The points of an attempt that came to no checkpoint are another recipe's, too."""
+    write_json(work.stage("other").root / "metrics.jsonl", {})
+    with work.claim(load_recipe(recipe_file)):
+        assert not (work.root / "set-aside").exists()
     with work.claim(load_recipe(recipe_file, ["stages.other.steps=9"])):
-        assert work.stage("thin").begun() and not (work.root / "set-aside").exists()
+        assert work.begun("thin") and not work.stage("other").root.exists()
+        assert (work.root / "set-aside" / "001" / "stages" / "other" / "metrics.jsonl").exists()
+
+
+def test_checkpoints_elsewhere_are_work_too_and_set_aside_there(work, recipe_file, tmp_path):
+    there = tmp_path / "elsewhere" / "r" / "other"
+    there.joinpath("step-000000003").mkdir(parents=True)
+    write_json(there / "step-000000003" / "checkpoint.json", {})
+    write_json(work.stage("other").job, {"checkpoints": str(there)})
+    changed = load_recipe(recipe_file, ["stages.other.steps=9"])
+    with pytest.raises(UserError, match="holds work of stage other"), work.claim(changed):
+        pass
+    with work.claim(changed, "other"):
+        assert not work.begun("other") and work.begun("thin")
+    assert [path.name for path in there.iterdir()] != ["step-000000003"]
 
 
 def test_from_sets_aside_once_and_then_goes_on(work, recipe_file, capsys):
@@ -132,13 +150,13 @@ def test_from_sets_aside_once_and_then_goes_on(work, recipe_file, capsys):
     with work.claim(recipe, "thin"):
         aside = work.root / "set-aside" / "001"
         assert (aside / "stages" / "thin" / "checkpoints").exists() and not work.stage("thin").root.exists()
-        assert work.stage("wide").begun() and work.data.exists()
+        assert work.begun("wide") and work.data.exists()
         assert f"set aside in {aside}: stages/thin\n" in capsys.readouterr().err
         write_json(work.run, record(recipe, "a" * 64) | {"from": "thin"})  # as `adopt` does
         write_json(work.stage("thin").done, {})
     for again in ("thin", None):  # the same command, or the plain one, after a kill
         with work.claim(recipe, again):
-            assert work.stage("thin").begun()
+            assert work.begun("thin")
     write_json(work.summary, {})
     with work.claim(recipe, "thin"):  # it had ended: once more
         assert not work.stage("thin").root.exists() and not work.summary.exists()

@@ -21,7 +21,7 @@ from orchestrator.step import StudentState
 from orchestrator.tensorfile import write_tensors
 
 MINE = Identity("recipe-a", "data-a")
-FACTS = Facts({"digest": "0", "seed": 1, "batch": 8}, threads=3, parts=2)
+FACTS = Facts({"digest": "0", "seed": 1, "batch": 8}, threads=3, parts=2, precision="float32")
 
 
 def make(seed: int) -> tuple[dict[str, torch.nn.Module], list[StudentState]]:

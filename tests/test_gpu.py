@@ -152,7 +152,7 @@ def test_a_save_holds_the_moment_it_was_asked_for(shards, teacher, tmp_path):
     for step in range(4):
         one_step(job, distiller=distiller, states=states, step=step, world=GPU)
         truths.append({name: weight.clone() for name, weight in models["small"].state_dict().items()})
-        saver.save(step + 1, Facts({}, 1, 1), lambda copy: None)
+        saver.save(step + 1, Facts({}, 1, 1, "float32"), lambda copy: None)
         torch.cuda._sleep(20_000_000)
     saver.wait()
     assert not torch.equal(*(truth["embeddings.word_embeddings.weight"] for truth in truths[:2]))

@@ -18,6 +18,26 @@ def test_no_warmup_starts_at_the_peak():
     assert learning_rate(0, peak=3.0, warmup_steps=0, num_steps=10) == 3.0
 
 
+def test_cosine_is_half_a_wave_and_constant_stays():
+    def rates(schedule: str) -> list[float]:
+        return [
+            learning_rate(s, peak=2.0, warmup_steps=2, num_steps=10, schedule=schedule) for s in range(10)
+        ]
+
+    # (1 + cos x) / 2 at x = 0, 45, 90, 135 degrees: 1, (2 + sqrt 2) / 4, 1/2, (2 - sqrt 2) / 4
+    root = 2**0.5
+    assert rates("cosine")[:3] == [1.0, 2.0, 2.0]
+    assert rates("cosine")[4:9:2] == pytest.approx([2 * (2 + root) / 4, 1.0, 2 * (2 - root) / 4])
+    assert rates("cosine")[9] > 0
+    assert rates("constant") == [1.0] + [2.0] * 9
+    assert rates("linear")[:2] == rates("cosine")[:2]
+
+
+def test_a_schedule_of_no_name():
+    with pytest.raises(ValueError, match="schedule 'step' is not known; use linear, cosine or constant"):
+        learning_rate(1, peak=1.0, warmup_steps=0, num_steps=2, schedule="step")
+
+
 @pytest.mark.parametrize("step", [-1, 10])
 def test_a_step_outside_the_run_is_refused(step):
     with pytest.raises(ValueError, match="outside 0..9"):
