@@ -136,6 +136,7 @@ class StageRun:
     def run(self, on_step: Callable[[int], None] | None) -> bool:
         job = self.job
         first = done = self.resume()
+        stop = evicted = False
         if first == 0:
             self.evaluate(0)
         mine = share(self.stream.num_micro_batches, self.world.rank, self.world.size)
