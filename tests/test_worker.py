@@ -23,6 +23,7 @@ from model.distiller import Distiller
 from model.encoder import load_encoder
 from model.errors import ModelError
 from model.export import weights_digest
+from model.objective import Objective
 from orchestrator import checkpoint
 from orchestrator.errors import UserError
 from orchestrator.metrics import read_all_points
@@ -146,6 +147,21 @@ def test_soft_labels_train_a_student_with_a_head(shards, teacher, tmp_path):
     load_encoder(folder.student("small"), head=True)  # raises where the head's weights are not in it
     with pytest.raises(ModelError, match=r"lacks \d+ weights of a bert encoder with its head \(cls\..*$"):
         run_stage(replace(job, teacher=str(teacher), folder=str(tmp_path / "headless")))
+
+
+@pytest.mark.parametrize(
+    "name", ["minilmv2", "attention-only", "value-mse", "layer-to-layer", "hidden-relation"]
+)
+def test_every_objective_is_logged_alike(shards, teacher, tmp_path, name):
+    job = make_job(shards, teacher, tmp_path, objective={"name": name}, steps=2, log_every=1)
+    assert run_stage(job)
+    folder = StageFolder(tmp_path)
+    terms = Objective.named(name).names
+    for point in read_all_points(folder.points):
+        values = [point.metrics[f"small/{term}"] for term in terms]
+        assert point.metrics["small/loss"] == pytest.approx(sum(values)) and min(values) > 0
+    for point in read_all_points(folder.heldout_points):
+        assert {f"small/heldout/{term}" for term in terms} <= point.metrics.keys()
 
 
 def test_rows_of_a_step_are_the_same_for_every_worker_count(shards):
