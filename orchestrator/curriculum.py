@@ -185,6 +185,7 @@ class Driver:
             eval_every=stage.eval_every,
             held_out_rows=stage.held_out_rows,
             log_every=recipe.tracking.log_every,
+            per_head=recipe.tracking.per_head,
             device=compute.device,
             precision=compute.precision,
             threads=compute.threads,

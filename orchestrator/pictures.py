@@ -91,11 +91,14 @@ def loss_curves(
     """Writes a PNG: for each student the training loss and its terms (lines), the held-out terms (dots), and
     the learning rate below.
 
-    points: metrics "STUDENT/loss", "STUDENT/TERM", "learning_rate"; heldout_points: "STUDENT/heldout/TERM".
+    points: metrics "STUDENT/loss", "STUDENT/TERM", "learning_rate"; heldout_points: "STUDENT/heldout/TERM". Values by
+    head or corpus are left out.
     Values that are not finite leave a gap and are marked by a cross on the lower edge.
     """
-    names = [name for point in [*points, *heldout_points] for name in point.metrics if "/" in name]
-    students = list(dict.fromkeys(name.split("/")[0] for name in names))
+    names = [name for point in [*points, *heldout_points] for name in point.metrics]
+    students = list(
+        dict.fromkeys(name.split("/")[0] for name in names if name.endswith("/loss") or "/heldout/" in name)
+    )
     panels = max(1, len(students))
     figure = Figure(figsize=(5.2 * panels + 0.6, 4.6), layout="constrained")
     axes = figure.subplots(2, panels, squeeze=False, sharex=True, height_ratios=[4, 1])
@@ -177,7 +180,8 @@ def _telling_heads(maps: NDArray[np.float32], num_heads: int) -> list[int]:
 
 def _names(points: Sequence[Point], prefix: str, leave_out: tuple[str, ...] = ()) -> list[str]:
     names = dict.fromkeys(name for point in points for name in point.metrics if name.startswith(prefix))
-    return [name for name in names if name.removeprefix(prefix) not in leave_out]
+    short = {name: name.removeprefix(prefix) for name in names}
+    return [name for name in names if "/" not in short[name] and short[name] not in leave_out]
 
 
 def _series(points: Sequence[Point], name: str) -> tuple[NDArray[Any], NDArray[np.float64]]:

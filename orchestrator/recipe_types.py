@@ -368,6 +368,9 @@ class Tracking(_Section):
     """MLflow experiment; default: the recipe's name."""
     log_every: Count = 10
     """Steps between points."""
+    per_head: bool = False
+    """Log each relation's divergence by head too, as STUDENT/TERM/head-01 and so on; at the steps of points, that is
+    one forward pass of the loss more."""
     alias: Slug = "newest"
     """Alias that the registered students get."""
 

@@ -61,6 +61,7 @@ class StageJob:
     eval_every: int | None
     held_out_rows: int
     log_every: int
+    per_head: bool
     device: str
     precision: str
     threads: int | None

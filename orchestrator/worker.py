@@ -21,6 +21,7 @@ import torch
 
 from data.errors import DataError
 from data.quarantine import QuarantineGrew
+from data.remote import is_remote
 from data.stream import Batch, share
 from model.errors import ModelError
 from model.export import export_student, model_card, weights_digest
@@ -32,7 +33,15 @@ from orchestrator.errors import LeaseHeld, UserError
 from orchestrator.evaluate import heldout_divergence
 from orchestrator.files import write_json
 from orchestrator.guards import Watchdog, check_finite, no_progress
-from orchestrator.journal import Due, Journal, student_metrics
+from orchestrator.journal import (
+    STREAM_COUNTS,
+    Due,
+    Journal,
+    head_metrics,
+    stream_counts,
+    stream_metrics,
+    student_metrics,
+)
 from orchestrator.lease import Superseded, check_writer
 from orchestrator.ledger import Expected, Ledger
 from orchestrator.masking import Masking
@@ -105,6 +114,7 @@ class StageRun:
         self.identity = checkpoint.Identity(job.digest, self.stream.fingerprint)
         self.ledger = Ledger()
         self.parts = 1
+        self.stream_counts: list[int] = []
         self.store = open_store(job.checkpoints, self.folder.checkpoints)
         self.save_overdue = False
         self.stop_check_due = Due(STOP_CHECK_SECONDS, at_once=True)
@@ -149,7 +159,7 @@ class StageRun:
                 self.watchdog.alive()
                 outcome = self.train(step, self.rows_of_step(batches, mine))
                 done, stop, evicted = step + 1, outcome.told[0] > 0, outcome.told[1] > 0
-                if done % job.log_every == 0 or done == job.steps:
+                if self.is_logged(done):
                     self.log_step(done, outcome)
                 if done == job.steps or (job.eval_every and done % job.eval_every == 0):
                     self.evaluate(done)
@@ -255,13 +265,15 @@ class StageRun:
                 seq_len=self.job.data.seq_len,
                 tell=self.tell,
                 parts=self.parts,
+                by_head=self.job.per_head and self.is_logged(step + 1),
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"stage {self.job.stage}: out of memory at step {step}, even with half a micro-batch "
                 f"({self.job.micro_batch // 2} rows) at once; lower micro_batch (now {self.job.micro_batch})"
             ) from error
-        _, _, failed, masked, *limbs = outcome.told
+        _, _, failed, masked, *rest = outcome.told
+        self.stream_counts, limbs = rest[: len(STREAM_COUNTS)], rest[len(STREAM_COUNTS) :]
         if failed:
             if self.saver:
                 self.saver.wait()
@@ -273,10 +285,15 @@ class StageRun:
 
     def tell(self) -> list[int]:
         """To be added over ranks with the step: is a stop requested, is a place of this run about to be taken away,
-        did the last save fail, masked rows, the digest of all."""
+        did the last save fail, masked rows, what the stream did so far, the digest of all rows."""
         stop = self.stop_check_due() and self.folder.stop_request.exists()
         failed = self.saver is not None and self.saver.failed
-        return [stop, self.eviction_announced(), failed, self.masking.own(), *self.ledger.own()]
+        counts = stream_counts(self.stream.counters)
+        return [stop, self.eviction_announced(), failed, self.masking.own(), *counts, *self.ledger.own()]
+
+    def is_logged(self, done: int) -> bool:
+        """Is there a point after `done` steps?"""
+        return done % self.job.log_every == 0 or done == self.job.steps
 
     def rate(self, step: int) -> float:
         job = self.job
@@ -291,7 +308,11 @@ class StageRun:
     def log_step(self, step: int, outcome: StepOutcome) -> None:
         """One point: this step's loss terms, rate and norms. Waits for the device."""
         weights = self.distiller.weights.tolist()
-        metrics = {"learning_rate": self.rate(step - 1)}
+        remote = any(is_remote(corpus.place) for corpus in self.job.data.corpora)
+        metrics = {"learning_rate": self.rate(step - 1)} | stream_metrics(self.stream_counts, remote=remote)
+        heads = outcome.heads.tolist() if self.job.per_head else []
+        for student, values in zip(self.students, heads, strict=False):
+            metrics |= head_metrics(student.name, self.distiller.objective.relation_names, values)
         if self.masking.quarantine:
             metrics["data/quarantined_rows"] = self.masking.rows
         rows = zip(self.students, outcome.terms.tolist(), outcome.norms.tolist(), strict=True)

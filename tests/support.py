@@ -59,6 +59,7 @@ def make_job(
         "eval_every": None,
         "held_out_rows": 8,
         "log_every": 2,
+        "per_head": False,
         "device": "cpu",
         "precision": "float32",
         "threads": 1,

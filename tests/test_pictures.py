@@ -86,6 +86,8 @@ def test_loss_curves_show_every_term_and_mark_what_is_not_finite(
                 "a/loss": 2.0 / (step + 1),
                 "a/attention": math.nan if step == 3 else 1.0,
                 "a/gradient_norm": 9.0,
+                "a/attention/head-01": 2.0,
+                "data/rows_read": 8.0,
                 "b/loss": math.inf if step == 4 else 1.0,
                 "learning_rate": 1e-3,
                 "rows_per_second": 10.0,
@@ -93,7 +95,8 @@ def test_loss_curves_show_every_term_and_mark_what_is_not_finite(
         )
         for step in range(6)
     ]
-    heldout = [Point(step, 0, {"a/heldout/attention": 1.5}) for step in (0, 5)]
+    values = {"a/heldout/attention": 1.5, "a/heldout/attention/books": 1.0}
+    heldout = [Point(step, 0, values) for step in (0, 5)]
     assert png_size(loss_curves(points, heldout, tmp_path / "loss.png")) > (500, 300)
     left, right, *_ = figures[0].axes
     assert (left.get_title(), right.get_title()) == ("a", "b")

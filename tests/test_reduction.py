@@ -20,7 +20,7 @@ from orchestrator.world import World
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU, control=None)
-CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share")
+CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share", "data/rows_read", "data/bytes_read")
 
 
 def parts(count: int, size: int = 1000, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -31,7 +31,7 @@ from orchestrator.reporting import Evicted, run_reporting
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.worker import Superseded, main, run_stage
 
-CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share")
+CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share", "data/rows_read", "data/bytes_read")
 
 
 def digest(job: StageJob, name: str = "small") -> str:
@@ -128,6 +128,28 @@ def test_held_out_divergence_falls(shards, teacher, tmp_path):
     assert [p.step for p in points] == [0, 100]
     assert sum(points[1].metrics.values()) < 0.45 * sum(points[0].metrics.values())
     assert set(points[0].metrics) == {"small/heldout/attention", "small/heldout/value"}
+
+
+def test_values_by_head_are_logged_at_points_and_change_no_bit(shards, teacher, tmp_path):
+    plain = make_job(shards, teacher, tmp_path / "plain", steps=5)
+    job = replace(plain, folder=str(tmp_path / "heads"), per_head=True)
+    both = replace(job, folder=str(tmp_path / "both"))
+    assert run_stage(plain) and run_stage(job)
+    assert worker_pool.join(worker_pool.start(both, 2)) == [0, 0], worker_pool.log(both)
+    assert digest(job) == digest(plain)
+    points, shared, without = (
+        read_all_points(StageFolder(Path(j.folder)).points) for j in (job, both, plain)
+    )
+    assert [point.step for point in points] == [2, 4, 5]
+    assert not any("head" in name for point in without for name in point.metrics)
+    for point, other in zip(points, shared, strict=True):
+        for term in ("attention", "value"):
+            heads = [point.metrics[f"small/{term}/head-{head:02d}"] for head in (1, 2, 3, 4)]
+            assert sum(heads) / 4 == pytest.approx(point.metrics[f"small/{term}"], rel=1e-5)
+            assert heads == [other.metrics[f"small/{term}/head-{head:02d}"] for head in (1, 2, 3, 4)]
+            assert len(set(heads)) == 4
+        assert other.metrics["data/rows_read"] >= 8 * point.step
+        assert other.metrics["data/bytes_read"] == 2 * 32 * other.metrics["data/rows_read"]
 
 
 def test_soft_labels_train_a_student_with_a_head(shards, teacher, tmp_path):
