@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,7 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import pytest
 import torch
+from teachers import teachers_stay
 
 if (
     not torch.cuda.is_available()
@@ -70,6 +72,13 @@ def make_teacher(
         torch.manual_seed(7)
         BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def unchanged_teachers() -> Iterator[None]:
+    """Whatever a test runs: no step of the loop touches the teacher."""
+    with teachers_stay():
+        yield
 
 
 @pytest.fixture(scope="session")

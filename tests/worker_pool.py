@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from support import checkpoints_in
+from teachers import teachers_stay
 
 from orchestrator.checkpoint_store import step_of
 from orchestrator.stage import StageFolder, StageJob
@@ -35,7 +36,9 @@ def _work(
         if step == hangs_after:
             hang_here()
 
-    sys.exit(0 if run_reporting(StageJob.from_json(job), die) else 3)
+    with teachers_stay():
+        done = run_reporting(StageJob.from_json(job), die)
+    sys.exit(0 if done else 3)
 
 
 def hang_here() -> None:
