@@ -12,15 +12,20 @@ import xxhash
 
 from data.errors import DataError
 from data.manifest import MANIFEST, load_manifest
+from data.remote import Identity, Store, is_remote, split_url
 from data.report import BuildReport
 
 BUILD_FILE = "build.json"
 
 
 def stamps_of(paths: list[str]) -> list[dict[str, Any]]:
-    """Path, size, time and content hash of every input."""
+    """Path, size, time and content hash of every input; of a remote one what its server says instead of the hash."""
     stamps = []
     for path in paths:
+        if is_remote(path):
+            size, tag = _remote_identity(path)
+            stamps.append({"path": path, "bytes": size, "time": tag, "content": f"{size} {tag}"})
+            continue
         digest = xxhash.xxh3_128()
         with Path(path).open("rb") as file:
             while piece := file.read(1 << 22):
@@ -36,13 +41,23 @@ def same_text(paths: list[str], stamps: list[dict[str, Any]]) -> bool:
     """Is the text the one that `stamps` tell of? Untouched files are not read; moved or copied ones are."""
     if len(paths) != len(stamps):
         return False
-    stats = [Path(path).stat() for path in paths]
-    if [stat.st_size for stat in stats] != [stamp["bytes"] for stamp in stamps]:
+    stats = [_remote_identity(path) if is_remote(path) else _local_identity(path) for path in paths]
+    if [num_bytes for num_bytes, _ in stats] != [stamp["bytes"] for stamp in stamps]:
         return False
-    now = [(path, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+    now = [(path, time) for path, (_, time) in zip(paths, stats, strict=True)]
     if now == [(stamp["path"], stamp["time"]) for stamp in stamps]:
         return True
     return [stamp["content"] for stamp in stamps_of(paths)] == [stamp["content"] for stamp in stamps]
+
+
+def _local_identity(path: str) -> tuple[int, int]:
+    stat = Path(path).stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _remote_identity(url: str) -> Identity:
+    folder, name = split_url(url)
+    return Store(folder).identity(name)
 
 
 def finished_build(out: Path, arguments: dict[str, Any], paths: list[str]) -> BuildReport | None:

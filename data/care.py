@@ -17,12 +17,10 @@ import numpy.typing as npt
 from data.build import import_data
 from data.build_identity import BUILD_FILE
 from data.errors import DataError
-from data.manifest import (
-    TOKENIZER,
-    load_manifest,
-    shard_name,
-)
+from data.manifest import HELD_OUT, MANIFEST, TOKENIZER, load_manifest, shard_name
 from data.reader import RowReader
+from data.remote import Store, is_remote
+from data.remote_reader import TOKENIZER_FILES
 from data.shard import record_tar
 from data.verify import verify
 
@@ -47,11 +45,12 @@ class RepairReport:
 def repair(
     folder: Path,
     *,
-    mirror: Path | None = None,
+    mirror: str | Path | None = None,
     inputs: Iterable[str | Path] | None = None,
     processes: int | None = None,
 ) -> RepairReport:
-    """Replace damaged files by those of `mirror` (a copy of the data set), or of a new build from the same text.
+    """Replace damaged files by those of `mirror` (a copy of the data set, in a folder or behind a URL), or of a new
+    build from the same text.
 
     Without a mirror the text is looked for where it was (or at `inputs`). Nothing is replaced unless the
     replacement has the pinned hash. DataError when neither source can give it.
@@ -61,12 +60,14 @@ def repair(
     if report.whole:
         return RepairReport(str(folder), "", [])
     rebuilt = folder / _REPAIR
-    source = Path(mirror) if mirror is not None else rebuilt
+    source = rebuilt if mirror is None or is_remote(mirror) else Path(mirror)
+    names = sorted({damage.file for damage in report.damage})
     try:
         if mirror is None:
             _build_again(folder, rebuilt, inputs, processes)
+        elif is_remote(mirror):
+            _fetch(str(mirror), folder, names, rebuilt)
         _same_data(folder, source)
-        names = sorted({damage.file for damage in report.damage})
         for name in names:
             _replace(source / name, folder / name)
     finally:
@@ -78,6 +79,29 @@ def repair(
             "name another mirror for the rest"
         )
     return RepairReport(str(folder), "a new build" if mirror is None else str(mirror), names)
+
+
+def _fetch(url: str, folder: Path, names: list[str], into: Path) -> None:
+    """The manifest and these files of the copy behind `url`; shards must have the hashes that `folder` pins."""
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir()
+    store = Store(url)
+    (into / MANIFEST).write_bytes(store.read(MANIFEST))
+    _same_data(folder, into)
+    splits = [split for split in (Path(), Path(HELD_OUT)) if (folder / split / MANIFEST).exists()]
+    shards = {
+        str(split / shard.name): shard for split in splits for shard in load_manifest(folder / split).shards
+    }
+    for name in names:
+        (into / name).parent.mkdir(exist_ok=True)
+        if name in shards:
+            store.fetch(name, shards[name].num_bytes, shards[name].sha256, into / name)
+        elif Path(name).name == TOKENIZER:
+            (into / name).mkdir()
+            for file in TOKENIZER_FILES:
+                (into / name / file).write_bytes(store.read(f"{name}/{file}"))
+        else:
+            (into / name).write_bytes(store.read(name))
 
 
 def _build_again(folder: Path, out: Path, inputs: Iterable[str | Path] | None, processes: int | None) -> None:

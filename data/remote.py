@@ -9,6 +9,7 @@ hash twice was replaced, which is said at once.
 """
 
 import hashlib
+import io
 import logging
 import random
 import time
@@ -38,6 +39,13 @@ class Patience(NamedTuple):
     first_wait_seconds: float = 0.5
     longest_wait_seconds: float = 30.0
     request_seconds: float = 60.0
+
+
+class Identity(NamedTuple):
+    """What tells a remote file from a replaced one without reading it; `tag`: the server's hash or time of it."""
+
+    num_bytes: int
+    tag: str
 
 
 class Stumble(Exception):
@@ -77,10 +85,34 @@ class Store:
         """A small file whole (manifest, checksums, tokenizer)."""
         return self._persist(name, lambda: self._request(name, None, None))
 
+    def identity(self, name: str) -> Identity:
+        """Size of a file, and what the server says to tell its versions apart."""
+
+        def once() -> Identity:
+            self._request(
+                name, 0, 1
+            )  # says properly what is wrong; what follows calls everything "not found"
+            try:
+                info = self._call("info", f"{self.url}/{name}")
+            except Exception as error:
+                raise Stumble(f"the server does not say its size ({_line(error)})") from error
+            tags = (
+                info.get(key) for key in ("ETag", "etag", "Last-Modified", "LastModified", "updated", "mtime")
+            )
+            return Identity(int(info["size"]), str(next((tag for tag in tags if tag), "")))
+
+        found = self._persist(name, once)
+        assert isinstance(found, Identity)
+        return found
+
+    def open(self, name: str, identity: Identity) -> io.BufferedReader:
+        """A file of known identity as a stream that is read once, front to back; every piece is retried."""
+        return io.BufferedReader(_Sequential(self, name, identity), buffer_size=1 << 16)
+
     def sha256(self, name: str, num_bytes: int) -> str:
         """The hash of a file of known size, fetched and not kept."""
         digest = hashlib.sha256()
-        for piece in self._pieces(name, num_bytes):
+        for piece in self.pieces(name, num_bytes):
             digest.update(piece)
         return digest.hexdigest()
 
@@ -91,7 +123,7 @@ class Store:
         def once() -> None:
             digest = hashlib.sha256()
             with into.open("wb") as file:
-                for piece in self._pieces(name, num_bytes):
+                for piece in self.pieces(name, num_bytes):
                     digest.update(piece)
                     file.write(piece)
             if digest.hexdigest() == sha256:
@@ -106,7 +138,8 @@ class Store:
 
         self._persist(name, once)
 
-    def _pieces(self, name: str, num_bytes: int) -> Iterator[bytes]:
+    def pieces(self, name: str, num_bytes: int) -> Iterator[bytes]:
+        """The bytes of a file of known size, in order."""
         for start in range(0, num_bytes, _PIECE_BYTES):
             end = min(start + _PIECE_BYTES, num_bytes)
             yield self._persist(name, partial(self._range, name, start, end, num_bytes))
@@ -123,12 +156,7 @@ class Store:
         """One request. Stumble for what may pass, DataError for what will not."""
         path = f"{self.url}/{name}"
         try:
-            if isinstance(self._fs, AsyncFileSystem):
-                seconds = self.patience.request_seconds
-                found = sync(self._fs.loop, self._fs._cat_file, path, start=start, end=end, timeout=seconds)
-            else:
-                found = self._fs.cat_file(path, start=start, end=end)
-            return bytes(found)
+            return bytes(self._call("cat_file", path, start=start, end=end))
         except FileNotFoundError as error:
             raise OriginError(
                 f"{path}: there is no such object; give the URL of a data set's folder"
@@ -144,6 +172,13 @@ class Store:
                     f"{path}: the server refuses ({_line(error)}); check URL and credentials"
                 ) from error
             raise Stumble(_line(error)) from error
+
+    def _call(self, method: str, path: str, **arguments: Any) -> Any:
+        """A method of the file system, which may take `request_seconds` where that can be limited."""
+        if not isinstance(self._fs, AsyncFileSystem):
+            return getattr(self._fs, method)(path, **arguments)
+        seconds = self.patience.request_seconds
+        return sync(self._fs.loop, getattr(self._fs, f"_{method}"), path, timeout=seconds, **arguments)
 
     def _persist(self, name: str, once: Callable[[], Any]) -> Any:
         """Try `once` until it does not stumble. DataError with the last cause when patience ends."""
@@ -166,6 +201,36 @@ class Store:
             f"{self.url}/{name}: {cause} (tried {self.patience.tries} times); check the server and run the same "
             "command again"
         )
+
+
+class _Sequential(io.RawIOBase):
+    """See `Store.open`. An object that is replaced while it is read is an error at its end, if not before."""
+
+    def __init__(self, store: Store, name: str, identity: Identity):
+        self._store, self._name, self._identity = store, name, identity
+        self._pieces = store.pieces(name, identity.num_bytes)
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._ready:
+            self._ready = memoryview(next(self._pieces, b""))
+            if not self._ready and self._store.identity(self._name) != self._identity:
+                raise DataError(
+                    f"{self._store.url}/{self._name}: the object was replaced while it was read; "
+                    "run the same command again when it no longer changes"
+                )
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def split_url(url: str | Path) -> tuple[str, str]:
+    """The folder of a remote file, as `Store` takes it, and the file's name in it."""
+    folder, _, name = str(url).rpartition("/")
+    return folder, name
 
 
 def _line(error: BaseException) -> str:

@@ -70,7 +70,7 @@ class VerifyReport:
             if is_remote(self.folder):
                 lines.append("put a whole copy there; nothing is mended behind a URL")
             else:
-                lines.append(f"mend it with: minilm data repair {self.folder} [--mirror FOLDER]")
+                lines.append(f"mend it with: minilm data repair {self.folder} [--mirror FOLDER|URL]")
         else:
             lines.append(f"whole: every byte is what the manifest {self.fingerprint[:16]} pins")
         return "\n".join(lines)

@@ -29,7 +29,9 @@ def add_data_verbs(data: argparse.ArgumentParser) -> None:
     build.set_defaults(run=build_data)
 
     imported = verbs.add_parser("import", help="turn token files of other programs into shards")
-    imported.add_argument("inputs", nargs="+", metavar="INPUT", help="prefix of a .bin/.idx pair, or a tar")
+    imported.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="prefix of a .bin/.idx pair, or a tar or its URL"
+    )
     imported.add_argument(
         "--from",
         dest="source",
@@ -73,7 +75,9 @@ def add_data_verbs(data: argparse.ArgumentParser) -> None:
 
     repair = verbs.add_parser("repair", help="replace damaged files, from a mirror or a new build")
     repair.add_argument("data", type=Path, metavar="DIR")
-    repair.add_argument("--mirror", type=Path, help="another copy of the data set (default: build it again)")
+    repair.add_argument(
+        "--mirror", metavar="DIR|URL", help="another copy of the data set (default: build it again)"
+    )
     repair.add_argument("--text", nargs="+", help="where the text is now (default: where it was)")
     _add_json(repair)
     repair.set_defaults(run=repair_data)

@@ -32,6 +32,9 @@ class BadServer:
             def do_GET(self):
                 owner.answer(self)
 
+            def do_HEAD(self):
+                owner.head(self)
+
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -45,6 +48,17 @@ class BadServer:
     def fault_of(self, name):
         waiting = self.faults.get(name)
         return waiting.pop(0) if waiting else self.always.get(name)
+
+    def tag(self, path):
+        return str(path.stat().st_mtime_ns)
+
+    def head(self, handler):
+        path = self.folder / handler.path.lstrip("/")
+        handler.send_response(200 if path.is_file() else 404)
+        if path.is_file():
+            handler.send_header("Content-Length", str(path.stat().st_size))
+            handler.send_header("ETag", self.tag(path))
+        handler.end_headers()
 
     def answer(self, handler):
         name = handler.path.lstrip("/")

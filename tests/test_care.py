@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import webdataset
+from bad_server import BadServer
 from data_cases import make_data, make_documents
 
 from data.care import convert, repair
@@ -89,6 +90,35 @@ def test_damage_of_every_kind_is_repaired_from_a_mirror(data, original):
     assert set(report.replaced) == names
     assert files_of(data) == files_of(original)
     assert repair(data, mirror=original).text().endswith("nothing is damaged")
+
+
+@pytest.fixture
+def mirror(original, tmp_path):
+    running = BadServer(shutil.copytree(original, tmp_path / "served"))
+    yield running
+    running.close()
+
+
+def test_damage_of_every_kind_is_repaired_from_a_mirror_behind_a_url(data, original, mirror):
+    names = damage(data)
+    mirror.faults = {"shard-000001.tar": ["500", "reset"]}
+    report = repair(data, mirror=mirror.url)
+    assert set(report.replaced) == names and report.source == mirror.url
+    assert files_of(data) == files_of(original) and not (data / ".repair").exists()
+    fetched = {name for name in mirror.requests if name.endswith(".tar")}
+    assert fetched == {name for name in names if name.endswith(".tar")}  # only what is damaged
+
+
+def test_a_mirror_behind_a_url_with_other_data_or_damage_is_refused(data, mirror, tmp_path):
+    before = damage(data) and files_of(data)
+    flip(mirror.folder / "shard-000001.tar", 5000)
+    with pytest.raises(DataError, match=rf"{mirror.url}/shard-000001.tar: the object was replaced"):
+        repair(data, mirror=mirror.url)
+    other = make_data(tmp_path / "other", documents=30)
+    shutil.copyfile(other / "manifest.json", mirror.folder / "manifest.json")
+    with pytest.raises(DataError, match="holds other data"):
+        repair(data, mirror=mirror.url)
+    assert files_of(data) == before
 
 
 def test_damage_of_every_kind_is_repaired_from_the_text(data, original):

@@ -9,15 +9,19 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from bad_server import BadServer
 from data_cases import CLS, SEP, make_data, make_documents, make_tokenizer
 from transformers import AutoTokenizer
 
+from data import remote
 from data.build import import_data
 from data.errors import DataError
 from data.indexed_rows import IndexedRows
 from data.manifest import load_manifest
 from data.reader import RowReader
+from data.remote import Patience
 from data.sources.indexed import read_index
+from data.sources.web import Walk
 from data.stream import Corpus, Stream
 
 SMALL = {"seq_len": 16, "rows_per_block": 8, "shard_bytes": 20_000, "processes": 1}
@@ -298,7 +302,7 @@ def test_tars_are_read_strictly(tmp_path, teacher):
 
     for damaged, message in (
         (whole[: second + 150] + b"x" + whole[second + 151 :], rf"is damaged at byte {second}"),
-        (whole[: second + 100], "is damaged at byte"),
+        (whole[: second + 100], rf"is cut short behind '0000.txt', at byte {second + 100}"),
         (whole[:5000], "cut short"),
     ):
         path.write_bytes(damaged)
@@ -321,9 +325,89 @@ def test_nothing_in_a_tar_or_its_name_is_executed(tmp_path, teacher):
     call = {"source": "webdataset", "options": {"source_tokenizer": teacher}, **SMALL}
     with pytest.raises(DataError, match=r"Object arrays cannot be loaded"):
         import_data([path], teacher, tmp_path / "out", **call)
-    with pytest.raises(DataError, match=r"scheme 'pipe' is not read by the importer"):
-        import_data([f"pipe:touch {tmp_path}/touched"], teacher, tmp_path / "out", **call)
+    for url, message in (
+        (f"pipe:touch {tmp_path}/touched", "scheme 'pipe' is not read by the importer"),
+        (f"pipe://touch {tmp_path}/touched", "cannot be read from; allowed are URLs of"),
+    ):
+        with pytest.raises(DataError, match=message):
+            import_data([url], teacher, tmp_path / "out", **call)
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_tar_is_walked_the_same_however_its_bytes_come(tmp_path):
+    samples = [(f"{i:04d}.txt", b"x" * (i * 97 % 1500)) for i in range(30)]
+    raw = write_tar(tmp_path / "a.tar", samples).read_bytes()
+    for step in (1, 511, 512, 513, 4096, len(raw)):
+        walk = Walk("a.tar")
+        for at in range(0, len(raw), step):
+            walk.see(raw[at : at + step])
+        walk.finish()
+        assert walk.num_files == 30
+    for cut in (0, 100, 512, 5000):
+        walk = Walk("a.tar")
+        walk.see(raw[:cut])
+        with pytest.raises(DataError, match=f"cut short behind .* at byte {cut}"):
+            walk.finish()
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Tars behind a server, and what they would give from the disk."""
+    monkeypatch.setattr(remote, "_PIECE_BYTES", 4096)
+    quick = Patience(tries=3, first_wait_seconds=0.01, longest_wait_seconds=0.02, request_seconds=1.0)
+    monkeypatch.setattr(remote, "Patience", lambda: quick)
+    folder = tmp_path / "served"
+    folder.mkdir()
+    documents = make_documents(40)
+    for n in range(2):
+        part = [(f"{i:04d}.txt", d.encode()) for i, d in enumerate(documents) if i // 20 == n]
+        write_tar(folder / f"{n}.tar", part)
+    running = BadServer(folder)
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize("fault", ["none", "500", "short", "no-range"])
+def test_tars_behind_urls_give_the_same_as_files(tmp_path, teacher, served, fault):
+    call = {"source": "webdataset", **SMALL}
+    near = import_data(sorted(served.folder.iterdir()), teacher, tmp_path / "near", **call)
+    urls = [f"{served.url}/{n}.tar" for n in range(2)]
+    if fault != "none":
+        served.faults = {"0.tar": [fault], "1.tar": ["none"] * 3 + [fault]}
+    far = import_data(urls, teacher, tmp_path / "far", **call)
+    assert far.fingerprint == near.fingerprint
+    before = len(served.requests)
+    assert import_data(urls, teacher, tmp_path / "far", **call) == far
+    assert len(served.requests) - before < 12  # found done, by what the server says of the tars
+
+
+def test_a_tar_that_cannot_be_had_or_changes_is_an_error_with_its_url(tmp_path, teacher, served):
+    call = {"source": "webdataset", **SMALL}
+    url = f"{served.url}/1.tar"
+
+    def read():
+        import_data([f"{served.url}/0.tar", url], teacher, tmp_path / "out", **call)
+
+    for fault, message in (("404", "no such object"), ("403", "refuses"), ("500", r"tried 3 times")):
+        served.always = {"1.tar": fault}
+        with pytest.raises(DataError, match=rf"{url}.*{message}"):
+            read()
+    served.always = {}
+    raw = (served.folder / "1.tar").read_bytes()
+    (served.folder / "1.tar").write_bytes(raw[:5000])
+    with pytest.raises(DataError, match=rf"{url}' is (no tar, or is )?cut short"):
+        read()
+    (served.folder / "1.tar").write_bytes(raw)
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(
+            served, "tag", lambda path: str(len(served.requests))
+        )  # another object at every request
+        with pytest.raises(
+            DataError, match=rf"{served.url}/\d.tar: the object was replaced while it was read"
+        ):
+            read()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
