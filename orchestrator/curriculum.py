@@ -307,7 +307,7 @@ class Driver:
             if self.stop.requested:
                 raise Stopped("stopped while waiting for the cluster; the same command goes on from here")
             timer = f"({duration(waited)} of {duration(compute.wait_seconds)})"
-            self.line.show(f"{label}  waiting for the cluster: {problem or busy} {timer}")
+            self.line.show(f"{label}  waiting for the cluster: {problem or busy} {timer}", force=waited < 1)
             time.sleep(1)
 
 

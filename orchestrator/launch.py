@@ -30,9 +30,8 @@ RESERVATION = "reservation.json"
 RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for free places (60)
 CONNECT_SECONDS = 10
 KILL_SECONDS = 60
-START_SECONDS = (
-    "20"  # to find places for a group of workers; a node that has died is still counted for a while
-)
+POLL_SECONDS = "1"  # between two looks of Ray's controller at its workers
+START_SECONDS = "20"  # to find places for a group; a node that has died is still counted for a while
 SILENT_STARTS = 5
 
 
@@ -43,6 +42,7 @@ def ray_cluster(address: str | None, max_workers: int) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_SECONDS)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     import ray
 
     given = cluster_address(address)
@@ -97,12 +97,13 @@ def lacking(place: str, least: int) -> str:
     """What the connected cluster has not got for `least` workers with one `place` each; "" if nothing."""
     import ray
 
-    total = ray.cluster_resources().get(place, 0)
-    return (
-        ""
-        if total >= least
-        else f"the Ray cluster has {total:g} {place}, the recipe asks for {least} workers with one each"
-    )
+    try:
+        total = ray.cluster_resources().get(place, 0)
+    except Exception as error:  # whatever Ray raises while its head is away
+        return f"the Ray cluster does not answer ({' '.join(str(error).split())[:200]})"
+    if total >= least:
+        return ""
+    return f"the Ray cluster has {total:g} {place}, the recipe asks for {least}, one for each worker"
 
 
 def occupied(place: str, least: int) -> str:

@@ -146,9 +146,20 @@ def test_a_cluster_without_room_is_refused_with_what_it_has(head, finished, tmp_
     )
     arguments = (finished / "tiny.yaml", "--workdir", tmp_path / "work", "--address", "auto", *override)
     _, errors = run("run", *arguments, "--set", "compute.wait_seconds=2", expect=2, **head)
-    lack = "the Ray cluster has 2 trainer, the recipe asks for 3 workers with one each"
+    lack = "the Ray cluster has 2 trainer, the recipe asks for 3, one for each worker"
     assert f"waiting for the cluster: {lack} (0s of 2s)" in errors
     assert f"minilm: error: {lack}; lower compute.workers or add nodes" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_gpu_where_there_is_none_is_refused_at_once_by_a_cluster_of_the_runs_own(finished, tmp_path):  # noqa: F811
+    """It never grows, so that nothing is waited for."""
+    work = ("--workdir", tmp_path / "work", "--set", "compute.device=cuda")
+    _, errors = run("run", finished / "tiny.yaml", *work, expect=2, CUDA_VISIBLE_DEVICES="")
+    assert (
+        "minilm: error: the Ray cluster has 0 GPU, the recipe asks for 1, one for each worker; add" in errors
+    )
+    assert "or use --set compute.device=cpu" in errors
     assert "Traceback" not in errors
 
 

@@ -150,5 +150,5 @@ def test_a_run_that_has_lost_its_places_says_so_and_can_be_stopped(cluster, tmp_
     time.sleep(45)
     assert run.process.poll() is None
     errors = run.stop()
-    assert "the Ray cluster has 1 trainer, the recipe asks for 2 workers with one each" in errors
+    assert "the Ray cluster has 1 trainer, the recipe asks for 2, one for each worker" in errors
     assert "stopped while it waited for workers; the same command goes on" in errors
