@@ -137,30 +137,35 @@ def abandon(folder: Path) -> None:
     """Leave the cluster while a stage still runs or waits: `fit` ends with an error."""
     import ray
 
-    cancel_reservation(folder)
+    cancel_reservations(folder)
     ray.shutdown()
 
 
-def cancel_reservation(folder: Path) -> None:
-    """Withdraw what a driver that died had reserved: Ray would keep it for 180 s, and this run would wait for it.
+def cancel_reservations(folder: Path) -> None:
+    """Withdraw what drivers that died had reserved for stages of this run: Ray would keep it for 180 s.
 
-    Uses a private actor of Ray 2.60, so any failure is only logged: then the run starts later, not wrongly.
+    `folder`: of one of its stages; the dead driver may have worked at another. Uses a private actor of Ray 2.60, so
+    any failure is only logged: then the run starts later, not wrongly.
     """
-    record = read_json(folder / RESERVATION)
-    if record is None:
-        return
-    try:
-        import ray
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
+    for path in folder.parent.glob(f"*/{RESERVATION}"):
+        record = read_json(path)
+        if record is None:
+            continue
+        try:
+            import ray
+            from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+                get_or_create_autoscaling_coordinator,
+            )
 
-        coordinator = get_or_create_autoscaling_coordinator()
-        ray.get(coordinator.cancel_request.remote(requester_id=record["requester"]), timeout=CONNECT_SECONDS)
-    except Exception as error:
-        log.warning(
-            "the reservation of an earlier run could not be cancelled (%s): it ends within 180 s", error
-        )
+            coordinator = get_or_create_autoscaling_coordinator()
+            ray.get(
+                coordinator.cancel_request.remote(requester_id=record["requester"]), timeout=CONNECT_SECONDS
+            )
+            path.unlink(missing_ok=True)
+        except Exception as error:
+            log.warning(
+                "the reservation of an earlier run could not be cancelled (%s): it ends within 180 s", error
+            )
 
 
 def train_function(config: dict[str, Any]) -> None:
@@ -252,7 +257,7 @@ def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadP
             callbacks=[storm_guard(job)],
         ),
     )
-    cancel_reservation(folder)
+    cancel_reservations(folder)
     write_json(folder / RESERVATION, {"requester": f"train-{trainer.train_run_context.run_id}"})
 
     def fit() -> None:

@@ -130,3 +130,29 @@ def test_a_killed_driver_run_again_does_not_wait_for_its_own_ghost(cluster, tmp_
     wait_for(lambda: (read_json(folder.heartbeat) or {}).get("time", 0) > again + 5, process, 120)
     process.communicate(timeout=300)
     assert process.returncode == 0
+
+
+def test_a_reservation_that_a_dead_driver_left_at_another_stage_is_withdrawn_too(
+    cluster, tmp_path, monkeypatch
+):
+    """Its workers may have finished that stage before they ended, so that the next run begins behind it."""
+    import ray
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+
+    from orchestrator.launch import RESERVATION, cancel_reservations
+
+    stages = {name: tmp_path / name for name in ("first", "second")}
+    for folder in stages.values():
+        folder.mkdir()
+    (stages["first"] / RESERVATION).write_text('{"requester": "train-dead"}')
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        coordinator = default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
+        request = {"requester_id": "train-dead", "resources": [{"CPU": 1}], "expire_after_s": 180}
+        ray.get(coordinator.request_resources.remote(**request))
+        assert ray.get(coordinator.get_reserved_resources.remote("train-dead"))
+        cancel_reservations(stages["second"])
+        assert not ray.get(coordinator.get_reserved_resources.remote("train-dead"))
+        assert not (stages["first"] / RESERVATION).exists()
+    finally:
+        ray.shutdown()
