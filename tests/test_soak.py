@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import make_teacher, write_text
 from safetensors.torch import load_file, save_file
+from soak_recipe import write_soak_recipe
 
 from orchestrator import cli
 from orchestrator.recipe import Recipe, load_recipe
@@ -19,43 +18,6 @@ from orchestrator.soak_checks import check_round
 from orchestrator.soak_plan import HASTY, PAUSE_SECONDS, WEIGHTS, Strike, plan
 from orchestrator.soak_tally import Recovery, Tally
 from orchestrator.workdir import Workdir
-
-
-def write_soak_recipe(
-    folder: Path, *, steps: int, stages: int = 1, workers: object = 1, **compute: object
-) -> Path:
-    """Sizes so small that starting is all that takes time: a step of 6 rows of 32 tokens, 2 layers of 16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = write_text(folder / "words.txt", documents=300)
-    teacher = make_teacher(folder / "bert", layers=2, hidden=32)
-    stage = {"batch": 6, "steps": steps, "peak_lr": 1e-3, "warmup_steps": steps // 10, "held_out_rows": 8}
-    students = [("assistant", str(teacher), 2), ("small", "assistant", 1)][:stages]
-    recipe = {
-        "name": "soak",
-        "data": {"text": str(text), "tokenizer": str(teacher), "seq_len": 32, "held_out": 0.1},
-        "stages": [
-            {
-                "name": name,
-                "teacher": of,
-                "student": {"layers": layers, "hidden": 16},
-                "eval_every": 500,
-                **stage,
-            }
-            for name, of, layers in students
-        ],
-        "compute": {
-            "workers": workers,
-            "micro_batch": 2,
-            "threads": 1,
-            "checkpoint_every_seconds": 1,
-            "stall_seconds": 20,
-            **compute,
-        },
-        "tracking": {"log_every": 20},
-    }
-    path = folder / "soak.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
 
 
 def test_the_strikes_are_a_function_of_the_seed():

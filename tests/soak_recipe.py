@@ -1,0 +1,54 @@
+"""A recipe for soaks, with its text and its teacher, of sizes so small that starting is all that takes time.
+
+usage: soak_recipe.py FOLDER [STEPS]    two stages of so many steps (1500), 1 to 3 workers; prints the recipe's path
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+from conftest import make_teacher, write_text
+
+
+def write_soak_recipe(
+    folder: Path, *, steps: int, stages: int = 1, workers: object = 1, **compute: object
+) -> Path:
+    """A step is 6 rows of 32 tokens through 2 layers of 16; `compute` as in a recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write_text(folder / "words.txt", documents=300)
+    teacher = make_teacher(folder / "bert", layers=2, hidden=32)
+    stage = {"batch": 6, "steps": steps, "peak_lr": 1e-3, "warmup_steps": steps // 10, "held_out_rows": 8}
+    students = [("assistant", str(teacher), 2), ("small", "assistant", 1)][:stages]
+    recipe = {
+        "name": "soak",
+        "data": {"text": str(text), "tokenizer": str(teacher), "seq_len": 32, "held_out": 0.1},
+        "stages": [
+            {
+                "name": name,
+                "teacher": of,
+                "student": {"layers": layers, "hidden": 16},
+                "eval_every": 500,
+                **stage,
+            }
+            for name, of, layers in students
+        ],
+        "compute": {
+            "workers": workers,
+            "micro_batch": 2,
+            "threads": 1,
+            "checkpoint_every_seconds": 1,
+            "stall_seconds": 20,
+            **compute,
+        },
+        "tracking": {"log_every": 20},
+    }
+    path = folder / "soak.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 1500
+    print(write_soak_recipe(Path(sys.argv[1]).resolve(), steps=count, stages=2, workers=[1, 3]))
