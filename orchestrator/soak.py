@@ -125,7 +125,7 @@ def soak(
     run_undisturbed(recipe_file, reference.root, folder / "reference.log")
     try:
         with Arena(folder, *recipe.compute.workers) as arena:
-            kinds = possible(kinds, arena)
+            kinds = possible(kinds, recipe, arena)
             deadline = time.monotonic() + seconds
             number = 0
             while time.monotonic() < deadline:
@@ -169,13 +169,14 @@ def run_undisturbed(recipe: Path, work: Path, log: Path) -> None:
         raise UserError(f"the undisturbed run ended with exit code {code}; {last_line(log)}")
 
 
-def possible(kinds: list[str], arena: Arena) -> list[str]:
+def possible(kinds: list[str], recipe: Recipe, arena: Arena) -> list[str]:
     """Without the strikes that this machine or recipe leaves no room for, said once."""
     impossible = {
         "full": ""
         if arena.has_own_disk
         else "mounting a small tmpfs is not allowed; try `unshare -Urm minilm soak …`",
         "node": "" if arena.most > arena.least else "compute.workers is not a range",
+        "cache": "" if recipe.data.cache else "the recipe has no data.cache, with shards behind a URL",
     }
     for kind in kinds:
         if impossible.get(kind):
@@ -367,6 +368,10 @@ class Round:
         elif kind == "damage":
             detail = arena.damage(self.progress.folder, strike.pick) or ""
             done = bool(detail) and arena.kill_worker(strike.pick)
+        elif kind == "cache":
+            assert self.recipe.data.cache
+            detail = arena.damage_cache(Path(self.recipe.data.cache), strike.pick) or ""
+            done = bool(detail)
         elif kind == "node":
             kind, done = f"node {arena.change_nodes(strike.pick)}", True
         elif kind == "full":

@@ -206,6 +206,18 @@ class Arena:
         except (IndexError, *checkpoint.DAMAGE):  # none behind it, or just replaced by a newer one
             return None
 
+    def damage_cache(self, cache: Path, pick: float) -> str | None:
+        """Kill every worker and damage a cached shard, if there is one; which. Living ones would not check it again."""
+        shards = sorted(path for path in cache.glob("shards/*") if len(path.name) == 64)
+        if not shards or not self.workers():
+            return None
+        for pid in self.workers():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        victim = shards[int(pick * len(shards))]
+        flip_bit(victim, pick)
+        return f"shard {victim.name[:12]}"
+
     # --- disk and server
 
     def fill_disk(self, seconds: float) -> None:

@@ -20,6 +20,7 @@ WEIGHTS = {
     "stop": 6,  # SIGSTOP a worker: it neither works nor dies
     "full": 6,  # leave no byte free on the disk of the work directory, and free it later
     "rival": 4,  # run the same command a second time, beside the first
+    "cache": 4,  # SIGKILL every worker, and flip a bit of a cached shard
 }
 HASTY = ("worker", "driver")
 HASTY_SHARE = 0.2

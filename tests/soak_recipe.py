@@ -1,6 +1,8 @@
 """A recipe for soaks, with its text and its teacher, of sizes so small that starting is all that takes time.
 
-usage: soak_recipe.py FOLDER [STEPS]    two stages of so many steps (1500), 1 to 3 workers; prints the recipe's path
+usage: soak_recipe.py FOLDER [STEPS]
+
+Two stages of so many steps (1500), 1 to 3 workers, data behind a URL. Prints the recipe's path.
 """
 
 from __future__ import annotations
@@ -11,19 +13,26 @@ from pathlib import Path
 import yaml
 from conftest import make_teacher, write_text
 
+from data.build import build
+
 
 def write_soak_recipe(
-    folder: Path, *, steps: int, stages: int = 1, workers: object = 1, **compute: object
+    folder: Path, *, steps: int, stages: int = 1, workers: object = 1, by_url: bool = False, **compute: object
 ) -> Path:
-    """A step is 6 rows of 32 tokens through 2 layers of 16; `compute` as in a recipe."""
+    """A step is 6 rows of 32 tokens through 2 layers of 16. by_url: several shards that come through a cache."""
     folder.mkdir(parents=True, exist_ok=True)
     text = write_text(folder / "words.txt", documents=300)
     teacher = make_teacher(folder / "bert", layers=2, hidden=32)
     stage = {"batch": 6, "steps": steps, "peak_lr": 1e-3, "warmup_steps": steps // 10, "held_out_rows": 8}
     students = [("assistant", str(teacher), 2), ("small", "assistant", 1)][:stages]
+    data: dict[str, object] = {"text": str(text), "tokenizer": str(teacher), "seq_len": 32, "held_out": 0.1}
+    if by_url:
+        options = {"seq_len": 32, "held_out": 0.1, "rows_per_block": 64, "shard_bytes": 32 << 10}
+        build([text], str(teacher), folder / "built", processes=1, **options)
+        data = {"shards": (folder / "built").as_uri(), "cache": str(folder / "cache")}
     recipe = {
         "name": "soak",
-        "data": {"text": str(text), "tokenizer": str(teacher), "seq_len": 32, "held_out": 0.1},
+        "data": data,
         "stages": [
             {
                 "name": name,
@@ -51,4 +60,4 @@ def write_soak_recipe(
 
 if __name__ == "__main__":
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 1500
-    print(write_soak_recipe(Path(sys.argv[1]).resolve(), steps=count, stages=2, workers=[1, 3]))
+    print(write_soak_recipe(Path(sys.argv[1]).resolve(), steps=count, stages=2, workers=[1, 3], by_url=True))

@@ -258,7 +258,7 @@ def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(t
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_twenty_minutes_of_soak(tmp_path, capsys):
-    path = write_soak_recipe(tmp_path / "in", steps=1500, stages=2, workers=[1, 3])
+    path = write_soak_recipe(tmp_path / "in", steps=1500, stages=2, workers=[1, 3], by_url=True)
     code = cli.main(
         ["soak", str(path), "--minutes", "20", "--seed", "1", "--workdir", str(tmp_path / "soak")]
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_soak import write_soak_recipe
+from soak_recipe import write_soak_recipe
 
 from model.export import weights_digest
 from orchestrator.recipe import load_recipe
