@@ -63,6 +63,17 @@ def test_the_gradient_is_that_of_the_mean_loss_over_sequences(shards, teacher, t
     torch.testing.assert_close(state.gradient, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_students_are_tapped_at_their_last_layer_and_the_teacher_where_the_job_says(
+    shards, teacher, tmp_path
+):
+    """A known defect is a student whose first layer is tapped: the layers behind it would never be trained."""
+    job = make_job(shards, teacher, tmp_path, students=(("small", 2, 24), ("deep", 3, 24)), teacher_layer=2)
+    distiller = build_distiller(job, ALONE.device)
+    assert distiller.teacher.layer == 2
+    assert {name: encoder.layer for name, encoder in distiller.students.items()} == {"small": 2, "deep": 3}
+    assert "encoder.layer.2.attention.self.query.weight" in distiller.trained_parameters("deep")
+
+
 def test_a_student_gets_the_same_gradient_with_and_without_another_beside_it(shards, teacher, tmp_path):
     both = make_job(shards, teacher, tmp_path, students=(("small", 2, 24), ("other", 1, 48)))
     alone = make_job(shards, teacher, tmp_path, students=(("small", 2, 24),))
