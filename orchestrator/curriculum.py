@@ -38,6 +38,7 @@ from orchestrator.tracking import Tracking
 from orchestrator.workdir import Workdir
 
 POLL_SECONDS = 0.25
+RELEASE_SECONDS = 10.0  # until Ray has taken back the places of the stage before
 REMEDIES = {
     "GPU": "add nodes with GPUs, lower compute.workers or use --set compute.device=cpu",
     "trainer": "lower compute.workers or add nodes (`ray start --resources '{\"trainer\": 1}'` gives a node one)",
@@ -300,7 +301,7 @@ class Driver:
             waited = time.monotonic() - began
             if problem and (waited >= compute.wait_seconds or launch.cluster_address(self.address) is None):
                 raise UserError(f"{problem}; {REMEDIES[place]}")
-            if busy and waited >= compute.wait_seconds:
+            if busy and waited >= max(compute.wait_seconds, RELEASE_SECONDS):
                 raise InfrastructureError(
                     f"{busy}; compute.wait_seconds is {compute.wait_seconds:g}; the same command tries again"
                 )

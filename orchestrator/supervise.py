@@ -38,7 +38,7 @@ class Heartbeats:
             beat = read_json(self.path)
         except (OSError, ValueError):  # a shared file system, between two of its versions
             return
-        if beat is not None and beat["attempt"] == self.attempt and beat != self.newest:
+        if beat is not None and beat.get("attempt") == self.attempt and beat != self.newest:
             self.newest, self.since = beat, self.clock()
 
     @property
