@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from data.reader import Counters
 from orchestrator.files import write_json
 from orchestrator.metrics import PointLog
 from orchestrator.processes import Process
 from orchestrator.stage import StageFolder, StageJob
 
 HEARTBEAT_SECONDS = 1.0
-STREAM_COUNTS = ("rows_read", "bytes_read", "shards_in_cache", "bytes_fetched", "retries")
 
 
 class Due:
@@ -112,23 +110,6 @@ class Journal:
         for file in (self.points, self.heldout_points):
             if file:
                 file.close()
-
-
-def stream_metrics(sums: Sequence[int], *, remote: bool) -> dict[str, float]:
-    """Of all workers since they began, read ahead included. `sums`: `stream_counts` added over ranks."""
-    names = STREAM_COUNTS if remote else STREAM_COUNTS[:2]
-    return {f"data/{name}": float(value) for name, value in zip(names, sums, strict=False)}
-
-
-def stream_counts(counters: Counters) -> list[int]:
-    """One rank's, to be added over ranks."""
-    return [
-        counters.rows,
-        counters.row_bytes,
-        counters.cache_hits,
-        counters.fetched_bytes,
-        counters.retries,
-    ]
 
 
 def head_metrics(name: str, relations: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, float]:

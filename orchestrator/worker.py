@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,36 +21,24 @@ import torch
 
 from data.errors import DataError
 from data.quarantine import QuarantineGrew
-from data.remote import is_remote
-from data.stream import Batch, share
 from model.errors import ModelError
-from model.export import export_student, model_card, weights_digest
 from orchestrator import checkpoint
 from orchestrator.attempts import Attempts, forget_start_failures
 from orchestrator.checkpoint_store import open_store
-from orchestrator.corpora import close, open_held_out, open_stream
+from orchestrator.corpora import close, open_held_out
 from orchestrator.errors import LeaseHeld, UserError
 from orchestrator.evaluate import heldout_divergence
-from orchestrator.files import write_json
+from orchestrator.finish import finish_stage
 from orchestrator.guards import Watchdog, check_finite, no_progress
-from orchestrator.journal import (
-    STREAM_COUNTS,
-    Due,
-    Journal,
-    head_metrics,
-    stream_counts,
-    stream_metrics,
-    student_metrics,
-)
+from orchestrator.intake import Intake
+from orchestrator.journal import Due, Journal, head_metrics, student_metrics
 from orchestrator.lease import Superseded, check_writer
-from orchestrator.ledger import Expected, Ledger
-from orchestrator.masking import Masking
 from orchestrator.reporting import Evicted, own_rank
-from orchestrator.saver import Parts, Saver
+from orchestrator.saving import Saving
 from orchestrator.schedule import learning_rate
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, PRECISIONS, choose_precision, choose_threads
-from orchestrator.step import MicroBatch, StepOutcome, train_step
+from orchestrator.step import StepOutcome, train_step
 from orchestrator.storage import is_final, writing
 from orchestrator.students import build_distiller, compute_deterministically, make_states
 from orchestrator.world import PeerFailed, World, join_world
@@ -58,7 +46,6 @@ from orchestrator.world import PeerFailed, World, join_world
 log = logging.getLogger(__name__)
 
 STOP_CHECK_SECONDS = 0.5
-SAVE_WAIT_SECONDS = 1.0
 
 
 def run_stage(
@@ -81,7 +68,7 @@ def run_stage(
             try:
                 return run.run(on_step)
             except Exception as error:
-                if is_final(error) or isinstance(error, Evicted) or run.masking.grew():
+                if is_final(error) or isinstance(error, Evicted) or run.intake.masking.grew():
                     run.end_attempt()  # nothing to count
                 raise
             finally:
@@ -91,7 +78,7 @@ def run_stage(
 
 
 class StageRun:
-    """`saver` and `attempts` exist on the main rank only."""
+    """`saving` and `attempts` exist on the main rank only."""
 
     def __init__(
         self, job: StageJob, world: World, watchdog: Watchdog, eviction_announced: Callable[[], bool]
@@ -103,22 +90,15 @@ class StageRun:
         if job.reduction == "exact" and world.device.type == "cuda":
             compute_deterministically()
         self.fixed_threads = job.reduction == "exact" and world.device.type == "cpu"
-        order: dict[str, int] = {"seed": job.seed, "batch": job.batch, "micro_batch": job.micro_batch}
-        self.masking = Masking(job.data)
-        quarantine = self.masking.quarantine
-        self.stream = open_stream(job.data, **order, pin=world.device.type == "cuda", quarantine=quarantine)
+        self.intake = Intake(job, world)
         self.heldout = open_held_out(job.data)
         self.distiller = build_distiller(job, world.device)
         self.students = make_states(job, self.distiller)
         self.models = {student.name: self.distiller.state_module(student.name) for student in self.students}
-        self.identity = checkpoint.Identity(job.digest, self.stream.fingerprint)
-        self.ledger = Ledger()
+        self.identity = checkpoint.Identity(job.digest, self.intake.stream.fingerprint)
         self.parts = 1
-        self.stream_counts: list[int] = []
         self.store = open_store(job.checkpoints, self.folder.checkpoints)
-        self.save_overdue = False
         self.stop_check_due = Due(STOP_CHECK_SECONDS, at_once=True)
-        self.checkpoint_due = Due(job.checkpoint_every_seconds)
         with self.writing():
             self.journal = Journal(
                 job,
@@ -127,20 +107,13 @@ class StageRun:
                 seq_len=job.data.seq_len,
                 guard=self.check_writer,
             )
-        self.saver: Saver | None = None
+        self.saving: Saving | None = None
         self.attempts: Attempts | None = None
         if world.is_main:
             with self.writing():
                 self.attempts = Attempts(self.folder.root)
-            self.expected = Expected(job.data, **order, quarantine=quarantine)
-            self.saver = Saver(
-                self.store,
-                self.models,
-                self.students,
-                self.identity,
-                keep=job.keep_checkpoints,
-                keep_every=job.keep_every_steps,
-                guard=self.check_writer,
+            self.saving = Saving(
+                job, self.intake, self.store, self.models, self.students, self.identity, self.check_writer
             )
 
     def run(self, on_step: Callable[[int], None] | None) -> bool:
@@ -149,15 +122,13 @@ class StageRun:
         stop = evicted = False
         if first == 0:
             self.evaluate(0)
-        mine = share(self.stream.num_micro_batches, self.world.rank, self.world.size)
-        batches = self.stream.iterate(first, job.steps, mine)
         with self.writing():
             forget_start_failures(self.folder.root, self.world.rank)
         self.journal.restart(first)
         try:
             for step in range(first, job.steps):
                 self.watchdog.alive()
-                outcome = self.train(step, self.rows_of_step(batches, mine))
+                outcome = self.train(step)
                 done, stop, evicted = step + 1, outcome.told[0] > 0, outcome.told[1] > 0
                 if self.is_logged(done):
                     self.log_step(done, outcome)
@@ -171,17 +142,21 @@ class StageRun:
                 if stop or evicted:
                     break
         finally:
-            batches.close()
+            self.intake.stop()
         self.expect_long("saving", done)
-        if self.saver:
-            self.saver.wait()
+        if self.saving:
+            self.saving.saver.wait()
         if evicted and not stop and done < job.steps:
             raise Evicted(f"step {done} is saved, because a node of this run is about to be taken away")
         if done == job.steps and self.world.is_main:
             with self.writing():
                 if self.attempts:
                     self.attempts.reach(done)  # a failing export is counted like a step, one behind the last
-                self.finish()
+                self.expect_long("exporting", done)
+                self.check_writer()
+                finish_stage(
+                    job, self.distiller, data=self.identity.data, ledger=self.intake.facts()["digest"]
+                )
         self.end_attempt()
         return done == job.steps
 
@@ -201,25 +176,23 @@ class StageRun:
         before = (found[1].threads, found[1].precision) if found else (None, None)
         threads = choose_threads(job.threads, before[0], exact=self.fixed_threads)
         precision = choose_precision(job.precision, before[1], self.world.device)
-        chosen = [first, threads, PRECISIONS.index(precision), self.masking.digest]
+        chosen = [first, threads, PRECISIONS.index(precision), self.intake.masking.digest]
         failed, first, threads, number, masked = self.world.from_main([error is not None, *chosen])
         if error is not None:
             raise error
         if failed:
             raise PeerFailed("the main rank cannot resume, and says why")
-        self.masking.check_main(masked)
+        self.intake.masking.check_main(masked)
         self.precision = PRECISIONS[number]
         if self.fixed_threads:
             torch.set_num_threads(threads)
-        ledger: dict[str, Any] = {}
+        books: dict[str, Any] = {}
         if first:
             facts = (
                 found[1] if found else checkpoint.restore_step(self.store, first, self.models, self.students)
             )
-            self.parts = facts.parts
-            ledger = facts.ledger
-            self.ledger.running = int(ledger["digest"], 16)
-        self.masking.restore(first, ledger)
+            self.parts, books = facts.parts, facts.ledger
+        self.intake.begin(first, books)
         if self.world.is_main:
             log.info("stage %s: %s", self.job.stage, f"resumes at step {first}" if first else "starts")
         return first
@@ -229,7 +202,7 @@ class StageRun:
         with self.writing():
             step = self.attempts.begin(first)
         if step is not None:
-            raise no_progress(self.job, self.stream, step)
+            raise no_progress(self.job, self.intake.stream, step)
 
     def end_attempt(self) -> None:
         """This attempt ends in good order."""
@@ -237,16 +210,7 @@ class StageRun:
             with suppress(OSError):  # on a full disk the count stays as it was
                 self.attempts.end()
 
-    def rows_of_step(self, batches: Iterator[Batch], mine: range) -> Iterator[MicroBatch]:
-        """This worker's micro-batches of the next step, each noted in the ledger."""
-        for index in mine:
-            with self.journal.waiting_for_rows():
-                batch = next(batches)
-            self.ledger.take(batch)
-            self.masking.take(batch)
-            yield index, batch.input_ids, batch.mask
-
-    def train(self, step: int, micro_batches: Iterator[MicroBatch]) -> StepOutcome:
+    def train(self, step: int) -> StepOutcome:
         """One update, and what all ranks have told each other with it."""
         if self.attempts:
             with self.writing():
@@ -255,7 +219,7 @@ class StageRun:
             outcome = train_step(
                 self.distiller,
                 self.students,
-                micro_batches,
+                self.intake.rows_of_step(self.journal.waiting_for_rows),
                 step=step,
                 seed=self.job.seed,
                 learning_rate=self.rate(step),
@@ -272,24 +236,21 @@ class StageRun:
                 f"stage {self.job.stage}: out of memory at step {step}, even with half a micro-batch "
                 f"({self.job.micro_batch // 2} rows) at once; lower micro_batch (now {self.job.micro_batch})"
             ) from error
-        _, _, failed, masked, *rest = outcome.told
-        self.stream_counts, limbs = rest[: len(STREAM_COUNTS)], rest[len(STREAM_COUNTS) :]
+        _, _, failed, *told = outcome.told
         if failed:
-            if self.saver:
-                self.saver.wait()
+            if self.saving:
+                self.saving.saver.wait()
             raise PeerFailed("the main rank could not save, and says why")
         self.parts = outcome.parts
-        self.ledger.close_step(step, limbs)
-        self.masking.rows += masked
+        self.intake.close_step(step, told)
         return outcome
 
     def tell(self) -> list[int]:
         """To be added over ranks with the step: is a stop requested, is a place of this run about to be taken away,
-        did the last save fail, masked rows, what the stream did so far, the digest of all rows."""
+        did the last save fail, and what was taken in."""
         stop = self.stop_check_due() and self.folder.stop_request.exists()
-        failed = self.saver is not None and self.saver.failed
-        counts = stream_counts(self.stream.counters)
-        return [stop, self.eviction_announced(), failed, self.masking.own(), *counts, *self.ledger.own()]
+        failed = self.saving is not None and self.saving.saver.failed
+        return [stop, self.eviction_announced(), failed, *self.intake.tell()]
 
     def is_logged(self, done: int) -> bool:
         """Is there a point after `done` steps?"""
@@ -308,17 +269,14 @@ class StageRun:
     def log_step(self, step: int, outcome: StepOutcome) -> None:
         """One point: this step's loss terms, rate and norms. Waits for the device."""
         weights = self.distiller.weights.tolist()
-        remote = any(is_remote(corpus.place) for corpus in self.job.data.corpora)
-        metrics = {"learning_rate": self.rate(step - 1)} | stream_metrics(self.stream_counts, remote=remote)
+        metrics = {"learning_rate": self.rate(step - 1)} | self.intake.metrics()
         heads = outcome.heads.tolist() if self.job.per_head else []
         for student, values in zip(self.students, heads, strict=False):
             metrics |= head_metrics(student.name, self.distiller.objective.relation_names, values)
-        if self.masking.quarantine:
-            metrics["data/quarantined_rows"] = self.masking.rows
         rows = zip(self.students, outcome.terms.tolist(), outcome.norms.tolist(), strict=True)
         for student, means, norm in rows:
             refused = student.refused.tolist()
-            check_finite(self.job, self.stream, student.name, refused)
+            check_finite(self.job, self.intake.stream, student.name, refused)
             metrics |= student_metrics(student.name, self.distiller.term_names, weights, means, norm)
             if self.job.on_nonfinite == "skip":
                 metrics[f"{student.name}/skipped_steps"] = refused[0]
@@ -340,43 +298,12 @@ class StageRun:
         self.watchdog.alive(force=True)
 
     def save_if_due(self, done: int, stop: bool) -> None:
-        """Begin a checkpoint before a stop, at the end and where it is kept; else when none is in flight.
-
-        By step count it waits for the one in flight a little: behind a store that is slower, it comes later.
-        """
-        if not self.saver:
+        """On the main rank: begin a checkpoint, waiting for the one in flight where it must be."""
+        if not self.saving or not self.saving.is_due(done, stop):
             return
-        job = self.job
-        by_count = job.checkpoint_every_steps is not None and done % job.checkpoint_every_steps == 0
-        kept = job.keep_every_steps is not None and done % job.keep_every_steps == 0
-        must = stop or kept or done == job.steps
-        if by_count:
-            self.saver.wait_a_little(SAVE_WAIT_SECONDS)
-            self.save_overdue = True
-        if not must and (self.saver.busy or not (self.save_overdue or self.checkpoint_due())):
-            return
-        self.save_overdue = False
-        self.checkpoint_due.restart()
-        ledger = {
-            "digest": f"{self.ledger.running:032x}",
-            "seed": job.seed,
-            "batch": job.batch,
-            "data": job.data.to_values(),
-            **self.masking.facts(),
-        }
-        steps = self.ledger.cut()
-
-        def check(copy: Parts) -> None:
-            for student in self.students:
-                refused = copy[f"{student.name}.optimizer"]["refused"].tolist()
-                check_finite(job, self.stream, student.name, refused)
-            self.check_writer()
-            self.expected.check(steps)
-
-        if self.saver.busy:  # it is waited for
+        if self.saving.saver.busy:
             self.expect_long("saving", done)
-        facts = checkpoint.Facts(ledger, torch.get_num_threads(), self.parts, self.precision)
-        self.saver.save(done, facts, check, must=must)
+        self.saving.save(done, stop, parts=self.parts, precision=self.precision)
         self.watchdog.alive(force=True)
 
     def expect_long(self, doing: str, step: int) -> None:
@@ -401,47 +328,13 @@ class StageRun:
     def close(self) -> None:
         """Leave nothing running and no file open."""
         self.watchdog.expect_long()
-        if self.saver:
-            self.saver.close()
+        if self.saving:
+            self.saving.saver.close()
         if self.attempts:
             self.attempts.close()
         self.journal.close()
-        close([*self.stream.corpora, *self.heldout])
-        if self.world.is_main:
-            close(self.expected.stream.corpora)
-
-    def finish(self) -> None:
-        """Export every student and write `done.json` last."""
-        job = self.job
-        self.journal.beat("exporting", job.steps, force=True)
-        self.check_writer()
-        digests = {}
-        for student in job.students:
-            encoder = self.distiller.students[student.name]
-            folder = self.folder.student(student.name)
-            card = model_card(
-                student.name,
-                encoder.model,
-                trained=encoder.trained_parameters(),
-                teacher=f"{job.teacher_name}, layer {job.teacher_layer}",
-                facts={
-                    "Objective": job.objective["name"],
-                    "Steps": f"{job.steps:,} of {job.batch} rows x {job.data.seq_len} tokens",
-                    "Peak learning rate": f"{job.peak_lr:g}",
-                },
-            )
-            export_student(encoder.model, Path(job.data.tokenizer), folder, card)
-            digests[student.name] = weights_digest(folder)
-        write_json(
-            self.folder.done,
-            {
-                "digest": job.digest,
-                "data": self.identity.data,
-                "students": digests,
-                "steps": job.steps,
-                "ledger": f"{self.ledger.running:032x}",
-            },
-        )
+        self.intake.close()
+        close(self.heldout)
 
 
 def main() -> int:

@@ -42,10 +42,10 @@ def test_a_save_that_waits_for_the_one_before_has_a_long_time(shards, teacher, t
         armed.append(seconds)
         arm(self, seconds)
 
-    def saves(self, *arguments):
+    def saves(self, *arguments, **options):
         while_saving.append(armed[-1])
         armed.append(0.0)
-        save(self, *arguments)
+        save(self, *arguments, **options)
 
     def steps(step):
         if step == 3:
@@ -53,8 +53,9 @@ def test_a_save_that_waits_for_the_one_before_has_a_long_time(shards, teacher, t
 
     monkeypatch.setattr(Watchdog, "_arm", noted)
     monkeypatch.setattr(Saver, "save", saves)
+    monkeypatch.setattr(Saver, "busy", True)  # so only the one at the end is made, and it waits
     assert run_reporting(make_job(shards, teacher, tmp_path, steps=6), steps)
-    assert while_saving == [3000.0, 3000.0]
+    assert while_saving == [3000.0]
 
 
 def test_a_start_that_fails_three_times_the_same_way_is_not_tried_for_ever(
