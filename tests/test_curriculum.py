@@ -51,9 +51,12 @@ def minilm(
     )
 
 
-def run(*arguments: str | Path, expect: int = 0, **environment: str) -> tuple[str, str]:
+def run(*arguments: str | Path, expect: int = 0, seconds: float = 240, **environment: str) -> tuple[str, str]:
     process = minilm(*arguments, **environment)
-    out, errors = process.communicate(timeout=240)
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
     assert process.returncode == expect, f"exit code {process.returncode}\n{out}\n{errors}"
     return out, errors
 

@@ -49,7 +49,7 @@ def test_nodes_come_and_go_and_the_weights_are_those_of_one_undisturbed_worker(
     """1 → 2 → 1 → 3 workers: a node added, a node killed, two nodes added, and a worker killed at last."""
     steps = 2500
     alone = long_recipe(tmp_path, text, teacher, 1, steps)
-    run("run", alone, "--workdir", tmp_path / "alone", "--launcher", "inline")
+    run("run", alone, "--workdir", tmp_path / "alone", "--launcher", "inline", seconds=900)
     recipe, work = long_recipe(tmp_path, text, teacher, [1, 3], steps), tmp_path / "work"
     folder = StageFolder(work / "stages" / "assistant")
     cluster.add_node(num_cpus=1, resources={"trainer": 1})
