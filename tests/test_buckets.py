@@ -147,6 +147,21 @@ def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(documents, tea
     assert outcome.count == expected.count
 
 
+def test_every_group_has_a_dropout_mask_of_its_own(documents, teacher, tmp_path, monkeypatch):
+    distiller = build_distiller(make_job(documents, teacher, tmp_path), ALONE.device)
+    term_sums, seeds = distiller.term_sums, []
+
+    def noting(*arguments, dropout_seed, **rest):
+        seeds.append(dropout_seed)
+        return term_sums(*arguments, dropout_seed=dropout_seed, **rest)
+
+    monkeypatch.setattr(distiller, "term_sums", noting)
+    for _ in range(2):  # the same ones again when the step is computed again
+        one_step(make_job(documents, teacher, tmp_path), distiller=distiller)
+    first, again = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
+    assert first == again and len(set(first)) == len(first) > 2
+
+
 def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, monkeypatch):
     distiller = build_distiller(make_job(documents, teacher, tmp_path), ALONE.device)
     held_out = [HeldOut("only", 1.0, RowReader(documents / "held-out"))]

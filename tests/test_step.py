@@ -44,20 +44,21 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(shards, teacher, t
     torch.testing.assert_close(cut.gradient, whole.gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_is_that_of_the_mean_loss_over_sequences(shards, teacher, tmp_path):
-    """Against autograd on the public function over the whole batch at once."""
+@pytest.mark.parametrize(("reduction", "data"), [("sequence", "shards"), ("token", "documents")])
+def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduction, data):
+    """Against autograd on the public function over the whole batch at once; `documents` have padding."""
     from model.relations import relation_kl
 
-    job = make_job(shards, teacher, tmp_path, dropout=0.0)
+    objective = {"name": "minilm", "reduction": reduction}
+    job = make_job(request.getfixturevalue(data), teacher, tmp_path, dropout=0.0, objective=objective)
     _, (state,), _ = one_step(job)
     distiller = build_distiller(job, ALONE.device)
     stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=job.batch)
     ids, mask, _ = stream.micro_batch(0, 0)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     taught, own = distiller.teach(ids, mask), distiller.students["small"](ids, mask)
-    loss = relation_kl(taught.q, taught.k, own.q, own.k, mask) + relation_kl(
-        taught.v, taught.v, own.v, own.v, mask
-    )
+    attention = relation_kl(taught.q, taught.k, own.q, own.k, mask, reduction=reduction)
+    loss = attention + relation_kl(taught.v, taught.v, own.v, own.v, mask, reduction=reduction)
     parameters = distiller.students["small"].trained_parameters()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters.values()))])
     torch.testing.assert_close(state.gradient, expected, rtol=1e-4, atol=1e-6)
