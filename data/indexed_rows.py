@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from data.address_space import AddressSpace
 from data.errors import DataError
 from data.manifest import TokenizerInfo
 from data.pack import content_len
@@ -54,13 +55,17 @@ class IndexedRows:
             raise DataError(
                 f"tokenizer {tokenizer!r} has no CLS or no SEP token, which rows begin and end with"
             )
-        self._tokens, self._shift = index.tokens(), index.shift
+        self._file, self._shift = Path(index.prefix + ".bin"), index.shift
         self._mapper = Mapper(mapping.ids, mapping.names, index.prefix)
-        self.num_rows = len(self._tokens) // self._content
+        width = np.dtype(index.dtype).itemsize
+        num_tokens = self._file.stat().st_size // width
+        self.num_rows = num_tokens // self._content
         if not self.num_rows:
-            raise DataError(
-                f"{index.prefix + '.bin'!r} has {len(self._tokens)} tokens, less than one row of {seq_len}"
-            )
+            raise DataError(f"{str(self._file)!r} has {num_tokens} tokens, less than one row of {seq_len}")
+        self._space = AddressSpace(num_tokens * width)
+        with self._file.open("rb") as file:
+            self._space.map(file.fileno(), 0, num_tokens * width)
+        self._tokens = self._space.bytes.view(index.dtype)
         self.seq_len, self.shard_rows = seq_len, _SHARD_ROWS
         size = max(teacher.get_vocab().values()) + 1
         self.tokenizer = TokenizerInfo(vocabulary_fingerprint(teacher), size, *special)
@@ -72,7 +77,7 @@ class IndexedRows:
 
     def read(self, row_ids: npt.ArrayLike) -> Batch:
         """The rows of these numbers, in the order given; rows have no padding. DataError for a token without
-        namesake in the teacher's vocabulary."""
+        namesake in the teacher's vocabulary, and for a file that was cut since it was opened."""
         wanted = np.array(row_ids, dtype=np.int64).reshape(-1)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.num_rows):
             raise DataError(
@@ -80,6 +85,12 @@ class IndexedRows:
             )
         places = wanted[:, None] * self._content + np.arange(self._content)
         stored = self._tokens[places].astype(np.int64) + self._shift
+        if self._space.lost:
+            at = self._space.lost[0]
+            raise DataError(
+                f"{str(self._file)!r}, at byte {at}: its bytes went away while they were read (the file was cut, or "
+                "the disk fails); put it back and run the same command again"
+            )
         mapped = self._mapper.map_all(stored.ravel()).reshape(stored.shape)
         ids = np.empty((len(wanted), self.seq_len), dtype=np.int64)
         ids[:, 0], ids[:, -1] = self.tokenizer.cls_id, self.tokenizer.sep_id

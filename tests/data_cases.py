@@ -1,5 +1,6 @@
 """Tiny texts and a tiny tokenizer for the tests of data/; every file is made here, nothing is fetched."""
 
+import os
 import random
 from pathlib import Path
 
@@ -50,3 +51,19 @@ def make_data(folder: Path, *, documents: int = 60, seq_len: int = 16, **argumen
     options = {"rows_per_block": 7, "shard_bytes": 40_000, "processes": 1, **arguments}
     build([text], tokenizer, folder / "data", seq_len=seq_len, **options)
     return folder / "data"
+
+
+def in_a_child(work):
+    """What `work()` returns, from a process of its own that may die of a signal; or that signal, negative."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(send, str(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    status = os.waitpid(child, 0)[1]
+    answer = os.read(receive, 4000).decode()
+    os.close(receive)
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else answer

@@ -486,3 +486,35 @@ def test_a_callback_that_raises_stops_the_build_and_leaves_no_process(text, toke
         build(text, tokenizer, tmp_path / "out", processes=2, progress=stop, **SMALL)
     assert not worker_processes()
     build(text, tokenizer, tmp_path / "out", processes=2, **SMALL)
+
+
+MEMORY = """
+import resource, sys
+from data import build_run, build_tasks
+build_tasks._RUN_TOKENS, build_run._BUCKET_TOKENS = 1 << 17, 1 << 17
+build_tasks._BATCH_CHARACTERS = 1 << 16
+from data.build import build
+report = build([sys.argv[1]], sys.argv[2], sys.argv[3], processes=1, seq_len=64)
+print(report.tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packer", ["", ".xz"])
+def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path, packer):
+    """Eight times the text, in one file: a peak that is higher by less than the added tokens would take in memory."""
+    peaks = []
+    for count in (4000, 32_000):
+        text = tmp_path / f"{count}.txt{packer}"
+        raw = "\n\n".join(make_documents(count)).encode()
+        text.write_bytes(lzma.compress(raw, preset=0) if packer else raw)
+        command = [sys.executable, "-c", MEMORY, text, tokenizer, tmp_path / f"out-{count}"]
+        root = str(Path(build_tasks.__file__).parent.parent)
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, check=True
+        )
+        tokens, megabytes = map(int, done.stdout.split())
+        peaks.append(megabytes)
+    print(f"peaks {peaks} MB for {tokens} tokens at last")
+    assert tokens > 3_000_000
+    assert peaks[1] - peaks[0] < 8

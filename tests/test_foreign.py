@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import struct
 import tarfile
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bad_server import BadServer
-from data_cases import CLS, SEP, make_data, make_documents, make_tokenizer
+from data_cases import CLS, SEP, in_a_child, make_data, make_documents, make_tokenizer
 from transformers import AutoTokenizer
 
 from data import remote
@@ -242,6 +243,22 @@ def test_a_pair_is_read_in_place(tmp_path, teacher, coded):
     assert same.fingerprint != rows.fingerprint
 
 
+def test_a_pair_that_is_cut_while_it_is_read_is_an_error_and_kills_nobody(tmp_path, teacher, coded):
+    prefix = write_megatron(tmp_path / "m", [[ids] for ids in coded * 12])
+    assert prefix.with_suffix(".bin").stat().st_size > 3 * 4096
+
+    def work():
+        rows = IndexedRows(prefix, tokenizer=teacher, seq_len=16, source_tokenizer=teacher)
+        rows.read([0, rows.num_rows - 1])
+        os.truncate(prefix.with_suffix(".bin"), 4097)
+        for _ in range(2):  # it stays so
+            with pytest.raises(DataError, match=r"m.bin', at byte \d+: its bytes went away .* put it back"):
+                rows.read([0, rows.num_rows - 1])
+        return "done"
+
+    assert in_a_child(work) == "done"
+
+
 def test_a_pair_in_place_is_a_stream_and_a_corpus(tmp_path, teacher, coded):
     prefix = write_megatron(tmp_path / "m", [[ids] for ids in coded])
     rows = IndexedRows(prefix, tokenizer=teacher, seq_len=16, source_tokenizer=teacher)
@@ -410,6 +427,7 @@ def test_a_tar_that_cannot_be_had_or_changes_is_an_error_with_its_url(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 def test_files_of_the_real_megatron_writer(tmp_path, teacher, coded):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

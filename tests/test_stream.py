@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from data_cases import make_data
+from data_cases import in_a_child, make_data
 
 from data.errors import DataError
 from data.manifest import load_manifest
@@ -261,22 +261,6 @@ def load_ok(folder):
 def test_a_missing_data_set_says_how_to_make_one(tmp_path):
     with pytest.raises(DataError, match=r"holds no data set .*make one with: minilm data build"):
         Stream(tmp_path / "nothing", seed=1, batch=1, micro_batch=1)
-
-
-def in_a_child(work):
-    """What `work()` returns, from a process of its own that may die of a signal; or that signal, negative."""
-    receive, send = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(send, str(work()).encode())
-        finally:
-            os._exit(0)
-    os.close(send)
-    status = os.waitpid(child, 0)[1]
-    answer = os.read(receive, 4000).decode()
-    os.close(receive)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else answer
 
 
 def the_error(read):
