@@ -72,6 +72,23 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     check.set_defaults(run=check_recipes)
 
+    plan = verbs.add_parser("plan", help="what a recipe will cost, before anything runs")
+    plan.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override a recipe key"
+    )
+    speed = plan.add_mutually_exclusive_group()
+    speed.add_argument("--tokens-per-second", type=positive, metavar="X", help="of one worker, as measured")
+    speed.add_argument(
+        "--measure", action="store_true", help="take this machine's matrix products as a measure"
+    )
+    plan.add_argument(
+        "--interconnect", type=positive, default=1.0, metavar="GB/S", help="between workers (default: 1)"
+    )
+    plan.add_argument("--seq-len", type=int, help="tokens a row, where the data set is not here")
+    plan.add_argument("--json", action="store_true", help="one JSON object a stage")
+    plan.set_defaults(run=plan_recipe)
+
     add_data_verbs(verbs.add_parser("data", help="build, import, look at and care for data sets"))
     add_bench_verbs(verbs.add_parser("bench", help="measure this machine: the loss, a step, the stream"))
     add_soak_verb(
@@ -141,6 +158,19 @@ def check_recipes(options: argparse.Namespace) -> int:
     if problems:
         raise RecipeErrors(problems)
     return 0
+
+
+def plan_recipe(options: argparse.Namespace) -> int:
+    from orchestrator import plan_verb
+
+    return plan_verb.plan_recipe(options)
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def pull_model(options: argparse.Namespace) -> int:

@@ -213,7 +213,7 @@ class Driver:
         folder.root.mkdir(parents=True, exist_ok=True)
         for stale in (folder.stop_request, folder.failure, folder.done):
             stale.unlink(missing_ok=True)
-        self.take_checkpoints(job, folder)
+        take_checkpoints(job, folder)
         folder.job.write_text(job.to_json(), encoding="utf-8")
         with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
             if place:
@@ -232,24 +232,6 @@ class Driver:
         self.line.close()
         folder.stop_request.unlink(missing_ok=True)
         check_outcome(job, folder, future, inline=self.launcher == "inline")
-
-    def take_checkpoints(self, job: StageJob, folder: StageFolder) -> None:
-        """Make checkpoints outside the work directory this attempt's own; whoever wrote them before stops.
-
-        Raises `UserError` when the stage was begun with its checkpoints elsewhere: here it would start again.
-        """
-        store = open_store(job.checkpoints, folder.checkpoints)
-        before = read_json(folder.job)
-        if before is not None and before.get("checkpoints") != job.checkpoints and not store.names():
-            old = open_store(before.get("checkpoints"), folder.checkpoints)
-            if old.names():
-                raise UserError(
-                    f"stage {job.stage} has checkpoints in {old.where}, and compute.checkpoints is now {store.where}, "
-                    f"where there are none; copy them there, or set compute.checkpoints back"
-                )
-        if job.checkpoints:  # another work directory's run may know the place too
-            with writing(store.where):
-                store.claim(job.attempt)
 
     def watch(self, future: Future[None], job: StageJob, label: str, place: str) -> None:
         """Show progress until the workers have ended, pass a request to stop on to them, and look after silent ones."""
@@ -310,6 +292,25 @@ class Driver:
             timer = f"({duration(waited)} of {duration(compute.wait_seconds)})"
             self.line.show(f"{label}  waiting for the cluster: {problem or busy} {timer}", force=waited < 1)
             time.sleep(1)
+
+
+def take_checkpoints(job: StageJob, folder: StageFolder) -> None:
+    """Make checkpoints outside the work directory this attempt's own; whoever wrote them before stops.
+
+    Raises `UserError` when the stage was begun with its checkpoints elsewhere: here it would start again.
+    """
+    store = open_store(job.checkpoints, folder.checkpoints)
+    before = read_json(folder.job)
+    if before is not None and before.get("checkpoints") != job.checkpoints and not store.names():
+        old = open_store(before.get("checkpoints"), folder.checkpoints)
+        if old.names():
+            raise UserError(
+                f"stage {job.stage} has checkpoints in {old.where}, and compute.checkpoints is now {store.where}, "
+                f"where there are none; copy them there, or set compute.checkpoints back"
+            )
+    if job.checkpoints:  # another work directory's run may know the place too
+        with writing(store.where):
+            store.claim(job.attempt)
 
 
 def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, inline: bool) -> None:

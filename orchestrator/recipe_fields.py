@@ -64,12 +64,12 @@ def _place(value: Any) -> Any:
 
 
 def _checkpoint_place(value: Any) -> Any:
-    text = value.rstrip("/") if isinstance(value, str) else ""
+    text = value if isinstance(value, str) else ""
     scheme, is_url, path = text.partition("://")
     sound = path and not set(path) & set("?#@*[] ") and path.startswith("/") == (scheme == "file")
     if not text or (is_url and not (sound and scheme in ("file", *CHECKPOINT_SCHEMES))):
         raise ValueError("a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
-    return text
+    return text.rstrip("/")
 
 
 def _one_or_several(value: Any) -> Any:

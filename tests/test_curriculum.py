@@ -10,12 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from support import make_job
 
 from model.export import weights_digest
+from orchestrator.checkpoint_store import LocalFolder
+from orchestrator.curriculum import take_checkpoints
+from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.metrics import read_all_points
 from orchestrator.stage import StageFolder
@@ -67,6 +72,10 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], se
         assert process.poll() is None, "".join(map(str, process.communicate()))
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
+
+
+def read_text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def digests(workdir: Path) -> dict[str, str]:
@@ -180,6 +189,51 @@ def test_killed_in_a_stage_between_stages_and_while_publishing_the_weights_are_t
             steps = [p.step for p in client.get_metric_history(run_.info.run_id, metric)]
             assert len(steps) == len(set(steps)), f"{metric} has double points"
     assert [int(v.version) for v in client.search_model_versions("name = 'tiny-assistant'")] == [1]
+
+
+def test_the_work_directory_is_lost_twice_and_the_weights_are_the_same(finished, tmp_path):
+    """SIGKILL in the second stage, and nothing is left but the checkpoints on object storage; the first stage is
+    exported again without training. The run starts anew in an empty folder, and is deleted once more."""
+    pytest.importorskip("moto.server")
+    from s3_server import S3Server
+
+    server = S3Server()
+    place = ("--launcher", "inline", "--set", "compute.checkpoints=s3://bucket/kept")
+    work = tmp_path / "work"
+    recipe, second = finished / "tiny.yaml", work / "stages" / "small"
+    try:
+        process = minilm("run", recipe, "--workdir", work, *place, **server.environment)
+        wait_for(lambda: '"step": 12' in read_text(second / "metrics.jsonl"), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        shutil.rmtree(work)
+        run("run", recipe, "--workdir", work, *place, **server.environment)
+        points = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+        assert points[0]["step"] > 4, "it went on, and did not begin again"
+        assert not (second.parent / "assistant" / "metrics.jsonl").read_text()
+        assert digests(work) == digests(finished / "work")
+        written = {tuple(path.split("/")[2:5]) for method, path in server.requests if method == "PUT"}
+        assert written == {("kept", "tiny", "assistant"), ("kept", "tiny", "small")}
+    finally:
+        server.close()
+
+
+def test_checkpoints_move_only_together_with_the_place(tmp_path, shards, teacher):
+    folder = StageFolder(tmp_path / "stage")
+    folder.root.mkdir()
+    job = make_job(shards, teacher, folder.root)
+    folder.job.write_text(job.to_json())
+    elsewhere = replace(job, checkpoints=str(tmp_path / "elsewhere"), attempt="second")
+    take_checkpoints(elsewhere, folder)
+    assert LocalFolder(tmp_path / "elsewhere").owner() == "second"
+    (folder.checkpoints / "step-000000003").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match="stage first has checkpoints in .* copy them there, or set compute.chec"
+    ):
+        take_checkpoints(elsewhere, folder)
+    shutil.copytree(folder.checkpoints, tmp_path / "elsewhere", dirs_exist_ok=True)
+    take_checkpoints(elsewhere, folder)
+    take_checkpoints(job, folder)
 
 
 def test_sigterm_stops_at_a_step_boundary_with_its_own_exit_code(finished, tmp_path):

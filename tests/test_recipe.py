@@ -137,6 +137,21 @@ def test_aliases_work(tmp_path: Path) -> None:
     assert load(tmp_path, text).stages[1].students[0].layers == 4
 
 
+def test_checkpoints_go_to_a_folder_or_a_bucket(tmp_path: Path) -> None:
+    def place(text: str) -> object:
+        return load(tmp_path, BASE + f"compute: {{checkpoints: '{text}'}}\n").compute.checkpoints
+
+    assert load(tmp_path).compute.checkpoints is None
+    assert place("kept/here") == str(tmp_path / "kept" / "here")
+    for url in ("s3://bucket/prefix", "gs://bucket", "file:///srv/kept"):
+        assert place(f"{url}/") == url
+    for wrong in ("", "http://host/x", "s3://", "s3:///x", "file://x", "s3://key@bucket/x", "s3://b/p?x=1"):
+        (problem,) = problems(tmp_path, BASE + f"compute: {{checkpoints: '{wrong}'}}\n")
+        assert problem.endswith("allowed: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    moved = load(tmp_path, BASE + "compute: {checkpoints: 's3://bucket/prefix'}\n")
+    assert first_difference(moved.result_fields(), load(tmp_path).result_fields()) is None
+
+
 # Paths and references
 
 

@@ -1,0 +1,231 @@
+"""What a stage will cost, worked out before anything runs: operations, memory, storage, time, and what workers buy.
+
+Pure functions of a few numbers. `tests/test_plan.py` holds the formulas against counted operations and parameters
+and against the memory of a real step. Matrix products are counted and nothing else (2 operations a
+multiply-and-add). What is estimated rather than counted says so: activations, time, the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FLOAT, INTEGER = 4, 8  # bytes
+
+
+@dataclass(frozen=True)
+class Body:
+    """An encoder as far as it runs, up to its tap.
+
+    parameters: of all that is loaded; trained: of those that get a gradient; matrices: elements of the weight matrices
+    that every token is multiplied by; attentions: layers whose attention runs (the tapped one's does not).
+    """
+
+    parameters: int
+    trained: int
+    matrices: int
+    layers: int
+    attentions: int
+    hidden: int
+    ffn: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage. relations: how many the loss compares; exact: gradients are summed as integers.
+
+    activation_bytes: 4, or 2 where the forward pass is in bfloat16.
+    """
+
+    stage: str
+    teacher: Body
+    students: tuple[Body, ...]
+    relations: int
+    seq_len: int
+    batch: int
+    micro_batch: int
+    steps: int
+    exact: bool
+    keep: int
+    keep_every: int | None
+    activation_bytes: int = FLOAT
+
+    @property
+    def micro_batches(self) -> int:
+        return self.batch // self.micro_batch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One worker's device and the network between workers.
+
+    tokens_per_second: of this stage on one worker, measured; else 0, and flops_per_second is the device's peak in
+    matrix products, of which a step is taken to reach `share_of_peak`. bandwidth: bytes a second between two workers,
+    each way; latency, overhead: seconds a message, and a step beside its micro-batches.
+    """
+
+    tokens_per_second: float = 0.0
+    flops_per_second: float = 0.0
+    share_of_peak: float = 0.5
+    bandwidth: float = 1e9
+    latency: float = 5e-5
+    overhead: float = 0.005
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations for one token, forward and backward."""
+
+    teacher: float
+    students: float
+    relations: float
+
+    @property
+    def total(self) -> float:
+        return self.teacher + self.students + self.relations
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker; `save_copy` lies in the host memory of the main one."""
+
+    teacher: int
+    students: int
+    moments: int
+    sums: int
+    activations: int
+    batch: int
+    save_copy: int
+
+    @property
+    def device(self) -> int:
+        """All that a step needs where it is computed."""
+        return self.teacher + self.students + self.moments + self.sums + self.activations + self.batch
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A number of workers: the micro-batches of the busiest, seconds a step, and of what the workers could do the share
+    that is had."""
+
+    workers: int
+    micro_batches: int
+    seconds: float
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tokens, flops: of the whole stage. checkpoint, stored: bytes of one, and of all that are kept at the end."""
+
+    work: Work
+    flops_a_token: Flops
+    tokens: int
+    flops: float
+    memory: Memory
+    checkpoint: int
+    stored: int
+    scaling: tuple[Scale, ...]
+
+    def seconds(self, workers: int) -> float:
+        """Of the whole stage; 0 where no speed is known."""
+        return self.work.steps * next(row.seconds for row in self.scaling if row.workers == workers)
+
+
+def plan(work: Work, machine: Machine, workers: Sequence[int]) -> Plan:
+    """The stage on each number of `workers` in turn; those above its micro-batches are left out."""
+    flops, tokens = flops_a_token(work), work.steps * work.batch * work.seq_len
+    size = checkpoint_bytes(work)
+    kept_for_good = work.steps // work.keep_every if work.keep_every else 0
+    useful = sorted({number for number in workers if number <= work.micro_batches})
+    return Plan(
+        work,
+        flops,
+        tokens,
+        tokens * flops.total,
+        memory(work),
+        size,
+        size * (work.keep + kept_for_good),
+        tuple(scale(work, machine, number) for number in useful),
+    )
+
+
+def flops_a_token(work: Work) -> Flops:
+    """A product with a weight matrix: 2 operations an element forward, twice that backward. Attention over T tokens:
+    4·T·hidden forward; backward 10, as the scores are computed again. A relation: 2·T·hidden for each side, and 4 more
+    for the student's gradient, taken in the same pass."""
+    length = work.seq_len
+
+    def attention(body: Body) -> int:
+        return length * body.hidden * body.attentions
+
+    teacher = 2 * work.teacher.matrices + 4 * attention(work.teacher)
+    students = sum(6 * body.matrices + 14 * attention(body) for body in work.students)
+    relations = sum(
+        work.relations * length * (2 * work.teacher.hidden + 6 * body.hidden) for body in work.students
+    )
+    return Flops(teacher, students, relations)
+
+
+def memory(work: Work) -> Memory:
+    """Weights, Adam's two moments, gradients (float32, beside int64 sums where exact) and activations of a micro-batch.
+
+    Activations are estimated: what a BERT layer keeps for its backward pass (about 11 hidden sizes and 2 inner sizes a
+    token), and what the teacher needs at once, in one layer.
+    """
+    tokens = work.micro_batch * work.seq_len
+    trained = sum(body.trained for body in work.students)
+    teacher_now = 6 * work.teacher.hidden + 2 * work.teacher.ffn
+    kept = 3 * work.teacher.hidden + max(
+        teacher_now,
+        max(body.layers * (11 * body.hidden + 2 * body.ffn) + 6 * body.hidden for body in work.students),
+    )
+    return Memory(
+        teacher=FLOAT * work.teacher.parameters,
+        students=FLOAT * sum(body.parameters for body in work.students),
+        moments=2 * FLOAT * trained,
+        sums=(FLOAT + INTEGER if work.exact else FLOAT) * trained,
+        activations=work.activation_bytes * tokens * kept,
+        batch=2 * INTEGER * tokens,
+        save_copy=checkpoint_bytes(work),
+    )
+
+
+def checkpoint_bytes(work: Work) -> int:
+    """Students whole, and two moments of what is trained."""
+    return FLOAT * sum(body.parameters + 2 * body.trained for body in work.students)
+
+
+def reduced_bytes(work: Work) -> int:
+    """What the workers sum once a step."""
+    return (INTEGER if work.exact else FLOAT) * sum(body.trained for body in work.students)
+
+
+def all_reduce_seconds(num_bytes: float, workers: int, machine: Machine) -> float:
+    """A ring: each worker sends and receives 2·(W-1)/W of the bytes in 2·(W-1) messages."""
+    if workers == 1:
+        return 0.0
+    turns = 2 * (workers - 1)
+    return turns / workers * num_bytes / machine.bandwidth + turns * machine.latency
+
+
+def scale(work: Work, machine: Machine, workers: int) -> Scale:
+    """step = ceil(M/W) micro-batches + all-reduce + overhead; nothing of it is taken to overlap."""
+    share = -(-work.micro_batches // workers)
+    once = all_reduce_seconds(reduced_bytes(work), workers, machine) + machine.overhead
+    compute = micro_batch_seconds(work, machine)
+    if not compute:
+        return Scale(workers, share, 0.0, work.micro_batches / (workers * share))
+    alone = work.micro_batches * compute + machine.overhead
+    seconds = share * compute + once
+    return Scale(workers, share, seconds, alone / (workers * seconds))
+
+
+def micro_batch_seconds(work: Work, machine: Machine) -> float:
+    """0 where the machine's speed is not known."""
+    tokens = work.micro_batch * work.seq_len
+    if machine.tokens_per_second:
+        return tokens / machine.tokens_per_second
+    if machine.flops_per_second:
+        return tokens * flops_a_token(work).total / (machine.share_of_peak * machine.flops_per_second)
+    return 0.0

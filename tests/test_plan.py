@@ -1,0 +1,201 @@
+"""The plan against what is counted and measured: operations, parameters, memory, the model of scaling."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_teacher
+from test_curriculum import write_recipe
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from model.bench import peak_bytes
+from model.distiller import Distiller
+from model.encoder import build_student, count_parameters, load_encoder
+from model.objective import Objective
+from model.tap import TappedEncoder
+from orchestrator import plan_verb
+from orchestrator.cli import main
+from orchestrator.errors import UserError
+from orchestrator.plan import Body, Machine, Work, all_reduce_seconds, flops_a_token, memory, plan
+from orchestrator.recipe import load_recipe
+from orchestrator.step import StudentState, train_step
+from orchestrator.world import World
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose matrices and activations outweigh what no formula covers."""
+    return make_teacher(tmp_path_factory.mktemp("larger") / "bert", layers=4, hidden=96)
+
+
+def works(folder: Path, teacher: Path, **changes) -> list[Work]:
+    recipe = write_recipe(folder, folder / "none.txt", teacher, **changes)
+    return plan_verb.works(load_recipe(recipe), None)
+
+
+def distiller_of(teacher: Path, objective: str, *shapes: tuple[int, int]) -> Distiller:
+    config = AutoConfig.from_pretrained(teacher)
+    students = {
+        f"s{i}": TappedEncoder(build_student(config, layers=n, hidden=h, seed=i), n)
+        for i, (n, h) in enumerate(shapes)
+    }
+    return Distiller(load_encoder(teacher), students, Objective.named(objective)).train()
+
+
+@pytest.mark.parametrize("objective", ["minilm", "minilmv2"])
+def test_operations_and_parameters_are_those_that_are_counted(larger, tmp_path, objective):
+    """PyTorch's own counter over a real step. It knows no attention of a CPU's, so the teacher's is spelt out."""
+    stage = {"name": "s", "teacher": str(larger), "objective": objective, "batch": 8, "steps": 4}
+    stage |= {"peak_lr": 1e-3, "warmup_steps": 1}
+    shapes = [{"name": "s0", "layers": 3, "hidden": 48}, {"name": "s1", "layers": 1, "hidden": 24}]
+    (work,) = works(tmp_path, larger, stages=[stage | {"students": shapes}])
+    distiller = distiller_of(larger, objective, (3, 48), (1, 24))
+    rows = 2
+    ids = torch.randint(5, 50, (rows, work.seq_len))
+    counted = {}
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            taught = distiller.teach(ids, None)
+        counted["teacher"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            for name in ("s0", "s1"):
+                distiller.term_sums(name, taught, ids, None, dropout_seed=0).sum().backward()
+        counted["students"] = counter.get_total_flops()
+    flops = flops_a_token(work)
+    tokens = rows * work.seq_len
+    assert tokens * flops.teacher == counted["teacher"]
+    assert tokens * (flops.students + flops.relations) == pytest.approx(counted["students"], rel=0.01)
+    assert work.teacher.parameters == count_parameters(distiller.teacher.model)
+    for body, (name, student) in zip(work.students, distiller.students.items(), strict=True):
+        assert body.parameters == count_parameters(student.model)
+        assert body.trained == sum(p.numel() for p in distiller.trained_parameters(name).values())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("rows", [4, 32])
+def test_memory_is_within_a_third_of_the_peak_of_a_real_step(larger, tmp_path, exact, rows):
+    stage = {"name": "s", "teacher": str(larger), "student": {"layers": 3, "hidden": 48}, "batch": 64}
+    stage |= {"steps": 4, "peak_lr": 1e-3, "warmup_steps": 1}
+    compute = {"micro_batch": rows, "reduction": "exact" if exact else "fast"}
+    (work,) = works(tmp_path, larger, stages=[stage], compute=compute)
+    distiller = distiller_of(larger, "minilm", (3, 48))
+    student = StudentState(
+        "s0",
+        distiller.trained_parameters("s0"),
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=0.01,
+        reduction=compute["reduction"],
+        num_micro_batches=2,
+        num_terms=2,
+    )
+    ids = torch.randint(5, 50, (rows, work.seq_len))
+    steps = itertools.count()
+
+    def step() -> None:
+        train_step(
+            distiller,
+            [student],
+            [(0, ids, None)],
+            step=next(steps),
+            seed=1,
+            learning_rate=1e-4,
+            max_gradient_norm=None,
+            autocast=None,
+            world=World(rank=0, size=1, device=torch.device("cpu"), control=None),
+            seq_len=work.seq_len,
+        )
+
+    step()
+    sums = [value for value in vars(student.sums).values() if isinstance(value, torch.Tensor)]
+    held = [distiller.teacher.model, distiller.students["s0"].model, student.optimizer, ids, *sums]
+    measured = peak_bytes(step, held, "cpu")
+    assert memory(work).device == pytest.approx(measured, rel=1 / 3)
+
+
+BODY = Body(parameters=1000, trained=900, matrices=800, layers=2, attentions=1, hidden=8, ffn=32)
+WORK = Work("s", BODY, (BODY,), 2, 16, 64, 8, 100, True, keep=2, keep_every=30)
+
+
+def test_scaling_is_what_the_model_says():
+    machine = Machine(tokens_per_second=128.0, bandwidth=7200.0, latency=0.5, overhead=0.25)
+    found = plan(WORK, machine, [1, 2, 3, 8, 9])
+    rows = {row.workers: row for row in found.scaling}
+    assert set(rows) == {1, 2, 3, 8}, "a worker without a micro-batch is of no use"
+    assert all_reduce_seconds(7200, 2, machine) == 1.0 + 1.0
+    assert [rows[w].micro_batches for w in (1, 2, 3, 8)] == [8, 4, 3, 1]
+    assert rows[1].seconds == 8 * 1.0 + 0.25
+    assert rows[2].seconds == 4 * 1.0 + 2.0 + 0.25
+    assert rows[2].efficiency == pytest.approx(8.25 / (2 * 6.25))
+    assert found.seconds(1) == 825.0
+    fast = plan(replace(WORK, exact=False), machine, [2])
+    assert fast.scaling[0].seconds == rows[2].seconds - 0.5, "half the bytes"
+
+
+def test_without_a_speed_there_is_no_time_and_with_a_peak_there_is():
+    assert plan(WORK, Machine(), [1, 3]).seconds(3) == 0.0
+    assert plan(WORK, Machine(), [3]).scaling[0].efficiency == pytest.approx(8 / 9)
+    peak = Machine(flops_per_second=2 * flops_a_token(WORK).total * 128, overhead=0.0)
+    assert plan(WORK, peak, [1]).seconds(1) == pytest.approx(800.0)
+
+
+def test_checkpoints_grow_by_those_that_are_kept():
+    found = plan(WORK, Machine(), [1])
+    assert found.checkpoint == 4 * (1000 + 2 * 900)
+    assert found.stored == (2 + 3) * found.checkpoint
+
+
+def test_the_verb_prints_a_table_and_json(tmp_path, text, teacher, capsys):
+    recipe = write_recipe(tmp_path, text, teacher)
+    assert main(["plan", str(recipe), "--tokens-per-second", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert "stage assistant: 40 steps of 8 x 32 tokens = 10,240 tokens" in out
+    assert "stage small:" in out
+    assert (
+        "seconds a step" in out
+        and "more than 2 workers are refused: a step has 2 micro-batches of 4 rows" in out
+    )
+    assert main(["plan", str(recipe), "--json"]) == 0
+    assistant, small = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert assistant["work"]["students"][0]["parameters"] == small["work"]["teacher"]["parameters"]
+    assert [row["workers"] for row in small["scaling"]] == [1, 2]
+    assert main(["plan", str(recipe)]) == 0
+    assert "time          unknown; add --tokens-per-second X" in capsys.readouterr().out
+    assert main(["plan", str(recipe), "--measure"]) == 0
+    assert "GFLOP/s of matrix products here" in capsys.readouterr().out
+
+
+def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher):
+    recipe = write_recipe(tmp_path, text, teacher)
+    for override, words in (
+        (
+            "stages.assistant.teacher=models:/name@newest",
+            "is in a registry; `minilm pull` it and give the folder",
+        ),
+        (
+            f"stages.assistant.teacher={tmp_path / 'none'}",
+            "no config of teacher .* give a folder: --set stages.ass",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_verb.works(load_recipe(recipe, [override]), None)
+    values = yaml.safe_load(recipe.read_text()) | {"data": {"shards": "s3://bucket/set"}}
+    recipe.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="is not here to say how long its rows are; add --seq-len TOKENS"):
+        plan_verb.works(load_recipe(recipe), None)
+    assert plan_verb.works(load_recipe(recipe), 64)[0].seq_len == 64
+    with pytest.raises(SystemExit):
+        main(["plan", str(recipe), "--tokens-per-second", "0"])
+
+
+def test_a_built_data_set_says_how_long_its_rows_are(tmp_path, text, teacher, shards):
+    recipe = write_recipe(tmp_path, text, teacher, data={"shards": str(shards)})
+    assert plan_verb.works(load_recipe(recipe), None)[0].seq_len == 32
