@@ -26,7 +26,7 @@ from orchestrator.cli import main
 from orchestrator.errors import UserError
 from orchestrator.plan import Body, Machine, Work, all_reduce_seconds, flops_a_token, memory, plan
 from orchestrator.recipe import load_recipe
-from orchestrator.step import StudentState, train_step
+from orchestrator.step import StudentState, num_values, train_step
 from orchestrator.world import World
 
 
@@ -95,7 +95,7 @@ def test_memory_is_within_a_third_of_the_peak_of_a_real_step(larger, tmp_path, e
         weight_decay=0.01,
         reduction=compute["reduction"],
         num_micro_batches=2,
-        num_terms=2,
+        num_terms=num_values(distiller),
     )
     ids = torch.randint(5, 50, (rows, work.seq_len))
     steps = itertools.count()
