@@ -1,6 +1,6 @@
 """The verbs of `minilm bench`: arguments in, a table or JSON lines out.
 
-The benches are elsewhere: loss and step in model/, stream in data/, reduction in bench.py beside this file.
+The benches are elsewhere: loss and step in model/, stream in data/, reduction and overhead beside this file.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from orchestrator.data_verbs import add_bench_stream
 
 
 def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
-    """Add the verbs `loss`, `step`, `stream` and `reduction`; each sets `run`, a function of the parsed options."""
+    """Add the verbs; each sets `run`, a function of the parsed options."""
     verbs = bench.add_subparsers(title="verbs", required=True, metavar="VERB")
     add_bench_stream(verbs.add_parser("stream", help="rows a second, against memcpy and other readers"))
     loss = verbs.add_parser("loss", help="one relation's divergence: whole maps, tiles, fused kernels")
@@ -30,11 +31,21 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     _add_common(step)
     step.set_defaults(run=bench_step)
     reduction = verbs.add_parser("reduction", help="sums of gradients: exact against fast, time and error")
+    reduction.description = (
+        "Under torchrun (-m orchestrator bench reduction …) the sum over workers is in it."
+    )
     reduction.add_argument("--parameters", type=int, default=33_000_000)
-    reduction.add_argument("--micro-batches", type=int, default=8, help="of a step")
+    reduction.add_argument("--micro-batches", type=int, default=8, help="of a worker's step")
     reduction.add_argument("--rounds", type=int, default=5)
     _add_machine(reduction)
     reduction.set_defaults(run=bench_reduction)
+    overhead = verbs.add_parser("overhead", help="what Ray, tracking and checkpoints add to the bare step")
+    overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
+    overhead.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    overhead.add_argument("--steps", type=int, default=60, help="to be measured, each time")
+    overhead.add_argument("--rounds", type=int, default=3)
+    overhead.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+    overhead.set_defaults(run=bench_overhead)
 
 
 def bench_loss(options: argparse.Namespace) -> int:
@@ -56,15 +67,16 @@ def bench_step(options: argparse.Namespace) -> int:
 
 
 def bench_reduction(options: argparse.Namespace) -> int:
-    import torch
-
+    """Alone or, under torchrun, one worker of several."""
     from orchestrator.bench import reduction_rows
-    from orchestrator.world import World
+    from orchestrator.world import join_world
 
-    world = World(rank=0, size=1, device=torch.device(_device(options)), control=None)
-    rows = reduction_rows(
-        world, parameters=options.parameters, micro_batches=options.micro_batches, rounds=options.rounds
-    )
+    with join_world(_device(options), options.threads) as world:
+        rows = reduction_rows(
+            world, parameters=options.parameters, micro_batches=options.micro_batches, rounds=options.rounds
+        )
+    if not world.is_main:
+        return 0
     if options.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
         return 0
@@ -73,6 +85,21 @@ def bench_reduction(options: argparse.Namespace) -> int:
         print(
             f"{row.reduction:7}{row.add_ms:>18.2f}{row.finish_ms:>14.2f}{row.bytes_a_parameter:>19.1f}{row.error:>10.1e}"
         )
+    return 0
+
+
+def bench_overhead(options: argparse.Namespace) -> int:
+    from orchestrator.bench_overhead import overhead_rows
+    from orchestrator.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    rows = overhead_rows(recipe, options.recipe, options.set, rounds=options.rounds, steps=options.steps)
+    if options.json:
+        print("\n".join(json.dumps(asdict(row)) for row in rows))
+        return 0
+    print(f"{'way':8}{'processor ms a step':>21}{'over bare':>11}{'by the clock, ms':>18}")
+    for row in rows:
+        print(f"{row.way:8}{row.cpu_ms:>21.1f}{row.overhead:>11.1%}{row.wall_ms:>18.1f}")
     return 0
 
 
