@@ -188,6 +188,7 @@ def test_killed_in_a_stage_between_stages_and_while_publishing_the_weights_are_t
     assert [int(v.version) for v in client.search_model_versions("name = 'tiny-assistant'")] == [1]
 
 
+@pytest.mark.slow  # three runs
 def test_the_work_directory_is_lost_twice_and_the_weights_are_the_same(finished, tmp_path):
     """SIGKILL in the second stage, and nothing is left but the checkpoints on object storage; the first stage is
     exported again without training. The run starts anew in an empty folder, and is deleted once more."""
@@ -208,7 +209,8 @@ def test_the_work_directory_is_lost_twice_and_the_weights_are_the_same(finished,
         run("run", recipe, "--workdir", work, *place, **server.environment)
         points = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
         assert points[0]["step"] > 4, "it went on, and did not begin again"
-        assert not (second.parent / "assistant" / "metrics.jsonl").read_text()
+        trained_again = second.parent / "assistant" / "metrics.jsonl"
+        assert not trained_again.exists() or not trained_again.read_text()
         assert digests(work) == digests(finished / "work")
         written = {tuple(path.split("/")[2:5]) for method, path in server.requests if method == "PUT"}
         assert written == {("kept", "tiny", "assistant"), ("kept", "tiny", "small")}

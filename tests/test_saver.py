@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -130,6 +131,20 @@ def test_the_loop_makes_and_keeps_every_nth(shards, teacher, tmp_path):
     assert run_stage(job)
     kept = checkpoints_in(StageFolder(tmp_path).checkpoints)
     assert [step_of(path.name) for path in kept] == [5, 10, 11]
+
+
+def test_a_run_killed_between_its_last_save_and_its_export_exports(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path, steps=6)
+    assert run_stage(job)
+    done = StageFolder(tmp_path).done
+    before = done.read_text()
+    done.unlink()
+    shutil.rmtree(tmp_path / "students")
+    seen: list[int] = []
+    assert run_stage(job, seen.append)
+    assert seen == []
+    assert done.read_text() == before
+    assert (StageFolder(tmp_path).student("small") / "model.safetensors").exists()
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(tmp_path):
