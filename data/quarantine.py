@@ -19,6 +19,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +68,12 @@ class Quarantine:
     def masked(self, manifest: Manifest, place: str) -> npt.NDArray[np.bool_]:
         """bool [blocks] of the data set with this manifest; DataError when their rows are too many."""
         blocks = self.blocks.get(manifest.fingerprint, [])
+        if blocks and not 0 <= blocks[0] <= blocks[-1] < manifest.num_blocks:
+            raise DataError(
+                f"{str(self.path)!r} lists block {blocks[0] if blocks[0] < 0 else blocks[-1]} of {place}, which has "
+                f"blocks 0 to {manifest.num_blocks - 1}; put the list back from a copy, or delete it: damage is then "
+                "found again"
+            )
         self._check_share(manifest, place, blocks)
         masked = np.zeros(manifest.num_blocks, dtype=bool)
         masked[blocks] = True
@@ -78,7 +85,8 @@ class Quarantine:
         assert self.path is not None, "a fixed quarantine takes nothing new"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             blocks = _load(self.path)
             mine = sorted({*blocks.get(manifest.fingerprint, []), *found})
             self._check_share(manifest, place, mine)

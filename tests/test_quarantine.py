@@ -1,5 +1,7 @@
 """Quarantine: damaged blocks are masked for all alike, counted, bounded by a share; everything else stays as it was."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -197,6 +199,24 @@ def test_a_damaged_list_and_damaged_checksums_stay_errors(copy, tmp_path):
     (copy / "blocks.xxh3").write_bytes(raw)
     with pytest.raises(DataError, match="are not what the manifest pins"):
         reading(copy, path)
+
+
+@pytest.mark.parametrize("block", [-1, 10_000])
+def test_a_list_of_blocks_that_do_not_exist_is_refused(data, tmp_path, block):
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps({"blocks": {load_manifest(data).fingerprint: [2, block]}}))
+    with pytest.raises(DataError, match=rf"lists block {block} of .*, which has blocks 0 to .*delete it"):
+        RowReader(data, quarantine=Quarantine(path, max_quarantined_share=1.0))
+
+
+def test_a_file_system_without_locks_is_good_enough(copy, tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    flip(copy, 1)
+    _, starts, stream = reading(copy, tmp_path / "q.json")
+    assert starts == 2 and stream.counters.masked_rows > 0
 
 
 def find(folder, path, block):
