@@ -1,69 +1,28 @@
 """A transformers encoder that stops at the q/k/v projections of one layer and hands them out.
 
-transformers calls one attention function per layer with Q, K, V split into heads, after any rotary embedding.
-The tapped layer gets a function of ours: it raises, which ends the forward there. So nothing behind the
-tapped projections runs, gradients are intact, and no model code is copied. Layers in front of it run plain
-SDPA. An objective may `watch` more: layers in front (they run on), or the hidden states that leave the tapped
-layer.
+How a forward is stopped is in visit.py. Layers in front of the tap run plain SDPA. An objective may `watch` more:
+layers in front (they run on), or the hidden states that leave the tapped layer.
 
-Leaves out: decoders; architectures that do not call the attention interface (they need an adapter, see
-mpnet.py).
+Leaves out: decoders; architectures that do not call the attention interface (they need an adapter, see mpnet.py).
 
-Invariants: the wrapped model stays an ordinary transformers model (called directly, it runs to its end); a
-forward leaves no state behind in the model, in the thread or in autograd, whether it ends by the tap or by an
-error; no tensor outlives the forward but the taps and their autograd graph; no host sync.
+Invariants: the wrapped model stays an ordinary transformers model (called directly, it runs to its end); no tensor
+outlives a forward but the taps and their autograd graph; no host sync.
 """
 
 import copy
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from model import mpnet
-from model.attention import attend
 from model.errors import ModelError
+from model.visit import SDPA, TAP, Collector, Discovery, Taps, only_at, run, stop_after, tapped_attention
 
-SDPA, TAP = "minilm-sdpa", "minilm-tap"  # names in transformers' registries; never written into a config.json
-
-
-class Taps(NamedTuple):
-    """What one layer's attention is made of: q, k, v [batch, heads, tokens, head_size]; q and k after
-    rotation.
-
-    bias: an additive position bias on the scores, broadcastable to [batch, heads, tokens, tokens], or None.
-    If watched: hidden, the layer's output [batch, tokens, hidden]; earlier, the taps of layers in front;
-    logits [batch, k, vocabulary] of the model's head, at the k positions asked for.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None = None
-    hidden: Tensor | None = None
-    earlier: "tuple[Taps, ...]" = ()
-    logits: Tensor | None = None
-
-    def like(self, other: "Taps") -> "Taps":
-        """Each tensor in the dtype of its counterpart: under autocast hidden states can differ from q, k and v."""
-        cast = {
-            name: own.to(its.dtype)
-            for name, own, its in zip(self._fields, self, other, strict=True)
-            if isinstance(own, Tensor) and isinstance(its, Tensor)
-        }
-        earlier = tuple(own.like(its) for own, its in zip(self.earlier, other.earlier, strict=True))
-        return self._replace(**cast, earlier=earlier)
-
-    def tensors(self, parts: Collection[str]) -> list[Tensor]:
-        """The tensors of these fields, those of earlier layers included."""
-        own = [value for part, value in self._asdict().items() if part in parts and value is not None]
-        return own + [tensor for taps in self.earlier for tensor in taps.tensors(parts)]
+__all__ = ["TappedEncoder", "Taps"]
 
 
 class TappedEncoder(nn.Module):
@@ -80,11 +39,11 @@ class TappedEncoder(nn.Module):
         self.training = model.training
         self.layer = layer
         if model.config.model_type == "mpnet":
-            mpnet.install(model, _attention)
+            mpnet.install(model, tapped_attention)
         model.config._attn_implementation = TAP
-        discovery = _Discovery(layer)
+        discovery = Discovery(layer)
         with _quietly(model), torch.no_grad():
-            _run(model, discovery, _probe_ids(model), None)
+            run(model, discovery, _probe_ids(model), None)
         model.config._attn_implementation = SDPA
         if len(discovery.modules) < layer:
             raise ModelError(
@@ -140,16 +99,16 @@ class TappedEncoder(nn.Module):
                 " torch.bool of the same shape"
             )
         wanted = [self._attentions[layer - 1] for layer in (*self._earlier, self.layer)]
-        collection = _Collection(wanted, stop_at_last=not {"hidden", "logits"} & self._parts)
+        collection = Collector(wanted, stop_at_last=not {"hidden", "logits"} & self._parts)
         logits = None
         if positions is not None and "logits" in self._parts:
-            with _only_at(positions, self.model.base_model):
-                logits = _run(self.model, collection, input_ids, mask).logits
+            with only_at(positions, self.model.base_model):
+                logits = run(self.model, collection, input_ids, mask).logits
         elif collection.stop_at_last:
-            _run(self.model, collection, input_ids, mask)
+            run(self.model, collection, input_ids, mask)
         else:
-            with _stop_after(self.blocks()[-1], collection):
-                _run(self.model, collection, input_ids, mask)
+            with stop_after(self.blocks()[-1], collection):
+                run(self.model, collection, input_ids, mask)
         if len(collection.taps) < len(wanted):
             raise ModelError(
                 f"{self.model.config.model_type} ended without reaching the tap of layer {self.layer}"
@@ -179,122 +138,6 @@ class TappedEncoder(nn.Module):
                 reached.add(id(node.variable))
             nodes.extend(parent for parent, _ in node.next_functions)
         return {name: p for name, p in self.model.named_parameters() if id(p) in reached}
-
-
-class _Reached(BaseException):
-    """Ends a forward at the tap. Not an Exception, so that no `except Exception` in model code swallows
-    it."""
-
-
-class _Discovery:
-    """Lists the attention modules of layers 1 to `layer` in the order of their calls."""
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-        self.modules: list[nn.Module] = []
-
-    def visit(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-        self.modules.append(module)
-        if len(self.modules) == self.layer:
-            raise _Reached
-
-
-class _Collection:
-    """Keeps the taps of the wanted attention modules during one forward, and ends it at the last."""
-
-    def __init__(self, wanted: list[nn.Module], *, stop_at_last: bool) -> None:
-        self.wanted = wanted
-        self.stop_at_last = stop_at_last
-        self.taps: list[Taps] = []
-        self.hidden: Tensor | None = None
-
-    def visit(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-        if module is not self.wanted[len(self.taps)]:
-            return
-        groups = (
-            q.shape[1] // k.shape[1]
-        )  # grouped-query attention: every query head sees its group's k and v
-        self.taps.append(Taps(q, repeat_kv(k, groups), repeat_kv(v, groups), bias))
-        if self.stop_at_last and len(self.taps) == len(self.wanted):
-            raise _Reached
-
-
-_active = threading.local()
-
-
-def _run(
-    model: PreTrainedModel, visitor: _Discovery | _Collection, input_ids: Tensor, mask: Tensor | None
-) -> Any:
-    """The model's output, or None where the visitor ended the forward."""
-    outer = getattr(_active, "visitor", None)
-    _active.visitor = visitor
-    try:
-        return model(input_ids=input_ids, attention_mask=mask)
-    except _Reached as reached:
-        reached.__traceback__ = None  # its frames hold every activation on the way to the tap
-        return None
-    finally:
-        _active.visitor = outer
-
-
-@contextmanager
-def _stop_after(block: nn.Module, collection: _Collection) -> Iterator[None]:
-    def keep(_block: nn.Module, _arguments: Any, output: Any) -> None:
-        if getattr(_active, "visitor", None) is collection:  # not another thread's forward
-            collection.hidden = output[0] if isinstance(output, tuple) else output
-            raise _Reached
-
-    handle = block.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _only_at(positions: Tensor, base: nn.Module) -> Iterator[None]:
-    """Let the head behind the base model see the hidden states at `positions` only."""
-    run = getattr(_active, "selecting", None)
-    _active.selecting = positions
-
-    def select(_base: nn.Module, _arguments: Any, output: Any) -> Any:
-        if getattr(_active, "selecting", None) is positions:  # not another thread's forward
-            hidden = output.last_hidden_state
-            at = positions[..., None].expand(-1, -1, hidden.shape[-1])
-            output["last_hidden_state"] = hidden.gather(1, at)
-        return output
-
-    handle = base.register_forward_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-        _active.selecting = run
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> Any:
-    """What a tapped layer calls. `bias` (from an adapter) is already part of attention_mask."""
-    bias = kwargs.pop("bias", None)
-    visitor: _Discovery | _Collection | None = getattr(_active, "visitor", None)
-    if visitor is not None:
-        visitor.visit(module, query, key, value, bias)
-    return attend(module, query, key, value, attention_mask, **kwargs)
-
-
-def _mask_without_sync(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """transformers' SDPA mask, less its `mask.all()` (a host sync); a row of padding only sees itself."""
-    if attention_mask is not None:
-        kwargs["allow_is_bidirectional_skip"] = False
-        attention_mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
-    return sdpa_mask(attention_mask=attention_mask, **kwargs)
-
-
-AttentionInterface.register(SDPA, attend)
-AttentionInterface.register(TAP, _attention)
-AttentionMaskInterface.register(SDPA, _mask_without_sync)
-AttentionMaskInterface.register(TAP, _mask_without_sync)
 
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:

@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduc
 
     objective = {"name": "minilm", "reduction": reduction}
     job = make_job(request.getfixturevalue(data), teacher, tmp_path, dropout=0.0, objective=objective)
-    _, (state,), _ = one_step(job)
+    _, (state,), outcome = one_step(job)
     distiller = build_distiller(job, ALONE.device)
     stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=job.batch)
     ids, mask, _ = stream.micro_batch(0, 0)
@@ -59,6 +59,7 @@ def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduc
     taught, own = distiller.teach(ids, mask), distiller.students["small"](ids, mask)
     attention = relation_kl(taught.q, taught.k, own.q, own.k, mask, reduction=reduction)
     loss = attention + relation_kl(taught.v, taught.v, own.v, own.v, mask, reduction=reduction)
+    torch.testing.assert_close(outcome.terms.sum().float(), loss.detach(), rtol=1e-5, atol=0.0)
     parameters = distiller.students["small"].trained_parameters()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters.values()))])
     torch.testing.assert_close(state.gradient, expected, rtol=1e-4, atol=1e-6)
