@@ -19,8 +19,7 @@ from data.build_identity import BUILD_FILE
 from data.errors import DataError
 from data.manifest import HELD_OUT, MANIFEST, TOKENIZER, load_manifest, shard_name
 from data.reader import RowReader
-from data.remote import Store, is_remote
-from data.remote_reader import TOKENIZER_FILES
+from data.remote import TOKENIZER_FILES, Store, is_remote
 from data.shard import record_tar
 from data.verify import verify
 

@@ -11,6 +11,7 @@ hash twice was replaced, which is said at once.
 import hashlib
 import io
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,9 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 
 from data.errors import DataError, OriginError
+from data.manifest import CHECKSUMS, TOKENIZER
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SCHEMES = ("file", "http", "https", "s3", "gs")
 _PIECE_BYTES = 8 << 20
 
@@ -225,6 +228,19 @@ class _Sequential(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
+
+
+def fetch_small_files(store: Store, split: str, into: Path) -> None:
+    """Everything of a data set but its manifest and shards; `split` is "" or "held-out/"."""
+    (into / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
+        write_whole(into / name, store.read(split + name))
+
+
+def write_whole(path: Path, raw: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.write_bytes(raw)
+    temporary.replace(path)
 
 
 def split_url(url: str | Path) -> tuple[str, str]:

@@ -6,7 +6,6 @@ data set on the local disk. A cached copy that turns out damaged is thrown away 
 is damaged or missing behind the URL can go into quarantine, and then does so whole.
 """
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ import numpy as np
 
 from data.cache import Cache, Lease
 from data.errors import DamageError, DataError, OriginError
-from data.manifest import CHECKSUMS, MANIFEST, TOKENIZER, Shard, parse_manifest
+from data.manifest import MANIFEST, Shard, parse_manifest
 from data.quarantine import Quarantine
 from data.reader import Counters, RowReader
-from data.remote import Patience, Store
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+from data.remote import Patience, Store, fetch_small_files, write_whole
 
 
 class RemoteReader(RowReader):
@@ -59,11 +56,8 @@ class RemoteReader(RowReader):
     def _mirror_small_files(self, folder: Path, manifest: bytes) -> None:
         if (folder / MANIFEST).exists():
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / TOKENIZER).mkdir(exist_ok=True)
-        for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
-            _write_whole(folder / name, self.store.read(name))
-        _write_whole(folder / MANIFEST, manifest)
+        fetch_small_files(self.store, "", folder)
+        write_whole(folder / MANIFEST, manifest)
 
     @property
     def place(self) -> str:
@@ -140,9 +134,3 @@ class RemoteReader(RowReader):
 def _release(future: Future[Lease]) -> None:
     if not future.cancelled() and future.exception() is None:
         future.result().release()
-
-
-def _write_whole(path: Path, raw: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(raw)
-    temporary.replace(path)

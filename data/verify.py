@@ -7,15 +7,17 @@ right needs no closer look; in one whose is not, the block checksums say where.
 import hashlib
 import mmap
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, OriginError
 from data.manifest import (
     CHECKSUMS,
     HELD_OUT,
@@ -28,7 +30,7 @@ from data.manifest import (
     parse_manifest,
 )
 from data.mapped import MappedShards
-from data.remote import Store, is_remote
+from data.remote import Store, fetch_small_files, is_remote
 from data.tokenizer import load_tokenizer, vocabulary_fingerprint
 
 
@@ -110,22 +112,45 @@ def _verify_url(
     url: str, threads: int, progress: Progress | None, options: dict[str, Any] | None
 ) -> VerifyReport:
     store, begin = Store(url, options=options), time.monotonic()
-    manifest = parse_manifest(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
+    manifests = {"": parse_manifest(store.read(MANIFEST), f"{store.url}/{MANIFEST}")}
+    with suppress(OriginError):
+        held_out = f"{HELD_OUT}/{MANIFEST}"
+        manifests[f"{HELD_OUT}/"] = parse_manifest(store.read(held_out), f"{store.url}/{held_out}")
 
-    def check(shard: Shard) -> list[Damage]:
+    def check(place: tuple[str, Shard]) -> list[Damage]:
+        split, shard = place
         try:
-            found = store.sha256(shard.name, shard.num_bytes)
+            found = store.sha256(split + shard.name, shard.num_bytes)
         except DataError as error:
-            return [Damage(shard.name, None, None, str(error))]
-        return (
-            [] if found == shard.sha256 else [Damage(shard.name, None, None, f"its sha256 is {found[:16]}…")]
-        )
+            return [Damage(split + shard.name, None, None, str(error))]
+        if found == shard.sha256:
+            return []
+        return [Damage(split + shard.name, None, None, f"its sha256 is {found[:16]}…")]
 
-    shards = manifest.shards
-    sizes = [shard.num_bytes for shard in shards]
-    damage = _in_threads(check, shards, sizes, threads, progress)
+    damage = [d for split, manifest in manifests.items() for d in _check_small_files(store, split, manifest)]
+    shards = [(split, shard) for split, manifest in manifests.items() for shard in manifest.shards]
+    sizes = [shard.num_bytes for _, shard in shards]
+    damage += _in_threads(check, shards, sizes, threads, progress)
     seconds = time.monotonic() - begin
-    return VerifyReport(store.url, manifest.fingerprint, len(shards), sum(sizes), seconds, damage)
+    return VerifyReport(store.url, manifests[""].fingerprint, len(shards), sum(sizes), seconds, damage)
+
+
+def _check_small_files(store: Store, split: str, manifest: Manifest) -> list[Damage]:
+    """The checksums of blocks and the tokenizer behind a URL."""
+    with tempfile.TemporaryDirectory(prefix="minilm-verify-") as temporary:
+        here = Path(temporary)
+        try:
+            fetch_small_files(store, split, here)
+        except DataError as error:
+            return [Damage(split.rstrip("/") or ".", None, None, str(error))]
+        damage = [Damage(split + d.file, None, None, d.what) for d in _check_tokenizer(here, manifest, here)]
+        try:
+            for shard in manifest.shards:
+                block_checksums(here, manifest, shard.number)
+        except DataError:
+            what = f"its entries of {shard.name} are not what the manifest pins"
+            damage.append(Damage(split + CHECKSUMS, None, None, what))
+    return damage
 
 
 def _in_threads(

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from bad_server import BadServer
-from data_cases import make_data
+from data_cases import make_data, make_tokenizer
 
 from data import remote
 from data.cache import Cache
@@ -285,6 +285,30 @@ def test_verify_reads_a_url(server):
     report = verify(server.url)
     assert [damage.file for damage in report.damage] == ["shard-000001.tar", "shard-000003.tar"]
     assert "there is no such object" in report.text() and "put a whole copy there" in report.text()
+
+
+def test_verify_of_a_url_reads_everything_that_a_reader_would(tmp_path):
+    server = BadServer(make_data(tmp_path, documents=80, held_out=0.3))
+    whole = verify(server.url)
+    assert whole.whole and whole.shards == verify(server.folder).shards
+    for name, at in (("held-out/shard-000000.tar", 5000), ("blocks.xxh3", 9), ("held-out/blocks.xxh3", 1)):
+        raw = bytearray((server.folder / name).read_bytes())
+        raw[at] ^= 1
+        (server.folder / name).write_bytes(raw)
+    make_tokenizer(server.folder / "held-out" / "tokenizer", extra_tokens=1)
+    told = {damage.file: damage.what for damage in verify(server.url).damage}
+    (server.folder / "tokenizer" / "tokenizer.json").unlink()
+    less = verify(server.url)
+    server.close()
+    assert told.keys() == {
+        "blocks.xxh3",
+        "held-out/blocks.xxh3",
+        "held-out/tokenizer",
+        "held-out/shard-000000.tar",
+    }
+    assert told["blocks.xxh3"] == "its entries of shard-000000.tar are not what the manifest pins"
+    assert told["held-out/tokenizer"] == "its vocabulary is not the one that the manifest pins"
+    assert f"{server.url}/tokenizer/tokenizer.json: there is no such object" in less.text()
 
 
 @pytest.mark.skipif(
