@@ -91,15 +91,19 @@ def reduction_rows(
 
 @dataclass(frozen=True)
 class SaveRow:
-    """stall_ms: for how long the loop stands still; write_seconds: on the thread; share: of the loop's time that a
-    save every `every_seconds` costs."""
+    """stall_ms: for how long the loop stands still, stall_cpu_ms: computing; write_seconds, write_cpu_seconds: on the
+    thread, beside the loop. share: of the loop's time that a save every `every_seconds` costs; share_at_most: if the
+    thread's processor time were the loop's too, as on a machine without an idle core."""
 
     parameters: int
     megabytes: float
     stall_ms: float
+    stall_cpu_ms: float
     write_seconds: float
+    write_cpu_seconds: float
     every_seconds: float
     share: float
+    share_at_most: float
 
 
 def save_row(job: StageJob, folder: Path, device: torch.device, *, rounds: int = 5) -> SaveRow:
@@ -114,22 +118,28 @@ def save_row(job: StageJob, folder: Path, device: torch.device, *, rounds: int =
         LocalFolder(folder), models, students, Identity("", ""), keep=1, keep_every=None, guard=lambda: None
     )
     facts = Facts({"digest": "0", "seed": 0, "batch": 1}, 1, 1, "float32")
-    stalls, writes = [], []
+    times = []
     for step in range(rounds + 1):
-        start = _now(device)
+        start, cpu = _now(device), time.thread_time()
         saver.save(step + 1, facts, lambda copy: None)
-        stalls.append(time.perf_counter() - start)
+        copied, cpu, all_cpu = time.perf_counter(), time.thread_time() - cpu, time.process_time()
         saver.wait()
-        writes.append(time.perf_counter() - start - stalls[-1])
+        times.append((copied - start, cpu, time.perf_counter() - copied, time.process_time() - all_cpu))
     size = sum(path.stat().st_size for path in folder.glob("step-*/*"))
-    stall = statistics.median(stalls[1:])
+    stall, stall_cpu, write, write_cpu = (
+        statistics.median(column) for column in zip(*times[1:], strict=True)
+    )
+    every = job.checkpoint_every_seconds
     return SaveRow(
-        sum(s.gradient.numel() for s in students),
-        size / 1e6,
-        1e3 * stall,
-        statistics.median(writes[1:]),
-        job.checkpoint_every_seconds,
-        stall / job.checkpoint_every_seconds,
+        parameters=sum(s.gradient.numel() for s in students),
+        megabytes=size / 1e6,
+        stall_ms=1e3 * stall,
+        stall_cpu_ms=1e3 * stall_cpu,
+        write_seconds=write,
+        write_cpu_seconds=write_cpu,
+        every_seconds=every,
+        share=stall / every,
+        share_at_most=(stall + write_cpu) / every,
     )
 
 

@@ -39,6 +39,11 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     reduction.add_argument("--rounds", type=int, default=5)
     _add_machine(reduction)
     reduction.set_defaults(run=bench_reduction)
+    save = verbs.add_parser("save", help="how long a checkpoint holds the loop up, and what writing it takes")
+    save.add_argument("job", type=Path, metavar="JOB.json", help="of a stage that has been begun")
+    save.add_argument("--rounds", type=int, default=5)
+    _add_machine(save)
+    save.set_defaults(run=bench_save)
     overhead = verbs.add_parser("overhead", help="what Ray, tracking and checkpoints add to the bare step")
     overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
     overhead.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
@@ -85,6 +90,31 @@ def bench_reduction(options: argparse.Namespace) -> int:
         print(
             f"{row.reduction:7}{row.add_ms:>18.2f}{row.finish_ms:>14.2f}{row.bytes_a_parameter:>19.1f}{row.error:>10.1e}"
         )
+    return 0
+
+
+def bench_save(options: argparse.Namespace) -> int:
+    import tempfile
+
+    import torch
+
+    from orchestrator.bench import save_row
+    from orchestrator.stage import StageJob
+
+    job = StageJob.from_json(options.job.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(dir=options.job.parent, prefix=".bench-") as room:
+        row = save_row(job, Path(room), torch.device(_device(options)), rounds=options.rounds)
+    if options.json:
+        print(json.dumps(asdict(row)))
+        return 0
+    print(
+        f"{row.megabytes:,.0f} MB ({row.parameters:,} trained parameters): the loop stands still for "
+        f"{row.stall_ms:.0f} ms ({row.stall_cpu_ms:.0f} ms of processor time), "
+        f"the thread writes for {row.write_seconds:.1f} s "
+        f"({row.write_cpu_seconds:.2f} s of processor time)\n"
+        f"of a loop that saves every {row.every_seconds:g} s: {row.share:.2%}; "
+        f"{row.share_at_most:.2%} if no core is idle"
+    )
     return 0
 
 
