@@ -133,7 +133,9 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_order(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("data", nargs="+", metavar="DIR[=WEIGHT]", help="a data set, or several with weights")
+    verb.add_argument(
+        "data", nargs="+", metavar="DIR|URL[=WEIGHT]", help="a data set, or several with weights"
+    )
     verb.add_argument("--batch", type=int, required=True)
     verb.add_argument("--seed", type=int, required=True)
     verb.add_argument("--window", type=int, metavar="SHARDS", help="shuffle by windows (default: fully)")
@@ -263,8 +265,10 @@ def where_row(options: argparse.Namespace) -> int:
 
 
 def _corpora(given: list[str]) -> list[Corpus]:
-    """`DIR` or `DIR=WEIGHT` each; a folder whose name holds `=` is taken as it is."""
+    """`DIR|URL` or `DIR|URL=WEIGHT` each; a folder whose name holds `=` is taken as it is."""
     from data.opening import open_corpora
+    from orchestrator.corpora import cache_folder
+    from orchestrator.data_job import CacheJob
 
     places: list[tuple[str | Path, float]] = []
     for text in given:
@@ -276,7 +280,7 @@ def _corpora(given: list[str]) -> list[Corpus]:
             places.append((place, float(weight)))
         except ValueError:
             raise UserError(f"{text!r}: a weight is a number, as in {place}=0.7") from None
-    return open_corpora(places)
+    return open_corpora(places, cache=cache_folder(CacheJob()))
 
 
 def bench_stream_verb(options: argparse.Namespace) -> int:

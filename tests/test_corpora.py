@@ -237,4 +237,4 @@ def test_a_recipe_with_a_mixture_behind_urls(sets, teacher, tmp_path, server, ca
     (other / "manifest.json").write_bytes((sets[0] / "manifest.json").read_bytes())
     server.folder = other.parent
     assert cli.main(run) == 2
-    assert "/wiki was replaced: its fingerprint is" in capsys.readouterr().err
+    assert "/wiki was replaced: its fingerprint was" in capsys.readouterr().err

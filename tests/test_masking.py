@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +159,38 @@ def test_the_recipe_says_what_happens(whole, teacher, tmp_path):
     stopping = load_recipe(tmp_path / "r.yaml", ["data.on_corrupt=stop"])
     assert prepare_data(stopping, work, None).quarantine is None
     assert stopping.result_fields() == loaded.result_fields()
+
+
+@pytest.mark.slow
+def test_on_ray_all_workers_start_again_and_the_run_ends(damaged, teacher, tmp_path):
+    """The whole command with two workers: Ray replaces them when the list has grown, and the step is made again."""
+    folder, _, counts = damaged
+    stage = {"name": "small", "teacher": str(teacher), "student": {"layers": 2, "hidden": 24}, "batch": 8}
+    stage |= {"steps": STEPS, "peak_lr": 1e-3, "warmup_steps": 3, "held_out_rows": 8}
+    recipe = {
+        "name": "r",
+        "seed": 3,
+        "data": {"shards": str(folder), "on_corrupt": "quarantine", "max_quarantined_share": 0.1},
+        "stages": [stage],
+        "compute": {"micro_batch": 4, "workers": 2, "threads": 1, "checkpoint_every_steps": 3},
+        "tracking": {"log_every": 1},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    run = [
+        sys.executable,
+        "-m",
+        "orchestrator",
+        "run",
+        str(tmp_path / "r.yaml"),
+        "--workdir",
+        str(tmp_path / "w"),
+    ]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    stage_folder = StageFolder(tmp_path / "w" / "stages" / "small")
+    points = read_all_points(stage_folder.points)
+    expected = [sum(counts[: step + 1]) for step in range(STEPS)]
+    assert [point.metrics["data/quarantined_rows"] for point in points] == expected
+    assert "are damaged and now in quarantine" in "".join(
+        p.read_text() for p in stage_folder.root.glob("worker-*.log")
+    )
