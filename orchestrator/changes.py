@@ -17,7 +17,7 @@ SHARED = ("seed", "data", "compute")
 
 
 def invalidated_stages(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """Why, by stage of the new record, in its order. `old`, `new`: {"recipe": …, "data": [fingerprint, …]}.
+    """Why, by stage of the new record, in its order. `old`, `new`: {"recipe": …, "data": [[place, fingerprint], …]}.
 
     Where either has no fingerprints, they are not compared.
     """
@@ -60,10 +60,10 @@ def _shared_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
     differences = {key: first_difference(old["recipe"][key], new["recipe"][key]) for key in SHARED}
     changes = [told(key, difference) for key, difference in differences.items() if difference]
     pairs = zip(old.get("data") or (), new.get("data") or (), strict=False)
-    for number, (before, now) in enumerate(pairs):
+    for (_, before), (place, now) in pairs:
         if before != now and not changes:
             changes = [
-                f"data set {number} was replaced: its fingerprint was {before[:12]}…, is {now[:12]}… now"
+                f"data set {place} was replaced: its fingerprint was {before[:12]}…, is {now[:12]}… now"
             ]
     return changes
 

@@ -184,8 +184,8 @@ class Workdir:
 
         Raises `UserError` where the data are not those that work here was made from.
         """
-        fingerprints = [corpus.fingerprint for corpus in data.corpora]
-        new: dict[str, Any] = {"recipe": recipe.result_fields(), "data": fingerprints}
+        pinned = [[corpus.place, corpus.fingerprint] for corpus in data.corpora]
+        new: dict[str, Any] = {"recipe": recipe.result_fields(), "data": pinned}
         old = read_json(self.run)
         self.check(old, new, redo_from)
         if old and old["recipe"] != new["recipe"]:

@@ -36,7 +36,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 
 def record(recipe: Recipe, *fingerprints: str) -> dict[str, object]:
-    return {"recipe": recipe.result_fields(), "data": list(fingerprints)}
+    return {"recipe": recipe.result_fields(), "data": [["books", f] for f in fingerprints]}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_replaced_data_and_stages_that_come_and_go(recipe_file):
     recipe = load_recipe(recipe_file)
     one, two = record(recipe, "a" * 64), record(recipe, "b" * 64)
     assert set(invalidated_stages(one, two)) == {"wide", "thin", "other"}
-    assert "data set 0 was replaced: its fingerprint was aaaaaaaaaaaa…, is bbbbbbbbbbbb… now" in str(
+    assert "data set books was replaced: its fingerprint was aaaaaaaaaaaa…, is bbbbbbbbbbbb… now" in str(
         invalidated_stages(one, two)
     )
     assert invalidated_stages(one, {"recipe": recipe.result_fields()}) == {}
