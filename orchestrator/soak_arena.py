@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,9 +64,9 @@ class Arena:
         try:
             from ray.cluster_utils import Cluster
 
-            self._cluster: Any = Cluster(
-                initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-            )
+            head = {"num_cpus": 1, "include_dashboard": False}
+            with keep_sigterm():
+                self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
             self._nodes: list[Any] = []
             for _ in range(self.least):
                 self.add_node()
@@ -175,7 +175,8 @@ class Arena:
         return len(self._nodes)
 
     def add_node(self) -> None:
-        self._nodes.append(self._cluster.add_node(num_cpus=1, resources={"trainer": 1}))
+        with keep_sigterm():
+            self._nodes.append(self._cluster.add_node(num_cpus=1, resources={"trainer": 1}))
 
     def change_nodes(self, pick: float) -> str:
         """Add a node or kill one, as `pick` and the limits have it; which of the two."""
@@ -292,6 +293,16 @@ class Arena:
         self.free_disk()
         self.start_server()
         self.wait_for_server()
+
+
+@contextmanager
+def keep_sigterm() -> Iterator[None]:
+    """Every node that Ray starts here would replace the handler with one that leaves server, run and disk behind."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def flip_bit(path: Path, pick: float) -> None:

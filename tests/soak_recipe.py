@@ -2,7 +2,7 @@
 
 usage: soak_recipe.py FOLDER [STEPS]
 
-Two stages of so many steps (1500), 1 to 3 workers, data behind a URL. Prints the recipe's path.
+Two stages of so many steps (600), 1 to 3 workers, data behind a URL. Prints the recipe's path.
 """
 
 from __future__ import annotations
@@ -59,5 +59,5 @@ def write_soak_recipe(
 
 
 if __name__ == "__main__":
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 1500
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 600
     print(write_soak_recipe(Path(sys.argv[1]).resolve(), steps=count, stages=2, workers=[1, 3], by_url=True))

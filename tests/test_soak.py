@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -242,7 +243,9 @@ def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(t
     run_undisturbed(path, reference.root, tmp_path / "reference.log")
     kinds = ("tracking", "worker", "damage")
     strikes = iter([Strike(n, kind, 0.2, False, 0.4, 5.0) for n, kind in enumerate(kinds)])
+    handler = signal.getsignal(signal.SIGTERM)
     with Arena(tmp_path / "soak", 1, 1) as arena:
+        assert signal.getsignal(signal.SIGTERM) == handler, "Ray's would leave the server and the run behind"
         work = Workdir(arena.disk / "work")
         arena.begin(path, work.root, tmp_path / "run.log", [])
         log = tmp_path / "run.log"
@@ -258,7 +261,7 @@ def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(t
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_twenty_minutes_of_soak(tmp_path, capsys):
-    path = write_soak_recipe(tmp_path / "in", steps=1500, stages=2, workers=[1, 3], by_url=True)
+    path = write_soak_recipe(tmp_path / "in", steps=600, stages=2, workers=[1, 3], by_url=True)
     code = cli.main(
         ["soak", str(path), "--minutes", "20", "--seed", "1", "--workdir", str(tmp_path / "soak")]
     )
