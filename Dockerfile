@@ -8,7 +8,7 @@ COPY orchestrator orchestrator
 COPY model model
 COPY data data
 COPY recipes recipes
-RUN python -m pip install --no-cache-dir .
+RUN python -m pip install --no-cache-dir '.[remote]'
 # PYTHONSAFEPATH: a `data.py` or `model/` in the current directory must not shadow ours.
 ENV PYTHONSAFEPATH=1 \
     MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false \

@@ -125,7 +125,6 @@ class StageRun:
         with self.writing():
             forget_start_failures(self.folder.root, self.world.rank)
         self.journal.restart(first)
-        stop = evicted = False
         try:
             for step in range(first, job.steps):
                 self.watchdog.alive()
