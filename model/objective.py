@@ -133,12 +133,9 @@ class Objective:
         values = student.q.new_zeros(
             len(relations), len(heads), dtype=torch.promote_types(student.q.dtype, torch.float32)
         )
-        with torch.no_grad():
-            for row, term in zip(values, relations, strict=True):
-                for head in heads:
-                    row[head] = torch.stack(
-                        [term.sum(self._setting, t, s, mask, head) for t, s in sides]
-                    ).mean()
+        for row, term in zip(values, relations, strict=True):
+            for head in heads:
+                row[head] = torch.stack([term.sum(self._setting, t, s, mask, head) for t, s in sides]).mean()
         return values
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:

@@ -53,7 +53,7 @@ class Relation:
     def sum(
         self, setting: Setting, teacher: Taps, student: Taps, mask: Tensor | None, head: int | None = None
     ) -> Tensor:
-        """The undivided divergence, of all heads or of one."""
+        """The undivided divergence, of all heads, or of one without gradients."""
         (t_x, t_y, t_bias), (s_x, s_y, s_bias) = (
             self._side(setting, taps, head) for taps in (teacher, student)
         )
@@ -75,9 +75,13 @@ class Relation:
         if head is None:
             return x, y, bias
         one = slice(head, head + 1)
-        if bias is not None and bias.dim() > 2 and bias.shape[-3] > 1:
-            bias = bias[..., one, :, :]
-        return x[:, one], y[:, one], bias
+        if bias is not None:
+            bias = (bias[..., one, :, :] if bias.dim() > 2 and bias.shape[-3] > 1 else bias).detach()
+        return (
+            x[:, one].detach(),
+            y[:, one].detach(),
+            bias,
+        )  # else tiles would make the gradients on their way
 
     def _bias(self, setting: Setting, taps: Taps) -> Tensor | None:
         """A position bias belongs to the attention distribution, which is Q-K and no other pair."""

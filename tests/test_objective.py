@@ -196,6 +196,7 @@ def test_heads_average_to_their_term(name):
     bias = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(2))
     objective = Objective.named(name, reduction="token")
     teacher, student = taps(2, 4, 0)._replace(bias=bias), taps(2, 4, 1)
+    student.q.requires_grad_()
     if name == "layer-to-layer":
         teacher, student = (
             teacher._replace(earlier=(taps(2, 4, 2),)),
@@ -203,7 +204,7 @@ def test_heads_average_to_their_term(name):
         )
     by_head = objective.head_sums(teacher, student, mask())
     sums = dict(zip(objective.names, objective.term_sums(teacher, student, mask()), strict=True))
-    assert by_head.shape == (len(objective.relation_names), 2)
+    assert by_head.shape == (len(objective.relation_names), 2) and not by_head.requires_grad
     assert set(objective.names) - set(objective.relation_names) == (
         {"value"} if name == "value-mse" else set()
     )
