@@ -1,10 +1,10 @@
 """The state of a stage between two steps, on disk: whole or absent, verified when read.
 
 A checkpoint is a folder `step-000000120` with, for each student, its weights and optimiser moments as safetensors
-and a `checkpoint.json` that names the step, the job's digest, the data's fingerprint, the SHA-256 of every file, and
-`Facts`. Where it lies, and how it is committed in one operation, is the store's affair (`checkpoint_store`); the last
-`keep` stay, and every n-th step's. The teacher is never in it, and no random-generator state either: every seed is a
-function of the step. No pickles.
+and a `checkpoint.json` that names the step, the job's digest, the data's fingerprint, the code's version, the SHA-256
+of every file, and `Facts`. Where it lies, and how it is committed in one operation, is the store's affair
+(`checkpoint_store`); the last `keep` stay, and every n-th step's. The teacher is never in it, and no random-generator
+state either: every seed is a function of the step. No pickles.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from torch import Tensor
 from orchestrator.checkpoint_store import META, CheckpointStore, open_store, step_of
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import write_json
+from orchestrator.provenance import code_version
 from orchestrator.step import StudentState
 from orchestrator.tensorfile import write_tensors
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DAMAGE = (ValueError, KeyError, SafetensorError, FileNotFoundError)  # ValueError: JSON that is none, too
 
@@ -111,6 +112,7 @@ def write(
                 "step": step,
                 "job": identity.job,
                 "data": identity.data,
+                "code": code_version(),
                 "sha256": hashes,
                 **asdict(facts),
             },
@@ -154,6 +156,8 @@ def restore_newest(
             damaged.append(name)
             continue
         check_identity(f"{store.where}/{name}", meta, identity)
+        if changes := changed_code(meta["code"]):
+            log.warning("goes on with other code than %s was made by: %s", name, changes)
         for other in damaged:
             store.set_aside(other)
         load(meta, tensors, models, students)
@@ -164,6 +168,16 @@ def restore_newest(
             f"or delete them to start the stage again"
         )
     return None
+
+
+def changed_code(before: Mapping[str, str]) -> str:
+    """What `code_version` says now and what it said before, in words; empty when nothing has changed."""
+    now = code_version()
+    return ", ".join(
+        f"{name} {before.get(name, 'unknown')} → {now.get(name, 'unknown')}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    )
 
 
 def restore_step(

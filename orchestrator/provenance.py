@@ -1,6 +1,7 @@
 """What a run was made from, as text: recipe values, package versions, git commit. No MLflow."""
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import platform
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+OURS = "minilm-distiller"
 PACKAGES = ("torch", "transformers", "ray", "mlflow", "tokenizers", "numpy")
 
 
@@ -58,3 +60,11 @@ def git_commit(folder: Path | None = None) -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """This project's version and commit, and the packages that compute: kept in every checkpoint."""
+    code = {name: importlib.metadata.version(name) for name in (OURS, "torch", "transformers")}
+    commit = git_commit()
+    return code | ({"commit": commit} if commit else {})

@@ -58,6 +58,20 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
         assert torch.equal(value, other_models["s"].state_dict()[name])
 
 
+def test_code_that_has_changed_is_said_and_goes_on(tmp_path, caplog):
+    models, states = make(0)
+    path = save(tmp_path, 3, models, states) / "checkpoint.json"
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (3, FACTS)
+    assert not caplog.messages
+    meta = json.loads(path.read_text())
+    meta["code"] = {**meta["code"], "torch": "1.0", "commit": "abc"}
+    path.write_text(json.dumps(meta))
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (3, FACTS)
+    (said,) = caplog.messages
+    assert said.startswith("goes on with other code than step-000000003 was made by: commit abc → ")
+    assert said.endswith(f"torch 1.0 → {torch.__version__}")
+
+
 def test_nothing_there_means_none(tmp_path):
     assert checkpoint.restore_newest(LocalFolder(tmp_path / "absent"), *make(0), MINE) is None
 
