@@ -174,7 +174,7 @@ def train_step(
     count, halved, *told = world.sum_integers([work.count, int(out_of_memory), *tell()])
     values, norms = [], []
     for student in students:
-        means, finite = student.sums.finish(world, count * work.unit)
+        means, finite = student.sums.finish(world, max(count, 1) * work.unit)  # no valid token: zeros
         values.append(means)
         norms.append(
             student.update(

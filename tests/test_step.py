@@ -65,6 +65,30 @@ def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduc
     torch.testing.assert_close(state.gradient, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_a_step_without_a_valid_token_is_no_failure(shards, teacher, tmp_path, reduction):
+    """All its rows may lie in damaged blocks that are masked."""
+    job = make_job(shards, teacher, tmp_path, reduction=reduction)
+    distiller = build_distiller(job, ALONE.device)
+    states = make_states(job, distiller)
+    ids = torch.zeros(job.micro_batch, job.data.seq_len, dtype=torch.int64)
+    batches = [(i, ids, torch.zeros_like(ids, dtype=torch.bool)) for i in range(job.batch // job.micro_batch)]
+    outcome = train_step(
+        distiller,
+        states,
+        iter(batches),
+        step=0,
+        seed=job.seed,
+        learning_rate=1e-3,
+        max_gradient_norm=None,
+        autocast=None,
+        world=ALONE,
+        seq_len=job.data.seq_len,
+    )
+    assert outcome.terms.tolist() == [[0.0, 0.0]] and not states[0].gradient.any()
+    assert states[0].refused.tolist()[0] == 0, "it counts as a step"
+
+
 def test_students_are_tapped_at_their_last_layer_and_the_teacher_where_the_job_says(
     shards, teacher, tmp_path
 ):
