@@ -202,7 +202,7 @@ def test_the_work_directory_is_lost_twice_and_the_weights_are_the_same(finished,
     try:
         process = minilm("run", recipe, "--workdir", work, *place, **server.environment)
         commit = re.compile(r"/small/step-00000000[48]-\w+/checkpoint\.json")
-        wait_for(lambda: any(m == "PUT" and commit.search(path) for m, path in server.requests), process)
+        wait_for(lambda: any(m == "PUT" and commit.search(path) for m, path in server.requests), process, 400)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         shutil.rmtree(work)
