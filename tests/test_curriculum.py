@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -186,36 +185,6 @@ def test_killed_in_a_stage_between_stages_and_while_publishing_the_weights_are_t
             steps = [p.step for p in client.get_metric_history(run_.info.run_id, metric)]
             assert len(steps) == len(set(steps)), f"{metric} has double points"
     assert [int(v.version) for v in client.search_model_versions("name = 'tiny-assistant'")] == [1]
-
-
-@pytest.mark.slow  # three runs
-def test_the_work_directory_is_lost_twice_and_the_weights_are_the_same(finished, tmp_path):
-    """SIGKILL in the second stage, and nothing is left but the checkpoints on object storage; the first stage is
-    exported again without training. The run starts anew in an empty folder, and is deleted once more."""
-    pytest.importorskip("moto.server")
-    from s3_server import S3Server
-
-    server = S3Server()
-    place = ("--launcher", "inline", "--set", "compute.checkpoints=s3://bucket/kept")
-    work = tmp_path / "work"
-    recipe, second = finished / "tiny.yaml", work / "stages" / "small"
-    try:
-        process = minilm("run", recipe, "--workdir", work, *place, **server.environment)
-        commit = re.compile(r"/small/step-00000000[48]-\w+/checkpoint\.json")
-        wait_for(lambda: any(m == "PUT" and commit.search(path) for m, path in server.requests), process, 400)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        shutil.rmtree(work)
-        run("run", recipe, "--workdir", work, *place, **server.environment)
-        points = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
-        assert points[0]["step"] > 4, "it went on, and did not begin again"
-        trained_again = second.parent / "assistant" / "metrics.jsonl"
-        assert not trained_again.exists() or not trained_again.read_text()
-        assert digests(work) == digests(finished / "work")
-        written = {tuple(path.split("/")[2:5]) for method, path in server.requests if method == "PUT"}
-        assert written == {("kept", "tiny", "assistant"), ("kept", "tiny", "small")}
-    finally:
-        server.close()
 
 
 def test_checkpoints_move_only_together_with_the_place(tmp_path, shards, teacher):
