@@ -269,6 +269,7 @@ class Round:
         self.progress = Progress(recipe, work)
         self.wound: Wound | None = None
         self.since = self.last_strike = time.monotonic()
+        self.due_since: float | None = None  # the next strike looks for a victim
         self.may_end = False  # with an error, because the disk is full
         self.bad_ends = 0
         for name in ("ends", "hangs"):
@@ -292,8 +293,10 @@ class Round:
                 return False
             if time.monotonic() - self.progress.moved > self.hang_seconds:
                 self.hang()
-            if strike and time.monotonic() < deadline and self.is_due(strike) and self.hit(strike):
-                strike = next(self.strikes, None)
+            if strike and time.monotonic() < deadline and self.is_due(strike):
+                self.due_since = self.due_since or time.monotonic()
+                if self.hit(strike):
+                    strike, self.due_since = next(self.strikes, None), None
         wall = time.monotonic() - began
         self.tally.wall += wall
         self.tally.steps += sum(stage.steps for stage in self.recipe.stages)
@@ -383,7 +386,7 @@ class Round:
         else:
             done, wounds = self.rival(), False
         now = time.monotonic()
-        if not done and now - self.last_strike < strike.pause + VICTIM_SECONDS:
+        if not done and now - (self.due_since or now) < VICTIM_SECONDS:
             return False
         self.last_strike = now
         say(f"{strike.text()}{': ' + detail if detail else ''}{'' if done else ': no victim'}")
