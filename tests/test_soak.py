@@ -38,7 +38,7 @@ def test_the_strikes_are_a_function_of_the_seed():
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_soak_recipe(tmp_path_factory.mktemp("soak"), steps=60, checkpoint_every_steps=20)
+    return write_soak_recipe(tmp_path_factory.mktemp("soak"), steps=400, checkpoint_every_steps=20)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def a_number_lost(work: Workdir) -> None:
 
 
 def another_ledger(work: Workdir) -> None:
-    path = next(work.stage("assistant").checkpoints.glob("*60")) / "checkpoint.json"
+    path = next(work.stage("assistant").checkpoints.glob("*400")) / "checkpoint.json"
     meta = json.loads(path.read_text())
     meta["ledger"]["digest"] = f"{1:032x}"
     path.write_text(json.dumps(meta))
@@ -109,11 +109,11 @@ def another_teacher(work: Workdir) -> None:
 
 
 def half_a_file(work: Workdir) -> None:
-    (work.stage("assistant").checkpoints / ".step-000000060.1.tmp").mkdir()
+    (work.stage("assistant").checkpoints / ".step-000000400.1.tmp").mkdir()
 
 
 def a_checkpoint_too_many(work: Workdir) -> None:
-    last = next(work.stage("assistant").checkpoints.glob("*60"))
+    last = next(work.stage("assistant").checkpoints.glob("*400"))
     shutil.copytree(last, last.with_name("step-000000007"))
 
 
@@ -140,7 +140,7 @@ def a_run_never_ended(work: Workdir) -> None:
     ("fault", "check", "text"),
     [
         (a_point_doubled, "points", "doubled [40] (1)"),
-        (a_point_lost, "points", "heldout.jsonl: steps lost [60] (1)"),
+        (a_point_lost, "points", "heldout.jsonl: steps lost [400] (1)"),
         (a_number_lost, "points", "step 20 lacks ['assistant/loss']"),
         (another_ledger, "rows", "are NOT those that seed and data give"),
         (another_end, "rows", "done.json says"),
@@ -233,24 +233,25 @@ def test_a_recipe_that_cannot_be_compared_is_refused(tmp_path, capsys, compute, 
 
 
 @pytest.mark.timeout(900)
-def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(tmp_path):
+def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(
+    recipe_file, recipe, undisturbed, tmp_path
+):
     """A real cluster, server and run, struck three times on purpose."""
-    from orchestrator.soak import run_undisturbed
     from orchestrator.soak_arena import Arena
 
-    path = write_soak_recipe(tmp_path / "in", steps=400, checkpoint_every_steps=20)
-    recipe, reference, tally = load_recipe(path, []), Workdir(tmp_path / "reference"), Tally(seed=0)
-    run_undisturbed(path, reference.root, tmp_path / "reference.log")
+    tally = Tally(seed=0)
     kinds = ("tracking", "worker", "damage")
     strikes = iter([Strike(n, kind, 0.2, False, 0.4, 5.0) for n, kind in enumerate(kinds)])
     handler = signal.getsignal(signal.SIGTERM)
     with Arena(tmp_path / "soak", 1, 1) as arena:
         assert signal.getsignal(signal.SIGTERM) == handler, "Ray's would leave the server and the run behind"
         work = Workdir(arena.disk / "work")
-        arena.begin(path, work.root, tmp_path / "run.log", [])
+        arena.begin(recipe_file, work.root, tmp_path / "run.log", [])
         log = tmp_path / "run.log"
-        assert Round(recipe, work, arena, strikes, tally, reference, 120).play(float("inf")), log.read_text()
-        found = check_round(recipe, work, reference, arena.server_uri)
+        assert Round(recipe, work, arena, strikes, tally, undisturbed, 120).play(float("inf")), (
+            log.read_text()
+        )
+        found = check_round(recipe, work, undisturbed, arena.server_uri)
     assert tally.struck == dict.fromkeys(kinds, 1)
     assert [recovery.kind for recovery in tally.recoveries] == ["worker", "damage"]
     assert tally.recoveries[1].repeated >= 20, "it went on from the checkpoint before the damaged one"
