@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def run_recipe(
         driver = Driver(recipe, workdir, lease, data, tracking, launcher, address, line, stop, stack)
         try:
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
+            driver.withdraw_reservations()
         except Stopped:
             tracking.finish("KILLED")
             raise
@@ -266,6 +267,15 @@ class Driver:
         self.stack.enter_context(launch.ray_cluster(self.address, self.recipe.compute.workers[1]))
         self.stop.install()  # ray.init() replaces the SIGTERM handler
         self.connected = True
+
+    def withdraw_reservations(self) -> None:
+        """Of a dead driver, where no stage was left to do it: another run on the cluster would wait for them."""
+        folder = self.workdir.stage(self.recipe.stages[-1].name).root
+        joins = self.launcher == "ray" and launch.cluster_address(self.address) is not None
+        if joins and launch.reservations(folder):
+            with suppress(UserError):  # a cluster that is gone has none
+                self.connect()
+                launch.cancel_reservations(folder)
 
     def wait_for_places(self, label: str) -> str:
         """The resource a worker takes, once enough of it is free; a line says what is waited for.

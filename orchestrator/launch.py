@@ -141,13 +141,18 @@ def abandon(folder: Path) -> None:
     ray.shutdown()
 
 
+def reservations(folder: Path) -> list[Path]:
+    """What drivers have noted that they reserved for the stages of a run; `folder`: of one of them."""
+    return sorted(folder.parent.glob(f"*/{RESERVATION}"))
+
+
 def cancel_reservations(folder: Path) -> None:
     """Withdraw what drivers that died had reserved for stages of this run: Ray would keep it for 180 s.
 
     `folder`: of one of its stages; the dead driver may have worked at another. Uses a private actor of Ray 2.60, so
     any failure is only logged: then the run starts later, not wrongly.
     """
-    for path in folder.parent.glob(f"*/{RESERVATION}"):
+    for path in reservations(folder):
         record = read_json(path)
         if record is None:
             continue

@@ -132,27 +132,33 @@ def test_a_killed_driver_run_again_does_not_wait_for_its_own_ghost(cluster, tmp_
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("left", ["one stage", "no stage"])
 def test_a_reservation_that_a_dead_driver_left_at_another_stage_is_withdrawn_too(
-    cluster, tmp_path, monkeypatch
+    cluster, tmp_path, text, teacher, left
 ):
-    """Its workers may have finished that stage before they ended, so that the next run begins behind it."""
+    """Its workers may have finished that stage before they ended: the next run begins behind it, or has only to end."""
     import ray
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 
-    from orchestrator.launch import RESERVATION, cancel_reservations
+    from orchestrator.launch import RESERVATION
 
-    stages = {name: tmp_path / name for name in ("first", "second")}
-    for folder in stages.values():
-        folder.mkdir()
-    (stages["first"] / RESERVATION).write_text('{"requester": "train-dead"}')
+    cluster.add_node(num_cpus=1, resources={"trainer": 1})
+    recipe, work = write_recipe(tmp_path, text, teacher), tmp_path / "work"
+    run("run", recipe, "--workdir", work, "--launcher", "inline")
+    (work / "summary.json").unlink()
+    if left == "one stage":
+        for name in ("published.json", "done.json"):
+            (work / "stages" / "small" / name).unlink()
+    path = work / "stages" / "assistant" / RESERVATION
+    path.write_text('{"requester": "train-dead"}')
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         coordinator = default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
-        request = {"requester_id": "train-dead", "resources": [{"CPU": 1}], "expire_after_s": 180}
+        request = {"requester_id": "train-dead", "resources": [{"trainer": 1}], "expire_after_s": 180}
         ray.get(coordinator.request_resources.remote(**request))
         assert ray.get(coordinator.get_reserved_resources.remote("train-dead"))
-        cancel_reservations(stages["second"])
+        run("run", recipe, "--workdir", work, "--address", cluster.address)
         assert not ray.get(coordinator.get_reserved_resources.remote("train-dead"))
-        assert not (stages["first"] / RESERVATION).exists()
+        assert not path.exists()
     finally:
         ray.shutdown()
