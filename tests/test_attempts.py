@@ -13,7 +13,7 @@ import worker_pool
 from support import make_job
 
 from data.stream import Stream
-from orchestrator import worker
+from orchestrator import finish
 from orchestrator.attempts import Attempts, count_start_failure
 from orchestrator.errors import NoProgress
 from orchestrator.reporting import run_reporting
@@ -97,7 +97,7 @@ def test_an_export_that_fails_again_and_again_ends_the_run(shards, teacher, tmp_
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "export_student", fails)
+        patch.setattr(finish, "export_student", fails)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="broken"):
                 run_reporting(job)

@@ -13,7 +13,7 @@ import worker_pool
 from support import make_job
 
 from model.encoder import load_encoder
-from orchestrator import reporting, students, worker
+from orchestrator import reporting, worker
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.guards import Watchdog
 from orchestrator.reporting import log_to_file, run_reporting
@@ -170,12 +170,10 @@ def test_a_log_file_that_cannot_be_opened_is_no_error(shards, teacher, tmp_path,
     assert "no log file: [Errno 21] Is a directory" in caplog.text
 
 
-def test_soft_labels_without_a_mask_token_are_refused_in_one_line(shards, teacher, tmp_path, monkeypatch):
+def test_soft_labels_without_a_mask_token_are_refused_in_one_line(shards, teacher, tmp_path):
     job = make_job(shards, teacher, tmp_path, objective={"name": "soft-label-mlm"})
     found = build_objective(job)
     assert (found.mask_token_id, found.special_ids) == (4, (0, 1, 2, 3, 4))
-    manifest = students.load_manifest(shards)
-    none = replace(manifest, tokenizer=manifest.tokenizer._replace(mask_id=-1))
-    monkeypatch.setattr(students, "load_manifest", lambda folder: none)
+    data = replace(job.data, vocabulary=job.data.vocabulary._replace(mask_id=-1))
     with pytest.raises(UserError, match=r"^stage first: objective soft-label-mlm masks tokens, .*minilm$"):
-        build_objective(job)
+        build_objective(replace(job, data=data))

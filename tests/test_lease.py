@@ -47,7 +47,8 @@ class Driver:
         return int(self.process.stdout.readline())
 
     def error(self) -> str:
-        out, errors = self.process.communicate(timeout=20)
+        self.process.wait(timeout=20)  # by itself: to communicate would tell it to end
+        out, errors = self.process.communicate()
         assert self.process.returncode, f"it has ended in good order: {out}"
         return errors.strip().splitlines()[-1]
 
