@@ -37,6 +37,7 @@ def publish(
     students = {s.name: load_encoder(folder.student(s.name)) for s in job.students}
     run.artifact(draw_maps(job, teacher, students, folder.root / "attention_maps.png"), "pictures")
     heldout = read_all_points(folder.heldout_points)
+    first = {} if heldout[0].step else heldout[0].metrics  # lost with another work directory
     curves = folder.root / "loss_curves.png"
     pictures.loss_curves(read_all_points(folder.points), heldout, curves)
     run.artifact(curves, "pictures")
@@ -65,7 +66,7 @@ def publish(
                 encoder,
                 speed,
                 str(folder.student(name)),
-                before=terms(heldout[0].metrics, name),
+                before=terms(first, name),
                 after=terms(heldout[-1].metrics, name),
                 registered=f"{registered.name} v{registered.version}",
             )

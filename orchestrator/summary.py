@@ -14,7 +14,8 @@ from orchestrator.progress import duration
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One line of the table. `before` and `after`: held-out divergence by term, in nats a query."""
+    """One line of the table. `before` and `after`: held-out divergence by term, in nats a query; `before` is empty when
+    nobody measured it, or it was lost with a work directory."""
 
     name: str
     role: str
@@ -102,9 +103,12 @@ def command(name: str) -> str:
 
 
 def divergence(model: ModelEntry) -> str:
-    """`attention 1.02 → 0.31, value 0.71 → 0.25, both 1.73 → 0.56 (32 %)`; `-` for a teacher."""
-    if not model.before:
+    """`attention 1.02 → 0.31, value 0.71 → 0.25, sum 1.73 → 0.56 (32 %)`; `-` for a teacher."""
+    if not model.after:
         return "-"
+    if not model.before:
+        parts = [f"{term} ? → {value:.3f}" for term, value in model.after.items()]
+        return f"{', '.join(parts)}, sum ? → {sum(model.after.values()):.3f}"
     parts = [f"{term} {model.before[term]:.3f} → {model.after[term]:.3f}" for term in model.before]
     before, after = sum(model.before.values()), sum(model.after.values())
     share = f" ({after / before:.0%})" if before else ""

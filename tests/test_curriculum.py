@@ -187,6 +187,50 @@ def test_killed_in_a_stage_between_stages_and_while_publishing_the_weights_are_t
     assert [int(v.version) for v in client.search_model_versions("name = 'tiny-assistant'")] == [1]
 
 
+@pytest.mark.slow  # three runs
+def test_with_the_work_directory_lost_it_goes_on_in_a_new_one_to_the_same_weights(finished, tmp_path):
+    """SIGKILL in the second stage, and nothing is left but the checkpoints on object storage: the first stage is
+    measured and exported again without training, as the teacher of the second, which goes on where it was."""
+    pytest.importorskip("moto.server")
+    from s3_server import S3Server
+
+    def puts(place: str) -> list[str]:
+        return [path for method, path in server.requests if method == "PUT" and place in path]
+
+    def begun() -> bool:
+        return len([path for path in puts("/small/step-") if path.endswith("/checkpoint.json")]) > 1
+
+    server = S3Server()
+    options = ("--launcher", "inline", "--set", "compute.checkpoints=s3://bucket/kept")
+    command = ("run", finished / "tiny.yaml", *options, "--workdir")
+    try:
+        # from the second commit on nothing arrives: one checkpoint of the second stage is there
+        server.fault = lambda method, path: "reset" if method == "PUT" and begun() else None
+        process = minilm(*command, tmp_path / "lost", **server.environment)
+        wait_for(begun, process, 240)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        shutil.rmtree(tmp_path / "lost")
+        server.fault = lambda method, path: None
+        server.requests.clear()
+
+        work = tmp_path / "new"
+        run(*command, work, **server.environment)
+        first, second = (StageFolder(work / "stages" / name) for name in ("assistant", "small"))
+        assert puts("/assistant/") == ["/bucket/kept/tiny/assistant/owner.json"]
+        assert [point.step for point in read_all_points(first.points)] == []
+        assert [point.step for point in read_all_points(second.points)] == list(range(8, 41, 4))
+        assert read_json(second.job)["teacher"] == str(first.student("assistant").resolve())
+        assert digests(work) == digests(finished / "work")
+        models, undisturbed = (
+            json.loads((root / "summary.json").read_text())["models"] for root in (work, finished / "work")
+        )
+        assert [m["after"] for m in models] == [m["after"] for m in undisturbed]
+        assert not any(m["before"] for m in models), "what was measured before the first step is lost"
+    finally:
+        server.close()
+
+
 def test_checkpoints_move_only_together_with_the_place(tmp_path, shards, teacher):
     folder = StageFolder(tmp_path / "stage")
     folder.root.mkdir()

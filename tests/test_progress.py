@@ -125,12 +125,14 @@ def make_summary(look: str) -> Summary:
         registered="q-s v2",
     )
     perfect = entry("p", before={"value": 0.0}, after={"value": 0.0}, registered="q-p v1")
-    return Summary("q", (entry("t"), student, perfect), 75.0, look, "/w", "newest")
+    lost = entry("l", after={"attention": 0.125, "value": 0.5}, registered="q-l v1")
+    return Summary("q", (entry("t"), lost, student, perfect), 75.0, look, "/w", "newest")
 
 
 def test_the_table_gives_divergence_by_term_and_as_a_share():
     table = make_summary("mlflow ui").table()
     assert "attention 1.000 → 0.250, value 0.500 → 0.200, sum 1.500 → 0.450 (30%)" in table
+    assert "attention ? → 0.125, value ? → 0.500, sum ? → 0.625  " in table
     assert "43,993" in table
     assert "7.3 M" in table
     assert "q-s v2" in table
