@@ -54,6 +54,7 @@ class Journal:
         self.points = PointLog(self.folder.points) if writes else None
         self.heldout_points = PointLog(self.folder.heldout_points) if writes else None
         self.beat_due = Due(HEARTBEAT_SECONDS, at_once=True)
+        self.doing = ""
         self.metrics: dict[str, float] = {}
         self.restart(0)
 
@@ -92,7 +93,11 @@ class Journal:
             )
 
     def beat(self, doing: str, step: int, *, force: bool = False) -> None:
-        if self.points and (self.beat_due() or force):
+        changed, self.doing = (
+            doing != self.doing,
+            doing,
+        )  # told at once: what is done decides how long it may take
+        if self.points and (self.beat_due() or force or changed):
             self.guard()
             beat = {
                 "attempt": self.job.attempt,

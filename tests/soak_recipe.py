@@ -48,7 +48,7 @@ def write_soak_recipe(
             "micro_batch": 2,
             "threads": 1,
             "checkpoint_every_seconds": 1,
-            "stall_seconds": 20,
+            "stall_seconds": 10,
             **compute,
         },
         "tracking": {"log_every": 20},

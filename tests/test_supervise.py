@@ -12,7 +12,8 @@ from support import NO_DATA, make_job
 
 from orchestrator import supervise
 from orchestrator.errors import InfrastructureError, Stopped
-from orchestrator.files import write_json
+from orchestrator.files import read_json, write_json
+from orchestrator.journal import Journal
 from orchestrator.processes import Process, started
 from orchestrator.stage import StageFolder
 from orchestrator.supervise import Heartbeats, Supervisor
@@ -91,6 +92,21 @@ def test_what_may_take_long_has_ten_times_the_time(scene, doing):
             InfrastructureError, match="no worker has given a sign of life for 1011 s; look at worker"
         ):
             scene.after(20)
+
+
+def test_the_heartbeat_says_at_once_that_something_else_is_done(tmp_path):
+    """A worker that is stopped in the second after an evaluation must not have ten times as long."""
+    journal = Journal(make_job(NO_DATA, tmp_path, tmp_path), writes=True, workers=1, seq_len=8)
+
+    def told(doing: str, step: int) -> tuple[str, int]:
+        journal.beat(doing, step)
+        beat = read_json(StageFolder(tmp_path).heartbeat)
+        assert beat is not None
+        return beat["doing"], beat["step"]
+
+    assert [told("evaluating", 5), told("training", 6)] == [("evaluating", 5), ("training", 6)]
+    assert told("training", 7) == ("training", 6), "steps are told once a second"
+    journal.close()
 
 
 def test_a_heartbeat_of_an_older_attempt_or_half_a_file_is_none(scene, tmp_path):
