@@ -105,7 +105,7 @@ class StageRun:
                 writes=world.is_main,
                 workers=world.size,
                 seq_len=job.data.seq_len,
-                guard=self.check_writer,
+                guard=self.check_lease,
             )
         self.saving: Saving | None = None
         self.attempts: Attempts | None = None
@@ -315,9 +315,13 @@ class StageRun:
     def writing(self) -> AbstractContextManager[None]:
         return writing(self.folder.root)
 
-    def check_writer(self) -> None:
-        """Before anything that a newer driver's workers must not find, in the work directory or beside other runs'."""
+    def check_lease(self) -> None:
+        """Before a point or a heartbeat: asks the work directory alone, because the loop waits for the answer."""
         check_writer(self.job.lease)
+
+    def check_writer(self) -> None:
+        """Before a checkpoint or an export: the store of the checkpoints may be another run's by now, too."""
+        self.check_lease()
         owner = self.store.owner() if self.job.checkpoints else None
         if owner not in (None, self.job.attempt):
             raise LeaseHeld(

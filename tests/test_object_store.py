@@ -285,6 +285,17 @@ def test_steps_go_on_while_a_store_is_slow(shards, teacher, server, tmp_path):
     assert steps[-1] == 16 and not set(steps) & set(range(4, 13))
 
 
+def test_points_and_heartbeats_ask_the_store_nothing(shards, teacher, server, tmp_path):
+    """The loop would wait for the answer, and a store that is away for a while would end the run."""
+    asked = []
+    url = f"s3://bucket/quiet-{tmp_path.name}"
+    job = make_job(
+        shards, teacher, tmp_path, checkpoints=url, checkpoint_every_steps=None, log_every=1, eval_every=4
+    )
+    assert run_stage(job, lambda step: asked.append(len(server.requests)))
+    assert len(set(asked[:-1])) == 1, f"requests after each step: {asked}"  # the last one is saved
+
+
 def test_the_stage_goes_on_elsewhere_with_the_url_alone(shards, teacher, server, tmp_path):
     url = f"s3://bucket/lost-{tmp_path.name}"
     whole = make_job(shards, teacher, tmp_path / "whole")
