@@ -188,9 +188,12 @@ class Workdir:
         new: dict[str, Any] = {"recipe": recipe.result_fields(), "data": pinned}
         old = read_json(self.run)
         self.check(old, new, redo_from)
+        going_on = redo_from
         if old and old["recipe"] != new["recipe"]:
             self.summary.unlink(missing_ok=True)  # of fewer stages, or of others
-        write_json(self.run, new | {"from": redo_from or (old or {}).get("from")})
+        elif old:
+            going_on = redo_from or old.get("from")  # `--from`, killed, may be repeated with and without it
+        write_json(self.run, new | {"from": going_on})
         copy = self.root / "recipe.yaml"
         if not (copy.exists() and copy.samefile(recipe_file)):
             shutil.copyfile(recipe_file, copy)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import NO_DATA
 
 from orchestrator import cli
 from orchestrator.changes import invalidated_stages, text_changed
@@ -161,6 +162,15 @@ def test_from_sets_aside_once_and_then_goes_on(work, recipe_file, capsys):
     with work.claim(recipe, "thin"):  # it had ended: once more
         assert not work.stage("thin").root.exists() and not work.summary.exists()
     assert sorted(path.name for path in (work.root / "set-aside").iterdir()) == ["001", "002"]
+
+
+def test_from_of_an_earlier_recipe_is_not_gone_on_with(work, recipe_file):
+    """`--from thin` came to its end long ago; then the recipe changed, and was stopped before its end."""
+    write_json(work.run, record(load_recipe(recipe_file), "a" * 64) | {"from": "thin"})
+    changed = load_recipe(recipe_file, ["stages.other.steps=9"])
+    work.adopt(changed, recipe_file, NO_DATA)
+    with work.claim(changed, "thin"):
+        assert not work.begun("thin") and work.begun("wide")
 
 
 def test_data_of_another_text_are_set_aside(work, recipe_file):
