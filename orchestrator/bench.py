@@ -1,4 +1,4 @@
-"""What the loop costs: exact against fast sums, a save's stall, and the loop against bare forward, backward, update.
+"""What two parts of the loop cost: exact against fast sums, and how long a save holds it up.
 
 Each function returns rows to be printed; nothing here runs in training. Figures of one machine are in
 docs/benchmarks.md.
@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from orchestrator.checkpoint import Facts, Identity
 from orchestrator.checkpoint_store import LocalFolder
-from orchestrator.corpora import open_stream
 from orchestrator.reduction import make_sum
 from orchestrator.saver import Saver
 from orchestrator.stage import StageJob
-from orchestrator.step import derive_seed
 from orchestrator.students import build_distiller, make_states
-from orchestrator.worker import run_stage
 from orchestrator.world import World
 
 
@@ -141,76 +137,6 @@ def save_row(job: StageJob, folder: Path, device: torch.device, *, rounds: int =
         share=stall / every,
         share_at_most=(stall + write_cpu) / every,
     )
-
-
-@dataclass(frozen=True)
-class LoopRow:
-    """Medians of a step: of the whole loop (rows read, ledger, sums, checks, points, heartbeat), and bare; overhead:
-    by how much the first is longer."""
-
-    reduction: str
-    steps: int
-    loop_ms: float
-    bare_ms: float
-    overhead: float
-
-
-def loop_rows(job: StageJob, folder: Path) -> list[LoopRow]:
-    """Run `job` once with each reduction, in new folders under `folder`, one worker; a bare step after each of its.
-
-    Loop and bare steps take turns, so that a slower moment of the machine meets both. Bare: batches in memory, teacher
-    and students forward, backward into `.grad`, fused AdamW.
-    """
-    return [
-        _loop_row(replace(job, folder=str(folder / reduction), reduction=reduction))
-        for reduction in ("exact", "fast")
-    ]
-
-
-def _loop_row(job: StageJob) -> LoopRow:
-    bare = bare_step(job)
-    loop_seconds: list[float] = []
-    bare_seconds: list[float] = []
-    last = 0.0
-
-    def on_step(step: int) -> None:
-        nonlocal last
-        start = time.perf_counter()
-        if step > 1:  # the first one builds and measures
-            loop_seconds.append(start - last)
-            bare()
-            bare_seconds.append(time.perf_counter() - start)
-        last = time.perf_counter()
-
-    run_stage(job, on_step)
-    loop, alone = statistics.median(loop_seconds), statistics.median(bare_seconds)
-    return LoopRow(job.reduction, len(loop_seconds), 1e3 * loop, 1e3 * alone, loop / alone - 1)
-
-
-def bare_step(job: StageJob) -> Callable[[], None]:
-    """One update of the job's students in the plainest way, on the CPU or the GPU that `job.device` names."""
-    device = torch.device(
-        job.device if job.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    distiller = build_distiller(job, device)
-    stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=job.micro_batch)
-    batches = [stream.micro_batch(0, index) for index in range(stream.num_micro_batches)]
-    parameters = [p for name in distiller.students for p in distiller.trained_parameters(name).values()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=False)
-        for index, batch in enumerate(batches):
-            ids = batch.input_ids.to(device)
-            mask = None if batch.mask is None else batch.mask.to(device)
-            taught = distiller.teach(ids, mask)
-            for name in distiller.students:
-                seed = derive_seed(job.seed, name, index)
-                distiller.term_sums(name, taught, ids, mask, dropout_seed=seed).sum().backward()
-        optimizer.step()
-        _now(device)
-
-    return step
 
 
 def _now(device: torch.device) -> float:
