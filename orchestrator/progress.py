@@ -121,6 +121,7 @@ class StageProgress:
 
     @staticmethod
     def terms(student: str, metrics: dict[str, float]) -> str:
-        skip = {f"{student}/loss", f"{student}/gradient_norm"}
-        own = {k: v for k, v in metrics.items() if k.startswith(f"{student}/") and k not in skip}
-        return " ".join(f"{name.split('/', 1)[1]} {value:.3f}" for name, value in own.items())
+        """The objective's terms; their values by head are too many for a line."""
+        others = {"loss", "gradient_norm", "skipped_steps"}
+        own = {k.removeprefix(f"{student}/"): v for k, v in metrics.items() if k.startswith(f"{student}/")}
+        return " ".join(f"{k} {v:.3f}" for k, v in own.items() if k not in others and "/" not in k)

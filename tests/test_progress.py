@@ -62,6 +62,8 @@ def test_a_stage_line_says_step_terms_speed_and_time_left(tmp_path):
         "small/attention": 0.4,
         "small/value": 0.4125,
         "small/gradient_norm": 3.0,
+        "small/skipped_steps": 1.0,
+        "small/value/head-01": 0.2,
         "rows_per_second": 32.0,
         "tokens_per_second": 4096.0,
     }
