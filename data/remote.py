@@ -10,10 +10,7 @@ hash twice was replaced, which is said at once.
 
 import hashlib
 import io
-import logging
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,22 +23,11 @@ from fsspec.exceptions import FSTimeoutError
 
 from data.errors import DataError, OriginError
 from data.manifest import CHECKSUMS, TOKENIZER
+from data.patience import Patience, Stumble, one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SCHEMES = ("file", "http", "https", "s3", "gs")
 _PIECE_BYTES = 8 << 20
-
-log = logging.getLogger("minilm.data")
-
-
-class Patience(NamedTuple):
-    """How long to try: `tries` of every request and of every file; waits double from `first_wait_seconds` up to
-    `longest_wait_seconds`, times a random factor in 0.5 … 1; a request may take `request_seconds`."""
-
-    tries: int = 6
-    first_wait_seconds: float = 0.5
-    longest_wait_seconds: float = 30.0
-    request_seconds: float = 60.0
 
 
 class Identity(NamedTuple):
@@ -49,10 +35,6 @@ class Identity(NamedTuple):
 
     num_bytes: int
     tag: str
-
-
-class Stumble(Exception):
-    """A failure that another try may cure; the text is the cause."""
 
 
 def is_remote(given: str | Path) -> bool:
@@ -98,7 +80,7 @@ class Store:
             try:
                 info = self._call("info", f"{self.url}/{name}")
             except Exception as error:
-                raise Stumble(f"the server does not say its size ({_line(error)})") from error
+                raise Stumble(f"the server does not say its size ({one_line(error)})") from error
             tags = (
                 info.get(key) for key in ("ETag", "etag", "Last-Modified", "LastModified", "updated", "mtime")
             )
@@ -165,16 +147,16 @@ class Store:
                 f"{path}: there is no such object; give the URL of a data set's folder"
             ) from error
         except PermissionError as error:
-            raise DataError(f"{path}: access is denied ({_line(error)}); check the credentials") from error
+            raise DataError(f"{path}: access is denied ({one_line(error)}); check the credentials") from error
         except (TimeoutError, FSTimeoutError) as error:
             raise Stumble(f"no answer within {self.patience.request_seconds:g} s") from error
         except Exception as error:  # every transport has its own exceptions
             status = getattr(error, "status", None)
             if isinstance(status, int) and 400 <= status < 500 and status not in (408, 416, 425, 429):
                 raise DataError(
-                    f"{path}: the server refuses ({_line(error)}); check URL and credentials"
+                    f"{path}: the server refuses ({one_line(error)}); check URL and credentials"
                 ) from error
-            raise Stumble(_line(error)) from error
+            raise Stumble(one_line(error)) from error
 
     def _call(self, method: str, path: str, **arguments: Any) -> Any:
         """A method of the file system, which may take `request_seconds` where that can be limited."""
@@ -185,25 +167,15 @@ class Store:
 
     def _persist(self, name: str, once: Callable[[], Any]) -> Any:
         """Try `once` until it does not stumble. DataError with the last cause when patience ends."""
-        for tried in range(1, self.patience.tries + 1):
-            try:
-                return once()
-            except Stumble as stumble:
-                cause = str(stumble)
-            if tried == self.patience.tries:
-                break
-            wait = min(
-                self.patience.longest_wait_seconds, self.patience.first_wait_seconds * 2 ** (tried - 1)
-            )
-            wait *= random.uniform(0.5, 1.0)
+
+        def count() -> None:
             with self._lock:
                 self.num_retries += 1
-            log.warning("%s/%s: %s; try %d in %.1f s", self.url, name, cause, tried + 1, wait)
-            time.sleep(wait)
-        raise DataError(
-            f"{self.url}/{name}: {cause} (tried {self.patience.tries} times); check the server and run the same "
-            "command again"
-        )
+
+        try:
+            return self.patience.persist(f"{self.url}/{name}", once, count)
+        except Stumble as stumble:
+            raise DataError(f"{stumble}; check the server and run the same command again") from stumble
 
 
 class _Sequential(io.RawIOBase):
@@ -247,7 +219,3 @@ def split_url(url: str | Path) -> tuple[str, str]:
     """The folder of a remote file, as `Store` takes it, and the file's name in it."""
     folder, _, name = str(url).rpartition("/")
     return folder, name
-
-
-def _line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

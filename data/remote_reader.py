@@ -15,9 +15,10 @@ import numpy as np
 from data.cache import Cache, Lease
 from data.errors import DamageError, DataError, OriginError
 from data.manifest import MANIFEST, Shard, parse_manifest
+from data.patience import Patience
 from data.quarantine import Quarantine
 from data.reader import Counters, RowReader
-from data.remote import Patience, Store, fetch_small_files, write_whole
+from data.remote import Store, fetch_small_files, write_whole
 
 
 class RemoteReader(RowReader):

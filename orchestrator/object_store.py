@@ -13,9 +13,6 @@ checkpoint needs its own size of room there while it is written or read.
 from __future__ import annotations
 
 import json
-import logging
-import random
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -25,12 +22,10 @@ from typing import Any
 import fsspec
 from fsspec.asyn import sync
 
-from data.remote import Patience
+from data.patience import Patience, Stumble, one_line
 from orchestrator.checkpoint_store import META, NAME, OWNER, StoreUnavailable, room, step_of, sweep_rooms
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.storage import NO_SPACE
-
-log = logging.getLogger(__name__)
 
 DAMAGED = "damaged.json"
 LEAST_BYTES_A_SECOND = 1 << 20  # a request may take so much longer the more it carries
@@ -149,7 +144,8 @@ class ObjectStore:
         """
         url = f"{self.where}/{path}".rstrip("/")
         seconds = self.patience.request_seconds + num_bytes / LEAST_BYTES_A_SECOND
-        for tried in range(1, self.patience.tries + 1):
+
+        def once() -> Any:
             try:
                 return sync(self._fs.loop, method, url, *arguments, timeout=seconds, **options)
             except FileNotFoundError as error:
@@ -158,23 +154,19 @@ class ObjectStore:
                 raise refused(url, what, error) from error
             except PermissionError as error:
                 raise refused(url, what, error) from error
-            except TimeoutError:
-                cause = f"no answer within {seconds:.3g} s"
+            except TimeoutError as error:
+                raise Stumble(f"no answer within {seconds:.3g} s") from error
             except Exception as error:  # every transport has its own
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
-                cause = one_line(error)
-            if tried < self.patience.tries:
-                wait = min(
-                    self.patience.longest_wait_seconds, self.patience.first_wait_seconds * 2 ** (tried - 1)
-                )
-                wait *= random.uniform(0.5, 1.0)
-                log.warning("%s %s: %s; try %d in %.1f s", what, url, cause, tried + 1, wait)
-                time.sleep(wait)
-        raise StoreUnavailable(
-            f"{what} {url}: {cause} (tried {self.patience.tries} times); check the store and run the same command "
-            f"again, it goes on from the last checkpoint"
-        )
+                raise Stumble(one_line(error)) from error
+
+        try:
+            return self.patience.persist(f"{what} {url}", once)
+        except Stumble as stumble:
+            raise StoreUnavailable(
+                f"{stumble}; check the store and run the same command again, it goes on from the last checkpoint"
+            ) from stumble
 
 
 def refused(url: str, what: str, error: Exception) -> InfrastructureError:
@@ -182,7 +174,3 @@ def refused(url: str, what: str, error: Exception) -> InfrastructureError:
         f"{what} {url}: the store refuses ({one_line(error)}); check compute.checkpoints and the credentials in the "
         f"environment, then run the same command again"
     )
-
-
-def one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from test_checkpoint import FACTS, MINE, advance, make
 
-from data.remote import Patience
+from data.patience import Patience
 from orchestrator import checkpoint
 from orchestrator.object_store import ObjectStore
 

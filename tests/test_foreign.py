@@ -19,8 +19,8 @@ from data.build import import_data
 from data.errors import DataError
 from data.indexed_rows import IndexedRows
 from data.manifest import load_manifest
+from data.patience import Patience
 from data.reader import RowReader
-from data.remote import Patience
 from data.sources.indexed import read_index
 from data.sources.web import Walk
 from data.stream import Corpus, Stream

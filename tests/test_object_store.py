@@ -17,7 +17,7 @@ import torch
 from support import make_job
 from test_checkpoint import FACTS, MINE, advance, make
 
-from data.remote import Patience
+from data.patience import Patience
 from orchestrator import checkpoint, object_store
 from orchestrator.checkpoint_store import LocalFolder, StoreUnavailable, open_store, step_of
 from orchestrator.errors import InfrastructureError, LeaseHeld, UserError

@@ -16,9 +16,9 @@ from data_cases import make_data
 from data.errors import DamageError, DataError
 from data.manifest import load_manifest
 from data.opening import open_corpora
+from data.patience import Patience
 from data.quarantine import Quarantine, QuarantineGrew, damaged_blocks
 from data.reader import RowReader
-from data.remote import Patience
 from data.remote_reader import RemoteReader
 from data.stream import Stream
 

@@ -15,11 +15,12 @@ import torch
 from bad_server import BadServer
 from data_cases import make_data, make_tokenizer
 
-from data import remote
+from data import patience
 from data.cache import Cache
 from data.errors import DataError
 from data.manifest import load_manifest
-from data.remote import Patience, Store
+from data.patience import Patience
+from data.remote import Store
 from data.remote_reader import RemoteReader
 from data.stream import Stream
 from data.verify import verify
@@ -266,13 +267,13 @@ def test_file_urls(original, reader):
 
 def test_waits_grow_with_jitter_and_have_a_bound(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(patience.time, "sleep", waits.append)
     server.always["manifest.json"] = "500"
-    patience = Patience(tries=7, first_wait_seconds=1, longest_wait_seconds=10, request_seconds=1)
+    growing = Patience(tries=7, first_wait_seconds=1, longest_wait_seconds=10, request_seconds=1)
     with pytest.raises(
         DataError, match=r"manifest\.json: 500.*\(tried 7 times\); check the server and run the same"
     ):
-        Store(server.url, patience=patience).read("manifest.json")
+        Store(server.url, patience=growing).read("manifest.json")
     for wait, longest in zip(waits, (1, 2, 4, 8, 10, 10), strict=True):
         assert longest / 2 <= wait <= longest
 
