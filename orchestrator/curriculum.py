@@ -22,7 +22,7 @@ from orchestrator import launch
 from orchestrator.checkpoint_store import open_store
 from orchestrator.data_job import DataJob
 from orchestrator.errors import InfrastructureError, LeaseHeld, NoProgress, Stopped, UserError
-from orchestrator.files import read_json, write_json
+from orchestrator.files import read_json, write_atomic, write_json
 from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data
 from orchestrator.lease import Lease
 from orchestrator.progress import Line, StageProgress, build_reporter, duration
@@ -211,11 +211,7 @@ class Driver:
         place = self.wait_for_places(label) if self.launcher == "ray" else ""
         if place:  # decided once, so that no worker takes a GPU that Ray has not given it
             job = replace(job, device="cuda" if place == "GPU" else "cpu")
-        folder.root.mkdir(parents=True, exist_ok=True)
-        for stale in (folder.stop_request, folder.failure, folder.done):
-            stale.unlink(missing_ok=True)
-        take_checkpoints(job, folder)
-        folder.job.write_text(job.to_json(), encoding="utf-8")
+        begin_attempt(job, folder)
         with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
             if place:
                 future = launch.start_ray(job, self.recipe.compute.workers, place, pool)
@@ -224,7 +220,8 @@ class Driver:
             try:
                 self.watch(future, job, label, place)
             except BaseException:
-                folder.stop_request.touch()  # the pool waits for the workers: let them end
+                with suppress(OSError):  # a full disk
+                    folder.stop_request.touch()  # the pool waits for the workers: let them end
                 if place:  # or they are not there to end
                     launch.abandon(folder.root)
                     self.connected = False
@@ -250,10 +247,11 @@ class Driver:
             say=self.line.say,
         )
         while wait([future], timeout=POLL_SECONDS).not_done:
-            self.lease.check()
             beats.look()
-            if self.stop.requested and not folder.stop_request.exists():
-                folder.stop_request.touch()
+            with suppress(OSError):  # storage that does not answer, or is full, for a moment
+                self.lease.check()
+                if self.stop.requested and not folder.stop_request.exists():
+                    folder.stop_request.touch()
             # inline, the worker's own watchdog ends this very process
             progress.show(beats.newest, supervise(self.stop.requested) if place else "")
 
@@ -302,6 +300,15 @@ class Driver:
             timer = f"({duration(waited)} of {duration(compute.wait_seconds)})"
             self.line.show(f"{label}  waiting for the cluster: {problem or busy} {timer}", force=waited < 1)
             time.sleep(1)
+
+
+def begin_attempt(job: StageJob, folder: StageFolder) -> None:
+    """Make the stage's folder and its checkpoints this attempt's; what an older one left to be read goes."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    for stale in (folder.stop_request, folder.failure, folder.done):
+        stale.unlink(missing_ok=True)
+    take_checkpoints(job, folder)
+    write_atomic(folder.job, job.to_json())
 
 
 def take_checkpoints(job: StageJob, folder: StageFolder) -> None:

@@ -1,15 +1,21 @@
-"""How a stage's attempt ended, from what its workers left: each way has its error and exit code."""
+"""How a stage's attempt begins, is watched and has ended: each end has its error and exit code."""
 
 from __future__ import annotations
 
+import errno
+import resource
+import threading
 from concurrent.futures import Future
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from support import NO_DATA, make_job
 
-from orchestrator.curriculum import check_outcome
+from orchestrator.curriculum import Driver, begin_attempt, check_outcome
 from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
-from orchestrator.files import write_json
+from orchestrator.files import read_json, write_json
+from orchestrator.progress import Line
 from orchestrator.stage import StageFolder
 
 
@@ -59,3 +65,37 @@ def test_rays_error_becomes_one_line(job, tmp_path, text):
 def test_a_defect_of_ours_keeps_its_traceback_inline(job, tmp_path):
     with pytest.raises(ZeroDivisionError):
         check_outcome(job, StageFolder(tmp_path), ended(ZeroDivisionError()), inline=True)
+
+
+def test_a_job_that_finds_no_room_leaves_the_one_before(job, tmp_path):
+    """Half a job.json would be read by every later command, and end it."""
+    folder = StageFolder(tmp_path)
+    begin_attempt(job, folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            begin_attempt(replace(job, attempt="next"), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_json(folder.job)["attempt"] == "mine"
+
+
+def test_storage_that_is_away_for_a_moment_does_not_end_the_watch(job, tmp_path):
+    asked = []
+
+    def check() -> None:
+        asked.append(len(asked))
+        if len(asked) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    compute = SimpleNamespace(wait_seconds=1.0, workers=(1, 1))
+    driver = Driver(
+        SimpleNamespace(compute=compute), None, SimpleNamespace(check=check), NO_DATA, None, "inline", None, Line(),
+        SimpleNamespace(requested=True), None,
+    )  # fmt: skip
+    future: Future[None] = Future()
+    timer = threading.Timer(1.0, future.set_result, (None,))
+    timer.start()
+    driver.watch(future, job, "first", "")
+    assert len(asked) > 1 and StageFolder(tmp_path).stop_request.exists()
