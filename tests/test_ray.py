@@ -52,6 +52,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         str(free_port()),
         "--dashboard-port",
         str(dashboard),
+        "--dashboard-agent-listen-port",  # else a second cluster on the machine has no agent for jobs
+        str(free_port()),
     ]
     command += [
         "--resources",
