@@ -88,7 +88,9 @@ def explain(
     window: int | None = None,
     num_words: int = 8,
 ) -> Explanation:
-    """The rows of one step, in order, with their addresses and first words."""
+    """The rows of one step, in order, with their addresses and first words. Raises `DataError` for no such step."""
+    if step < 0:
+        raise DataError(f"step {step} does not exist; steps count from 0")
     stream = Stream(source, seed=seed, batch=batch, micro_batch=batch, window=window)
     decoders = [_Decoder(_reader(corpus)) for corpus in stream.corpora]
     rows = []

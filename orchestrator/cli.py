@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -85,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--interconnect", type=positive, default=1.0, metavar="GB/S", help="between workers (default: 1)"
     )
-    plan.add_argument("--seq-len", type=int, help="tokens a row, where the data set is not here")
+    plan.add_argument(
+        "--seq-len", type=positive_whole, metavar="TOKENS", help="a row, where the data set is not here"
+    )
     plan.add_argument("--json", action="store_true", help="one JSON object a stage")
     plan.set_defaults(run=plan_recipe)
 
@@ -167,10 +170,19 @@ def plan_recipe(options: argparse.Namespace) -> int:
 
 
 def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: a number above 0")
     return value
+
+
+def positive_whole(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: a whole number above 0")
+    return int(text)
 
 
 def pull_model(options: argparse.Namespace) -> int:

@@ -129,7 +129,7 @@ def tokenizer_name(text: str) -> str:
     """A folder or hub id that `data build` can load a tokenizer from, for a reference given on the command line."""
     match parse_reference(text):
         case FolderRef(path):
-            return str(path)
+            return str(path.absolute())  # `./name` without its dot would be a hub id
         case HubRef(hub_id):
             return hub_id if not Path(hub_id).is_dir() else str(Path(hub_id).resolve())
         case ref:

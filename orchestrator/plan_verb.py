@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrained
 
 from data.manifest import load_manifest
 from model.distiller import Distiller
-from model.encoder import FAMILIES, TappedEncoder, build_student, count_parameters, tapped_layer
+from model.encoder import FAMILIES, TappedEncoder, build_student, count_parameters, shape_of, tapped_layer
 from model.errors import ModelError
 from model.objective import Objective
 from orchestrator.errors import UserError
@@ -61,9 +61,16 @@ def works(recipe: Recipe, seq_len: int | None) -> list[Work]:
     """A `Work` for each stage. Raises `UserError` where a teacher's config or the length of rows is not here."""
     length = seq_len or row_length(recipe)
     configs: dict[str, PreTrainedConfig] = {}
-    return [
-        work_of(stage, recipe, teacher_config(stage, configs), length, configs) for stage in recipe.stages
-    ]
+    found = []
+    for stage in recipe.stages:
+        config = teacher_config(stage, configs)
+        if length > (most := shape_of(config).max_tokens):
+            raise UserError(
+                f"stage {stage.name}: rows are {length} tokens long, the teacher takes at most {most}; "
+                f"give a smaller seq_len"
+            )
+        found.append(work_of(stage, recipe, config, length, configs))
+    return found
 
 
 def work_of(
@@ -131,6 +138,11 @@ def teacher_config(stage: Stage, configs: dict[str, PreTrainedConfig]) -> PreTra
         case StudentRef(name):
             return configs[name]
         case FolderRef(path):
+            if not (path / "config.json").exists():
+                raise UserError(
+                    f"stage {stage.name}: teacher {path} is not here, or has no config.json; "
+                    f"give a folder: --set stages.{stage.name}.teacher=FOLDER"
+                )
             source = str(path)
         case HubRef(hub_id):
             source = hub_id
@@ -142,8 +154,9 @@ def teacher_config(stage: Stage, configs: dict[str, PreTrainedConfig]) -> PreTra
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"stage {stage.name}: no config of teacher {stage.teacher} here ({' '.join(str(error).split())[:200]}); "
+            f"stage {stage.name}: no config of teacher {stage.teacher} here ({reason}); "
             f"give a folder: --set stages.{stage.name}.teacher=FOLDER"
         ) from error
     if config.model_type not in FAMILIES:

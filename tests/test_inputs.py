@@ -124,8 +124,10 @@ def test_a_folder_that_is_no_model(tmp_path, teacher, shards):
         model_folder(FolderRef(tmp_path), recipe, Workdir(tmp_path / "work"))
 
 
-def test_the_tokenizer_of_data_build_may_be_a_folder_or_hub_id(tmp_path, teacher):
+def test_the_tokenizer_of_data_build_may_be_a_folder_or_hub_id(tmp_path, teacher, monkeypatch):
     assert tokenizer_name(str(teacher)) == str(teacher)
+    monkeypatch.chdir(tmp_path)
+    assert tokenizer_name("./none") == str(tmp_path / "none")  # never a hub id
     assert tokenizer_name("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
     with pytest.raises(UserError, match="`minilm pull` brings a registered model down"):
         tokenizer_name("models:/a@newest")

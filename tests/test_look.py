@@ -39,6 +39,11 @@ def test_explain_knows_corpora_and_windows(data):
     assert told.as_dict()["rows"][0]["place"] == 0
 
 
+def test_explain_names_a_step_that_does_not_exist(data):
+    with pytest.raises(DataError, match="step -3 does not exist; steps count from 0"):
+        explain(data, step=-3, batch=12, seed=5)
+
+
 def test_inspect_decodes_a_page_and_counts_tokens(data):
     seen = inspect(data, page=1, rows_per_page=4)
     assert list(seen.rows) == [4, 5, 6, 7]

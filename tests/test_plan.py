@@ -173,7 +173,8 @@ def test_the_verb_prints_a_table_and_json(tmp_path, text, teacher, capsys):
     assert "GFLOP/s of matrix products here" in capsys.readouterr().out
 
 
-def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher):
+def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipe = write_recipe(tmp_path, text, teacher)
     for override, words in (
         (
@@ -182,8 +183,13 @@ def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher):
         ),
         (
             f"stages.assistant.teacher={tmp_path / 'none'}",
-            "no config of teacher .* give a folder: --set stages.ass",
+            "teacher .*none is not here, or has no config.json; give a folder: --set stages.assistant.teacher=",
         ),
+        (
+            "stages.assistant.teacher=nobody/none",
+            r"no config of teacher nobody/none here \([^\n]+\); give a folder: --set stages.assistant.teacher=",
+        ),
+        ("data.seq_len=65", "stage assistant: rows are 65 tokens long, the teacher takes at most 64; give a"),
     ):
         with pytest.raises(UserError, match=words):
             plan_verb.works(load_recipe(recipe, [override]), None)
@@ -192,8 +198,14 @@ def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher):
     with pytest.raises(UserError, match="is not here to say how long its rows are; add --seq-len TOKENS"):
         plan_verb.works(load_recipe(recipe), None)
     assert plan_verb.works(load_recipe(recipe), 64)[0].seq_len == 64
-    with pytest.raises(SystemExit):
-        main(["plan", str(recipe), "--tokens-per-second", "0"])
+    for option, value, allowed in (
+        ("--tokens-per-second", "0", "a number above 0"),
+        ("--interconnect", "fast", "a number above 0"),
+        ("--seq-len", "-4", "a whole number above 0"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", str(recipe), option, value])
+        assert f"{option}: given '{value}'; allowed: {allowed}" in capsys.readouterr().err
 
 
 def test_a_built_data_set_says_how_long_its_rows_are(tmp_path, text, teacher, shards):
