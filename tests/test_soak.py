@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -179,6 +180,22 @@ def test_progress_is_read_from_the_small_files(recipe, tmp_path):
     folder.published.write_text("{}")
     progress.look()
     assert progress.stage == 1
+
+
+def test_a_checkpoint_is_damaged_once_and_not_while_there_is_nobody_to_be_killed(
+    recipe, undisturbed, tmp_path
+):
+    done: list[str] = []
+    arena = SimpleNamespace(
+        workers=lambda: [],
+        damage=lambda folder, pick: done.append("damaged") or "a bit flipped",
+        kill_worker=lambda pick: done.append("killed"),
+    )
+    game = Round(recipe, Workdir(tmp_path), arena, iter(()), Tally(seed=0), undisturbed, 60)
+    strike = Strike(1, "damage", 0.2, False, 0.4, 5.0)
+    assert not game.hit(strike) and not done
+    arena.workers = lambda: [1]
+    assert game.hit(strike) and done == ["damaged", "killed"] and game.tally.struck["damage"] == 1
 
 
 def test_the_tally_fails_with_any_problem_and_reckons_what_a_failure_costs():
