@@ -7,6 +7,7 @@ log, and it ends itself, so that a supervisor replaces it).
 from __future__ import annotations
 
 import faulthandler
+from datetime import timedelta
 from pathlib import Path
 
 from data.stream import Stream
@@ -16,6 +17,7 @@ from orchestrator.files import write_json
 from orchestrator.journal import Due
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.storage import writing
+from orchestrator.world import PEER_TIMEOUT
 
 NAMED_ROWS = 8
 LONG = 10  # start-up, evaluation and export may take so many times as long as a step
@@ -62,6 +64,11 @@ def no_progress(job: StageJob, stream: Stream, step: int) -> NoProgress:
         f"{name_rows(stream, step, folder.failed_step)}; look at worker-*.log in {folder.root}; the same command "
         f"tries again"
     )
+
+
+def peer_timeout(job: StageJob) -> timedelta:
+    """How long a worker waits for the others: as long as one of them may be busy with what takes long."""
+    return max(PEER_TIMEOUT, timedelta(seconds=LONG * job.stall_seconds))
 
 
 class Watchdog:

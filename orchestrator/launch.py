@@ -20,12 +20,12 @@ from typing import Any
 
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import read_json, write_json
+from orchestrator.guards import peer_timeout
 from orchestrator.processes import Process
 from orchestrator.stage import StageFolder, StageJob
 
 log = logging.getLogger(__name__)
 
-PROCESS_GROUP_TIMEOUT_SECONDS = 300
 RESERVATION = "reservation.json"
 RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for free places (60)
 CONNECT_SECONDS = 10
@@ -252,7 +252,7 @@ def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadP
             elastic_resize_monitor_interval_s=float(os.environ.get(RESIZE_SECONDS, "60")),
         ),
         torch_config=TorchConfig(
-            backend="nccl" if place == "GPU" else "gloo", timeout_s=PROCESS_GROUP_TIMEOUT_SECONDS
+            backend="nccl" if place == "GPU" else "gloo", timeout_s=int(peer_timeout(job).total_seconds())
         ),
         run_config=RunConfig(
             name=job.attempt,

@@ -29,7 +29,7 @@ from orchestrator.corpora import close, open_held_out
 from orchestrator.errors import LeaseHeld, UserError
 from orchestrator.evaluate import heldout_divergence
 from orchestrator.finish import finish_stage
-from orchestrator.guards import Watchdog, check_finite, no_progress
+from orchestrator.guards import Watchdog, check_finite, no_progress, peer_timeout
 from orchestrator.intake import Intake
 from orchestrator.journal import Due, Journal, head_metrics, student_metrics
 from orchestrator.lease import Superseded, check_writer
@@ -59,7 +59,7 @@ def run_stage(
     update: once one rank is told so, all save at the next step boundary and raise `Evicted`. Raises `UserError`,
     `DataError` or `ModelError` for what a retry can't cure.
     """
-    with join_world(job.device, job.threads) as world:
+    with join_world(job.device, job.threads, peer_timeout(job)) as world:
         folder = StageFolder(Path(job.folder))
         with writing(folder.root):
             watchdog = Watchdog(folder.worker_log(world.rank), job.stall_seconds)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from orchestrator.errors import UserError
 
-PROCESS_GROUP_TIMEOUT = timedelta(seconds=300)
+PEER_TIMEOUT = timedelta(seconds=300)
 
 
 class PeerFailed(Exception):
@@ -76,10 +76,11 @@ def pick_device(device: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def join_world(device: str, threads: int | None) -> Iterator[World]:
+def join_world(device: str, threads: int | None, timeout: timedelta = PEER_TIMEOUT) -> Iterator[World]:
     """The world of this process; makes the process group where nobody has, and then also removes it.
 
-    `threads`: CPU threads of each worker; None shares the visible cores among the workers of this node.
+    `threads`: CPU threads of each worker; None shares the visible cores among the workers of this node. `timeout`: of
+    waiting for the other workers in a sum.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -91,13 +92,11 @@ def join_world(device: str, threads: int | None) -> Iterator[World]:
     ours = size > 1 and not dist.is_initialized()
     if ours:
         backend = "nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     control = None
     if size > 1:
         on_cpu = dist.get_backend() == "gloo"
-        control = (
-            dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
-        )
+        control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
     failed = True
     try:
         yield World(rank, size, picked, control)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 import worker_pool
-from support import make_job
+from support import NO_DATA, make_job
 
 from model.encoder import load_encoder
-from orchestrator import reporting, worker
+from orchestrator import launch, reporting, worker
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.guards import Watchdog
 from orchestrator.reporting import log_to_file, run_reporting
@@ -31,6 +32,35 @@ def test_a_worker_that_makes_no_step_ends_itself_and_leaves_its_stack(shards, te
     assert "Timeout (0:00:02)!" in log
     assert "in hang_here" in log
     assert run_reporting(replace(job, stall_seconds=300.0))  # what a supervisor starts in its place goes on
+
+
+@pytest.mark.parametrize(("stall_seconds", "expected"), [(600.0, 6000.0), (2.0, 300.0)])
+def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
+    tmp_path, monkeypatch, stall_seconds, expected
+):
+    """A main worker that fetches a large checkpoint keeps the others waiting, with and without Ray."""
+    from ray.train import torch as ray_torch
+
+    asked: list[float] = []
+
+    def joins(backend, timeout):
+        asked.append(timeout.total_seconds())
+        raise ZeroDivisionError
+
+    def trains(*arguments, torch_config, **options):
+        asked.append(torch_config.timeout_s)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", joins)
+    monkeypatch.setattr(ray_torch, "TorchTrainer", trains)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    threads = torch.get_num_threads()
+    job = make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=stall_seconds, threads=threads)
+    with pytest.raises(ZeroDivisionError):
+        worker.run_stage(job)
+    with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(1) as pool:
+        launch.start_ray(job, (2, 2), "trainer", pool)
+    assert asked == [expected, expected]
 
 
 def test_a_save_that_waits_for_the_one_before_has_a_long_time(shards, teacher, tmp_path, monkeypatch):
