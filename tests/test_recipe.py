@@ -286,10 +286,22 @@ def test_one_data_set_a_list_and_corpora_are_the_same_thing(tmp_path: Path) -> N
     assert load(tmp_path, one) == load(tmp_path, listed)
     (corpus,) = recipe.result_fields()["data"]["corpora"][:1]
     assert (corpus["shards"], corpus["weight"], "name" in corpus) == ("books", 0.7, False)
-    assert missing_inputs(recipe)[0].startswith("data.corpus-1.shards: given")
+    assert missing_inputs(recipe)[0] == (
+        f"corpus corpus-1: shards: given '{tmp_path / 'books'}', but there is no data set (no manifest.json): "
+        f"make one with `minilm data build`, or give another"
+    )
     for key in ("cache: c", "cache_gigabytes: 3"):
         cached = load(tmp_path, one.replace("shards: books", f"shards: books\n  {key}"))
         assert cached.result_fields() == load(tmp_path, one).result_fields()
+
+
+def test_a_tokenizer_that_is_missing_names_its_corpus(tmp_path: Path) -> None:
+    several = "corpora: [{shards: s3://bucket/books}, {tokens: gpt, source_tokenizer: ./none}]"
+    notes = missing_inputs(load(tmp_path, BASE.replace("text: corpus.txt", several)))
+    assert (
+        f"corpus corpus-2: source_tokenizer: given '{tmp_path / 'none'}', but there is no such folder; give yours"
+        in notes
+    )
 
 
 def test_a_pair_that_is_read_in_place(tmp_path: Path) -> None:
