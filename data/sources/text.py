@@ -4,8 +4,8 @@ What a document is:
   txt      a run of lines, ended by a blank line; in a file whose first 16 MiB have no blank line, each line.
            A run longer than 1 MiB is cut at the next line end, so memory stays bounded.
   jsonl    a line, an object (or a plain string)
-  json     an element of the top-level array, or a value of the top-level object (title -> {title, extract,
-  …}) csv      a row under a header (a `.tsv` is separated by tabs)
+  json     an element of the top-level array, or a value of the top-level object (title -> {title, …})
+  csv      a row under a header (a `.tsv` is separated by tabs)
   parquet  a row
 
 Records with several fields give the one named `text_field`, or else the string field that holds the most text
