@@ -14,6 +14,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
             raise ValueError(f"{name} does not have the SHA-256 that checkpoint.json records")
         tensors[name] = load_file(path / name)
     return meta, tensors
+
+
+def check_newest(store: CheckpointStore, identity: Identity) -> None:
+    """Raise `UserError` when the newest checkpoint belongs to another recipe or data set; damage is for later."""
+    for name in store.names()[-1:]:
+        with suppress(*DAMAGE):
+            check_identity(f"{store.where}/{name}", json.loads(store.read_meta(name)), identity)
 
 
 def check_identity(where: str, meta: dict[str, Any], identity: Identity) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model.export import weights_digest
-from orchestrator import launch
+from orchestrator import checkpoint, launch
 from orchestrator.checkpoint_store import open_store
 from orchestrator.data_job import DataJob
 from orchestrator.errors import InfrastructureError, LeaseHeld, NoProgress, Stopped, UserError
@@ -314,7 +314,8 @@ def begin_attempt(job: StageJob, folder: StageFolder) -> None:
 def take_checkpoints(job: StageJob, folder: StageFolder) -> None:
     """Make checkpoints outside the work directory this attempt's own; whoever wrote them before stops.
 
-    Raises `UserError` when the stage was begun with its checkpoints elsewhere: here it would start again.
+    Raises `UserError` when the stage was begun with its checkpoints elsewhere: here it would start again. Another
+    recipe's checkpoints are refused before anything is taken: a run may be making them.
     """
     store = open_store(job.checkpoints, folder.checkpoints)
     before = read_json(folder.job)
@@ -326,6 +327,7 @@ def take_checkpoints(job: StageJob, folder: StageFolder) -> None:
                 f"where there are none; copy them there, or set compute.checkpoints back"
             )
     if job.checkpoints:  # another work directory's run may know the place too
+        checkpoint.check_newest(store, checkpoint.Identity(job.digest, job.data.fingerprint))
         with writing(store.where):
             store.claim(job.attempt)
 

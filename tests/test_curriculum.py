@@ -21,7 +21,7 @@ from model.export import weights_digest
 from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.curriculum import take_checkpoints
 from orchestrator.errors import UserError
-from orchestrator.files import read_json
+from orchestrator.files import read_json, write_json
 from orchestrator.metrics import read_all_points
 from orchestrator.stage import StageFolder
 
@@ -247,6 +247,20 @@ def test_checkpoints_move_only_together_with_the_place(tmp_path, shards, teacher
     shutil.copytree(folder.checkpoints, tmp_path / "elsewhere", dirs_exist_ok=True)
     take_checkpoints(elsewhere, folder)
     take_checkpoints(job, folder)
+
+
+def test_checkpoints_that_another_recipe_is_making_are_left_to_it(tmp_path, shards, teacher):
+    folder, store = StageFolder(tmp_path / "stage"), LocalFolder(tmp_path / "elsewhere")
+    store.claim("first")
+    job = make_job(shards, teacher, folder.root, checkpoints=store.where, attempt="second")
+    meta = {"job": "another", "data": job.data.fingerprint}
+    write_json(store.folder / "step-000000003" / "checkpoint.json", meta)
+    with pytest.raises(UserError, match="belongs to another recipe .another, this run has digest"):
+        take_checkpoints(job, folder)
+    assert store.owner() == "first"
+    write_json(store.folder / "step-000000003" / "checkpoint.json", meta | {"job": job.digest})
+    take_checkpoints(job, folder)
+    assert store.owner() == "second"
 
 
 def test_sigterm_stops_at_a_step_boundary_with_its_own_exit_code(finished, tmp_path):
