@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -141,6 +142,7 @@ def test_a_damaged_one_is_passed_over_set_aside_and_its_step_saved_again(store, 
     assert torch.equal(models["s"].state_dict()["0.weight"], weights[1])
     assert f"checkpoint {store.where}/step-000000002-" in caplog.text and "is damaged" in caplog.text
     assert [step_of(name) for name in store.names()] == [1]
+    store.sweep()
     (aside,) = [name for name, files in objects(store).items() if "damaged.json" in files]
     assert step_of(aside) == 2
     save(store, 2, models, states)
@@ -236,6 +238,60 @@ def test_what_did_not_arrive_whole_is_not_committed(store, server, monkeypatch):
     monkeypatch.undo()
     saved(store, 2)
     assert list(objects(store)) == store.names()  # and what was left is gone
+
+
+def test_the_guard_has_the_last_word_when_everything_else_has_arrived(store):
+    there = []
+
+    def overtaken():
+        there.extend(objects(store).values())
+        raise LeaseHeld("another run")
+
+    with pytest.raises(LeaseHeld):
+        save(store, 1, *make(0), guard=overtaken)
+    assert there == [["s.model.safetensors", "s.optimizer.safetensors"]]
+    assert store.names() == []
+
+
+def test_one_that_is_removed_is_first_of_all_no_checkpoint_any_more(store, server):
+    saved(store, 1)
+    (name,) = store.names()
+    store._fs.pipe_file(f"{store.where}/{name}/a-file-that-is-listed-before", b"x")
+    server.requests.clear()
+    store.remove(name)
+    deleted = [path.rpartition("/")[2] for method, path in server.requests if method == "DELETE"]
+    assert deleted[0] == "checkpoint.json" and len(deleted) == 4
+    assert objects(store) == {}
+
+
+def test_a_large_file_may_take_longer_than_a_request(store, server, monkeypatch):
+    monkeypatch.setattr(object_store, "LEAST_BYTES_A_SECOND", 1000)
+    store.patience = QUICK._replace(request_seconds=0.4)
+
+    def slow(method, path):
+        return (lambda: time.sleep(0.6)) if path.endswith("/large") and method != "HEAD" else None
+
+    server.fault = slow
+    with store.staged(1) as folder:
+        (folder / "checkpoint.json").write_text("{}")
+        (folder / "large").write_bytes(bytes(5000))
+        name = store.commit(folder, lambda: None)
+    with store.opened(name) as folder:
+        assert (folder / "large").stat().st_size == 5000
+
+
+def test_a_full_disk_here_is_said_at_once_and_is_no_fault_of_the_store(store, monkeypatch):
+    saved(store, 1)
+    asked = []
+
+    async def full(url, target, **options):
+        asked.append(url)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store._fs, "_get_file", full)
+    with pytest.raises(OSError, match="No space left"), store.opened(store.names()[0]):
+        pass
+    assert len(asked) == 1
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
