@@ -144,7 +144,7 @@ def restore_newest(
     sound.
     """
     store.sweep()
-    damaged: list[str] = []
+    damaged: dict[str, str] = {}
     found = store.names()
     for name in reversed(found):
         try:
@@ -154,7 +154,7 @@ def restore_newest(
             log.warning(
                 "checkpoint %s/%s is damaged (%s): falling back to the one before", store.where, name, error
             )
-            damaged.append(name)
+            damaged[name] = " ".join(str(error).split())[:200]
             continue
         check_identity(f"{store.where}/{name}", meta, identity)
         if changes := changed_code(meta["code"]):
@@ -165,8 +165,8 @@ def restore_newest(
         return int(meta["step"]), Facts.of(meta)
     if found:
         raise UserError(
-            f"none of the {len(found)} checkpoints in {store.where} is sound; restore one from a backup, "
-            f"or delete them to start the stage again"
+            f"none of the {len(found)} checkpoints in {store.where} is sound ({found[-1]}: {damaged[found[-1]]}); "
+            f"restore one from a backup, go on with the version that wrote them, or delete them to start again"
         )
     return None
 

@@ -126,7 +126,18 @@ def test_storage_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, number
 def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
     path = save(tmp_path, 1, *make(0))
     (path / "checkpoint.json").unlink()
-    with pytest.raises(UserError, match="none of the 1 checkpoints in .* is sound; restore one"):
+    with pytest.raises(
+        UserError, match="none of the 1 checkpoints in .* is sound .step-000000001: .*No such file"
+    ):
+        checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), MINE)
+
+
+def test_what_another_version_wrote_is_said_to_be_so(tmp_path):
+    path = save(tmp_path, 1, *make(0)) / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(
+        UserError, match="format 2, this version reads 3.; .* go on with the version that wrote"
+    ):
         checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), MINE)
 
 

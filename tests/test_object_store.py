@@ -156,7 +156,9 @@ def test_a_damaged_one_is_passed_over_set_aside_and_its_step_saved_again(store, 
 def test_only_damaged_ones_are_an_error_and_not_a_fresh_start(store):
     saved(store, 1)
     damage_object(store, store.names()[0], "flip")
-    with pytest.raises(UserError, match=r"none of the 1 checkpoints in s3://\S+ is sound; restore one"):
+    with pytest.raises(
+        UserError, match=r"none of the 1 checkpoints in s3://\S+ is sound \(step-\S+: .*\); restore one"
+    ):
         checkpoint.restore_newest(store, *make(0), MINE)
 
 
