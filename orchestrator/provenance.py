@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,16 @@ def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def package_tags() -> dict[str, str]:
     """ "version.torch" and so on: what computed this run."""
     tags = {"version.python": platform.python_version()}
-    for package in PACKAGES:
+    return tags | {f"version.{package}": version for package, version in versions(PACKAGES).items()}
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed: a checkout runs without being."""
+    found = {}
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            tags[f"version.{package}"] = importlib.metadata.version(package)
-    return tags
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def git_commit(folder: Path | None = None) -> str | None:
@@ -65,6 +71,6 @@ def git_commit(folder: Path | None = None) -> str | None:
 @functools.cache
 def code_version() -> dict[str, str]:
     """This project's version and commit, and the packages that compute: kept in every checkpoint."""
-    code = {name: importlib.metadata.version(name) for name in (OURS, "torch", "transformers")}
+    code = versions((OURS, "torch", "transformers"))
     commit = git_commit()
     return code | ({"commit": commit} if commit else {})

@@ -16,7 +16,7 @@ from mlflow_server import free_port, server
 from orchestrator.errors import UserError
 from orchestrator.metrics import PointLog
 from orchestrator.mlflow_server import connect, patiently, tracking_uri
-from orchestrator.provenance import flatten, git_commit, package_tags
+from orchestrator.provenance import flatten, git_commit, package_tags, versions
 from orchestrator.tracking import Metric, Tracking, tell_rest
 from orchestrator.untold import untold
 
@@ -84,6 +84,7 @@ def test_versions_name_what_computes() -> None:
     tags = package_tags()
     assert tags["version.python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"version.torch", "version.transformers", "version.ray", "version.mlflow"} <= tags.keys()
+    assert versions(["torch", "a-package-that-is-not-installed"]).keys() == {"torch"}
 
 
 def test_switches_are_set_before_mlflow_is_used() -> None:
