@@ -55,6 +55,10 @@ def add_soak_verb(soak: argparse.ArgumentParser) -> None:
 def soak_verb(options: argparse.Namespace) -> int:
     from orchestrator.recipe import load_recipe
 
+    for option, value in (("--minutes", options.minutes), ("--hang-seconds", options.hang_seconds)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{option}: given {value:g}; allowed: a number above 0")
+
     recipe = load_recipe(options.recipe)
     folder = (options.workdir or Path("runs") / f"soak-{recipe.name}").resolve()
     kinds = check_options(recipe, folder, options.only)

@@ -221,6 +221,8 @@ def test_the_tally_fails_with_any_problem_and_reckons_what_a_failure_costs():
     ("arguments", "error"),
     [
         (["--only", "worker,earthquake"], "--only worker,earthquake: earthquake is none of worker,driver,"),
+        (["--minutes", "-1"], "--minutes: given -1; allowed: a number above 0"),
+        (["--hang-seconds", "nan"], "--hang-seconds: given nan; allowed: a number above 0"),
         (["--workdir", "{full}"], "is not empty: give a new --workdir"),
     ],
 )
