@@ -37,6 +37,7 @@ POLL_SECONDS = 0.05
 IDLE_SECONDS = 20.0  # steps that go on for so long: the strike has hit nobody
 IDLE_SECONDS_ADDED = 60.0  # a new node is looked for every few seconds, and may be left unused
 VICTIM_SECONDS = 20.0
+ENDING_SECONDS = 15.0  # from a save that failed to the end of `minilm run`
 MAX_BAD_ENDS = 3
 BEGAN = re.compile(r"stage \S+: (?:resumes at step (\d+)|starts)")
 
@@ -274,7 +275,7 @@ class Round:
         self.wound: Wound | None = None
         self.since = self.last_strike = time.monotonic()
         self.due_since: float | None = None  # the next strike looks for a victim
-        self.may_end = False  # with an error, because the disk is full
+        self.full_until = 0.0  # so long the run may end because the disk is full, though it made steps again
         self.bad_ends = 0
         for name in ("ends", "hangs"):
             tally.problems[name] += []
@@ -349,7 +350,7 @@ class Round:
             say("    without effect")
         else:
             return
-        self.wound, self.may_end = None, False
+        self.wound = None
 
     def is_due(self, strike: Strike) -> bool:
         now = time.monotonic()
@@ -385,7 +386,8 @@ class Round:
             kind, done = f"node {arena.change_nodes(strike.pick)}", True
         elif kind == "full":
             arena.fill_disk(strike.lasting)
-            self.may_end = done = True
+            self.full_until = time.monotonic() + strike.lasting + ENDING_SECONDS
+            done = True
         elif kind == "tracking":
             arena.stop_server(strike.lasting)
             done, wounds = True, False
@@ -419,7 +421,8 @@ class Round:
     def go_on(self, code: int) -> bool:
         """The run has ended by itself before its end: run it again. False when that has happened too often."""
         away = not self.arena.server_is_up
-        why = "the disk is full" if self.may_end else "MLflow is away" if away else ""
+        full = time.monotonic() < self.full_until
+        why = "the disk is full" if full else "MLflow is away" if away else ""
         text = f"ended with {code}; {last_line(self.arena.log)}"
         say(f"    {text}{f' ({why})' if why else ''}")
         if why and code in (2, 10):

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from soak_recipe import write_soak_recipe
 
-from orchestrator import cli
+from orchestrator import cli, soak
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.soak import Progress, Round
 from orchestrator.soak_checks import check_round
@@ -196,6 +197,27 @@ def test_a_checkpoint_is_damaged_once_and_not_while_there_is_nobody_to_be_killed
     assert not game.hit(strike) and not done
     arena.workers = lambda: [1]
     assert game.hit(strike) and done == ["damaged", "killed"] and game.tally.struck["damage"] == 1
+
+
+def test_a_run_may_end_by_a_full_disk_though_it_had_gone_on(recipe, undisturbed, tmp_path, monkeypatch):
+    """A worker that is started again makes steps until its first save: the disk is full all the while."""
+    monkeypatch.setattr(soak, "ENDING_SECONDS", 0.2)
+    (tmp_path / "log").write_text("minilm: error: no space left on the disk")
+    arena = SimpleNamespace(
+        log=tmp_path / "log",
+        fill_disk=lambda seconds: None,
+        disk_is_full=False,
+        server_is_up=True,
+        start_driver=lambda: None,
+    )
+    game = Round(recipe, Workdir(tmp_path), arena, iter(()), Tally(seed=0), undisturbed, 60)
+    assert game.hit(Strike(1, "full", 0.2, False, 0.4, 0.1))
+    game.progress.attempts, game.progress.step = 1, 5
+    game.settle()
+    assert game.wound is None and game.tally.recoveries, "it went on"
+    assert game.go_on(2) and not game.tally.problems["ends"]
+    time.sleep(0.4)
+    assert game.go_on(2) and game.tally.problems["ends"], "with room again it is an end like any other"
 
 
 def test_the_tally_fails_with_any_problem_and_reckons_what_a_failure_costs():
