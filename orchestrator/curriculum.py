@@ -338,7 +338,7 @@ def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, i
     if failure is not None and failure["attempt"] == job.attempt:
         raise FAILURES[failure["exit_code"]](failure["message"])
     if (error := future.exception()) is not None:
-        if isinstance(cause := getattr(error, "controller_failure", None), UserError):  # launch.storm_guard's
+        if isinstance(cause := getattr(error, "controller_failure", None), UserError):  # under_ray's
             raise cause
         if inline:  # a defect of ours: it keeps its traceback
             raise error

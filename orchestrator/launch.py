@@ -1,4 +1,4 @@
-"""One stage → Ray Train workers. The only file that imports Ray for training; imports it when called.
+"""One stage → Ray Train workers: the driver's side, which imports Ray when called. What Ray runs is in `under_ray`.
 
 Ray supervises: it places the workers, watches them and starts them again. What they have computed is in our own
 checkpoints, so Ray's are not used, nothing is reported to it, and every attempt gets a fresh run name. Workers ask
@@ -22,7 +22,7 @@ from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.guards import peer_timeout
 from orchestrator.processes import Process
-from orchestrator.stage import StageFolder, StageJob
+from orchestrator.stage import StageJob
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ CONNECT_SECONDS = 10
 KILL_SECONDS = 60
 POLL_SECONDS = "1"  # between two looks of Ray's controller at its workers
 START_SECONDS = "20"  # to find places for a group; a node that has died is still counted for a while
-SILENT_STARTS = 5
 
 
 @contextmanager
@@ -173,63 +172,6 @@ def cancel_reservations(folder: Path) -> None:
             )
 
 
-def train_function(config: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
-    from orchestrator.reporting import log_to_file, run_reporting
-
-    job = StageJob.from_json(config["job"])
-    log_to_file(job)
-    run_reporting(job, eviction_announced=drain_announced)
-
-
-def drain_announced() -> bool:
-    """In a worker: is a node of its group being drained?
-
-    Ray's watcher tells every rank. Its public `get_preemption_info` is a collective of 5-9 ms; the ranks agree on
-    this with the sums of their step.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
-
-
-def storm_guard(job: StageJob) -> Any:
-    """Lives in Ray's controller, and ends a run whose workers start again and again without a sign of life.
-
-    Deaths at a step and errors of the start-up are counted by the workers, in the stage's folder (`attempts`). This
-    is for what they can't count: a folder that they can't write, a process killed before its first step.
-    """
-    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-
-    class StormGuard(WorkerGroupCallback):
-        beat: Any = None
-        starts = 0
-        reason = "nothing that they told"
-
-        def before_worker_group_start(self, worker_group_context: Any) -> None:
-            beat = read_json(StageFolder(Path(job.folder)).heartbeat)
-            if beat != self.beat:
-                self.beat, self.starts = beat, 0
-            if self.starts >= SILENT_STARTS:
-                raise InfrastructureError(
-                    f"stage {job.stage}: its workers died {self.starts} times in a row without a sign of life, at "
-                    f"last because of {self.reason}; the same command goes on from the last checkpoint"
-                )
-
-        def after_worker_group_start(
-            self, worker_group: Any
-        ) -> None:  # and not before: places may be waited for
-            self.starts += 1
-
-        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-            for error in worker_group_status.errors.values():
-                cause = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", error)
-                self.reason = " ".join(str(cause).split())[:500]
-                break
-
-    return StormGuard()
-
-
 def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadPoolExecutor) -> Future[None]:
     """Start the stage on the connected cluster with workers[0] to workers[1] workers, a `place` each.
 
@@ -239,6 +181,8 @@ def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadP
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
+
+    from orchestrator.under_ray import controller_callback, train_function
 
     least, most = workers
     folder = Path(job.folder)
@@ -259,7 +203,7 @@ def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadP
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[storm_guard(job)],
+            callbacks=[controller_callback(job)],
         ),
     )
     cancel_reservations(folder)

@@ -31,7 +31,7 @@ PEER_REPORT_SECONDS = 1.0
 
 
 class Evicted(Exception):
-    """This worker's place is about to be taken away: the state is saved, and another one goes on elsewhere."""
+    """These workers are about to be replaced: the state is saved, and others go on."""
 
 
 def log_to_file(job: StageJob) -> None:

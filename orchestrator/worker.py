@@ -147,7 +147,7 @@ class StageRun:
         if self.saving:
             self.saving.saver.wait()
         if evicted and not stop and done < job.steps:
-            raise Evicted(f"step {done} is saved, because a node of this run is about to be taken away")
+            raise Evicted(f"step {done} is saved, because these workers are about to be replaced")
         if done == job.steps and self.world.is_main:
             with self.writing():
                 if self.attempts:
@@ -246,7 +246,7 @@ class StageRun:
         return outcome
 
     def tell(self) -> list[int]:
-        """To be added over ranks with the step: is a stop requested, is a place of this run about to be taken away,
+        """To be added over ranks with the step: is a stop requested, is this group about to be replaced,
         did the last save fail, and what was taken in."""
         stop = self.stop_check_due() and self.folder.stop_request.exists()
         failed = self.saving is not None and self.saving.saver.failed

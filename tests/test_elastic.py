@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -30,10 +31,12 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
-def long_recipe(folder: Path, text: Path, teacher: Path, workers: object, steps: int) -> Path:
+def long_recipe(
+    folder: Path, text: Path, teacher: Path, workers: object, steps: int, save_every: float = 2
+) -> Path:
     stage = {"batch": 12, "steps": steps, "peak_lr": 1e-3, "warmup_steps": 4, "held_out_rows": 8}
     student = {"layers": 3, "hidden": 48}
-    compute = {"micro_batch": 2, "threads": 1, "checkpoint_every_seconds": 2, "workers": workers}
+    compute = {"micro_batch": 2, "threads": 1, "checkpoint_every_seconds": save_every, "workers": workers}
     return write_recipe(
         folder,
         text,
@@ -46,11 +49,14 @@ def long_recipe(folder: Path, text: Path, teacher: Path, workers: object, steps:
 def test_nodes_come_and_go_and_the_weights_are_those_of_one_undisturbed_worker(
     cluster, tmp_path, text, teacher
 ):
-    """1 → 2 → 1 → 3 workers: a node added, a node killed, two nodes added, and a worker killed at last."""
+    """1 → 2 → 1 → 3 workers: a node added, a node killed, two nodes added, and a worker killed at last.
+
+    Nothing is saved but before a resize, which repeats no step.
+    """
     steps = 2500
     alone = long_recipe(tmp_path, text, teacher, 1, steps)
     run("run", alone, "--workdir", tmp_path / "alone", "--launcher", "inline", seconds=900)
-    recipe, work = long_recipe(tmp_path, text, teacher, [1, 3], steps), tmp_path / "work"
+    recipe, work = long_recipe(tmp_path, text, teacher, [1, 3], steps, save_every=3600), tmp_path / "work"
     folder = StageFolder(work / "stages" / "assistant")
     cluster.add_node(num_cpus=1, resources={"trainer": 1})
     process = minilm(
@@ -82,6 +88,12 @@ def test_nodes_come_and_go_and_the_weights_are_those_of_one_undisturbed_worker(
     out, errors = process.communicate(timeout=600)
     tell("done")
     print("\n".join(story))
+    told = re.findall(r"(resumes) at step (\d+)|step (\d+) is (saved)", folder.worker_log(0).read_text())
+    walk = [(a or d, int(b or c)) for a, b, c, d in told]
+    print(walk)
+    resizes = [(step, walk[i + 1]) for i, (what, step) in enumerate(walk) if what == "saved"]
+    assert len(resizes) >= 2
+    assert all(next_one == ("resumes", step) for step, next_one in resizes), walk
     assert process.returncode == 0, out + errors
     elastic, single = (
         weights_digest(StageFolder(w / "stages" / "assistant").student("assistant"))

@@ -103,9 +103,7 @@ def test_a_drained_node_is_left_without_a_step_repeated(cluster, tmp_path, text,
     target = ("--address", cluster.address, "--node-id", first.node_id, "--deadline-remaining-seconds", "300")
     subprocess.run([RAY, "drain-node", *target, *reason], check=True, capture_output=True)
     seconds = run.until_trains(but=before)
-    saved = re.findall(
-        r"step (\d+) is saved, because a node of this run is about to be taken away", run.log()
-    )
+    saved = re.findall(r"step (\d+) is saved, because these workers are about to be replaced", run.log())
     resumed = re.findall(r"resumes at step (\d+)", run.log())
     print(f"drained: the next step {seconds:.0f} s later, from step {resumed}")
     assert saved[0] == resumed[0]

@@ -1,0 +1,122 @@
+"""What Ray runs of ours, called as Ray does: workers are threads here, and no cluster is started."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from ray.train.v2._internal.execution.controller.state import ResizingState, RestartingState, RunningState
+from support import NO_DATA, checkpoints_in, make_job
+
+from orchestrator import under_ray
+from orchestrator.errors import InfrastructureError
+from orchestrator.files import read_json, write_json
+from orchestrator.reporting import Evicted
+from orchestrator.stage import StageFolder
+from orchestrator.under_ray import SILENT_STARTS, controller_callback
+
+
+class Group:
+    """Its main rank is in this process, or its node is away."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error, self.asked = error, []
+
+    def execute_single_async(self, rank, function, *arguments):
+        self.asked.append(rank)
+
+        def answer():
+            if self.error:
+                raise self.error
+            return function(*arguments)
+
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def fresh_worker(monkeypatch):
+    """This process as Ray's fresh worker."""
+    monkeypatch.setattr(under_ray.ray, "get", lambda answer, timeout: answer())
+    monkeypatch.setattr(under_ray, "log_to_file", lambda job: None)
+    for name in ("asked_to_leave", "has_left"):
+        monkeypatch.setattr(under_ray, name, threading.Event())
+    context = SimpleNamespace(preemption_context=SimpleNamespace(preemption_info=None))
+    monkeypatch.setattr(under_ray, "get_train_context", lambda: context)
+
+
+def running(job, group):
+    """The controller's callback while `group` runs."""
+    callback = controller_callback(job)
+    callback.before_worker_group_start(None)
+    callback.after_worker_group_start(group)
+    return callback
+
+
+def resize(callback) -> None:
+    callback.after_controller_state_update(RunningState(), ResizingState(None))
+
+
+def test_before_a_resize_the_step_that_is_computed_is_saved(shards, teacher, tmp_path):
+    job = make_job(shards, teacher, tmp_path, steps=100_000, checkpoint_every_steps=None)
+    folder = StageFolder(tmp_path)
+    callback = running(job, Group())
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(under_ray.train_function, {"job": job.to_json()})
+        deadline = time.monotonic() + 60
+        while not folder.heartbeat.exists() or read_json(folder.heartbeat)["step"] < 1:
+            assert time.monotonic() < deadline and not worker.done()
+            time.sleep(0.01)
+        resize(callback)
+        (saved,) = checkpoints_in(folder.checkpoints)  # and whole, before Ray goes on
+        with pytest.raises(Evicted, match=f"step {int(saved.name[-9:])} is saved"):
+            worker.result(10)
+    assert read_json(tmp_path / "attempts.json")["running"] is False  # it counts as no death
+
+
+def test_a_worker_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
+    job = make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=2)
+    monkeypatch.setattr(under_ray, "run_reporting", lambda job, eviction_announced: True)
+    under_ray.train_function({"job": job.to_json()})
+    began = time.monotonic()
+    resize(running(job, Group()))
+    assert time.monotonic() - began < 5
+
+
+def test_workers_that_do_not_answer_are_replaced_all_the_same(tmp_path):
+    resize(running(make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=0.02), Group()))
+    assert under_ray.asked_to_leave.is_set()
+    group = Group(ConnectionError("the node is away"))
+    resize(running(make_job(NO_DATA, tmp_path, tmp_path), group))
+    assert group.asked == [0]
+
+
+def test_only_healthy_workers_are_asked(tmp_path):
+    group = Group()
+    callback = running(make_job(NO_DATA, tmp_path, tmp_path), group)
+    callback.after_controller_state_update(RunningState(), RestartingState(RuntimeError("dead")))
+    assert not group.asked
+
+
+def test_starts_without_a_sign_of_life_end_the_run_with_what_the_workers_said(tmp_path):
+    callback = controller_callback(make_job(NO_DATA, tmp_path, tmp_path))
+
+    def start() -> None:
+        callback.before_worker_group_start(None)
+        callback.after_worker_group_start(Group())
+        callback.after_worker_group_poll_status(
+            SimpleNamespace(errors={1: OSError("Read-only\nfile system")})
+        )
+
+    for _ in range(SILENT_STARTS - 1):
+        start()
+    write_json(StageFolder(tmp_path).heartbeat, {"step": 1})  # the count begins again
+    for _ in range(SILENT_STARTS):
+        start()
+    for _ in range(3):  # places that are waited for are no start
+        with pytest.raises(
+            InfrastructureError, match="died 5 times .* because of Read-only file system; the"
+        ):
+            callback.before_worker_group_start(None)
