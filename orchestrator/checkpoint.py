@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-000000120` with, for each student, its weights and optimiser moments as safetensors
 and a `checkpoint.json` that names the step, the job's digest, the data's fingerprint, the code's version, the SHA-256
-of every file, and `Facts`. Where it lies, and how it is committed in one operation, is the store's affair
+of every file and of itself, and `Facts`. Where it lies, and how it is committed in one operation, is the store's affair
 (`checkpoint_store`); the last `keep` stay, and every n-th step's. The teacher is never in it, and no random-generator
 state either: every seed is a function of the step. No pickles.
 """
@@ -26,14 +26,14 @@ from torch import Tensor
 
 from orchestrator.checkpoint_store import META, CheckpointStore, open_store, step_of
 from orchestrator.errors import InfrastructureError, UserError
-from orchestrator.files import write_json
+from orchestrator.files import sha256_json, write_json
 from orchestrator.provenance import code_version
 from orchestrator.step import StudentState
 from orchestrator.tensorfile import write_tensors
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DAMAGE = (ValueError, KeyError, SafetensorError, FileNotFoundError)  # ValueError: JSON that is none, too
 
@@ -106,18 +106,16 @@ def write(
             f"{stem}.safetensors": write_tensors(folder / f"{stem}.safetensors", tensors)
             for stem, tensors in parts.items()
         }
-        write_json(
-            folder / META,
-            {
-                "format": FORMAT,
-                "step": step,
-                "job": identity.job,
-                "data": identity.data,
-                "code": code_version(),
-                "sha256": hashes,
-                **asdict(facts),
-            },
-        )
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "job": identity.job,
+            "data": identity.data,
+            "code": code_version(),
+            "sha256": hashes,
+            **asdict(facts),
+        }
+        write_json(folder / META, sealed(meta))
         name = store.commit(folder, guard)
     try:
         for old in store.names()[:-keep]:
@@ -212,20 +210,32 @@ def read_meta(place: str) -> dict[str, Any]:
     above, _, name = place.rstrip("/").rpartition("/")
     try:
         store = open_store(above, Path(tempfile.gettempdir()))
-        meta = json.loads(store.read_meta(name))
-        if meta["format"] == FORMAT:
-            return meta
-        problem = f"has format {meta['format']}, this version reads {FORMAT}"
-    except (OSError, ValueError, KeyError) as error:
-        problem = f"cannot be read ({error})"
-    raise UserError(f"checkpoint {place} {problem}; give a folder step-… of a stage's checkpoints")
+        return parse_meta(store.read_meta(name))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {place} cannot be read ({error}); give a folder step-… of a stage's checkpoints"
+        ) from error
+
+
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """With the SHA-256 of all the rest: a bit flipped in a step, a seed or a digest would be believed otherwise."""
+    return meta | {"seal": sha256_json({key: value for key, value in meta.items() if key != "seal"})}
+
+
+def parse_meta(text: bytes) -> dict[str, Any]:
+    """A `checkpoint.json`, its seal checked. Raises ValueError on damage, and where another version wrote it."""
+    meta = json.loads(text)
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        given = meta.get("format") if isinstance(meta, dict) else None
+        raise ValueError(f"its {META} has format {given}, this version reads {FORMAT}")
+    if sealed(meta) != meta:
+        raise ValueError(f"{META} does not have the SHA-256 that it records")
+    return meta
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """A checkpoint's metadata and tensors by file name, every hash checked. Raises ValueError on damage."""
-    meta = json.loads((path / META).read_text(encoding="utf-8"))
-    if meta["format"] != FORMAT:
-        raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
+    meta = parse_meta((path / META).read_bytes())
     tensors = {}
     for name, expected in meta["sha256"].items():
         if sha256_file(path / name) != expected:
@@ -238,7 +248,7 @@ def check_newest(store: CheckpointStore, identity: Identity) -> None:
     """Raise `UserError` when the newest checkpoint belongs to another recipe or data set; damage is for later."""
     for name in store.names()[-1:]:
         with suppress(*DAMAGE):
-            check_identity(f"{store.where}/{name}", json.loads(store.read_meta(name)), identity)
+            check_identity(f"{store.where}/{name}", parse_meta(store.read_meta(name)), identity)
 
 
 def check_identity(where: str, meta: dict[str, Any], identity: Identity) -> None:

@@ -7,22 +7,19 @@ the same command finds the data built, the stages done and the newest checkpoint
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from model.export import weights_digest
 from orchestrator import checkpoint, launch
 from orchestrator.checkpoint_store import open_store
 from orchestrator.data_job import DataJob
 from orchestrator.errors import InfrastructureError, LeaseHeld, NoProgress, Stopped, UserError
-from orchestrator.files import read_json, write_atomic, write_json
+from orchestrator.files import read_json, sha256_json, write_atomic, write_json
 from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data
 from orchestrator.lease import Lease
 from orchestrator.progress import Line, StageProgress, build_reporter, duration
@@ -348,8 +345,3 @@ def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, i
         ) from error
     if not folder.done.exists():
         raise Stopped(f"stage {job.stage} is stopped; the same command goes on from its last checkpoint")
-
-
-def sha256_json(value: Any) -> str:
-    """Of plain values, in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

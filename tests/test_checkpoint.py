@@ -17,6 +17,7 @@ from orchestrator import checkpoint
 from orchestrator.checkpoint import Facts, Identity
 from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.errors import UserError
+from orchestrator.files import write_json
 from orchestrator.step import StudentState
 from orchestrator.tensorfile import write_tensors
 
@@ -65,7 +66,7 @@ def test_code_that_has_changed_is_said_and_goes_on(tmp_path, caplog):
     assert not caplog.messages
     meta = json.loads(path.read_text())
     meta["code"] = {**meta["code"], "torch": "1.0", "commit": "abc"}
-    path.write_text(json.dumps(meta))
+    write_json(path, checkpoint.sealed(meta))
     assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (3, FACTS)
     (said,) = caplog.messages
     assert said.startswith("goes on with other code than step-000000003 was made by: commit abc → ")
@@ -123,6 +124,28 @@ def test_storage_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, number
     assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (2, FACTS)
 
 
+def test_any_bit_flipped_in_the_metadata_is_damage(tmp_path):
+    """A flip in a digest, a step or a seed is none of them: it is no other recipe, and no other position."""
+    path = save(tmp_path, 1, *make(0)) / "checkpoint.json"
+    whole = path.read_bytes()
+    assert checkpoint.parse_meta(whole)["step"] == 1
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        with pytest.raises(ValueError):
+            checkpoint.parse_meta(bytes(flipped))
+
+
+def test_a_flip_in_what_the_newest_belongs_to_falls_back_to_the_one_before(tmp_path, caplog):
+    models, states = make(0)
+    save(tmp_path, 1, models, states)
+    path = save(tmp_path, 2, models, states) / "checkpoint.json"
+    path.write_text(path.read_text().replace(f'"data": "{MINE.data}', f'"data": "{MINE.data}x'))
+    checkpoint.check_newest(LocalFolder(tmp_path), MINE)
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (1, FACTS)
+    assert "step-000000002 is damaged (checkpoint.json does not have the SHA-256" in caplog.text
+
+
 def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
     path = save(tmp_path, 1, *make(0))
     (path / "checkpoint.json").unlink()
@@ -136,7 +159,7 @@ def test_what_another_version_wrote_is_said_to_be_so(tmp_path):
     path = save(tmp_path, 1, *make(0)) / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
     with pytest.raises(
-        UserError, match="format 2, this version reads 3.; .* go on with the version that wrote"
+        UserError, match="format 2, this version reads 4.; .* go on with the version that wrote"
     ):
         checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), MINE)
 

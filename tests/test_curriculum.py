@@ -18,6 +18,7 @@ import yaml
 from support import make_job
 
 from model.export import weights_digest
+from orchestrator import checkpoint
 from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.curriculum import take_checkpoints
 from orchestrator.errors import UserError
@@ -253,12 +254,14 @@ def test_checkpoints_that_another_recipe_is_making_are_left_to_it(tmp_path, shar
     folder, store = StageFolder(tmp_path / "stage"), LocalFolder(tmp_path / "elsewhere")
     store.claim("first")
     job = make_job(shards, teacher, folder.root, checkpoints=store.where, attempt="second")
-    meta = {"job": "another", "data": job.data.fingerprint}
-    write_json(store.folder / "step-000000003" / "checkpoint.json", meta)
+    meta = {"format": checkpoint.FORMAT, "job": "another", "data": job.data.fingerprint}
+    write_json(store.folder / "step-000000003" / "checkpoint.json", checkpoint.sealed(meta))
     with pytest.raises(UserError, match="belongs to another recipe .another, this run has digest"):
         take_checkpoints(job, folder)
     assert store.owner() == "first"
-    write_json(store.folder / "step-000000003" / "checkpoint.json", meta | {"job": job.digest})
+    write_json(
+        store.folder / "step-000000003" / "checkpoint.json", checkpoint.sealed(meta | {"job": job.digest})
+    )
     take_checkpoints(job, folder)
     assert store.owner() == "second"
 

@@ -12,8 +12,9 @@ from support import checkpoints_in, describe_folder, make_job
 
 from data.build import build
 from data.stream import Batch, Stream
-from orchestrator import cli, ledger
+from orchestrator import checkpoint, cli, ledger
 from orchestrator.errors import UserError
+from orchestrator.files import read_json, write_json
 from orchestrator.ledger import Expected, Ledger, from_limbs, rows_digest, to_limbs, verify_run
 from orchestrator.stage import StageFolder
 from orchestrator.worker import run_stage
@@ -96,11 +97,11 @@ def test_the_running_digest_of_a_run_is_the_recomputed_one(shards, teacher, tmp_
 def test_a_checkpoint_of_other_rows_is_told(shards, teacher, tmp_path, capsys):
     assert run_stage(make_job(shards, teacher, tmp_path, steps=3))
     path = checkpoints_in(StageFolder(tmp_path).checkpoints)[-1]
-    meta = (path / "checkpoint.json").read_text()
+    meta = read_json(path / "checkpoint.json")
     verb = ["data", "verify-run", str(path), str(shards)]
     assert cli.main(verb) == 0
     assert "24 rows of 3 steps are exactly those" in capsys.readouterr().out
-    (path / "checkpoint.json").write_text(meta.replace('"seed": 3', '"seed": 4'))
+    write_json(path / "checkpoint.json", checkpoint.sealed(meta | {"ledger": meta["ledger"] | {"seed": 4}}))
     check = verify_run(path)
     assert not check.sound
     assert "24 rows of 3 steps are NOT those that seed and data give" in check.text()

@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from soak_recipe import write_soak_recipe
 
-from orchestrator import cli, soak
+from orchestrator import checkpoint, cli, soak
+from orchestrator.files import write_json
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.soak import Progress, Round
 from orchestrator.soak_checks import check_round
@@ -89,7 +90,7 @@ def another_ledger(work: Workdir) -> None:
     path = next(work.stage("assistant").checkpoints.glob("*400")) / "checkpoint.json"
     meta = json.loads(path.read_text())
     meta["ledger"]["digest"] = f"{1:032x}"
-    path.write_text(json.dumps(meta))
+    write_json(path, checkpoint.sealed(meta))
 
 
 def another_end(work: Workdir) -> None:
