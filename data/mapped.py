@@ -91,6 +91,10 @@ class MappedShards:
         dtype = np.dtype(layout.dtype).newbyteorder("<")
         return np.ndarray((num_rows, layout.seq_len), dtype, buffer=self._space.bytes, offset=begin)
 
+    def ready(self, blocks: I64) -> npt.NDArray[np.bool_]:
+        """bool [n]: which of these blocks are mapped and have been compared."""
+        return self._junk.take(blocks) != 0
+
     def gather(self, wanted: I64, into: npt.NDArray) -> I64 | None:
         """Copy rows `wanted` to `into` ([n, seq_len], contiguous, stored dtype); their stored lengths (int64
         [n]) where packing is "document". DataError names the first damaged block."""

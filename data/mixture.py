@@ -27,9 +27,9 @@ class Schedule(NamedTuple):
     corpus: npt.NDArray[np.int64]
     before: npt.NDArray[np.int64]
 
-    def at(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """For run positions first …: the corpus [count], and that corpus's own counter [count]."""
-        periods, places = np.divmod(np.arange(first, first + count, dtype=np.int64), PERIOD)
+    def at(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """For run positions [n]: the corpus [n], and that corpus's own counter [n]."""
+        periods, places = np.divmod(positions, PERIOD)
         corpus = self.corpus[places]
         return corpus, periods * self.counts[corpus] + self.before[places]
 

@@ -112,10 +112,14 @@ class Order(NamedTuple):
 
     def rows(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """int64 [count]: the data set's row numbers at run positions first, first + 1, …"""
-        positions = np.arange(count, dtype=np.uint64) + np.uint64(first)
-        epochs = positions // np.uint64(self.num_rows)
+        return self.at(np.arange(first, first + count, dtype=np.int64))
+
+    def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64 [n]: the data set's row numbers at these run positions."""
+        places = positions.astype(np.uint64)
+        epochs = places // np.uint64(self.num_rows)
         keys = _derive_last(derive(self.seed, 0), epochs)
-        return permute(positions % np.uint64(self.num_rows), keys, self.num_rows).astype(np.int64)
+        return permute(places % np.uint64(self.num_rows), keys, self.num_rows).astype(np.int64)
 
     def position(self, row: int, epoch: int) -> int:
         """The run position at which `epoch` (0, 1, …) reads `row`: the inverse of `rows`."""

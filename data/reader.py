@@ -132,7 +132,6 @@ class RowReader:
         """`gather` where some rows (bool [n]) are in quarantine: padding, of length 0."""
         if not masked.any():
             return self._gather_sound(wanted, tokens)
-        self._num_masked += int(masked.sum())
         sound = ~masked
         part = np.empty((int(sound.sum()), tokens.shape[1]), dtype=tokens.dtype)
         found = self._gather_sound(wanted[sound], part)
@@ -140,6 +139,7 @@ class RowReader:
         tokens[masked] = max(0, self.manifest.tokenizer.pad_id)
         lengths = np.zeros(len(wanted), dtype=np.int64)
         lengths[sound] = self.manifest.seq_len if found is None else found
+        self._num_masked += int(masked.sum())
         return lengths
 
     def _gather_sound(
@@ -172,6 +172,13 @@ class RowReader:
     def locate(self, shard: Shard) -> Path:
         """Where the file of a shard lies."""
         return self.folder / shard.name
+
+    def at_hand(self, row_ids: npt.NDArray[np.int64]) -> bool:
+        """Whether these rows can be read at once: no block of theirs has to be fetched, mapped or compared first."""
+        blocks = row_ids // self.manifest.rows_per_block
+        with self._lock:
+            ready = self._mapped.ready(blocks)
+        return bool((ready if self._masked is None else ready | self._masked[blocks]).all())
 
     def announce(self, current: npt.NDArray[np.int64], coming: npt.NDArray[np.int64]) -> None:
         """Told when a windowed stream enters a window: its shards and the next window's. Local files need no care."""

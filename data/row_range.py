@@ -24,6 +24,9 @@ class RowRange:
     def counters(self) -> Counters:
         return self.rows.counters
 
+    def at_hand(self, row_ids: npt.NDArray[np.int64]) -> bool:
+        return self.rows.at_hand(row_ids + self.first)
+
     def announce(self, current: npt.NDArray[np.int64], coming: npt.NDArray[np.int64]) -> None:
         """Windows need no care: rows are cut from local files alone."""
 

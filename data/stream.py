@@ -11,10 +11,9 @@ processes and shared memory; one thread reads ahead.
 
 import hashlib
 import json
-import queue
-import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -27,12 +26,17 @@ from data.manifest import Manifest, TokenizerInfo
 from data.mixture import make_schedule
 from data.order import Order, derive, make_order
 from data.quarantine import Quarantine
+from data.read_ahead import read_ahead
 from data.reader import Batch, Counters, RowReader
 from data.windows import WindowedOrder, make_windowed_order
 
 __all__ = ["Address", "Batch", "Corpus", "Counters", "RowReader", "Rows", "Stream", "share"]
 
-_AHEAD = 4  # micro-batches read in advance
+I64 = npt.NDArray[np.int64]
+
+_AHEAD = 4  # the next micro-batches are read when fewer are waiting
+_ROWS_AT_ONCE = 1024
+_TOKENS_AT_ONCE = 1 << 20  # 8 MB of int64
 
 
 class Rows(Protocol):
@@ -52,7 +56,8 @@ class Rows(Protocol):
     def counters(self) -> Counters: ...
 
     def read(self, row_ids: npt.ArrayLike) -> Batch: ...
-    def announce(self, current: npt.NDArray[np.int64], coming: npt.NDArray[np.int64]) -> None: ...
+    def at_hand(self, row_ids: I64) -> bool: ...
+    def announce(self, current: I64, coming: I64) -> None: ...
 
 
 class Corpus(NamedTuple):
@@ -68,6 +73,16 @@ class Address(NamedTuple):
     corpus: int
     epoch: int
     row: int
+
+
+class _Part(NamedTuple):
+    """What is read of one corpus: at which `counters` of its own, which `rows` of its own, for which `places` of the
+    batch."""
+
+    number: int
+    places: I64
+    counters: I64
+    rows: I64
 
 
 class Stream:
@@ -135,57 +150,100 @@ class Stream:
             *(sum(values) for values in zip(*(c.rows.counters for c in self.corpora), strict=True))
         )
 
-    def row_ids(self, step: int, index: int) -> npt.NDArray[np.int64]:
+    def row_ids(self, step: int, index: int) -> I64:
         """int64 [micro_batch]: the row numbers of micro-batch `index` of `step`, in order."""
-        corpus, counters = self._positions(step, index)
-        return self._rows(corpus, counters) + self._first_rows[corpus]
+        return self._numbers(self._parts([(step, index)]))
 
     def addresses(self, step: int, index: int) -> list[Address]:
         """Corpus, epoch of that corpus, and row in that corpus, of every row of a micro-batch."""
-        corpus, counters = self._positions(step, index)
-        found = zip(corpus.tolist(), counters.tolist(), self._rows(corpus, counters).tolist(), strict=True)
-        return [Address(c, counter // self.corpora[c].rows.num_rows, row) for c, counter, row in found]
+        found = np.empty((self._micro_batch_rows, 3), dtype=np.int64)
+        for number, places, counters, rows in self._parts([(step, index)]):
+            epochs = counters // self.corpora[number].rows.num_rows
+            found[places] = np.stack([np.full(len(rows), number), epochs, rows], axis=1)
+        return [Address(*address) for address in found.tolist()]
 
     def micro_batch(self, step: int, index: int) -> Batch:
         """Micro-batch `index` of optimiser step `step`: a pure function of both, the seed and the data."""
-        corpus, counters = self._positions(step, index)
-        rows = self._rows(corpus, counters)
-        for number in range(len(self.corpora)):
-            if (mine := counters[corpus == number]).size:
-                self._enter_window(number, int(mine[0]))
+        parts = self._parts([(step, index)])
+        for part in parts:
+            self._enter_window(part.number, int(part.counters[0]))
+        return self._read(parts)
+
+    def _parts(self, wanted: Sequence[tuple[int, int]]) -> list[_Part]:
+        """The rows of these micro-batches (step, index) laid end to end, by corpus."""
+        for step, index in wanted:
+            if step < 0 or not 0 <= index < self.num_micro_batches:
+                raise DataError(
+                    f"micro-batch {index} of step {step} does not exist; a step has 0 to "
+                    f"{self.num_micro_batches - 1}"
+                )
+        size = self._micro_batch_rows
+        first = np.array([step * self.batch + index * size for step, index in wanted], dtype=np.int64)
+        corpus, counters = self._schedule.at((first[:, None] + np.arange(size)).ravel())
+        parts = []
+        for number, order in enumerate(self._orders):
+            if (places := np.flatnonzero(corpus == number)).size:
+                mine = counters[places]
+                parts.append(_Part(number, places, mine, order.at(mine)))
+        return parts
+
+    def _numbers(self, parts: Sequence[_Part]) -> I64:
+        """Row numbers over all corpora, in the order of the batch."""
+        numbers = np.empty(sum(len(part.rows) for part in parts), dtype=np.int64)
+        for part in parts:
+            numbers[part.places] = part.rows + self._first_rows[part.number]
+        return numbers
+
+    def _read(self, parts: Sequence[_Part]) -> Batch:
+        batches = [self.corpora[part.number].rows.read(part.rows) for part in parts]
         if len(self.corpora) == 1:
-            return self.corpora[0].rows.read(rows)
-        parts = [(number, np.flatnonzero(corpus == number)) for number in np.unique(corpus)]
-        batches = [self.corpora[number].rows.read(rows[here]) for number, here in parts]
-        back = torch.from_numpy(np.argsort(np.concatenate([here for _, here in parts])))
-        ids = torch.cat([batch.input_ids for batch in batches])[back]
+            return batches[0]
+        numbers = self._numbers(parts)
+        ids = torch.empty((len(numbers), self.corpora[0].rows.seq_len), dtype=torch.int64)
         mask = None
         if any(batch.mask is not None for batch in batches):
-            whole = [
-                torch.ones_like(b.input_ids, dtype=torch.bool) if b.mask is None else b.mask for b in batches
+            mask = torch.ones(ids.shape, dtype=torch.bool)
+        for part, batch in zip(parts, batches, strict=True):
+            ids.numpy()[part.places] = batch.input_ids.numpy()
+            if mask is not None and batch.mask is not None:
+                mask.numpy()[part.places] = batch.mask.numpy()
+        return Batch(ids, mask, torch.from_numpy(numbers))
+
+    def _readings(self, wanted: Iterator[tuple[int, int]]) -> Iterator[list[Batch]]:
+        """These micro-batches: the first one alone, then more and more of them at once."""
+        rows = min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // self.corpora[0].rows.seq_len)
+        most, count = max(1, -(-rows // self._micro_batch_rows)), 1
+        while several := list(islice(wanted, count)):
+            count = min(2 * count, most)
+            if (batches := self._at_once(several)) is not None:
+                yield batches
+                continue
+            for step, index in several:
+                yield [self.micro_batch(step, index)]
+
+    def _at_once(self, wanted: Sequence[tuple[int, int]]) -> list[Batch] | None:
+        """Several micro-batches by one read, as views of its batch; None where one after the other is right: a window
+        begins, something has to be fetched or compared first, or reading fails."""
+        if len(wanted) == 1 or not all(map(self._at_hand, parts := self._parts(wanted))):
+            return None
+        with suppress(Exception):  # it comes back from the micro-batch that it belongs to
+            whole, size = self._read(parts), self._micro_batch_rows
+            masks = [None] * len(wanted) if whole.mask is None else whole.mask.split(size)
+            return [
+                Batch(ids, None if mask is None or mask.all() else mask, rows)
+                for ids, mask, rows in zip(
+                    whole.input_ids.split(size), masks, whole.row_ids.split(size), strict=True
+                )
             ]
-            mask = torch.cat(whole)[back]
-        return Batch(ids, mask, torch.from_numpy(rows + self._first_rows[corpus]))
+        return None
 
-    def _positions(self, step: int, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(corpus, that corpus's counter) of every row of a micro-batch."""
-        if step < 0 or not 0 <= index < self.num_micro_batches:
-            raise DataError(
-                f"micro-batch {index} of step {step} does not exist; a step has 0 to "
-                f"{self.num_micro_batches - 1}"
-            )
-        first, count = step * self.batch + index * self._micro_batch_rows, self._micro_batch_rows
-        return self._schedule.at(first, count)
-
-    def _rows(self, corpus: npt.NDArray[np.int64], counters: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Row numbers in each row's corpus; a corpus's counters are consecutive within a micro-batch."""
-        if len(self.corpora) == 1:
-            return self._orders[0].rows(int(counters[0]), len(counters))
-        rows = np.empty(len(corpus), dtype=np.int64)
-        for number in np.unique(corpus):
-            here = np.flatnonzero(corpus == number)
-            rows[here] = self._orders[number].rows(int(counters[here[0]]), len(here))
-        return rows
+    def _at_hand(self, part: _Part) -> bool:
+        order = self._orders[part.number]
+        if isinstance(order, WindowedOrder):
+            ends = {order.window_of(int(part.counters.min())), order.window_of(int(part.counters.max()))}
+            if ends != {self._windows.get(part.number)}:
+                return False
+        return self.corpora[part.number].rows.at_hand(part.rows)
 
     def _enter_window(self, number: int, counter: int) -> None:
         """Tell a corpus which window it is in, and which comes next, whenever that changes."""
@@ -212,38 +270,11 @@ class Stream:
     def iterate(self, first_step: int, num_steps: int, micro_batches: range) -> Generator[Batch, None, None]:
         """For steps first_step … num_steps - 1 in order, these micro-batches in order; a thread reads ahead.
 
-        Close the iterator (or exhaust it) and the thread is gone. Errors of the thread are raised here.
+        Close the iterator (or exhaust it) and the thread is gone. Errors of the thread are raised here, behind all
+        micro-batches before them. Several micro-batches may be views of one buffer.
         """
         wanted = ((step, index) for step in range(first_step, num_steps) for index in micro_batches)
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=_AHEAD)
-        stopped = threading.Event()
-
-        def put(item: Batch | BaseException | None) -> None:
-            while not stopped.is_set():
-                with suppress(queue.Full):
-                    ready.put(item, timeout=0.1)
-                    return
-
-        def read_ahead() -> None:
-            try:
-                for step, index in wanted:
-                    if stopped.is_set():
-                        return
-                    put(self.micro_batch(step, index))
-                put(None)
-            except BaseException as error:  # handed to the consumer, whatever it is
-                put(error)
-
-        thread = threading.Thread(target=read_ahead, name="minilm-read-ahead", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
+        return read_ahead(self._readings(wanted), _AHEAD)
 
 
 def _corpora(

@@ -8,6 +8,7 @@ another one than `data.order.Order`; keys come from paths (1, epoch) and (2, epo
 changes the other.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -37,19 +38,22 @@ class WindowedOrder(NamedTuple):
 
     def rows(self, first: int, count: int) -> I64:
         """int64 [count]: the data set's row numbers at run positions first, first + 1, …"""
-        out = np.empty(count, dtype=np.int64)
-        done = 0
-        while done < count:
-            epoch, within = divmod(first + done, self.num_rows)
+        return self.at(np.arange(first, first + count, dtype=np.int64))
+
+    def at(self, positions: I64) -> I64:
+        """int64 [n]: the data set's row numbers at these run positions; those of a window are worked out together."""
+        out = np.empty(len(positions), dtype=np.int64)
+        left = np.arange(len(positions))
+        while left.size:
+            epoch, within = divmod(int(positions[left[0]]), self.num_rows)
             number = self._window_at(epoch, within)
             begin, size = self._span(epoch, number)
-            take = min(count - done, begin + size - within)
-            places = np.arange(within - begin, within - begin + take, dtype=np.uint64)
-            key = np.full(take, derive(self.seed, 2, epoch, number), dtype=np.uint64)
-            out[done : done + take] = self._to_rows(
-                epoch, number, permute(places, key, size).astype(np.int64)
-            )
-            done += take
+            places = positions[left] - (epoch * self.num_rows + begin)
+            here = (places >= 0) & (places < size)
+            key = np.full(int(here.sum()), derive(self.seed, 2, epoch, number), dtype=np.uint64)
+            places = permute(places[here].astype(np.uint64), key, size).astype(np.int64)
+            out[left[here]] = self._to_rows(epoch, number, places)
+            left = left[~here]
         return out
 
     def position(self, row: int, epoch: int) -> int:
@@ -67,8 +71,7 @@ class WindowedOrder(NamedTuple):
 
     def shards_of(self, epoch: int, number: int) -> I64:
         """The shards of window `number` of an epoch: what must be on disk while it is read."""
-        slots = np.arange(number * self.window, min((number + 1) * self.window, self.num_shards))
-        return self._shards_at(epoch, slots)
+        return _shards_of(self, epoch, number)
 
     def window_of(self, position: int) -> tuple[int, int]:
         """(epoch, window) that a run position falls into."""
@@ -80,16 +83,12 @@ class WindowedOrder(NamedTuple):
         """Rows by which the last shard is short."""
         return self.num_shards * self.shard_rows - self.num_rows
 
-    def _shards_at(self, epoch: int, slots: I64) -> I64:
-        keys = np.full(len(slots), derive(self.seed, 1, epoch), dtype=np.uint64)
-        return permute(slots.astype(np.uint64), keys, self.num_shards).astype(np.int64)
-
     def _slot_of(self, epoch: int, shard: int) -> int:
         key = np.array([derive(self.seed, 1, epoch)], dtype=np.uint64)
         return int(unpermute(np.array([shard], dtype=np.uint64), key, self.num_shards)[0])
 
     def _short_slot(self, epoch: int) -> int:
-        return self._slot_of(epoch, self.num_shards - 1)
+        return _short_slot(self, epoch)
 
     def _span(self, epoch: int, number: int) -> tuple[int, int]:
         """First row position (within the epoch) and number of rows of a window."""
@@ -116,7 +115,21 @@ class WindowedOrder(NamedTuple):
         if 0 <= short < self.window:
             places = np.where(places >= behind_short, places + self._missing, places)
         slots, rows = np.divmod(places, self.shard_rows)
-        return self._shards_at(epoch, slots + first) * self.shard_rows + rows
+        return self.shards_of(epoch, number)[slots] * self.shard_rows + rows
+
+
+@lru_cache(maxsize=64)  # asked for again and again, and each time as costly as the rows of a micro-batch
+def _short_slot(order: WindowedOrder, epoch: int) -> int:
+    return order._slot_of(epoch, order.num_shards - 1)
+
+
+@lru_cache(maxsize=64)
+def _shards_of(order: WindowedOrder, epoch: int, number: int) -> I64:
+    slots = np.arange(number * order.window, min((number + 1) * order.window, order.num_shards))
+    keys = np.full(len(slots), derive(order.seed, 1, epoch), dtype=np.uint64)
+    shards = permute(slots.astype(np.uint64), keys, order.num_shards).astype(np.int64)
+    shards.flags.writeable = False
+    return shards
 
 
 def make_windowed_order(num_rows: int, seed: int, shard_rows: int, window: int) -> WindowedOrder:

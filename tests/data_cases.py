@@ -2,8 +2,10 @@
 
 import os
 import random
+import struct
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,6 +53,21 @@ def make_data(folder: Path, *, documents: int = 60, seq_len: int = 16, **argumen
     options = {"rows_per_block": 7, "shard_bytes": 40_000, "processes": 1, **arguments}
     build([text], tokenizer, folder / "data", seq_len=seq_len, **options)
     return folder / "data"
+
+
+def write_megatron(prefix, documents, dtype="<u2", code=8, modes=False):
+    """Documents are lists of sequences of ids; written from the layout table."""
+    sequences = [s for document in documents for s in document]
+    bounds = np.cumsum([0, *(len(document) for document in documents)])
+    lengths = [len(s) for s in sequences]
+    width = np.dtype(dtype).itemsize
+    pointers = (np.cumsum([0, *lengths])[:-1] * width).astype("<i8")
+    raw = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(bounds))
+    raw += np.array(lengths, "<i4").tobytes() + pointers.tobytes() + bounds.astype("<i8").tobytes()
+    raw += bytes(len(sequences)) if modes else b""
+    prefix.with_suffix(".idx").write_bytes(raw)
+    prefix.with_suffix(".bin").write_bytes(b"".join(np.array(s, dtype).tobytes() for s in sequences))
+    return prefix
 
 
 def in_a_child(work):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bad_server import BadServer
-from data_cases import CLS, SEP, in_a_child, make_data, make_documents, make_tokenizer
+from data_cases import CLS, SEP, in_a_child, make_data, make_documents, make_tokenizer, write_megatron
 from transformers import AutoTokenizer
 
 from data import remote
@@ -26,21 +26,6 @@ from data.sources.web import Walk
 from data.stream import Corpus, Stream
 
 SMALL = {"seq_len": 16, "rows_per_block": 8, "shard_bytes": 20_000, "processes": 1}
-
-
-def write_megatron(prefix, documents, dtype="<u2", code=8, modes=False):
-    """Documents are lists of sequences of ids; written from the layout table."""
-    sequences = [s for document in documents for s in document]
-    bounds = np.cumsum([0, *(len(document) for document in documents)])
-    lengths = [len(s) for s in sequences]
-    width = np.dtype(dtype).itemsize
-    pointers = (np.cumsum([0, *lengths])[:-1] * width).astype("<i8")
-    raw = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(bounds))
-    raw += np.array(lengths, "<i4").tobytes() + pointers.tobytes() + bounds.astype("<i8").tobytes()
-    raw += bytes(len(sequences)) if modes else b""
-    prefix.with_suffix(".idx").write_bytes(raw)
-    prefix.with_suffix(".bin").write_bytes(b"".join(np.array(s, dtype).tobytes() for s in sequences))
-    return prefix
 
 
 def write_fairseq(prefix, sequences, dtype="<u2", code=8):

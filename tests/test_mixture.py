@@ -18,10 +18,14 @@ GOLDEN_THREE = [2, 2, 1, 2, 2, 1, 2, 0, 2, 2, 1, 2]
 GOLDEN_COUNTERS = [30717, 30718, 12287, 30719, 30720, 12288, 30721, 6144, 30722, 30723, 12289, 30724]
 
 
+def run(first, count):
+    return np.arange(first, first + count)
+
+
 def test_golden_schedule():
-    assert make_schedule([0.7, 0.3]).at(0, 20)[0].tolist() == GOLDEN_TWO
-    assert make_schedule([1, 2, 5]).at(3 * PERIOD - 4, 12)[0].tolist() == GOLDEN_THREE
-    assert make_schedule([1, 2, 5]).at(3 * PERIOD - 4, 12)[1].tolist() == GOLDEN_COUNTERS
+    assert make_schedule([0.7, 0.3]).at(run(0, 20))[0].tolist() == GOLDEN_TWO
+    assert make_schedule([1, 2, 5]).at(run(3 * PERIOD - 4, 12))[0].tolist() == GOLDEN_THREE
+    assert make_schedule([1, 2, 5]).at(run(3 * PERIOD - 4, 12))[1].tolist() == GOLDEN_COUNTERS
 
 
 @pytest.mark.parametrize(
@@ -29,19 +33,19 @@ def test_golden_schedule():
 )
 def test_counters_count_and_weights_are_met_everywhere(weights):
     schedule = make_schedule(weights)
-    corpus, counters = schedule.at(0, 2 * PERIOD)
+    corpus, counters = schedule.at(run(0, 2 * PERIOD))
     shares = np.array(weights) / sum(weights)
     for number, share in enumerate(shares):
         mine = corpus == number
         assert np.array_equal(counters[mine], np.arange(mine.sum()))
         ideal = share * np.arange(1, 2 * PERIOD + 1)
         assert np.abs(np.cumsum(mine) - ideal).max() < 2 + len(weights) / 2
-    assert np.array_equal(schedule.at(777, 100)[1], counters[777:877])
+    assert np.array_equal(schedule.at(run(777, 100))[1], counters[777:877])
 
 
 def test_position_is_the_inverse():
     schedule = make_schedule([5, 2, 1])
-    corpus, counters = schedule.at(0, 3 * PERIOD)
+    corpus, counters = schedule.at(run(0, 3 * PERIOD))
     for place in range(0, 3 * PERIOD, 997):
         assert schedule.position(int(corpus[place]), int(counters[place])) == place
 

@@ -56,6 +56,8 @@ def test_position_is_the_inverse_and_slices_do_not_depend_on_the_cut(num_rows, s
     whole = order.rows(2 * num_rows - num_rows // 2, num_rows + 5)
     parts = [order.rows(2 * num_rows - num_rows // 2 + i, 1) for i in range(num_rows + 5)]
     assert np.array_equal(np.concatenate(parts), whole)
+    mixed = np.random.default_rng(0).permutation(len(whole))
+    assert np.array_equal(order.at(2 * num_rows - num_rows // 2 + mixed), whole[mixed])
     for row in range(0, num_rows, 1 + num_rows // 50):
         position = order.position(row, 3)
         assert position // num_rows == 3 and order.rows(position, 1)[0] == row
