@@ -15,11 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from model.encoder import tapped_layer
 from model.errors import ModelError
 from model.initialize import picked_layers
 from model.objective import Objective
-from model.tap import TappedEncoder, Taps
+from model.shape import tapped_layer
+from model.tap import TappedEncoder
+from model.taps import Taps
 
 
 class Distiller(nn.Module):

@@ -1,75 +1,20 @@
-"""Encoders by name: load a teacher, build a student, look at a shape without reading weights.
+"""Encoders with weights: load a teacher, build a student.
 
-One table names the architectures that work and what their config calls things; `model.tap` does the rest.
+What an encoder is by its config alone is in `model.shape`; `model.tap` taps it.
 Leaves out: decoders, checkpoints that need code of their own, pickled weights (safetensors only). Invariant:
 building a student draws from a generator of its own and leaves the global random state untouched, so its
 weights depend on the config and the seed alone.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from model.errors import ModelError
 from model.quiet import quiet_transformers
-from model.tap import TappedEncoder, Taps
-
-__all__ = [
-    "FAMILIES",
-    "EncoderShape",
-    "TappedEncoder",
-    "Taps",
-    "build_student",
-    "count_parameters",
-    "inspect_encoder",
-    "load_encoder",
-    "shape_of",
-    "tapped_layer",
-]
-
-
-@dataclass(frozen=True)
-class Family:
-    """What an architecture's config calls the feed-forward width and the dropout rates, and its reserved
-    positions."""
-
-    ffn: str = "intermediate_size"
-    dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    positions_after_padding: bool = False  # position ids begin at pad_token_id + 1 (RoBERTa and its kin)
-    attention: str = "sdpa"  # what transformers can build it with; the tap makes SDPA of either
-
-
-_ROBERTA = Family(positions_after_padding=True)
-FAMILIES: dict[str, Family] = {
-    "bert": Family(),
-    "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "camembert": _ROBERTA,
-    "electra": Family(),
-    "distilbert": Family(ffn="hidden_dim", dropout=("dropout", "attention_dropout")),
-    "modernbert": Family(dropout=("embedding_dropout", "mlp_dropout", "attention_dropout")),
-    "eurobert": Family(dropout=("attention_dropout",)),
-    "nomic_bert": Family(),
-    "mpnet": Family(positions_after_padding=True, attention="eager"),
-}
-
-
-@dataclass(frozen=True)
-class EncoderShape:
-    """An encoder by its numbers. `parameters` counts all of the base model, `transformer_parameters` its
-    layers."""
-
-    architecture: str
-    layers: int
-    hidden: int
-    heads: int
-    ffn: int
-    vocab_size: int
-    max_tokens: int
-    parameters: int
-    transformer_parameters: int
+from model.shape import FAMILIES, family_of, load_config, tapped_layer
+from model.tap import TappedEncoder
 
 
 def load_encoder(
@@ -82,7 +27,7 @@ def load_encoder(
     the folder or file is missing, the architecture has no tap, the layer does not exist, or weights are
     missing.
     """
-    config = _load_config(path_or_hub_id)
+    config = load_config(path_or_hub_id)
     number = tapped_layer(config, layer)
     name = str(path_or_hub_id)
     try:
@@ -127,7 +72,7 @@ def build_student(
     heads: the teacher's unless given. ffn: 4 x hidden unless given. dropout: of hidden states and attention
     alike.
     """
-    family = _family(teacher_config)
+    family = family_of(teacher_config)
     heads = heads or teacher_config.num_attention_heads
     if layers < 1 or hidden < 1:
         raise ModelError(
@@ -143,50 +88,6 @@ def build_student(
         build = AutoModelForMaskedLM if head else AutoModel
         model = build.from_config(config, attn_implementation=family.attention, dtype=torch.float32)
     return model.train()
-
-
-def inspect_encoder(path_or_hub_id: str | Path) -> EncoderShape:
-    """The shape of the encoder at a folder or hub id. Reads its config only."""
-    return shape_of(_load_config(path_or_hub_id))
-
-
-def shape_of(config: PreTrainedConfig) -> EncoderShape:
-    """The shape that a config describes; parameters are counted on a model without storage."""
-    family = _family(config)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    reserved = config.pad_token_id + 1 if family.positions_after_padding else 0
-    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=count_parameters)
-    return EncoderShape(
-        architecture=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        ffn=getattr(config, family.ffn),
-        vocab_size=config.vocab_size,
-        max_tokens=config.max_position_embeddings - reserved,
-        parameters=count_parameters(model),
-        transformer_parameters=count_parameters(layers),
-    )
-
-
-def tapped_layer(config: PreTrainedConfig, layer: int | str) -> int:
-    """`layer` as a number from 1 to the number of layers; ModelError when it does not exist or sees a window
-    only."""
-    num_layers = config.num_hidden_layers
-    number = num_layers if layer == "last" else layer
-    if not isinstance(number, int) or not 1 <= number <= num_layers:
-        raise ModelError(
-            f'layer {layer!r} does not exist; {config.model_type} has layers 1 to {num_layers}, or "last"'
-        )
-    types = getattr(config, "layer_types", None)
-    if types and types[number - 1] != "full_attention":
-        whole = ", ".join(str(i + 1) for i, kind in enumerate(types) if kind == "full_attention")
-        raise ModelError(
-            f"layer {number} of this {config.model_type} attends to a window only;"
-            f" tap one that sees all: {whole}"
-        )
-    return number
 
 
 def _resize(
@@ -222,27 +123,6 @@ def _resize(
             )
         values["layer_types"] = values["layer_types"][-layers:]
     return type(teacher)(**values)
-
-
-def _load_config(path_or_hub_id: str | Path) -> PreTrainedConfig:
-    name = str(path_or_hub_id)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the config of {name}: {_one_line(error)}") from error
-    _family(config)
-    return config
-
-
-def _family(config: PreTrainedConfig) -> Family:
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ModelError(f"architecture {config.model_type!r} has no tap; these have: {', '.join(FAMILIES)}")
-    if getattr(config, "is_decoder", False):
-        raise ModelError(
-            f"this {config.model_type} is configured as a decoder; distillation needs an encoder"
-        )
-    return family
 
 
 def count_parameters(module: torch.nn.Module) -> int:

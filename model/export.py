@@ -11,14 +11,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from model.errors import ModelError
 from model.quiet import quiet_transformers
+
+if TYPE_CHECKING:  # the driver uses `weights_digest`, and no modelling code
+    from transformers import PreTrainedModel
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,7 +37,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def export_student(model: PreTrainedModel, tokenizer_folder: Path, out: Path, card: str) -> None:
+def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, card: str) -> None:
     """Write `model` with the tokenizer of `tokenizer_folder` and `card` as README.md to the folder `out`,
     atomically.
 
@@ -79,7 +82,7 @@ def weights_digest(source: Path | Mapping[str, Tensor]) -> str:
 
 
 def model_card(
-    name: str, model: PreTrainedModel, *, trained: Iterable[str], teacher: str, facts: Mapping[str, str]
+    name: str, model: "PreTrainedModel", *, trained: Iterable[str], teacher: str, facts: Mapping[str, str]
 ) -> str:
     """The README.md of an export (Markdown): what it is, how to load it, what distillation did not train.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model.errors import ModelError
 from model.relations import relation_weight
 from model.softlabels import Masked, mask_tokens
-from model.tap import Taps
+from model.taps import Taps
 from model.terms import Relation, Setting, SoftLabels, SquaredError, Term
 
 

@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from model import mpnet
 from model.errors import ModelError
-from model.visit import SDPA, TAP, Collector, Discovery, Taps, only_at, run, stop_after, tapped_attention
-
-__all__ = ["TappedEncoder", "Taps"]
+from model.taps import Taps
+from model.visit import SDPA, TAP, Collector, Discovery, only_at, run, stop_after, tapped_attention
 
 
 class TappedEncoder(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.errors import ModelError
 from model.relations import query_weights, relation_heads, relation_kl
 from model.softlabels import Masked, soft_label_rows
-from model.tap import Taps
+from model.taps import Taps
 
 _PARTS = ("q", "k", "v", "hidden")
 

@@ -9,9 +9,9 @@ by an error; threads do not see each other's forwards.
 """
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -19,41 +19,9 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from model.attention import attend
+from model.taps import Taps
 
 SDPA, TAP = "minilm-sdpa", "minilm-tap"  # names in transformers' registries; never written into a config.json
-
-
-class Taps(NamedTuple):
-    """What one layer's attention is made of: q, k, v [batch, heads, tokens, head_size]; q and k after
-    rotation.
-
-    bias: an additive position bias on the scores, broadcastable to [batch, heads, tokens, tokens], or None.
-    If watched: hidden, the layer's output [batch, tokens, hidden]; earlier, the taps of layers in front;
-    logits [batch, k, vocabulary] of the model's head, at the k positions asked for.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None = None
-    hidden: Tensor | None = None
-    earlier: "tuple[Taps, ...]" = ()
-    logits: Tensor | None = None
-
-    def like(self, other: "Taps") -> "Taps":
-        """Each tensor in the dtype of its counterpart: under autocast hidden states can differ from q, k and v."""
-        cast = {
-            name: own.to(its.dtype)
-            for name, own, its in zip(self._fields, self, other, strict=True)
-            if isinstance(own, Tensor) and isinstance(its, Tensor)
-        }
-        earlier = tuple(own.like(its) for own, its in zip(self.earlier, other.earlier, strict=True))
-        return self._replace(**cast, earlier=earlier)
-
-    def tensors(self, parts: Collection[str]) -> list[Tensor]:
-        """The tensors of these fields, those of earlier layers included."""
-        own = [value for part, value in self._asdict().items() if part in parts and value is not None]
-        return own + [tensor for taps in self.earlier for tensor in taps.tensors(parts)]
 
 
 class _Reached(BaseException):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,8 +28,10 @@ from orchestrator.checkpoint_store import META, CheckpointStore, open_store, ste
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import sha256_json, write_json
 from orchestrator.provenance import code_version
-from orchestrator.step import StudentState
 from orchestrator.tensorfile import write_tensors
+
+if TYPE_CHECKING:  # the driver imports this, and no modelling code
+    from orchestrator.step import StudentState
 
 log = logging.getLogger(__name__)
 

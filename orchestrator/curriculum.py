@@ -23,7 +23,6 @@ from orchestrator.files import read_json, sha256_json, write_atomic, write_json
 from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data
 from orchestrator.lease import Lease
 from orchestrator.progress import Line, StageProgress, build_reporter, duration
-from orchestrator.publish import publish
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_types import Stage
 from orchestrator.signals import StopRequest
@@ -139,6 +138,9 @@ class Driver:
                 self.train(job, label)
             self.line.show(f"{label}  registering and drawing", force=True)
             self.lease.check()
+            # here: the driver needs no modelling code (seconds to import) before a stage is trained
+            from orchestrator.publish import publish
+
             return publish(self.recipe, job, folder, self.tracking, run)
         except BaseException as error:
             run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")

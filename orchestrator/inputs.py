@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from data.build import BuildProgress, build
 from data.errors import DataError
 from data.remote import is_remote
 from data.tokenizer import load_tokenizer, vocabulary_fingerprint
-from model.encoder import EncoderShape, inspect_encoder, tapped_layer
 from model.errors import ModelError
 from model.objective import Objective
+from model.shape import EncoderShape, load_config, shape_of, tapped_layer
 from orchestrator.corpora import describe
 from orchestrator.data_job import CacheJob, CorpusJob, DataJob, PairJob, QuarantineJob
 from orchestrator.errors import UserError
@@ -195,7 +193,8 @@ def check_stages(recipe: Recipe, workdir: Workdir, data: DataJob) -> None:
 
 def check_stage(stage: Stage, teacher: Path, data: DataJob) -> EncoderShape:
     """The teacher's shape, after comparing it with the data and the students. Raises `UserError`."""
-    shape = inspect_encoder(str(teacher))
+    config = load_config(teacher)
+    shape = shape_of(config)
     where = f"stage {stage.name}"
     if data.seq_len > shape.max_tokens:
         raise UserError(
@@ -204,7 +203,7 @@ def check_stage(stage: Stage, teacher: Path, data: DataJob) -> EncoderShape:
         )
     check_vocabulary(where, teacher, shape, data)
     try:
-        tapped_layer(AutoConfig.from_pretrained(str(teacher)), stage.teacher_layer)
+        tapped_layer(config, stage.teacher_layer)
     except ModelError as error:
         raise UserError(f"{where}: {error}") from error
     check_students(stage, shape)

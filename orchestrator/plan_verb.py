@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrained
 
 from data.manifest import load_manifest
 from model.distiller import Distiller
-from model.encoder import FAMILIES, TappedEncoder, build_student, count_parameters, shape_of, tapped_layer
+from model.encoder import TappedEncoder, build_student, count_parameters
 from model.errors import ModelError
 from model.objective import Objective
+from model.shape import FAMILIES, shape_of, tapped_layer
 from orchestrator.errors import UserError
 from orchestrator.plan import Body, Machine, Plan, Work, plan
 from orchestrator.progress import duration

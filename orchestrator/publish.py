@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from data.tokenizer import load_tokenizer
-from model.encoder import TappedEncoder, load_encoder, shape_of
+from model.encoder import TappedEncoder, count_parameters, load_encoder
 from model.relations import relation_maps
+from model.shape import shape_of
 from orchestrator import pictures, registry
 from orchestrator.corpora import close, open_held_out
 from orchestrator.evaluate import inference_speed
@@ -93,7 +94,7 @@ def entry(
         role=role,
         layers=shape.layers,
         hidden=shape.hidden,
-        parameters=shape.parameters,
+        parameters=count_parameters(encoder.model),
         tokens_per_second=speed,
         before=before or {},
         after=after or {},

@@ -117,6 +117,18 @@ def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow(finished):
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_a_driver_imports_no_modelling_code_before_its_workers_run(finished, tmp_path):
+    """Seconds that every start, and every recovery from a dead driver, would wait for."""
+    program = (
+        "import sys; from orchestrator import launch; from orchestrator.cli import main\n"
+        "heavy = {'transformers.modeling_utils', 'model.encoder'}\n"
+        "launch.start_inline = lambda job, pool: sys.exit(f'has {heavy & set(sys.modules) or None}')\n"
+        f"main(['run', {str(finished / 'tiny.yaml')!r}, '--workdir', {str(tmp_path)!r}, '--launcher', 'inline'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("has None\n"), done.stderr
+
+
 def test_what_was_tracked(finished):
     """Through MLflow's own client: parameters, tags, points once each, pictures, the recipe file."""
     from mlflow import MlflowClient

@@ -18,9 +18,10 @@ from test_step import one_step
 
 from model.bench import bench_loss
 from model.bench_step import Size, bench_step
-from model.encoder import FAMILIES, TappedEncoder
+from model.encoder import TappedEncoder
 from model.export import weights_digest
 from model.relations import relation_kl
+from model.shape import FAMILIES
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Facts, Identity
 from orchestrator.metrics import read_all_points

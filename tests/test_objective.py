@@ -6,7 +6,7 @@ import torch
 from model.errors import ModelError
 from model.objective import Objective, Relation
 from model.relations import relation_heads, relation_kl
-from model.tap import Taps
+from model.taps import Taps
 
 
 def taps(heads: int, size: int, seed: int) -> Taps:

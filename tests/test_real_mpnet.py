@@ -17,8 +17,9 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from model.distiller import Distiller
-from model.encoder import TappedEncoder, build_student, inspect_encoder, load_encoder
+from model.encoder import TappedEncoder, build_student, load_encoder
 from model.objective import Objective
+from model.shape import load_config, shape_of
 
 FOLDER = os.environ.get("MINILM_MPNET")
 pytestmark = [
@@ -86,7 +87,7 @@ def by_hand(weights: dict[str, Tensor], ids: Tensor, mask: Tensor) -> tuple[Tens
 
 
 def test_the_taps_are_those_of_a_forward_by_hand_from_the_file(rows):
-    shape = inspect_encoder(FOLDER)
+    shape = shape_of(load_config(FOLDER))
     assert (shape.architecture, shape.layers, shape.hidden, shape.heads) == ("mpnet", LAYERS, HIDDEN, HEADS)
     ids, mask = rows
     with torch.inference_mode():

@@ -5,9 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from model.distiller import Distiller
-from model.encoder import FAMILIES, TappedEncoder, build_student, load_encoder
+from model.encoder import TappedEncoder, build_student, load_encoder
 from model.errors import ModelError
 from model.objective import Objective
+from model.shape import FAMILIES
 from model.softlabels import mask_tokens, soft_label_rows
 
 MASK_ID, SPECIAL = 4, (0, 2, 3)
