@@ -213,7 +213,9 @@ class Driver:
         begin_attempt(job, folder)
         with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
             if place:
-                future = launch.start_ray(job, self.recipe.compute.workers, place, pool)
+                future = launch.start_ray(
+                    job, self.recipe.compute.workers, place, pool, joined=self.joins_cluster
+                )
             else:
                 future = launch.start_inline(job, pool)
             try:
@@ -265,11 +267,14 @@ class Driver:
         self.stop.install()  # ray.init() replaces the SIGTERM handler
         self.connected = True
 
+    @property
+    def joins_cluster(self) -> bool:
+        return launch.cluster_address(self.address) is not None
+
     def withdraw_reservations(self) -> None:
         """Of a dead driver, where no stage was left to do it: another run on the cluster would wait for them."""
         folder = self.workdir.stage(self.recipe.stages[-1].name).root
-        joins = self.launcher == "ray" and launch.cluster_address(self.address) is not None
-        if joins and launch.reservations(folder):
+        if self.launcher == "ray" and self.joins_cluster and launch.reservations(folder):
             with suppress(UserError):  # a cluster that is gone has none
                 self.connect()
                 launch.cancel_reservations(folder)
@@ -288,7 +293,7 @@ class Driver:
             if not (problem or busy):
                 return place
             waited = time.monotonic() - began
-            if problem and (waited >= compute.wait_seconds or launch.cluster_address(self.address) is None):
+            if problem and (waited >= compute.wait_seconds or not self.joins_cluster):
                 raise UserError(f"{problem}; {REMEDIES[place]}")
             if busy and waited >= max(compute.wait_seconds, RELEASE_SECONDS):
                 raise InfrastructureError(

@@ -172,21 +172,24 @@ def cancel_reservations(folder: Path) -> None:
             )
 
 
-def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadPoolExecutor) -> Future[None]:
+def start_ray(
+    job: StageJob, workers: tuple[int, int], place: str, pool: ThreadPoolExecutor, *, joined: bool
+) -> Future[None]:
     """Start the stage on the connected cluster with workers[0] to workers[1] workers, a `place` each.
 
     The future ends when the workers have returned, or with Ray's error. Any number of failures is survived as long
-    as steps are made: the workers themselves end a run whose same step keeps failing (`attempts`).
+    as steps are made: the workers themselves end a run whose same step keeps failing (`attempts`). `joined`: the
+    cluster is not this run's own, so that what Ray reserves for it would outlive a dead driver.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import LoggingConfig
 
-    from orchestrator.under_ray import controller_callback, train_function
+    from orchestrator.under_ray import Trainer, controller_callback, train_function
 
     least, most = workers
     folder = Path(job.folder)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_function,
         train_loop_config={"job": job.to_json()},
         scaling_config=ScalingConfig(
@@ -206,8 +209,9 @@ def start_ray(job: StageJob, workers: tuple[int, int], place: str, pool: ThreadP
             callbacks=[controller_callback(job)],
         ),
     )
-    cancel_reservations(folder)
-    write_json(folder / RESERVATION, {"requester": f"train-{trainer.train_run_context.run_id}"})
+    if joined:
+        cancel_reservations(folder)
+        write_json(folder / RESERVATION, {"requester": f"train-{trainer.train_run_context.run_id}"})
 
     def fit() -> None:
         try:

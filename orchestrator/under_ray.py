@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import (
+    ControllerCallback,
+    RayTrainCallback,
+    WorkerGroupCallback,
+)
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller.state import ResizingState
 
@@ -31,6 +37,14 @@ SILENT_STARTS = 5
 # of this worker process, which serves one group only: a request can't reach the next one
 asked_to_leave = threading.Event()
 has_left = threading.Event()
+
+
+class Trainer(TorchTrainer):
+    """Without the actor for Ray's data sets, which nobody uses here: 1.8 s of processor time and 200 MB a start."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 def train_function(config: dict[str, Any]) -> None:

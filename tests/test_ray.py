@@ -19,7 +19,7 @@ from test_curriculum import digests, finished, minilm, run, wait_for, write_reci
 
 from orchestrator.errors import UserError
 from orchestrator.files import read_json
-from orchestrator.launch import ray_cluster
+from orchestrator.launch import RESERVATION, ray_cluster
 from orchestrator.metrics import read_all_points
 from orchestrator.stage import StageFolder
 
@@ -132,6 +132,7 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not second.done.exists()
+    assert not (second.root / RESERVATION).exists(), "nothing to withdraw: the run's own cluster ends with it"
     assert (first.root / "worker-0.log").read_text().count("resumes at step") == 1
     run("run", recipe, "--workdir", work)
     assert digests(work) == digests(finished / "work")
@@ -170,3 +171,15 @@ def test_an_address_where_no_cluster_answers():
     advice = "no Ray cluster answers at 127.0.0.1:1 .* `ray start --head`, or drop"
     with pytest.raises(UserError, match=advice), ray_cluster("127.0.0.1:1", 1):
         pytest.fail("there is no cluster")
+
+
+def test_ray_starts_no_actor_for_data_sets():
+    from ray.train.torch import TorchTrainer
+
+    from orchestrator.under_ray import Trainer
+
+    theirs, ours = (
+        {type(callback).__name__ for callback in kind(print)._create_default_callbacks()}
+        for kind in (TorchTrainer, Trainer)
+    )
+    assert theirs - ours == {"DatasetsCallback"}
