@@ -4,34 +4,33 @@
     memcpy, cached      contiguous slices copied into one small buffer: the prefetcher's best case, no miss is paid
     random copies       random rows by numpy from one array in memory into one buffer: the bound of `gather`, which
                         adds addresses, checks and counters to it
-    gather              random rows into one buffer in the stored dtype (what the promise is about)
-    gather, 4 x rows    the same, with four times as many rows a call
-    batches             `RowReader.read`: random rows as fresh int64 tensors
-    stream              `Stream.iterate`: order, read-ahead thread and int64 tensors
-    webdataset blocks   our own shards, in file order (webdataset has no random access)
-    webdataset rows     one record a row, in file order
-    streaming, litdata  random rows, where these packages are installed
-    megatron            random rows by its IndexedDataset, where megatron-core is installed
+    gather, N           random rows into one buffer in the stored dtype, by the very calls that a stream makes for
+                        micro-batches of N rows: it takes several at once (what the promise is about)
+    gather alone, N     the same, with one micro-batch a call
+    batches             `RowReader.read`: random rows as fresh int64 tensors, one micro-batch a call
+    stream, N           `Stream.iterate`: order, read-ahead thread and int64 tensors
+    and others          see data.bench_others
 
+N is the size that was asked for, a quarter of it, and four times it.
 Files are read once before anything is timed, so the page cache holds them: this measures readers, not disks.
 Every figure is the best of `repeats` runs of about `seconds` each: by the clock, and by the processor time of the
 whole process, which other programs disturb less and from which shares are worked out.
 """
 
-import importlib.util
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from data.care import convert
+from data.bench_others import ROW_READERS, Passes, others
 from data.manifest import (
     CHECKSUMS,
     MANIFEST,
@@ -42,13 +41,12 @@ from data.manifest import (
     save_manifest,
     shard_name,
 )
-from data.order import make_order
-from data.reader import RowReader
+from data.reader import Batch, RowReader
 from data.shard import Layout, blocks_for, write_shard
 from data.stream import Stream
 
 _ROWS_PER_BLOCK = 1024
-ROW_READERS = ("webdataset rows", "streaming", "litdata", "megatron")
+_PREPARED_ROWS = 1 << 16  # row numbers worked out before they are timed, used over and over
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class StreamBench:
-    """`gather_share`, `copies_share`: gather, and random copies, against memcpy; `best_other`: gather against the
-    fastest other reader of rows. All by processor time."""
+    """`gather_shares`, `alone_shares`: `gather` and `gather alone` against memcpy, by the rows of a micro-batch;
+    `copies_share`: random copies against memcpy; `best_other`: gather at `micro_batch` against the fastest other reader
+    of rows. All by processor time."""
 
     rows: int
     seq_len: int
     micro_batch: int
     speeds: list[Speed]
-    gather_share: float
+    gather_shares: dict[int, float]
+    alone_shares: dict[int, float]
     copies_share: float
     best_other: float
 
@@ -86,9 +86,14 @@ class StreamBench:
             gigabytes = speed.bytes_per_second / 1e9
             rates = f"{speed.rows_per_second:>14,.0f}{gigabytes:>9.3f}{speed.rows_per_cpu_second:>14,.0f}"
             lines.append(f"{speed.reader:<20}{rates}  {speed.note}".rstrip())
+        lines.append("share of memcpy by processor time, by the rows of a micro-batch:")
+        for what, shares in (("gather", self.gather_shares), ("gather alone", self.alone_shares)):
+            lines.append(
+                f"{what:<20}" + "".join(f"{rows:>8,}: {share:.0%}" for rows, share in shares.items())
+            )
         lines.append(
-            f"by processor time gather is {self.gather_share:.0%} of memcpy (bare random copies are "
-            f"{self.copies_share:.0%}), and {self.best_other:,.0f} times the best other reader"
+            f"bare random copies are {self.copies_share:.0%} of memcpy; gather is {self.best_other:,.0f} times the "
+            f"best other reader"
         )
         return "\n".join(lines)
 
@@ -107,7 +112,7 @@ def bench_stream(
     try:
         data = _make_data(place / "data", rows, seq_len)
         row_bytes = RowReader(data).manifest.layout.row_bytes
-        readers = {**_ours(data, micro_batch), **_others(data, place, micro_batch)}
+        readers = {**_ours(data, micro_batch), **others(data, place, micro_batch)}
         best = dict.fromkeys(readers, (0.0, 0.0))
         for _ in range(repeats):  # in turns, so that a busy machine is busy for all of them
             for name, (_, make) in readers.items():
@@ -121,12 +126,16 @@ def bench_stream(
             shutil.rmtree(place, ignore_errors=True)
     rates = {speed.reader: speed.rows_per_cpu_second for speed in speeds}
     other = max(rate for name, rate in rates.items() if name in ROW_READERS)
-    gather, memcpy = rates["gather"], rates["memcpy"]
-    shares = gather / memcpy, rates["random copies"] / memcpy, gather / other
-    return StreamBench(rows, seq_len, micro_batch, speeds, *shares)
+    gather, alone = (
+        {size: rates[f"{name}, {size}"] / rates["memcpy"] for size in _sizes(micro_batch)}
+        for name in ("gather", "gather alone")
+    )
+    shares = rates["random copies"] / rates["memcpy"], rates[f"gather, {micro_batch}"] / other
+    return StreamBench(rows, seq_len, micro_batch, speeds, gather, alone, *shares)
 
 
-Passes = Callable[[], Iterator[int]]
+def _sizes(micro_batch: int) -> list[int]:
+    return sorted({max(1, micro_batch // 4), micro_batch, 4 * micro_batch})
 
 
 def _rows_per_second(make: Passes, seconds: float) -> tuple[float, float]:
@@ -178,10 +187,40 @@ def _make_data(folder: Path, rows: int, seq_len: int) -> Path:
     return folder
 
 
+class _Told(RowReader):
+    """Writes down which rows it is asked for."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.calls: list[npt.NDArray[np.int64]] = []
+
+    def read(self, row_ids: npt.ArrayLike) -> Batch:
+        self.calls.append(np.array(row_ids, dtype=np.int64))
+        return super().read(row_ids)
+
+
+def _warm(reader: RowReader) -> None:
+    """Every checksum compared, every page in memory."""
+    for first in range(0, reader.num_rows, _ROWS_PER_BLOCK):
+        reader.read(range(first, min(first + _ROWS_PER_BLOCK, reader.num_rows)))
+
+
+def _calls(told: _Told, micro_batch: int) -> list[npt.NDArray[np.int64]]:
+    """The rows of each call that a stream of such micro-batches makes of its reader."""
+    told.calls.clear()
+    stream = Stream(told, seed=1, batch=micro_batch, micro_batch=micro_batch)
+    for _ in stream.iterate(0, -(-_PREPARED_ROWS // micro_batch), range(1)):
+        pass
+    return told.calls.copy()
+
+
 def _ours(data: Path, micro_batch: int) -> dict[str, tuple[str, Passes]]:
-    reader = RowReader(data)
-    order = make_order(reader.num_rows, 1)
-    reader.read(range(reader.num_rows - 1))  # every checksum compared, every page in memory
+    reader, told = RowReader(data), _Told(data)
+    _warm(reader)
+    _warm(told)
+    sizes = _sizes(micro_batch)
+    calls = {size: _calls(told, size) for size in sizes}
+    alone = {size: [ids for call in calls[size] for ids in call.reshape(-1, size)] for size in sizes}
     flat = np.concatenate([np.fromfile(data / shard.name, np.uint8) for shard in reader.manifest.shards])
     row_bytes = reader.manifest.layout.row_bytes
 
@@ -201,139 +240,42 @@ def _ours(data: Path, micro_batch: int) -> dict[str, tuple[str, Passes]]:
 
     def random_copies() -> Iterator[int]:
         array = flat[: reader.num_rows * row_bytes].reshape(-1, row_bytes)
-        buffer = np.empty((micro_batch, row_bytes), np.uint8)
-        for wanted in _endless(order, micro_batch):
-            np.take(array, wanted, axis=0, out=buffer, mode="clip")
-            yield micro_batch
+        buffer = np.empty((max(map(len, calls[micro_batch])), row_bytes), np.uint8)
+        while True:
+            for wanted in calls[micro_batch]:
+                np.take(array, wanted, axis=0, out=buffer[: len(wanted)], mode="clip")
+                yield len(wanted)
 
-    def gather(rows: int) -> Iterator[int]:
-        buffer = np.empty((rows, reader.seq_len), reader.manifest.dtype)
-        for wanted in _endless(order, rows):
-            reader.gather(wanted, buffer)
-            yield rows
+    def gather(wanted_rows: list[npt.NDArray[np.int64]]) -> Iterator[int]:
+        buffer = np.empty((max(map(len, wanted_rows)), reader.seq_len), reader.manifest.dtype)
+        while True:
+            for wanted in wanted_rows:
+                reader.gather(wanted, buffer[: len(wanted)])
+                yield len(wanted)
 
     def batches() -> Iterator[int]:
-        for wanted in _endless(order, micro_batch):
-            yield len(reader.read(wanted).row_ids)
+        while True:
+            for wanted in alone[micro_batch]:
+                yield len(reader.read(wanted).row_ids)
 
-    def stream() -> Iterator[int]:
-        steps = Stream(reader, seed=1, batch=micro_batch, micro_batch=micro_batch).iterate(
-            0, 1 << 40, range(1)
-        )
+    def stream(size: int) -> Iterator[int]:
+        steps = Stream(reader, seed=1, batch=size, micro_batch=size).iterate(0, 1 << 40, range(1))
         try:
             for batch in steps:
                 yield len(batch.row_ids)
         finally:
             steps.close()
 
+    at_once = {size: f"random rows, up to {max(map(len, calls[size])):,} a call" for size in sizes}
     return {
         "memcpy": ("", memcpy),
         "memcpy, cached": ("", memcpy_cached),
-        "random copies": ("random rows, in memory", random_copies),
-        "gather": ("random rows", partial(gather, micro_batch)),
-        "gather, 4 x rows": ("random rows", partial(gather, 4 * micro_batch)),
+        "random copies": (f"in memory, {at_once[micro_batch]}", random_copies),
+        **{f"gather, {size}": (at_once[size], partial(gather, calls[size])) for size in sizes},
+        **{f"gather alone, {size}": ("random rows", partial(gather, alone[size])) for size in sizes},
         "batches": ("random rows, int64 tensors", batches),
-        "stream": ("random rows, int64 tensors, order included", stream),
+        **{
+            f"stream, {size}": ("random rows, int64 tensors, order included", partial(stream, size))
+            for size in sizes
+        },
     }
-
-
-def _endless(order: Any, micro_batch: int) -> Iterator[Any]:
-    """Row numbers of micro-batches, worked out before they are timed, over and over."""
-    prepared = [order.rows(i * micro_batch, micro_batch) for i in range(max(1, 65_536 // micro_batch))]
-    while True:
-        yield from prepared
-
-
-def _others(data: Path, place: Path, micro_batch: int) -> dict[str, tuple[str, Passes]]:
-    found = _webdataset(data, place)
-    for package, name, make in (
-        ("streaming", "streaming", _mosaicml),
-        ("litdata", "litdata", _litdata),
-        ("megatron", "megatron", _megatron),
-    ):
-        if importlib.util.find_spec(package) is not None:
-            found[name] = ("random rows", make(data, place, micro_batch))
-    return found
-
-
-def _webdataset(data: Path, place: Path) -> dict[str, tuple[str, Passes]]:
-    import webdataset
-
-    if not (place / "rows").exists():
-        convert(data, place / "rows")
-
-    def passes(folder: Path) -> Passes:
-        urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-
-        def run() -> Iterator[int]:
-            while True:
-                for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
-                    tokens = sample["tokens.npy"]
-                    yield len(tokens) if tokens.ndim == 2 else 1
-
-        return run
-
-    return {
-        "webdataset blocks": ("file order", passes(data)),
-        "webdataset rows": ("file order", passes(place / "rows")),
-    }
-
-
-def _all_rows(data: Path) -> Iterator[Any]:
-    reader = RowReader(data)
-    buffer = np.empty((_ROWS_PER_BLOCK, reader.seq_len), np.uint16)
-    for first in range(0, reader.num_rows, _ROWS_PER_BLOCK):
-        size = min(_ROWS_PER_BLOCK, reader.num_rows - first)
-        reader.gather(np.arange(first, first + size), buffer[:size])
-        yield from buffer[:size].copy()
-
-
-def _random_items(dataset: Any, num_rows: int, micro_batch: int, pick: Callable[[Any], Any]) -> Passes:
-    def run() -> Iterator[int]:
-        for wanted in _endless(make_order(num_rows, 1), micro_batch):
-            np.stack([pick(dataset[int(row)]) for row in wanted])
-            yield micro_batch
-
-    return run
-
-
-def _mosaicml(data: Path, place: Path, micro_batch: int) -> Passes:
-    from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]
-
-    if not (place / "mds").exists():
-        with MDSWriter(out=str(place / "mds"), columns={"tokens": "ndarray:uint16"}) as out:
-            for row in _all_rows(data):
-                out.write({"tokens": row})
-    dataset = StreamingDataset(local=str(place / "mds"), shuffle=False, batch_size=micro_batch)
-    return _random_items(dataset, RowReader(data).num_rows, micro_batch, lambda item: item["tokens"])
-
-
-def _litdata(data: Path, place: Path, micro_batch: int) -> Passes:
-    from litdata import StreamingDataset  # type: ignore[import-not-found]
-    from litdata.streaming.writer import BinaryWriter  # type: ignore[import-not-found]
-
-    if not (place / "litdata").exists():
-        writer = BinaryWriter(str(place / "litdata"), chunk_bytes=64 << 20)
-        for number, row in enumerate(_all_rows(data)):
-            writer[number] = {"tokens": row}
-        writer.done()
-        writer.merge(num_workers=1)
-    dataset = StreamingDataset(str(place / "litdata"))
-    return _random_items(dataset, RowReader(data).num_rows, micro_batch, lambda item: item["tokens"])
-
-
-def _megatron(data: Path, place: Path, micro_batch: int) -> Passes:
-    from megatron.core.datasets.indexed_dataset import (  # type: ignore[import-not-found]
-        IndexedDataset,
-        IndexedDatasetBuilder,
-    )
-
-    prefix = str(place / "megatron")
-    if not Path(prefix + ".idx").exists():
-        import torch
-
-        builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-        for row in _all_rows(data):
-            builder.add_document(torch.from_numpy(row.astype(np.int32)), [len(row)])
-        builder.finalize(prefix + ".idx")
-    return _random_items(IndexedDataset(prefix), RowReader(data).num_rows, micro_batch, np.asarray)

@@ -35,7 +35,7 @@ __all__ = ["Address", "Batch", "Corpus", "Counters", "RowReader", "Rows", "Strea
 I64 = npt.NDArray[np.int64]
 
 _AHEAD = 4  # the next micro-batches are read when fewer are waiting
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 2048
 _TOKENS_AT_ONCE = 1 << 20  # 8 MB of int64
 
 
