@@ -187,8 +187,14 @@ def restore_step(
     models: Mapping[str, torch.nn.Module],
     students: Sequence[StudentState],
 ) -> Facts:
-    """Load the checkpoint that the main rank has chosen. Raises what `read` raises."""
-    name = next(name for name in reversed(store.names()) if step_of(name) == step)
+    """Load the checkpoint that the main rank has chosen. Raises what `read` raises, and `FileNotFoundError` where this
+    process's view of the store is older than that rank's; a retry may cure that."""
+    name = next((name for name in reversed(store.names()) if step_of(name) == step), None)
+    if name is None:
+        raise FileNotFoundError(
+            f"the checkpoint of step {step}, which the main rank goes on from, is not in {store.where} as this worker "
+            f"sees it; every node must see the same storage"
+        )
     with store.opened(name) as folder:
         meta, tensors = read(folder)
         load(meta, tensors, models, students)

@@ -1,8 +1,8 @@
 """The `minilm` command: verbs and arguments, nothing else. Everything a verb does is a function elsewhere.
 
 Exit codes: 0 done · 2 bad recipe or input · 3 stopped on request, resumable · 4 no progress · 6 another run holds
-the work directory · 10 infrastructure · 130 ended at once by a second Ctrl-C. Errors that a user can mend are one
-line each on standard error.
+the work directory · 10 infrastructure · 130 ended at once by a second Ctrl-C · 141 whoever read the output has gone.
+Errors that a user can mend are one line each on standard error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import logging
 import math
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -25,8 +26,28 @@ from orchestrator.untold import untold
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    try:
+        try:
+            return run_verb(parser().parse_args(arguments))
+        finally:
+            print(end="", flush=True)  # or what is left would fail behind our back, when the interpreter ends
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # 128 + SIGPIPE, as a shell reports it of programs that this signal ends
+
+
+def nobody_reads() -> bool:
+    """Has the reader of our standard output gone, as in `minilm … | head`?"""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def run_verb(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         return int(options.run(options) or 0)
     except RecipeErrors as error:
@@ -154,6 +175,12 @@ def check_recipes(options: argparse.Namespace) -> int:
         except RecipeErrors as error:
             problems += error.problems
             continue
+        if any(Path(stage.teacher).is_dir() for stage in recipe.stages):
+            from orchestrator.inputs import config_problems  # brings torch: seconds
+
+            if wrong := config_problems(recipe):
+                problems += [f"{path}: {problem}" for problem in wrong]
+                continue
         stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
         print(f"{path}: sound; stages: {stages}")
         for note in missing_inputs(recipe):

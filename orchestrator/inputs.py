@@ -110,10 +110,20 @@ def model_folder(ref: Reference, recipe: Recipe, workdir: Workdir) -> Path:
             stage = next(s for s in recipe.stages if any(student.name == name for student in s.students))
             return workdir.stage(stage.name).student(name).resolve()
         case RegistryRef():
-            from orchestrator.mlflow_server import tracking_uri
+            from orchestrator.mlflow_server import is_missing, tracking_uri
             from orchestrator.registry import pull_once
 
-            return pull_once(tracking_uri(workdir.root), ref.uri, workdir.teachers).resolve()
+            store = tracking_uri(workdir.root)
+            try:
+                return pull_once(store, ref.uri, workdir.teachers).resolve()
+            except UserError as error:
+                if not is_missing(store):
+                    raise
+                raise UserError(
+                    f"{ref.uri} was to come from this work directory's own registry, and there is no "
+                    f"{store.removeprefix('sqlite:///')}; set MLFLOW_TRACKING_URI to where the model is registered, "
+                    f"or bring it down (`minilm pull {ref.uri} DIR --workdir OTHER`) and give the folder instead"
+                ) from error
         case HubRef(hub_id):
             return download(hub_id, workdir.teachers)
 
@@ -186,15 +196,45 @@ def check_stages(recipe: Recipe, workdir: Workdir, data: DataJob) -> None:
                 check_students(stage, shape)
             case ref:
                 shape = check_stage(stage, model_folder(ref, recipe, workdir), data)
-        for student in stage.students:
-            heads = student.heads or shape.heads
-            shapes[student.name] = replace(shape, layers=student.layers, hidden=student.hidden, heads=heads)
+        shapes |= students_shapes(stage, shape)
+
+
+def config_problems(recipe: Recipe) -> list[str]:
+    """A line for each stage that a run would refuse by the config of its teacher, where that is a folder on this
+    machine or an earlier student of such a one. Reads no data and no weights."""
+    shapes: dict[str, EncoderShape] = {}
+    problems: list[str] = []
+    for stage in recipe.stages:
+        try:
+            if stage.teacher in recipe.student_names:
+                shape = shapes.get(stage.teacher)
+                if shape is None:
+                    continue
+                check_students(stage, shape)
+            elif (Path(stage.teacher) / "config.json").is_file():
+                shape = check_teacher(stage, Path(stage.teacher))
+            else:
+                continue
+        except (UserError, ModelError) as error:
+            problems.append(str(error))
+        else:
+            shapes |= students_shapes(stage, shape)
+    return problems
+
+
+def students_shapes(stage: Stage, teacher: EncoderShape) -> dict[str, EncoderShape]:
+    """Of the students, by name, as far as the recipe tells."""
+    return {
+        student.name: replace(
+            teacher, layers=student.layers, hidden=student.hidden, heads=student.heads or teacher.heads
+        )
+        for student in stage.students
+    }
 
 
 def check_stage(stage: Stage, teacher: Path, data: DataJob) -> EncoderShape:
     """The teacher's shape, after comparing it with the data and the students. Raises `UserError`."""
-    config = load_config(teacher)
-    shape = shape_of(config)
+    shape = check_teacher(stage, teacher)
     where = f"stage {stage.name}"
     if data.seq_len > shape.max_tokens:
         raise UserError(
@@ -202,10 +242,17 @@ def check_stage(stage: Stage, teacher: Path, data: DataJob) -> EncoderShape:
             f"build the data with a smaller seq_len"
         )
     check_vocabulary(where, teacher, shape, data)
+    return shape
+
+
+def check_teacher(stage: Stage, teacher: Path) -> EncoderShape:
+    """The teacher's shape, after comparing it with the stage and its students. Raises `UserError`."""
+    config = load_config(teacher)
     try:
         tapped_layer(config, stage.teacher_layer)
     except ModelError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"stage {stage.name}: {error}") from error
+    shape = shape_of(config)
     check_students(stage, shape)
     return shape
 

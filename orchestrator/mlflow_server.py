@@ -38,6 +38,11 @@ def tracking_uri(workdir: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
 
 
+def is_missing(store: str) -> bool:
+    """Is the store a file that is not there? MLflow would make an empty one."""
+    return store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists()
+
+
 def connect(uri: str) -> MlflowClient:
     """A client for tracking and registry at `uri`; makes no call yet, except that SQLite tables are made."""
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial tables…"

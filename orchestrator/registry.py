@@ -26,7 +26,11 @@ from typing import TypeVar
 
 from orchestrator.errors import UserError
 from orchestrator.files import fsync_folder, read_json, write_json
-from orchestrator.mlflow_server import connect, patiently  # sets MLflow's switches, so before importing it
+from orchestrator.mlflow_server import (  # sets MLflow's switches, so before importing it
+    connect,
+    is_missing,
+    patiently,
+)
 from orchestrator.model_folder import folder_digest, model_files, refuse_pickles
 from orchestrator.uploader import one_line
 
@@ -291,8 +295,8 @@ def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Pa
 
 
 def _patiently(store: str, attempt: Callable[[MlflowClient], Result], patience_seconds: float) -> Result:
-    database = Path(store.removeprefix("sqlite:///"))
-    if store.startswith("sqlite:///") and not database.exists():  # MLflow would make an empty one
+    if is_missing(store):
+        database = store.removeprefix("sqlite:///")
         raise UserError(
             f"there is no {database}: name the work directory of a run, or set MLFLOW_TRACKING_URI"
         )

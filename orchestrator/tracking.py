@@ -18,7 +18,7 @@ from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.metrics import Point
 from orchestrator.mlflow_runs import MlflowRuns
-from orchestrator.mlflow_server import patiently, tracking_uri
+from orchestrator.mlflow_server import is_missing, patiently, tracking_uri
 from orchestrator.provenance import flatten, git_commit, package_tags
 from orchestrator.untold import STATE_FILE, untold
 from orchestrator.uploader import Uploader, one_line, shown
@@ -43,8 +43,8 @@ def tell_rest(workdir: Path, experiment: str) -> int:
     if not untold(workdir):
         return 0
     uri = tracking_uri(workdir)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return _not_there(workdir, uri)  # asking would make an empty one
+    if is_missing(uri):
+        return _not_there(workdir, uri)
     tracking = Tracking(workdir, uri, experiment)
     with tracking.runs.lock:
         try:
@@ -137,7 +137,8 @@ class Tracking:
         with self.runs.lock:
             sent = self.runs.state["sent"].get(name)
             if sent and not any((self.runs.workdir / file).exists() for file in sent):
-                log.warning("the points of stage %s are gone: it gets a new run in MLflow", name)
+                if not any(self.runs.workdir.glob(f"set-aside/*/stages/{name}")):  # where `--from` puts them
+                    log.warning("the points of stage %s are gone: it gets a new run in MLflow", name)
                 self.runs.renew(name)
         self._note(name, name, params=flatten(params), status="RUNNING")
         self.tell()

@@ -180,7 +180,7 @@ def test_data_of_another_text_are_set_aside(work, recipe_file):
         assert (work.root / "set-aside" / "002" / "data" / "x.json").exists()
 
 
-def test_a_stage_is_done_again_from_the_command_line(shards, teacher, tmp_path, capsys):
+def test_a_stage_is_done_again_from_the_command_line(shards, teacher, tmp_path, capsys, caplog):
     """Another number of steps for thin: wide stays, thin and other are made again and get new versions."""
     path = write_recipe(tmp_path, teacher, {"shards": str(shards)})
     run = ["run", str(path), "--workdir", str(tmp_path / "work"), "--launcher", "inline"]
@@ -198,6 +198,7 @@ def test_a_stage_is_done_again_from_the_command_line(shards, teacher, tmp_path, 
     done = [read_json(folder / "stages" / "thin" / "done.json") for folder in
             (work.root, work.root / "set-aside" / "001")]  # fmt: skip
     assert [record["steps"] for record in done if record] == [4, 6]
+    assert "points of stage" not in caplog.text  # gone because that was asked for
 
     from mlflow import MlflowClient
 

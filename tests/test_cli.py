@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from orchestrator.cli import main
@@ -23,6 +29,46 @@ def test_a_group_without_a_verb_is_refused(group, capsys):
     assert "VERB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [(["--help"], ""), (["check", "RECIPE"], ""), (["check", "RECIPE"], "1")]
+)
+def test_output_that_nobody_reads_ends_quietly(arguments, unbuffered, tmp_path):
+    """As `minilm … | head` does: 141, and no traceback."""
+    source = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
+    arguments = [str(source) if argument == "RECIPE" else argument for argument in arguments]
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *arguments],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_broken_pipe_elsewhere_is_no_reader_that_went_away(monkeypatch):
+    def fail(options):
+        raise BrokenPipeError("some socket")
+
+    monkeypatch.setattr("orchestrator.cli.check_recipes", fail)
+    with pytest.raises(BrokenPipeError):
+        main(["check", "a.yaml"])
+
+
+def test_what_the_hub_says_is_said_once(tmp_path):
+    """Its library prints by itself, and would again by way of the root logger."""
+    program = (
+        "from huggingface_hub.utils import logging; from orchestrator.cli import main; "
+        f"main(['check', {str(tmp_path / 'none.yaml')!r}]); "
+        "logging.get_logger('huggingface_hub.utils._http').warning('Retrying')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.count("Retrying") == 1
+
+
 def test_check_says_everything_that_is_wrong_with_all_recipes(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("name: a\nstges: []\n")
     (tmp_path / "b.yaml").write_text("name: B!\n")
@@ -33,9 +79,25 @@ def test_check_says_everything_that_is_wrong_with_all_recipes(tmp_path, capsys):
     assert any("b.yaml:1: name: given 'B!'" in line for line in errors)
 
 
-def test_the_librarys_recipes_are_sound(capsys):
-    from pathlib import Path
+def test_check_looks_at_the_configs_of_teachers_that_are_here(tmp_path, capsys, text, teacher):
+    """And refuses what a run would refuse, with what is allowed; weights are not read."""
+    from test_curriculum import write_recipe
 
+    here = tmp_path / "teacher"
+    shutil.copytree(teacher, here)
+    (here / "model.safetensors").write_bytes(b"")
+    recipe = str(write_recipe(tmp_path, text, here))
+    assert main(["check", recipe, "--set", "stages.assistant.teacher_layer=3"]) == 0
+    assert "sound; stages: assistant (40 steps), small (40 steps)" in capsys.readouterr().out
+    assert main(["check", recipe, "--set", "stages.assistant.teacher_layer=99"]) == 2
+    out, errors = capsys.readouterr()
+    complaint = 'stage assistant: layer 99 does not exist; bert has layers 1 to 3, or "last"'
+    assert errors == f"minilm: error: {recipe}: {complaint}\n" and "sound" not in out
+    assert main(["check", recipe, "--set", "stages.small.student.hidden=25"]) == 2
+    assert "stage small: student small has hidden 25, which 4 heads do not divide" in capsys.readouterr().err
+
+
+def test_the_librarys_recipes_are_sound(capsys):
     recipes = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
     assert main(["check", *map(str, recipes)]) == 0
     assert capsys.readouterr().out.count(": sound; stages: ") == len(recipes) == 13

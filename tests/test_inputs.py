@@ -80,6 +80,19 @@ def test_a_teacher_layer_that_does_not_exist(tmp_path, teacher, shards):
     assert "layer 4 does not exist; bert has layers 1 to 3" in complaint(recipe, teacher, shards)
 
 
+def test_a_registered_teacher_where_there_is_no_registry(tmp_path, teacher, shards, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    recipe = recipe_with(tmp_path, "models:/big@newest", shards, {"layers": 1, "hidden": 24})
+    with pytest.raises(UserError) as caught:
+        check_stages(recipe, Workdir(tmp_path / "fresh"), describe_folder(shards))
+    message = str(caught.value)
+    assert message.startswith(
+        "models:/big@newest was to come from this work directory's own registry, and there is no "
+    )
+    assert f"{tmp_path / 'fresh' / 'mlflow.db'}; set MLFLOW_TRACKING_URI to where the model is" in message
+    assert "`minilm pull models:/big@newest DIR --workdir OTHER`" in message and "\n" not in message
+
+
 def test_a_tokenizer_of_the_same_size_that_is_not_the_teachers(tmp_path, teacher, shards):
     """The commonest silent error: every id is in range, and means another word."""
     other = tmp_path / "other"

@@ -90,6 +90,10 @@ def test_a_restored_run_continues_bit_for_bit(store):
     assert checkpoint.restore_newest(store, others, other_states, MINE) == (3, FACTS)
     peers, peer_states = make(2)
     assert checkpoint.restore_step(store, 3, peers, peer_states) == FACTS
+    with pytest.raises(
+        FileNotFoundError, match=f"checkpoint of step 4, .* is not in {store.where} as this worker"
+    ):
+        checkpoint.restore_step(store, 4, peers, peer_states)
     for which in (states, other_states, peer_states):
         advance(which, 3)
     for name, value in models["s"].state_dict().items():
