@@ -27,7 +27,6 @@ from orchestrator.errors import InfrastructureError
 from orchestrator.launch import RESIZE_SECONDS
 from orchestrator.stage import StageFolder
 
-DISK_BYTES = 256 << 20
 SERVER_SECONDS = 180
 RIVAL_SECONDS = 120
 ENVIRONMENT = {
@@ -39,10 +38,10 @@ ENVIRONMENT = {
 class Arena:
     """`least` to `most` raylets with a place each, beside a head without one. Enter it, `begin` a round, strike."""
 
-    def __init__(self, folder: Path, least: int, most: int):
+    def __init__(self, folder: Path, least: int, most: int, disk_mb: int = 256):
         self.folder, self.least, self.most = folder, least, most
         self.disk, self.ballast = folder / "disk", folder / "disk" / "ballast"
-        self.has_own_disk = False
+        self.disk_mb, self.has_own_disk = disk_mb, False
         self.command: list[str] = []
         self.log: Path = folder / "run.log"
         self.driver: subprocess.Popen[bytes] | None = None
@@ -57,7 +56,7 @@ class Arena:
 
     def __enter__(self) -> Arena:
         self.disk.mkdir(parents=True)
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={self.disk_mb}m", "tmpfs", str(self.disk)]
         self.has_own_disk = (
             bool(shutil.which("mount")) and not subprocess.run(mount, capture_output=True).returncode
         )

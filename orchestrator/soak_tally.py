@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import sys
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from orchestrator.progress import duration
@@ -127,3 +130,12 @@ def quantiles(values: list[float]) -> tuple[float, float, float, float]:
         return (values[0],) * 4
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return tenths[1], statistics.median(values), tenths[7], max(values)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{log} ends with: {lines[-1][:300]}" if lines else f"{log} is empty"

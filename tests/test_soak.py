@@ -14,12 +14,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from soak_recipe import write_soak_recipe
 
-from orchestrator import checkpoint, cli, soak
+from orchestrator import checkpoint, cli, soak_round
+from orchestrator.errors import UserError
 from orchestrator.files import write_json
 from orchestrator.recipe import Recipe, load_recipe
-from orchestrator.soak import Progress, Round
+from orchestrator.soak import check_room
 from orchestrator.soak_checks import check_round
 from orchestrator.soak_plan import HASTY, PAUSE_SECONDS, WEIGHTS, Strike, plan
+from orchestrator.soak_round import Progress, Round
 from orchestrator.soak_tally import Recovery, Tally
 from orchestrator.workdir import Workdir
 
@@ -202,7 +204,7 @@ def test_a_checkpoint_is_damaged_once_and_not_while_there_is_nobody_to_be_killed
 
 def test_a_run_may_end_by_a_full_disk_though_it_had_gone_on(recipe, undisturbed, tmp_path, monkeypatch):
     """A worker that is started again makes steps until its first save: the disk is full all the while."""
-    monkeypatch.setattr(soak, "ENDING_SECONDS", 0.2)
+    monkeypatch.setattr(soak_round, "ENDING_SECONDS", 0.2)
     (tmp_path / "log").write_text("minilm: error: no space left on the disk")
     arena = SimpleNamespace(
         log=tmp_path / "log",
@@ -240,12 +242,21 @@ def test_the_tally_fails_with_any_problem_and_reckons_what_a_failure_costs():
     assert "1 PROBLEMS\n    round 1: a step lost" in tally.text()
 
 
+def test_a_disk_too_small_for_the_run_itself_is_refused(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "file").write_bytes(bytes(3 << 20))
+    with pytest.raises(UserError, match=r"--disk-mb: given 4; allowed: at least 5, .* \(3.0 MB\)"):
+        check_room(tmp_path, 4)
+    check_room(tmp_path, 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["--only", "worker,earthquake"], "--only worker,earthquake: earthquake is none of worker,driver,"),
         (["--minutes", "-1"], "--minutes: given -1; allowed: a number above 0"),
         (["--hang-seconds", "nan"], "--hang-seconds: given nan; allowed: a number above 0"),
+        (["--disk-mb", "0"], "--disk-mb: given 0; allowed: a number above 0"),
         (["--workdir", "{full}"], "is not empty: give a new --workdir"),
     ],
 )

@@ -15,8 +15,10 @@ from soak_recipe import write_soak_recipe
 
 from model.export import weights_digest
 from orchestrator.recipe import load_recipe
-from orchestrator.soak import Progress, last_line, run_undisturbed
+from orchestrator.soak import run_undisturbed
 from orchestrator.soak_arena import Arena
+from orchestrator.soak_round import Progress
+from orchestrator.soak_tally import last_line
 from orchestrator.workdir import Workdir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
