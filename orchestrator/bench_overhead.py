@@ -1,27 +1,33 @@
-"""What supervision costs: processor time a step of `train_step` alone, in an inline `minilm run`, and in one under Ray.
+"""What supervision costs: processor time a step, of the same stage run four ways.
 
-The last two are whole `minilm run`s with tracking, journal, ledger and checkpoints, in processes of their own; counted
-is the processor time of the driver and of everything that it has started (Ray's daemons, workers, uploader), between
-two steps. Processor time, because a clock would measure whoever else uses the machine. The three take turns.
+    step    `train_step` alone in this process: rows in memory, nothing logged or saved
+    worker  the whole loop alone (`python -m orchestrator.worker`): rows, ledger, points, checkpoints
+    inline  `minilm run --launcher inline`: driver, lease, journal's reader and MLflow come to it
+    ray     `minilm run` under Ray: its daemons, its controller and its helpers come to it
+
+All have the seed, threads, micro-batches and, but for `step`, the rows, points and checkpoints of the recipe's first
+stage. Counted is the processor time of a process and of everything that it has started, between two steps behind the
+start: a clock would measure whoever else uses the machine. The four take turns, `rounds` times; medians are compared.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from orchestrator.corpora import open_stream
 from orchestrator.errors import UserError
-from orchestrator.metrics import read_all_points
+from orchestrator.metrics import read_points
 from orchestrator.recipe import Recipe
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, choose_precision
@@ -29,21 +35,23 @@ from orchestrator.step import train_step
 from orchestrator.students import build_distiller, make_states
 from orchestrator.world import World
 
-WARM_STEPS = 4
+WARM_STEPS = 20  # Ray's helpers are still importing during the first ones
 LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class OverheadRow:
-    """cpu_ms: median over the rounds of a step's processor time; overhead: by how much it is above the bare loop's;
-    wall_ms: by the clock, for what it is worth on a shared machine."""
+    """cpu_ms: median over the rounds of a step's processor time; spread: between its lowest and highest round, as a
+    share of it; overhead: by how much the median is above that of `worker`; wall_ms: by the clock, for what it is
+    worth on a shared machine."""
 
     way: str
     rounds: int
     steps: int
     cpu_ms: float
-    wall_ms: float
+    spread: float
     overhead: float
+    wall_ms: float
 
 
 def overhead_rows(
@@ -54,28 +62,38 @@ def overhead_rows(
     Raises `UserError` when the stage is too short, or a run ends before its steps are made.
     """
     stage = recipe.stages[0]
-    if stage.steps < steps + WARM_STEPS + 2 * recipe.tracking.log_every:
+    needed = steps + WARM_STEPS + 2 * recipe.tracking.log_every
+    if stage.steps < needed:
         raise UserError(
             f"stage {stage.name} has {stage.steps} steps, too few to measure {steps}; give --steps less, or "
-            f"--set stages.{stage.name}.steps=N"
+            f"--set stages.{stage.name}.steps={needed}"
         )
-    found: dict[str, list[tuple[float, float]]] = {"bare": [], "inline": [], "ray": []}
+    found: dict[str, list[tuple[float, float]]] = {"step": [], "worker": [], "inline": [], "ray": []}
     with tempfile.TemporaryDirectory() as room:
+        built = Path(room) / "inline-0" / "data"
         for number in range(rounds):
             for launcher in ("inline", "ray"):
                 work = Path(room) / f"{launcher}-{number}"
+                if built.exists():  # made from the recipe's text by the first run
+                    shutil.copytree(built, work / "data")
                 folder = StageFolder(work / "stages" / stage.name)
-                arguments = ["run", str(file), "--workdir", str(work), "--launcher", launcher]
+                command = ["orchestrator", "run", str(file), "--workdir", str(work), "--launcher", launcher]
                 for override in overrides:
-                    arguments += ["--set", override]
-                found[launcher].append(supervised(arguments, folder, steps, room))
+                    command += ["--set", override]
+                found[launcher].append(supervised(command, folder, steps, room))
             job = StageJob.from_json(folder.job.read_text(encoding="utf-8"))
-            found["bare"].append(bare(job, steps))
-    base = statistics.median(cpu for cpu, _ in found["bare"])
+            folder = StageFolder(Path(room) / f"worker-{number}")
+            folder.root.mkdir()
+            folder.job.write_text(replace(job, folder=str(folder.root), lease="").to_json(), encoding="utf-8")
+            found["worker"].append(supervised(["orchestrator.worker", str(folder.job)], folder, steps, room))
+            found["step"].append(bare(job, steps))
+    base = statistics.median(cpu for cpu, _ in found["worker"])
     rows = []
     for way, times in found.items():
-        cpu, wall = (statistics.median(values) for values in zip(*times, strict=True))
-        rows.append(OverheadRow(way, rounds, steps, 1e3 * cpu, 1e3 * wall, cpu / base - 1))
+        cpus, walls = zip(*times, strict=True)
+        cpu, wall = statistics.median(cpus), statistics.median(walls)
+        spread = (max(cpus) - min(cpus)) / cpu
+        rows.append(OverheadRow(way, rounds, steps, 1e3 * cpu, spread, cpu / base - 1, 1e3 * wall))
     return rows
 
 
@@ -104,32 +122,43 @@ def bare(job: StageJob, steps: int) -> tuple[float, float]:
             seq_len=job.data.seq_len,
         )
 
+    def now() -> tuple[float, float]:
+        if world.device.type == "cuda":  # what is queued belongs to the steps before
+            torch.cuda.synchronize()
+        return time.process_time(), time.perf_counter()
+
     for number in range(WARM_STEPS):
         step(number)
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, wall = now()
     for number in range(steps):
         step(number)
-    return (time.process_time() - cpu) / steps, (time.perf_counter() - wall) / steps
+    ended_cpu, ended = now()
+    return (ended_cpu - cpu) / steps, (ended - wall) / steps
 
 
-def supervised(arguments: Sequence[str], folder: StageFolder, steps: int, room: str) -> tuple[float, float]:
-    """The same of a run in processes of its own, from the first point behind the warm-up on; then it is ended."""
+def supervised(command: Sequence[str], folder: StageFolder, steps: int, room: str) -> tuple[float, float]:
+    """The same of a run in processes of its own, from the first point behind the warm-up on; then it is ended.
+
+    `command`: for `python -m`. `folder`: where its points come.
+    """
     with tempfile.TemporaryFile(dir=room) as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", *arguments],
+            [sys.executable, "-m", *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            first = None
+            first, step, offset = None, 0, 0
             while True:
                 if process.poll() is not None:
                     output.seek(0)
                     raise UserError(
                         f"the run ended before it was measured: {output.read().decode(errors='replace')[-500:]}"
                     )
-                step = newest_step(folder)
+                points, offset = read_points(folder.points, offset)
+                if points:
+                    step = points[-1].step
                 if first is None and step >= WARM_STEPS:
                     first = step, tree_seconds(process.pid), time.perf_counter()
                 elif first is not None and step >= first[0] + steps:
@@ -146,11 +175,6 @@ def supervised(arguments: Sequence[str], folder: StageFolder, steps: int, room: 
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def newest_step(folder: StageFolder) -> int:
-    points = read_all_points(folder.points) if folder.points.exists() else []
-    return points[-1].step if points else 0
 
 
 def tree_seconds(root: int) -> float:

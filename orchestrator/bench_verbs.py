@@ -44,10 +44,10 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     save.add_argument("--rounds", type=int, default=5)
     _add_machine(save)
     save.set_defaults(run=bench_save)
-    overhead = verbs.add_parser("overhead", help="what Ray, tracking and checkpoints add to the bare step")
+    overhead = verbs.add_parser("overhead", help="what Ray and tracking add to the loop alone")
     overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
     overhead.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
-    overhead.add_argument("--steps", type=int, default=60, help="to be measured, each time")
+    overhead.add_argument("--steps", type=int, default=100, help="measured each time (30 s of them, or more)")
     overhead.add_argument("--rounds", type=int, default=3)
     overhead.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
     overhead.set_defaults(run=bench_overhead)
@@ -127,9 +127,9 @@ def bench_overhead(options: argparse.Namespace) -> int:
     if options.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
         return 0
-    print(f"{'way':8}{'processor ms a step':>21}{'over bare':>11}{'by the clock, ms':>18}")
+    print(f"{'way':8}{'processor ms a step':>21}{'spread':>9}{'over worker':>13}{'by the clock, ms':>18}")
     for row in rows:
-        print(f"{row.way:8}{row.cpu_ms:>21.1f}{row.overhead:>11.1%}{row.wall_ms:>18.1f}")
+        print(f"{row.way:8}{row.cpu_ms:>21.1f}{row.spread:>9.1%}{row.overhead:>13.1%}{row.wall_ms:>18.1f}")
     return 0
 
 

@@ -47,7 +47,10 @@ def test_the_bare_step_takes_processor_time(shards, teacher, tmp_path):
 
 def test_a_stage_too_short_to_measure_is_refused(text, teacher, tmp_path):
     recipe = write_recipe(tmp_path, text, teacher)
-    with pytest.raises(UserError, match="assistant has 40 steps, too few to measure 60; give --steps less"):
+    advice = (
+        "assistant has 40 steps, too few to measure 60; give --steps less, or --set stages.assistant.steps=88"
+    )
+    with pytest.raises(UserError, match=advice):
         overhead_rows(load_recipe(recipe), recipe, [], rounds=1, steps=60)
 
 
@@ -67,9 +70,10 @@ def test_a_save_is_measured(shards, teacher, tmp_path, capsys):
 @pytest.mark.slow  # Ray
 def test_supervision_is_measured_each_way(text, teacher, tmp_path, capsys):
     recipe = write_recipe(tmp_path, text, teacher)
-    command = ["bench", "overhead", str(recipe), "--set", "stages.assistant.steps=4000", "--steps", "20"]
+    command = ["bench", "overhead", str(recipe), "--set", "stages.assistant.steps=9000", "--steps", "200"]
     assert cli.main([*command, "--rounds", "1", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["way"] for row in rows] == ["bare", "inline", "ray"]
-    assert all(row["cpu_ms"] > 0 for row in rows)
-    assert rows[0]["overhead"] == 0
+    assert [row["way"] for row in rows] == ["step", "worker", "inline", "ray"]
+    step, worker, inline, ray = (row["cpu_ms"] for row in rows)
+    assert 0 < step < worker < min(inline, ray), "each has more to do than the one before"
+    assert rows[1]["overhead"] == 0 and rows[3]["overhead"] == pytest.approx(ray / worker - 1)
