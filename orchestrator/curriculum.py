@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.export import weights_digest
-from orchestrator import checkpoint, launch
-from orchestrator.checkpoint_store import open_store
+from orchestrator import launch
+from orchestrator.attempt import begin_attempt, check_outcome
 from orchestrator.data_job import DataJob
-from orchestrator.errors import InfrastructureError, LeaseHeld, NoProgress, Stopped, UserError
-from orchestrator.files import read_json, sha256_json, write_atomic, write_json
+from orchestrator.errors import InfrastructureError, Stopped, UserError
+from orchestrator.files import read_json, sha256_json, write_json
 from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data
 from orchestrator.lease import Lease
 from orchestrator.progress import Line, StageProgress, build_reporter, duration
@@ -27,7 +27,6 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe_types import Stage
 from orchestrator.signals import StopRequest
 from orchestrator.stage import StageFolder, StageJob, StudentJob
-from orchestrator.storage import writing
 from orchestrator.summary import ModelEntry, Summary
 from orchestrator.supervise import Heartbeats, Supervisor
 from orchestrator.tracking import Tracking
@@ -40,7 +39,6 @@ REMEDIES = {
     "trainer": "lower compute.workers or add nodes (`ray start --resources '{\"trainer\": 1}'` gives a node one)",
     "CPU": "lower compute.workers or add nodes",
 }
-FAILURES = {error.exit_code: error for error in (UserError, NoProgress, LeaseHeld, InfrastructureError)}
 
 
 def run_recipe(
@@ -304,51 +302,3 @@ class Driver:
             timer = f"({duration(waited)} of {duration(compute.wait_seconds)})"
             self.line.show(f"{label}  waiting for the cluster: {problem or busy} {timer}", force=waited < 1)
             time.sleep(1)
-
-
-def begin_attempt(job: StageJob, folder: StageFolder) -> None:
-    """Make the stage's folder and its checkpoints this attempt's; what an older one left to be read goes."""
-    folder.root.mkdir(parents=True, exist_ok=True)
-    for stale in (folder.stop_request, folder.failure, folder.done):
-        stale.unlink(missing_ok=True)
-    take_checkpoints(job, folder)
-    write_atomic(folder.job, job.to_json())
-
-
-def take_checkpoints(job: StageJob, folder: StageFolder) -> None:
-    """Make checkpoints outside the work directory this attempt's own; whoever wrote them before stops.
-
-    Raises `UserError` when the stage was begun with its checkpoints elsewhere: here it would start again. Another
-    recipe's checkpoints are refused before anything is taken: a run may be making them.
-    """
-    store = open_store(job.checkpoints, folder.checkpoints)
-    before = read_json(folder.job)
-    if before is not None and before.get("checkpoints") != job.checkpoints and not store.names():
-        old = open_store(before.get("checkpoints"), folder.checkpoints)
-        if old.names():
-            raise UserError(
-                f"stage {job.stage} has checkpoints in {old.where}, and compute.checkpoints is now {store.where}, "
-                f"where there are none; copy them there, or set compute.checkpoints back"
-            )
-    if job.checkpoints:  # another work directory's run may know the place too
-        checkpoint.check_newest(store, checkpoint.Identity(job.digest, job.data.fingerprint))
-        with writing(store.where):
-            store.claim(job.attempt)
-
-
-def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, inline: bool) -> None:
-    """Nothing, if the ended `future` of this attempt has done the stage; otherwise the error that says why not."""
-    failure = read_json(folder.failure)
-    if failure is not None and failure["attempt"] == job.attempt:
-        raise FAILURES[failure["exit_code"]](failure["message"])
-    if (error := future.exception()) is not None:
-        if isinstance(cause := getattr(error, "controller_failure", None), UserError):  # under_ray's
-            raise cause
-        if inline:  # a defect of ours: it keeps its traceback
-            raise error
-        raise InfrastructureError(
-            f"stage {job.stage}: Ray gave up ({' '.join(str(error).split())[-200:]}); the workers' logs are "
-            f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
-        ) from error
-    if not folder.done.exists():
-        raise Stopped(f"stage {job.stage} is stopped; the same command goes on from its last checkpoint")

@@ -19,8 +19,8 @@ from support import make_job
 
 from model.export import weights_digest
 from orchestrator import checkpoint
+from orchestrator.attempt import take_checkpoints
 from orchestrator.checkpoint_store import LocalFolder
-from orchestrator.curriculum import take_checkpoints
 from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.metrics import read_all_points

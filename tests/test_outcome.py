@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 from support import NO_DATA, make_job
 
-from orchestrator.curriculum import Driver, begin_attempt, check_outcome
+from orchestrator.attempt import begin_attempt, check_outcome
+from orchestrator.curriculum import Driver
 from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.progress import Line

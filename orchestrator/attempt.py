@@ -1,0 +1,65 @@
+"""One attempt at a stage, as the driver sees it: its folder made ready before, what came of it afterwards.
+
+Those that died are counted by the workers (`attempts`).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+from orchestrator import checkpoint
+from orchestrator.checkpoint_store import open_store
+from orchestrator.errors import InfrastructureError, LeaseHeld, NoProgress, Stopped, UserError
+from orchestrator.files import read_json, write_atomic
+from orchestrator.stage import StageFolder, StageJob
+from orchestrator.storage import writing
+
+FAILURES = {error.exit_code: error for error in (UserError, NoProgress, LeaseHeld, InfrastructureError)}
+
+
+def begin_attempt(job: StageJob, folder: StageFolder) -> None:
+    """Make the stage's folder and its checkpoints this attempt's; what an older one left to be read goes."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    for stale in (folder.stop_request, folder.failure, folder.done):
+        stale.unlink(missing_ok=True)
+    take_checkpoints(job, folder)
+    write_atomic(folder.job, job.to_json())
+
+
+def take_checkpoints(job: StageJob, folder: StageFolder) -> None:
+    """Make checkpoints outside the work directory this attempt's own; whoever wrote them before stops.
+
+    Raises `UserError` when the stage was begun with its checkpoints elsewhere: here it would start again. Another
+    recipe's checkpoints are refused before anything is taken: a run may be making them.
+    """
+    store = open_store(job.checkpoints, folder.checkpoints)
+    before = read_json(folder.job)
+    if before is not None and before.get("checkpoints") != job.checkpoints and not store.names():
+        old = open_store(before.get("checkpoints"), folder.checkpoints)
+        if old.names():
+            raise UserError(
+                f"stage {job.stage} has checkpoints in {old.where}, and compute.checkpoints is now {store.where}, "
+                f"where there are none; copy them there, or set compute.checkpoints back"
+            )
+    if job.checkpoints:  # another work directory's run may know the place too
+        checkpoint.check_newest(store, checkpoint.Identity(job.digest, job.data.fingerprint))
+        with writing(store.where):
+            store.claim(job.attempt)
+
+
+def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, inline: bool) -> None:
+    """Nothing, if the ended `future` of this attempt has done the stage; otherwise the error that says why not."""
+    failure = read_json(folder.failure)
+    if failure is not None and failure["attempt"] == job.attempt:
+        raise FAILURES[failure["exit_code"]](failure["message"])
+    if (error := future.exception()) is not None:
+        if isinstance(cause := getattr(error, "controller_failure", None), UserError):  # under_ray's
+            raise cause
+        if inline:  # a defect of ours: it keeps its traceback
+            raise error
+        raise InfrastructureError(
+            f"stage {job.stage}: Ray gave up ({' '.join(str(error).split())[-200:]}); the workers' logs are "
+            f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
+        ) from error
+    if not folder.done.exists():
+        raise Stopped(f"stage {job.stage} is stopped; the same command goes on from its last checkpoint")
