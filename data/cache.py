@@ -32,17 +32,21 @@ class Cache:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def look(self, sha256: str, num_bytes: int) -> Lease | None:
+        """The file with this hash if it is there, held until released."""
+        return self._open(self.folder / sha256, num_bytes, hit=True)
+
     def take(self, sha256: str, num_bytes: int, fetch: Callable[[Path], None]) -> Lease:
         """The file with this hash, fetched into place by `fetch(path)` unless it is there; held until released."""
-        path = self.folder / sha256
-        if (lease := self._open(path, num_bytes, hit=True)) is not None:
+        if (lease := self.look(sha256, num_bytes)) is not None:
             return lease
+        path = self.folder / sha256
         with self._lock(f"{sha256}.lock"):
-            if (lease := self._open(path, num_bytes, hit=True)) is not None:
+            if (lease := self.look(sha256, num_bytes)) is not None:
                 return lease
             self._sweep(sha256)
-            temporary = self.folder / f".{sha256}.{os.getpid()}.part"
-            self.evict(room=num_bytes)
+            temporary = self.folder / f".{sha256}.{os.getpid()}.{num_bytes}.part"
+            self.evict(room=num_bytes, coming=temporary)
             try:
                 fetch(temporary)
                 with temporary.open("rb+") as file:
@@ -64,12 +68,16 @@ class Cache:
                 pass
             lease.release()
 
-    def evict(self, room: int = 0) -> list[str]:
-        """Remove the least recently used files that nobody holds, until `room` more bytes fit; their names."""
+    def evict(self, room: int = 0, coming: Path | None = None) -> list[str]:
+        """Remove the least recently used files that nobody holds, until `room` more bytes fit; their names.
+
+        `coming`: the file that takes the room; it is made, empty, so that others count it until it is gone.
+        """
         removed = []
         with self._lock("evict.lock"):
             found = [(path, path.stat()) for path in self.folder.iterdir() if _is_entry(path)]
-            total = sum(stat.st_size for _, stat in found) + room
+            parts = [int(path.name.split(".")[-2]) for path in self.folder.glob(".*.part")]
+            total = sum(stat.st_size for _, stat in found) + sum(parts) + room
             for path, stat in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
                 if total <= self.max_bytes:
                     break
@@ -81,6 +89,8 @@ class Cache:
                     path.unlink()
                     total -= stat.st_size
                     removed.append(path.name)
+            if coming is not None:
+                coming.touch()
         return removed
 
     def _open(self, path: Path, num_bytes: int, *, hit: bool) -> Lease | None:

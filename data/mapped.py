@@ -206,6 +206,11 @@ class MappedShards:
             del self._mapped[number]
             self._space.unmap(number * self._slot, self._slot)
 
+    def forget_all(self) -> None:
+        """Unmap all shards."""
+        for number in list(self._mapped):
+            self.forget(number)
+
     def check(self, block: int) -> None:
         """Compare the checksum of a block whose shard is mapped. DataError says where it is damaged."""
         number, inner = divmod(block, self.layout.blocks_per_shard)

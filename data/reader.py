@@ -60,7 +60,7 @@ class RowReader:
         self.manifest = load_manifest(self.folder)
         self.pin = pin
         self._num_rows = self._num_masked = 0  # handed out
-        self._quarantine = quarantine
+        self.quarantine = quarantine
         masked = None if quarantine is None else quarantine.masked(self.manifest, self.place)
         self._masked = masked if masked is not None and masked.any() else None
         self._mapped = MappedShards(self.folder, self.manifest, self.locate, verify=verify, masked=masked)
@@ -156,8 +156,8 @@ class RowReader:
                 looked.add(error.shard)
                 self._mapped.forget(error.shard)
                 bad = self.look_again(self.manifest.shard(error.shard), error)
-                if bad and self._quarantine is not None:
-                    self._quarantine.add(self.manifest, self.place, bad, str(error))
+                if bad and self.quarantine is not None:
+                    self.quarantine.add(self.manifest, self.place, bad, str(error))
                 log.warning("%s: it was read wrongly once, and is whole where it comes from", error)
 
     def look_again(self, shard: Shard, error: DamageError) -> list[int]:
@@ -165,7 +165,7 @@ class RowReader:
 
         Raises `error` unless there is a quarantine to put them into.
         """
-        if self._quarantine is None or self._quarantine.path is None:
+        if self.quarantine is None or self.quarantine.path is None:
             raise error
         return damaged_blocks(self.locate(shard), self.folder, self.manifest, shard)
 

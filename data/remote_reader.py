@@ -94,7 +94,7 @@ class RemoteReader(RowReader):
 
     def _fetch_ahead(self, number: int) -> Future[Lease]:
         if number not in self._leases:
-            self._leases[number] = self._pool.submit(self._take, self.manifest.shard(number))
+            self._leases[number] = self._pool.submit(self.take, self.manifest.shard(number))
         return self._leases[number]
 
     def look_again(self, shard: Shard, error: DamageError) -> list[int]:
@@ -107,11 +107,13 @@ class RemoteReader(RowReader):
                 return []
             except DamageError as origin:
                 error = origin
-        if self._quarantine is None or self._quarantine.path is None:
+        if self.quarantine is None or self.quarantine.path is None:
             raise error
         return list(range(shard.first_block, shard.first_block + shard.num_blocks))
 
-    def _take(self, shard: Shard) -> Lease:
+    def take(self, shard: Shard) -> Lease:
+        """The cached file of a shard, fetched unless it is there. DamageError when another one lies behind the URL."""
+
         def fetch(into: Path) -> None:
             self.store.fetch(shard.name, shard.num_bytes, shard.sha256, into)
 

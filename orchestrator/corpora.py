@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from data.cached_reader import CachedReader
 from data.errors import DataError
 from data.indexed_rows import IndexedRows
 from data.manifest import HELD_OUT, MANIFEST, TOKENIZER
@@ -49,12 +50,19 @@ def open_stream(
     micro_batch: int,
     pin: bool = False,
     quarantine: Quarantine | None = None,
+    first: Stream | None = None,
 ) -> Stream:
     """The batches of a stage. Raises `UserError` or `DataError` where data are not those that the job pins, or damaged
-    beyond what a `quarantine` allows."""
-    corpora = [
-        Corpus(_train_rows(corpus, data.cache, pin, quarantine), corpus.weight) for corpus in data.corpora
-    ]
+    beyond what a `quarantine` allows. `first`: a stream of these data that brings shards to the node; then this one
+    fetches none, and reading raises `NotCached` for those that are not there."""
+    corpora = []
+    for number, corpus in enumerate(data.corpora):
+        brought = first.corpora[number].rows if first else None
+        if isinstance(brought, RemoteReader):
+            rows: Rows = CachedReader(brought)
+        else:
+            rows = _train_rows(corpus, data.cache, pin, quarantine)
+        corpora.append(Corpus(rows, corpus.weight))
     return Stream(corpora, seed=seed, batch=batch, micro_batch=micro_batch, window=data.window)
 
 
@@ -70,6 +78,13 @@ def close(opened: Iterable[Corpus | HeldOut]) -> None:
     for part in opened:
         if isinstance(part.rows, RemoteReader):
             part.rows.close()
+
+
+def let_go(stream: Stream) -> None:
+    """Hold no shard that a `first` stream has brought."""
+    for corpus in stream.corpora:
+        if isinstance(corpus.rows, CachedReader):
+            corpus.rows.let_go()
 
 
 def describe(

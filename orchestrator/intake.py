@@ -28,11 +28,13 @@ class Intake:
 
     def __init__(self, job: StageJob, world: World):
         self.job = job
-        order: dict[str, int] = {"seed": job.seed, "batch": job.batch, "micro_batch": job.micro_batch}
+        order: dict[str, Any] = {"seed": job.seed, "batch": job.batch, "micro_batch": job.micro_batch}
         self.masking = Masking(job.data)
         quarantine = self.masking.quarantine
         self.stream = open_stream(job.data, **order, pin=world.device.type == "cuda", quarantine=quarantine)
-        self.expected = Expected(job.data, **order, quarantine=quarantine) if world.is_main else None
+        self.expected = (
+            Expected(job.data, **order, quarantine=quarantine, first=self.stream) if world.is_main else None
+        )
         self.mine = share(self.stream.num_micro_batches, world.rank, world.size)
         self.ledger = Ledger()
         self.counts = [0] * len(COUNTS)
@@ -94,5 +96,3 @@ class Intake:
         """Leave no thread running and no cached shard held."""
         self.stop()
         close(self.stream.corpora)
-        if self.expected is not None:
-            close(self.expected.stream.corpora)

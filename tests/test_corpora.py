@@ -14,8 +14,8 @@ import worker_pool
 import yaml
 from bad_server import BadServer
 from conftest import WORDS, write_text
+from data_cases import write_megatron
 from support import checkpoints_in, make_job
-from test_foreign import write_megatron
 
 from data.build import build
 from data.errors import DataError
