@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -103,10 +104,12 @@ class Quarantine:
         if rows <= self.max_quarantined_share * manifest.rows:
             return
         mend = f"put whole copies of them at {place}" if "://" in place else f"`minilm data repair {place}`"
+        enough = math.ceil(1000 * rows / manifest.rows) / 1000
+        spare = f", or leave them out with max_quarantined_share: {enough:g} or more" if enough < 1 else ""
         raise DataError(
             f"{place}: {rows} of {manifest.rows} rows ({rows / manifest.rows:.2%}) are damaged, more than "
             f"max_quarantined_share allows ({self.max_quarantined_share:.2%}): {_shards(manifest, blocks)}; mend "
-            f"them: {mend}, delete {self.path} if it exists, and run the same command again"
+            f"them: {mend}, delete {self.path} if it exists{spare}; then run the same command again"
         )
 
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -168,6 +169,12 @@ def test_more_than_the_share_is_an_error_that_names_share_limit_shards_and_repai
     assert share in str(raised.value) and f"allows ({limit:.2%})" in str(raised.value)
     assert "shard-000000.tar (" in str(raised.value) and f"`minilm data repair {copy}`" in str(raised.value)
     assert "\n" not in str(raised.value)
+    enough = float(
+        re.search(
+            r"or leave them out with max_quarantined_share: (\S+) or more; then run", str(raised.value)
+        )[1]
+    )
+    assert reading(copy, tmp_path / "more.json", share=enough)[2].counters.masked_rows > 0
     shard = manifest.shard(3 // manifest.blocks_per_shard).name
     shutil.copyfile(data / shard, copy / shard)
     flip(
