@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.export import weights_digest
-from orchestrator import launch
+from orchestrator import launch, places
 from orchestrator.attempt import begin_attempt, check_outcome
 from orchestrator.data_job import DataJob
-from orchestrator.errors import InfrastructureError, Stopped, UserError
+from orchestrator.errors import Stopped, UserError
 from orchestrator.files import read_json, sha256_json, write_json
 from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data
 from orchestrator.lease import Lease
-from orchestrator.progress import Line, StageProgress, build_reporter, duration
+from orchestrator.progress import Line, StageProgress, build_reporter
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_types import Stage
 from orchestrator.signals import StopRequest
@@ -33,12 +33,6 @@ from orchestrator.tracking import Tracking
 from orchestrator.workdir import Workdir
 
 POLL_SECONDS = 0.25
-RELEASE_SECONDS = 10.0  # until Ray has taken back the places of the stage before
-REMEDIES = {
-    "GPU": "add nodes with GPUs, lower compute.workers or use --set compute.device=cpu",
-    "trainer": "lower compute.workers or add nodes (`ray start --resources '{\"trainer\": 1}'` gives a node one)",
-    "CPU": "lower compute.workers or add nodes",
-}
 
 
 def run_recipe(
@@ -205,7 +199,14 @@ class Driver:
         self.connect()
         folder = self.workdir.stage(job.stage)
         job = replace(job, attempt=f"{job.stage}-{uuid.uuid4().hex[:12]}", lease=str(self.lease.path))
-        place = self.wait_for_places(label) if self.launcher == "ray" else ""
+        place = ""
+        if self.launcher == "ray":
+            place = places.wait_for_places(
+                self.recipe.compute,
+                grows=self.joins_cluster,
+                stop=self.stop,
+                show=lambda text, force: self.line.show(f"{label}  {text}", force=force),
+            )
         if place:  # decided once, so that no worker takes a GPU that Ray has not given it
             job = replace(job, device="cuda" if place == "GPU" else "cpu")
         begin_attempt(job, folder)
@@ -242,7 +243,7 @@ class Driver:
             beats,
             wait_seconds=self.recipe.compute.wait_seconds,
             end=launch.end_worker,
-            lacking=lambda: launch.lacking(place, self.recipe.compute.workers[0]),
+            lacking=lambda: places.lacking(place, self.recipe.compute.workers[0]),
             say=self.line.say,
         )
         while wait([future], timeout=POLL_SECONDS).not_done:
@@ -276,29 +277,3 @@ class Driver:
             with suppress(UserError):  # a cluster that is gone has none
                 self.connect()
                 launch.cancel_reservations(folder)
-
-    def wait_for_places(self, label: str) -> str:
-        """The resource a worker takes, once enough of it is free; a line says what is waited for.
-
-        Raises `UserError` when the cluster hasn't got it in time, `InfrastructureError` when others don't give it back.
-        """
-        compute, began = self.recipe.compute, time.monotonic()
-        least = compute.workers[0]
-        while True:
-            place = launch.pick_place(compute.device, least)
-            problem = launch.lacking(place, least)
-            busy = "" if problem else launch.occupied(place, least)
-            if not (problem or busy):
-                return place
-            waited = time.monotonic() - began
-            if problem and (waited >= compute.wait_seconds or not self.joins_cluster):
-                raise UserError(f"{problem}; {REMEDIES[place]}")
-            if busy and waited >= max(compute.wait_seconds, RELEASE_SECONDS):
-                raise InfrastructureError(
-                    f"{busy}; compute.wait_seconds is {compute.wait_seconds:g}; the same command tries again"
-                )
-            if self.stop.requested:
-                raise Stopped("stopped while waiting for the cluster; the same command goes on from here")
-            timer = f"({duration(waited)} of {duration(compute.wait_seconds)})"
-            self.line.show(f"{label}  waiting for the cluster: {problem or busy} {timer}", force=waited < 1)
-            time.sleep(1)

@@ -31,7 +31,7 @@ RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for f
 CONNECT_SECONDS = 10
 KILL_SECONDS = 60
 POLL_SECONDS = "1"  # between two looks of Ray's controller at its workers
-START_SECONDS = "20"  # to find places for a group; a node that has died is still counted for a while
+START_SECONDS = "20"  # to find places for a group, before Ray counts them again
 
 
 @contextmanager
@@ -81,37 +81,6 @@ def check_answers(address: str) -> None:
             f"no Ray cluster answers at {address} ({error.strerror or error}): start one with `ray start --head`, "
             f"or drop --address and RAY_ADDRESS for a local one"
         ) from error
-
-
-def pick_place(device: str, least: int) -> str:
-    """The resource of which every worker takes one: a GPU, the exclusive `trainer`, or where there is none a CPU."""
-    import ray
-
-    total = ray.cluster_resources()
-    gpu = device == "cuda" or (device == "auto" and total.get("GPU", 0) >= least)
-    return "GPU" if gpu else "trainer" if "trainer" in total else "CPU"
-
-
-def lacking(place: str, least: int) -> str:
-    """What the connected cluster has not got for `least` workers with one `place` each; "" if nothing."""
-    import ray
-
-    try:
-        total = ray.cluster_resources().get(place, 0)
-    except Exception as error:  # whatever Ray raises while its head is away
-        return f"the Ray cluster does not answer ({' '.join(str(error).split())[:200]})"
-    if total >= least:
-        return ""
-    return f"the Ray cluster has {total:g} {place}, the recipe asks for {least}, one for each worker"
-
-
-def occupied(place: str, least: int) -> str:
-    """How little of `place` is free for `least` workers; "" if enough. Ray Train counts the total instead, and would
-    wait for ever."""
-    import ray
-
-    free = ray.available_resources().get(place, 0)
-    return "" if free >= least else f"{free:g} of {least} {place} are free, others hold the rest"
 
 
 def end_worker(process: Process) -> bool:
@@ -185,7 +154,7 @@ def start_ray(
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import LoggingConfig
 
-    from orchestrator.under_ray import Trainer, controller_callback, train_function
+    from orchestrator.under_ray import Callback, Trainer, train_function
 
     least, most = workers
     folder = Path(job.folder)
@@ -206,7 +175,7 @@ def start_ray(
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[controller_callback(job)],
+            callbacks=[Callback(job, place, least)],
         ),
     )
     if joined:

@@ -104,7 +104,11 @@ class Supervisor:
 
     def _look_at_cluster(self) -> None:
         if self.look_due():
-            before, self.lacks = self.lacks, self.lacking()
+            before = self.lacks
+            try:
+                self.lacks = self.lacking()
+            except InfrastructureError as error:  # its head may come back
+                self.lacks = str(error)
             if self.lacks and not before:
                 self.lacks_since = self.beats.clock()
 

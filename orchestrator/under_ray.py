@@ -1,15 +1,19 @@
 """What Ray Train runs of ours: the function of its workers, and a callback in its controller.
 
-The callback has two duties. It ends a run whose workers start again and again without a sign of life: deaths at a
+The callback has three duties. It ends a run whose workers start again and again without a sign of life: deaths at a
 step and errors of the start-up are counted by the workers (`attempts`), this is for what they can't count, such as a
-folder that they can't write. And before Ray replaces healthy workers, to resize their group, it has them save at the
-next step boundary and leave; Ray would end them without a word.
+folder that they can't write. Before Ray replaces healthy workers, to resize their group, it has them save at the next
+step boundary and leave; Ray would end them without a word. And it leaves nodes that do not answer out of a new group:
+Ray knows of a node's death only after 15 s of health checks, and its elastic policy up to 20 s later.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 import threading
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from ray.train.v2._internal.execution.callback import (
 )
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller.state import ResizingState
+from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from orchestrator.errors import InfrastructureError
 from orchestrator.files import read_json
@@ -33,6 +38,8 @@ from orchestrator.stage import StageFolder, StageJob
 log = logging.getLogger(__name__)
 
 SILENT_STARTS = 5
+NODE_SECONDS = 2.0  # for a node to accept a connection
+BELIEF_SECONDS = 25.0  # beside the start of a group: how long Ray goes on counting a dead node
 
 # of this worker process, which serves one group only: a request can't reach the next one
 asked_to_leave = threading.Event()
@@ -72,22 +79,31 @@ def leave(seconds: float) -> bool:
     return has_left.wait(seconds)
 
 
-def controller_callback(job: StageJob) -> ControllerCallback:
-    return Callback(job)
+def answers(node: dict[str, Any]) -> bool:
+    """Does the node's raylet accept a connection? `node`: as `ray.nodes` describes one that Ray takes for alive."""
+    try:
+        address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        socket.create_connection(address, timeout=NODE_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 class Callback(ControllerCallback, WorkerGroupCallback):
-    """Of one attempt; Ray's controller runs it and waits for each call."""
+    """Of one attempt with at least `least` workers, a `place` each; Ray's controller waits for each call."""
 
-    def __init__(self, job: StageJob):
-        self.job = job
+    def __init__(self, job: StageJob, place: str, least: int):
+        self.job, self.place, self.least = job, place, least
+        self.silent_nodes: list[str] = []
         self.beat: Any = None
         self.starts = 0
         self.reason = "nothing that they told"
         self.group: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        beat = read_json(StageFolder(Path(self.job.folder)).heartbeat)
+        beat = self.beat
+        with suppress(OSError, ValueError):  # a shared file system, between two of its versions
+            beat = read_json(StageFolder(Path(self.job.folder)).heartbeat)
         if beat != self.beat:
             self.beat, self.starts = beat, 0
         if self.starts >= SILENT_STARTS:
@@ -99,6 +115,9 @@ class Callback(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:  # and not before: places may be waited for
         self.starts += 1
         self.group = worker_group
+        if self.silent_nodes:  # else Ray would soon resize it by what it still believes
+            state = worker_group.get_worker_group_state()
+            worker_group._worker_group_state = replace(state, start_time=state.start_time + BELIEF_SECONDS)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         for error in worker_group_status.errors.values():
@@ -121,3 +140,20 @@ class Callback(ControllerCallback, WorkerGroupCallback):
                 log.warning("stage %s: the workers have not saved before the resize", self.job.stage)
         except Exception as error:  # it has died meanwhile, its node is away
             log.warning("stage %s: the workers could not save before the resize: %s", self.job.stage, error)
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Make do with the nodes that answer, if the run may have so few workers; else Ray's count stands."""
+        try:
+            nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(self.place)]
+        except Exception as error:  # whatever Ray raises while its head is away
+            log.warning("stage %s: the nodes could not be counted: %s", self.job.stage, error)
+            return
+        there = [node for node in nodes if answers(node)]
+        self.silent_nodes = [node["NodeID"] for node in nodes if node not in there]
+        places = sum(int(node["Resources"][self.place]) for node in there)
+        if self.least <= places < resize_decision.num_workers:
+            resize_decision.num_workers = places
+
+    def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
+        """Labels of the nodes where the workers may be."""
+        return {NODE_ID_LABEL_KEY: f"!in({','.join(self.silent_nodes)})"} if self.silent_nodes else None

@@ -133,6 +133,19 @@ def test_a_cluster_that_has_lost_its_places_is_waited_for_as_configured(scene):
     assert scene.ended == []
 
 
+def test_a_head_that_does_not_answer_may_come_back(scene):
+    def lacking():
+        raise InfrastructureError("the Ray cluster does not answer")
+
+    scene.beat(5)
+    scene.supervisor.lacking = lacking
+    assert "does not answer (19 of 50 s)" in scene.after(35)
+    with pytest.raises(
+        InfrastructureError, match="does not answer; compute.wait_seconds is 50; add nodes or"
+    ):
+        scene.after(60)
+
+
 def test_a_stop_is_not_waited_for_where_nobody_can_hear_it(scene):
     with pytest.raises(Stopped, match="while it waited for workers; the same command goes on"):
         scene.after(1, stop=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from ray._private.label_utils import validate_label_selector
 from ray.train.v2._internal.execution.controller.state import ResizingState, RestartingState, RunningState
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroupState
 from support import NO_DATA, checkpoints_in, make_job
 
 from orchestrator import under_ray
@@ -16,7 +20,7 @@ from orchestrator.errors import InfrastructureError
 from orchestrator.files import read_json, write_json
 from orchestrator.reporting import Evicted
 from orchestrator.stage import StageFolder
-from orchestrator.under_ray import SILENT_STARTS, controller_callback
+from orchestrator.under_ray import BELIEF_SECONDS, SILENT_STARTS, Callback
 
 
 class Group:
@@ -24,6 +28,10 @@ class Group:
 
     def __init__(self, error: Exception | None = None):
         self.error, self.asked = error, []
+        self._worker_group_state = WorkerGroupState(0.0, None, [], None)
+
+    def get_worker_group_state(self):
+        return self._worker_group_state
 
     def execute_single_async(self, rank, function, *arguments):
         self.asked.append(rank)
@@ -47,9 +55,13 @@ def fresh_worker(monkeypatch):
     monkeypatch.setattr(under_ray, "get_train_context", lambda: context)
 
 
+def new_callback(job, least=1):
+    return Callback(job, "trainer", least)
+
+
 def running(job, group):
     """The controller's callback while `group` runs."""
-    callback = controller_callback(job)
+    callback = new_callback(job)
     callback.before_worker_group_start(None)
     callback.after_worker_group_start(group)
     return callback
@@ -101,7 +113,7 @@ def test_only_healthy_workers_are_asked(tmp_path):
 
 
 def test_starts_without_a_sign_of_life_end_the_run_with_what_the_workers_said(tmp_path):
-    callback = controller_callback(make_job(NO_DATA, tmp_path, tmp_path))
+    callback = new_callback(make_job(NO_DATA, tmp_path, tmp_path))
 
     def start() -> None:
         callback.before_worker_group_start(None)
@@ -120,3 +132,52 @@ def test_starts_without_a_sign_of_life_end_the_run_with_what_the_workers_said(tm
             InfrastructureError, match="died 5 times .* because of Read-only file system; the"
         ):
             callback.before_worker_group_start(None)
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A node that answers, one whose raylet has died, one that Ray knows to be dead, and one without a place."""
+    with socket.create_server(("127.0.0.1", 0)) as raylet, socket.create_server(("127.0.0.1", 0)) as other:
+        gone = other.getsockname()
+        other.close()
+        nodes = [
+            {"NodeID": name, "Alive": alive, "Resources": resources}
+            | {"NodeManagerAddress": port[0], "NodeManagerPort": port[1]}
+            for name, alive, resources, port in (
+                ("answers", True, {"trainer": 2.0}, raylet.getsockname()),
+                ("silent", True, {"trainer": 1.0}, gone),
+                ("dead", False, {}, gone),
+                ("head", True, {"CPU": 1.0}, gone),
+            )
+        ]
+        monkeypatch.setattr(under_ray.ray, "nodes", lambda: nodes)
+        yield nodes
+
+
+@pytest.mark.parametrize(("least", "decided", "started"), [(1, 3, 2), (1, 1, 1), (3, 3, 3)])
+def test_a_node_that_does_not_answer_is_not_counted_before_ray_knows(
+    tmp_path, nodes, least, decided, started
+):
+    callback = new_callback(make_job(NO_DATA, tmp_path, tmp_path), least)
+    decision = ResizeDecision(decided, {"trainer": 1})
+    callback.before_controller_execute_resize_decision(decision)
+    assert decision.num_workers == started
+    selector = callback.on_controller_start_worker_group(scaling_config=None, num_workers=started)
+    assert selector == {"ray.io/node-id": "!in(silent)"}
+    assert validate_label_selector(selector) is None
+    group = Group()
+    callback.after_worker_group_start(group)
+    assert group.get_worker_group_state().start_time == BELIEF_SECONDS  # no resize before Ray knows, too
+    nodes.pop(1)  # Ray knows now
+    callback.before_controller_execute_resize_decision(decision)
+    assert callback.on_controller_start_worker_group(scaling_config=None, num_workers=started) is None
+
+
+def test_a_head_that_is_away_leaves_the_decision_to_ray(tmp_path, monkeypatch):
+    def away():
+        raise ConnectionError("no GCS")
+
+    monkeypatch.setattr(under_ray.ray, "nodes", away)
+    decision = ResizeDecision(3, {"trainer": 1})
+    new_callback(make_job(NO_DATA, tmp_path, tmp_path)).before_controller_execute_resize_decision(decision)
+    assert decision.num_workers == 3
