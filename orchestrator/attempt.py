@@ -55,10 +55,17 @@ def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, i
     if (error := future.exception()) is not None:
         if isinstance(cause := getattr(error, "controller_failure", None), UserError):  # under_ray's
             raise cause
+        if inline and isinstance(error, OSError):
+            raise InfrastructureError(
+                f"stage {job.stage}: storage gave up ({error}); the same command goes on from the last checkpoint"
+            ) from error
         if inline:  # a defect of ours: it keeps its traceback
             raise error
+        why = " ".join(str(error).split())
+        if len(why) > 200:
+            why = "… " + why[-200:].partition(" ")[2]
         raise InfrastructureError(
-            f"stage {job.stage}: Ray gave up ({' '.join(str(error).split())[-200:]}); the workers' logs are "
+            f"stage {job.stage}: Ray gave up ({why}); the workers' logs are "
             f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
         ) from error
     if not folder.done.exists():

@@ -85,8 +85,8 @@ class Watchdog:
         """What comes now may take `LONG` times as long."""
         self._arm(self.seconds * LONG)
 
-    def alive(self, *, force: bool = False) -> None:
-        if self._due() or force:
+    def alive(self) -> None:
+        if self._due() or self._armed != self.seconds:
             self._arm(self.seconds)
 
     def close(self) -> None:
@@ -94,4 +94,5 @@ class Watchdog:
         self._file.close()
 
     def _arm(self, seconds: float) -> None:
+        self._armed = seconds
         faulthandler.dump_traceback_later(seconds, exit=True, file=self._file)

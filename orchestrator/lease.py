@@ -30,6 +30,7 @@ from orchestrator.processes import Process
 RENEW_SECONDS = 3.0
 PATIENCE_SECONDS = 30.0
 LOOK_SECONDS = 0.25
+ANSWER_SECONDS = 2.0
 UNKNOWN = "a process that is just starting"
 NAME = re.compile(r"\d{6,}\.json")
 
@@ -108,11 +109,27 @@ def still_held(path: Path) -> bool:
 
 
 def check_writer(lease: str) -> None:
-    """Raises `Superseded` in a worker whose driver has lost the lease in this file; "" is no lease."""
-    if lease and not still_held(Path(lease)):
+    """Raises `Superseded` in a worker whose driver has lost the lease in this file; "" is no lease.
+
+    Storage that does not answer is asked again for `ANSWER_SECONDS`. Then it is an `OSError` without a number: one
+    that may pass, and no refused write (`storage.writing`).
+    """
+    if lease and not answered(Path(lease)):
         raise Superseded(
             f"another run has taken {Path(lease).parent.parent} over: this worker ends without writing"
         )
+
+
+def answered(path: Path) -> bool:
+    """`still_held`, asked until storage answers or `ANSWER_SECONDS` are over."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return still_held(path)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OSError(f"{path} does not say who may write ({error.strerror})") from error
+        time.sleep(LOOK_SECONDS)
 
 
 def outlast(path: Path) -> None:

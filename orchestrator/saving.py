@@ -52,10 +52,10 @@ class Saving:
     def is_due(self, done: int, stop: bool) -> bool:
         """After `done` steps, before a `stop` or not.
 
-        By step count it waits for the save in flight a little: behind a store that is slower, it comes later.
+        By step count it waits for the save in flight a little, once: behind a store that is slower, it comes later.
         """
         every = self.job.checkpoint_every_steps
-        if every is not None and done % every == 0:
+        if every is not None and done % every == 0 and not self.overdue:
             self.saver.wait_a_little(WAIT_SECONDS)
             self.overdue = True
         return self._must(done, stop) or (not self.saver.busy and (self.overdue or self.clock()))
@@ -79,5 +79,9 @@ class Saving:
 
     def _must(self, done: int, stop: bool) -> bool:
         """Whatever the save in flight is doing."""
-        kept = self.job.keep_every_steps
-        return stop or done == self.job.steps or (kept is not None and done % kept == 0)
+        return stop or done == self.job.steps or is_kept(self.job, done)
+
+
+def is_kept(job: StageJob, done: int) -> bool:
+    """Is the checkpoint after `done` steps one to be kept for good, and waited for?"""
+    return job.keep_every_steps is not None and done % job.keep_every_steps == 0

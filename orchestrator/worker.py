@@ -34,7 +34,7 @@ from orchestrator.intake import Intake
 from orchestrator.journal import Due, Journal, head_metrics, student_metrics
 from orchestrator.lease import Superseded, check_writer
 from orchestrator.reporting import Evicted, own_rank
-from orchestrator.saving import Saving
+from orchestrator.saving import Saving, is_kept
 from orchestrator.schedule import learning_rate
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, PRECISIONS, choose_precision, choose_threads
@@ -127,7 +127,7 @@ class StageRun:
         self.journal.restart(first)
         try:
             for step in range(first, job.steps):
-                self.watchdog.alive()
+                self.begin_step(step)
                 outcome = self.train(step)
                 done, stop, evicted = step + 1, outcome.told[0] > 0, outcome.told[1] > 0
                 if self.is_logged(done):
@@ -209,6 +209,12 @@ class StageRun:
         if self.attempts:
             with suppress(OSError):  # on a full disk the count stays as it was
                 self.attempts.end()
+
+    def begin_step(self, step: int) -> None:
+        if is_kept(self.job, step) and not self.world.is_main:
+            self.watchdog.expect_long()  # for the main rank, which may be waiting for the save before this one
+        else:
+            self.watchdog.alive()
 
     def train(self, step: int) -> StepOutcome:
         """One update, and what all ranks have told each other with it."""
@@ -295,7 +301,7 @@ class StageRun:
         )
         with self.writing():
             self.journal.heldout(step, divergence)
-        self.watchdog.alive(force=True)
+        self.watchdog.alive()
 
     def save_if_due(self, done: int, stop: bool) -> None:
         """On the main rank: begin a checkpoint, waiting for the one in flight where it must be."""
@@ -304,7 +310,7 @@ class StageRun:
         if self.saving.saver.busy:
             self.expect_long("saving", done)
         self.saving.save(done, stop, parts=self.parts, precision=self.precision)
-        self.watchdog.alive(force=True)
+        self.watchdog.alive()
 
     def expect_long(self, doing: str, step: int) -> None:
         """What comes now may take long: told to this process's watchdog, and to the driver."""

@@ -7,6 +7,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import worker_pool
 from support import NO_DATA, make_job
 
 from model.encoder import load_encoder
-from orchestrator import launch, reporting, worker
+from orchestrator import guards, launch, reporting, worker
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.guards import Watchdog
 from orchestrator.reporting import log_to_file, run_reporting
@@ -32,6 +33,32 @@ def test_a_worker_that_makes_no_step_ends_itself_and_leaves_its_stack(shards, te
     assert "Timeout (0:00:02)!" in log
     assert "in hang_here" in log
     assert run_reporting(replace(job, stall_seconds=300.0))  # what a supervisor starts in its place goes on
+
+
+@pytest.mark.parametrize(("is_main", "expected"), [(True, "sss"), (False, "sls")])
+def test_ranks_that_do_not_save_expect_to_wait_for_a_checkpoint_that_is_kept(
+    tmp_path, monkeypatch, is_main, expected
+):
+    """After step 3, behind a slow store: the main rank, which waits for the save before, says so itself."""
+    armed = ""
+
+    def arm(self, seconds):
+        nonlocal armed
+        self._armed = seconds
+        armed += "s" if seconds == 300.0 else "l"
+
+    monkeypatch.setattr(Watchdog, "_arm", arm)
+    monkeypatch.setattr(guards, "REARM_SECONDS", 0.0)
+    watchdog = Watchdog(tmp_path / "log", 300.0)
+    armed = ""
+    run = SimpleNamespace(
+        job=make_job(NO_DATA, tmp_path, tmp_path, keep_every_steps=3),
+        world=SimpleNamespace(is_main=is_main),
+        watchdog=watchdog,
+    )
+    for step in (2, 3, 4):
+        worker.StageRun.begin_step(run, step)
+    assert armed == expected
 
 
 @pytest.mark.parametrize(("stall_seconds", "expected"), [(600.0, 6000.0), (2.0, 300.0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from orchestrator import lease
 from orchestrator.errors import LeaseHeld
 from orchestrator.lease import Superseded, check_writer, still_held, take
+from orchestrator.storage import is_final, writing
 
 HOLDER = """
 import sys
@@ -198,3 +200,30 @@ def test_who_has_lost_the_lease_hears_of_it(tmp_path, monkeypatch):
         check_writer(str(held.path))
     held.release()
     assert files(tmp_path) == ["000002.json"], "a lost lease is not made anew"
+
+
+@pytest.mark.parametrize("faults", [2, 1000])
+def test_storage_that_does_not_say_who_may_write_is_asked_again_and_is_no_refused_write(
+    tmp_path, monkeypatch, faults
+):
+    """What it raises in the end may pass: inside `writing`, too, which ends a run for good."""
+    held, asked = take(tmp_path / "lease"), []
+
+    def stale(path):
+        asked.append(path)
+        if len(asked) <= faults:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return still_held(path)
+
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "still_held", stale)
+    if faults == 2:
+        check_writer(str(held.path))
+        assert len(asked) == 3
+    else:
+        says = pytest.raises(OSError, match="does not say who may write .Stale file handle")
+        with says as raised, writing(tmp_path):
+            check_writer(str(held.path))
+        assert not is_final(raised.value)
+    held.release()

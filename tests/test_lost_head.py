@@ -40,7 +40,7 @@ def start_cluster() -> Iterator[Callable[[], Any]]:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) -> Path:
-    stage = {"batch": 8, "steps": 1500, "peak_lr": 1e-3, "warmup_steps": 4, "held_out_rows": 8}
+    stage = {"batch": 48, "steps": 500, "peak_lr": 1e-3, "warmup_steps": 4, "held_out_rows": 8}
     first = {"name": "assistant", "teacher": str(teacher), "student": {"layers": 3, "hidden": 48}, **stage}
     compute = {"micro_batch": 4, "threads": 1, "checkpoint_every_seconds": 1}
     return write_recipe(tmp_path_factory.mktemp("recipe"), text, teacher, stages=[first], compute=compute)
@@ -71,7 +71,7 @@ class Run:
         wait_for(self.trains, self.process, 200)
 
     def trains(self) -> bool:
-        return self.beat.get("step", 0) > 100 and any(self.folder.checkpoints.glob("step-*"))
+        return self.beat.get("step", 0) > 40 and any(self.folder.checkpoints.glob("step-*"))
 
     @property
     def beat(self) -> dict[str, Any]:

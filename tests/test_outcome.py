@@ -63,9 +63,26 @@ def test_rays_error_becomes_one_line(job, tmp_path, text):
     assert "\n" not in str(raised.value)
 
 
+def test_of_a_long_error_the_end_is_told(job, tmp_path):
+    error = RuntimeError("word " * 100 + "cause")
+    with pytest.raises(
+        InfrastructureError, match=r"gave up \(… word (word )+cause\); the workers' logs"
+    ) as raised:
+        check_outcome(job, StageFolder(tmp_path), ended(error), inline=False)
+    assert str(raised.value).count("word") < 50
+
+
 def test_a_defect_of_ours_keeps_its_traceback_inline(job, tmp_path):
     with pytest.raises(ZeroDivisionError):
         check_outcome(job, StageFolder(tmp_path), ended(ZeroDivisionError()), inline=True)
+
+
+def test_storage_that_went_away_is_no_defect_inline(job, tmp_path):
+    with pytest.raises(
+        InfrastructureError, match="storage gave up .*Stale file handle.*; the same command goes"
+    ):
+        error = OSError(errno.ESTALE, "Stale file handle")
+        check_outcome(job, StageFolder(tmp_path), ended(error), inline=True)
 
 
 def test_a_job_that_finds_no_room_leaves_the_one_before(job, tmp_path):

@@ -9,17 +9,20 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support import checkpoints_in, make_job
+from support import NO_DATA, checkpoints_in, make_job
 from test_checkpoint import FACTS, MINE, advance, make, save
 
 from orchestrator import checkpoint
+from orchestrator.checkpoint import Identity
 from orchestrator.checkpoint_store import LocalFolder, step_of
 from orchestrator.errors import UserError
 from orchestrator.reporting import run_reporting
 from orchestrator.saver import Saver
+from orchestrator.saving import Saving
 from orchestrator.stage import StageFolder
 from orchestrator.worker import run_stage
 
@@ -122,6 +125,18 @@ def test_every_nth_stays_beside_the_newest(tmp_path):
     for step in range(1, 11):
         save(tmp_path, step, models, states, keep=2, keep_every=4)
     assert [step_of(p.name) for p in checkpoints_in(tmp_path)] == [4, 8, 9, 10]
+
+
+def test_steps_that_find_a_slow_save_in_flight_wait_for_it_once(tmp_path):
+    """Behind a slow store every due step would wait, and the loop with it."""
+    job = make_job(NO_DATA, tmp_path, tmp_path, checkpoint_every_steps=2)
+    saving = Saving(job, None, None, {}, [], Identity("", ""), lambda: None)
+    waited: list[float] = []
+    saving.saver = SimpleNamespace(busy=True, wait_a_little=waited.append)
+    assert not any(saving.is_due(done, False) for done in range(1, 9))
+    assert len(waited) == 1
+    saving.saver.busy = False
+    assert saving.is_due(9, False)  # later, and not at the next due step
 
 
 def test_the_loop_makes_and_keeps_every_nth(shards, teacher, tmp_path):
