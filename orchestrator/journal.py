@@ -6,7 +6,7 @@ Readers are elsewhere: the terminal follows the heartbeat, tracking and pictures
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -115,21 +115,3 @@ class Journal:
         for file in (self.points, self.heldout_points):
             if file:
                 file.close()
-
-
-def head_metrics(name: str, relations: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, float]:
-    """A student's relations by head; values: [relations, heads]."""
-    return {
-        f"{name}/{relation}/head-{head:02d}": value
-        for relation, heads in zip(relations, values, strict=True)
-        for head, value in enumerate(heads, start=1)
-    }
-
-
-def student_metrics(
-    name: str, term_names: Sequence[str], weights: Sequence[float], means: Sequence[float], norm: float
-) -> dict[str, float]:
-    """A student's numbers of one step: its loss, the terms that it is the weighted sum of, the gradient's norm."""
-    loss = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
-    terms = {f"{name}/{term}": mean for term, mean in zip(term_names, means, strict=True)}
-    return {f"{name}/loss": loss, **terms, f"{name}/gradient_norm": norm}

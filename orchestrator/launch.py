@@ -31,7 +31,9 @@ RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for f
 CONNECT_SECONDS = 10
 KILL_SECONDS = 60
 POLL_SECONDS = "1"  # between two looks of Ray's controller at its workers
-START_SECONDS = "20"  # to find places for a group, before Ray counts them again
+START_SECONDS = (
+    "20"  # for the placement of a group (its processes have no limit), before Ray counts places again
+)
 
 
 @contextmanager
@@ -90,7 +92,12 @@ def end_worker(process: Process) -> bool:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    for node in ray.nodes():
+    try:
+        nodes = ray.nodes()
+    except Exception as error:  # whatever Ray raises while its head is away
+        log.warning("%s could not be ended: %s", process, error)
+        return False
+    for node in nodes:
         if node["Alive"] and node["NodeManagerHostname"] == process.host:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(Process.kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there)

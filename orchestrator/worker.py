@@ -29,13 +29,13 @@ from orchestrator.corpora import close, open_held_out
 from orchestrator.errors import LeaseHeld, UserError
 from orchestrator.evaluate import heldout_divergence
 from orchestrator.finish import finish_stage
-from orchestrator.guards import Watchdog, check_finite, no_progress, peer_timeout
+from orchestrator.guards import Watchdog, no_progress, peer_timeout
 from orchestrator.intake import Intake
-from orchestrator.journal import Due, Journal, head_metrics, student_metrics
+from orchestrator.journal import Due, Journal
 from orchestrator.lease import Superseded, check_writer
+from orchestrator.points import is_logged, rate, step_metrics
 from orchestrator.reporting import Evicted, own_rank
 from orchestrator.saving import Saving, is_kept
-from orchestrator.schedule import learning_rate
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, PRECISIONS, choose_precision, choose_threads
 from orchestrator.step import StepOutcome, train_step
@@ -130,8 +130,10 @@ class StageRun:
                 self.begin_step(step)
                 outcome = self.train(step)
                 done, stop, evicted = step + 1, outcome.told[0] > 0, outcome.told[1] > 0
-                if self.is_logged(done):
-                    self.log_step(done, outcome)
+                if is_logged(job, done):
+                    point = step_metrics(job, self.distiller, self.students, self.intake, step, outcome)
+                    with self.writing():
+                        self.journal.step(done, point)
                 if done == job.steps or (job.eval_every and done % job.eval_every == 0):
                     self.evaluate(done)
                 with self.writing():
@@ -228,14 +230,14 @@ class StageRun:
                 self.intake.rows_of_step(self.journal.waiting_for_rows),
                 step=step,
                 seed=self.job.seed,
-                learning_rate=self.rate(step),
+                learning_rate=rate(self.job, step),
                 max_gradient_norm=self.job.max_gradient_norm,
                 autocast=AUTOCAST[self.precision],
                 world=self.world,
                 seq_len=self.job.data.seq_len,
                 tell=self.tell,
                 parts=self.parts,
-                by_head=self.job.per_head and self.is_logged(step + 1),
+                by_head=self.job.per_head and is_logged(self.job, step + 1),
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -257,37 +259,6 @@ class StageRun:
         stop = self.stop_check_due() and self.folder.stop_request.exists()
         failed = self.saving is not None and self.saving.saver.failed
         return [stop, self.eviction_announced(), failed, *self.intake.tell()]
-
-    def is_logged(self, done: int) -> bool:
-        """Is there a point after `done` steps?"""
-        return done % self.job.log_every == 0 or done == self.job.steps
-
-    def rate(self, step: int) -> float:
-        job = self.job
-        return learning_rate(
-            step,
-            peak=job.peak_lr,
-            warmup_steps=job.warmup_steps,
-            num_steps=job.steps,
-            schedule=job.schedule,
-        )
-
-    def log_step(self, step: int, outcome: StepOutcome) -> None:
-        """One point: this step's loss terms, rate and norms. Waits for the device."""
-        weights = self.distiller.weights.tolist()
-        metrics = {"learning_rate": self.rate(step - 1)} | self.intake.metrics()
-        heads = outcome.heads.tolist() if self.job.per_head else []
-        for student, values in zip(self.students, heads, strict=False):
-            metrics |= head_metrics(student.name, self.distiller.objective.relation_names, values)
-        rows = zip(self.students, outcome.terms.tolist(), outcome.norms.tolist(), strict=True)
-        for student, means, norm in rows:
-            refused = student.refused.tolist()
-            check_finite(self.job, self.intake.stream, student.name, refused)
-            metrics |= student_metrics(student.name, self.distiller.term_names, weights, means, norm)
-            if self.job.on_nonfinite == "skip":
-                metrics[f"{student.name}/skipped_steps"] = refused[0]
-        with self.writing():
-            self.journal.step(step, metrics)
 
     def evaluate(self, step: int) -> None:
         self.expect_long("evaluating", step)

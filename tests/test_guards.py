@@ -66,7 +66,7 @@ def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
     tmp_path, monkeypatch, stall_seconds, expected
 ):
     """A main worker that fetches a large checkpoint keeps the others waiting, with and without Ray."""
-    from ray.train import torch as ray_torch
+    from orchestrator import under_ray
 
     asked: list[float] = []
 
@@ -79,14 +79,14 @@ def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
         raise ZeroDivisionError
 
     monkeypatch.setattr(torch.distributed, "init_process_group", joins)
-    monkeypatch.setattr(ray_torch, "TorchTrainer", trains)
+    monkeypatch.setattr(under_ray, "Trainer", trains)
     monkeypatch.setenv("WORLD_SIZE", "2")
     threads = torch.get_num_threads()
     job = make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=stall_seconds, threads=threads)
     with pytest.raises(ZeroDivisionError):
         worker.run_stage(job)
     with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(1) as pool:
-        launch.start_ray(job, (2, 2), "trainer", pool)
+        launch.start_ray(job, (2, 2), "trainer", pool, joined=False)
     assert asked == [expected, expected]
 
 
