@@ -107,7 +107,7 @@ def test_workers_that_do_not_answer_are_replaced_all_the_same(tmp_path):
 
 def test_only_healthy_workers_are_asked(tmp_path):
     group = Group()
-    callback = running(make_job(NO_DATA, tmp_path, tmp_path), group)
+    callback = running(make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=0.02), group)
     callback.after_controller_state_update(RunningState(), RestartingState(RuntimeError("dead")))
     assert not group.asked
 
