@@ -33,8 +33,20 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def look(self, sha256: str, num_bytes: int) -> Lease | None:
-        """The file with this hash if it is there, held until released."""
-        return self._open(self.folder / sha256, num_bytes, hit=True)
+        """The file with this hash, held until released. None when it is absent, is evicted just now, or has not its
+        size."""
+        path = self.folder / sha256
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        stat = os.fstat(file.fileno())
+        if stat.st_nlink == 0 or stat.st_size != num_bytes:
+            file.close()
+            return None
+        os.utime(file.fileno())  # the time of last use; the name may be dropped meanwhile
+        return Lease(path, file, hit=True)
 
     def take(self, sha256: str, num_bytes: int, fetch: Callable[[Path], None]) -> Lease:
         """The file with this hash, fetched into place by `fetch(path)` unless it is there; held until released."""
@@ -49,14 +61,13 @@ class Cache:
             self.evict(room=num_bytes, coming=temporary)
             try:
                 fetch(temporary)
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
+                file = temporary.open("rb")
+                fcntl.flock(file, fcntl.LOCK_SH)  # before it has its name, or others might evict it at once
+                os.fsync(file.fileno())
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-            fetched = self._open(path, num_bytes, hit=False)
-            assert fetched is not None, "nobody evicts a file whose lock we hold"
-            return fetched
+            return Lease(path, file, hit=False)
 
     def drop(self, lease: Lease) -> None:
         """Remove a file that turned out damaged, and let it go. Another one that has taken its place since stays."""
@@ -75,37 +86,28 @@ class Cache:
         """
         removed = []
         with self._lock("evict.lock"):
-            found = [(path, path.stat()) for path in self.folder.iterdir() if _is_entry(path)]
+            found = list(_entries(self.folder))
             parts = [int(path.name.split(".")[-2]) for path in self.folder.glob(".*.part")]
             total = sum(stat.st_size for _, stat in found) + sum(parts) + room
             for path, stat in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
                 if total <= self.max_bytes:
                     break
-                with path.open("rb") as file:
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        continue
-                    path.unlink()
+                if self._remove_unheld(path):
                     total -= stat.st_size
                     removed.append(path.name)
             if coming is not None:
                 coming.touch()
         return removed
 
-    def _open(self, path: Path, num_bytes: int, *, hit: bool) -> Lease | None:
-        """A held file, or None when it is absent, was evicted meanwhile, or has not its size."""
+    def _remove_unheld(self, path: Path) -> bool:
+        """False where somebody holds the file, or has dropped it meanwhile."""
         try:
-            file = path.open("rb")
-        except FileNotFoundError:
-            return None
-        fcntl.flock(file, fcntl.LOCK_SH)
-        stat = os.fstat(file.fileno())
-        if stat.st_nlink == 0 or stat.st_size != num_bytes:
-            file.close()
-            return None
-        os.utime(path)  # the time of last use
-        return Lease(path, file, hit)
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        return True
 
     def _sweep(self, sha256: str) -> None:
         """Remove parts that a killed process left behind; we hold the lock for this hash, so nobody writes them."""
@@ -120,5 +122,9 @@ class Cache:
             yield
 
 
-def _is_entry(path: Path) -> bool:
-    return len(path.name) == 64 and path.is_file()
+def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The cached files; without those that are dropped just now."""
+    for path in folder.iterdir():
+        if len(path.name) == 64 and path.is_file():
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.stat()

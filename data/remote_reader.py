@@ -100,13 +100,15 @@ class RemoteReader(RowReader):
     def look_again(self, shard: Shard, error: DamageError) -> list[int]:
         """Throw the cached copy away and fetch the shard again. All its blocks when that does not help."""
         future = self._leases.pop(shard.number)
-        if future.exception() is None:
+        if (failed := future.exception()) is None:
             self.cache.drop(future.result())
             try:
                 self._fetch_ahead(shard.number).result()
                 return []
             except DamageError as origin:
                 error = origin
+        elif not isinstance(failed, DamageError):  # of the cache's disk; the shard may be whole
+            raise failed
         if self.quarantine is None or self.quarantine.path is None:
             raise error
         return list(range(shard.first_block, shard.first_block + shard.num_blocks))

@@ -331,6 +331,16 @@ def test_a_server_that_is_down_quarantines_nothing(data, server, tmp_path):
     assert not (tmp_path / "q.json").exists()
 
 
+def test_a_cache_that_is_gone_quarantines_nothing(data, server, tmp_path):
+    """Its disk is at fault, and no shard."""
+    reader = remote(server, tmp_path, Quarantine(tmp_path / "q.json", max_quarantined_share=1.0))
+    shutil.rmtree(tmp_path / "cache" / "shards")
+    with pytest.raises(FileNotFoundError):
+        reader.read([0])
+    reader.close()
+    assert not (tmp_path / "q.json").exists()
+
+
 def test_what_was_read_wrongly_once_is_read_again(data, copy, tmp_path, monkeypatch, caplog):
     flip(copy, 0)
 

@@ -1,5 +1,6 @@
 """Remote data: each run equals the fault-free run, or stops with an error that names URL, file and cause."""
 
+import fcntl
 import importlib.util
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,6 +236,42 @@ def test_the_cache_evicts_the_least_recently_used_that_nobody_holds(tmp_path):
     held.release()
     take("e").release()
     assert {p.name[0] for p in tmp_path.iterdir() if p.is_file()} == {"d", "e"}
+
+
+def test_a_file_that_has_just_come_is_held_before_others_can_evict_it(tmp_path, monkeypatch):
+    cache, replace = Cache(tmp_path, 0), Path.replace
+
+    def replace_and_evict(self, target):
+        found = replace(self, target)
+        assert cache.evict() == []
+        return found
+
+    monkeypatch.setattr(Path, "replace", replace_and_evict)
+    lease = cache.take("a" * 64, 3, lambda into: into.write_bytes(b"abc"))
+    assert lease.path.read_bytes() == b"abc" and not lease.hit
+    lease.release()
+    assert cache.evict() == ["a" * 64]
+
+
+@pytest.mark.parametrize(("module", "moment"), [(os, "fstat"), (fcntl, "flock")])
+def test_a_copy_that_is_dropped_meanwhile_disturbs_nobody(tmp_path, monkeypatch, module, moment):
+    """While it is looked for, and while another one is evicted before it."""
+    cache, original = Cache(tmp_path, 6), getattr(module, moment)
+    for letter in "ab":
+        cache.take(letter * 64, 3, lambda into: into.write_bytes(b"abc")).release()
+    cache.max_bytes = 0
+
+    def drop_and_go_on(file, *how):
+        found = original(file, *how)
+        if how != (fcntl.LOCK_EX,):  # of the lock around all evictions
+            (tmp_path / ("b" * 64)).unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(module, moment, drop_and_go_on)
+    if moment == "fstat":
+        cache.look("b" * 64, 3).release()
+    else:
+        assert cache.evict() == ["a" * 64]
 
 
 def test_a_fetch_that_fails_or_is_killed_leaves_nothing_behind(tmp_path):
