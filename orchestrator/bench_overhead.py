@@ -59,8 +59,14 @@ def overhead_rows(
 ) -> list[OverheadRow]:
     """Measure the first stage of `recipe` (in `file`, with `overrides`) over `steps` steps, `rounds` times each way.
 
-    Raises `UserError` when the stage is too short, or a run ends before its steps are made.
+    Raises `UserError` when the stage is too short, or a run ends before its steps are made, or would take the
+    checkpoints of the recipe's own run.
     """
+    if recipe.compute.checkpoints is not None:
+        raise UserError(
+            f"recipe {recipe.name} has compute.checkpoints {recipe.compute.checkpoints}, which a run of it may be "
+            f"using; measure with --set compute.checkpoints=null"
+        )
     stage = recipe.stages[0]
     needed = steps + WARM_STEPS + 2 * recipe.tracking.log_every
     if stage.steps < needed:

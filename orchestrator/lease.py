@@ -51,8 +51,11 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """To be called before a write that a newer holder must not see. Does not come back when the lease is lost."""
-        if not still_held(self.path):
+        """To be called before a write that a newer holder must not see. Does not come back when the lease is lost.
+
+        Storage that does not answer is asked again as in `check_writer`.
+        """
+        if not answered(self.path):
             self.on_lost(self.path)
 
     def release(self) -> None:

@@ -54,6 +54,15 @@ def test_a_stage_too_short_to_measure_is_refused(text, teacher, tmp_path):
         overhead_rows(load_recipe(recipe), recipe, [], rounds=1, steps=60)
 
 
+def test_checkpoints_of_the_recipes_own_run_are_left_alone(text, teacher, tmp_path):
+    recipe, long = write_recipe(tmp_path, text, teacher), "stages.assistant.steps=900"
+    elsewhere = [long, f"compute.checkpoints={tmp_path / 'store'}"]
+    with pytest.raises(UserError, match="store, which .*; measure with --set compute.checkpoints=null"):
+        overhead_rows(load_recipe(recipe, elsewhere), recipe, elsewhere, rounds=0, steps=60)
+    without = [*elsewhere, "compute.checkpoints=null"]
+    assert load_recipe(recipe, without).compute.checkpoints is None
+
+
 def test_a_save_is_measured(shards, teacher, tmp_path, capsys):
     file = tmp_path / "job.json"
     file.write_text(make_job(shards, teacher, tmp_path, checkpoint_every_seconds=60.0).to_json())
