@@ -63,7 +63,7 @@ def check_outcome(job: StageJob, folder: StageFolder, future: Future[None], *, i
             raise error
         why = " ".join(str(error).split())
         if len(why) > 200:
-            why = "… " + why[-200:].partition(" ")[2]
+            why = "… " + (why[-200:].partition(" ")[2] or why[-200:])
         raise InfrastructureError(
             f"stage {job.stage}: Ray gave up ({why}); the workers' logs are "
             f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
