@@ -150,6 +150,8 @@ def restore_newest(
         try:
             with store.opened(name) as folder:
                 meta, tensors = read(folder)
+            if meta["step"] != step_of(name):  # a copy by hand: its step would never be saved
+                raise ValueError(f"it is of step {meta['step']}")
         except DAMAGE as error:
             log.warning(
                 "checkpoint %s/%s is damaged (%s): falling back to the one before", store.where, name, error

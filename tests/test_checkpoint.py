@@ -136,6 +136,15 @@ def test_any_bit_flipped_in_the_metadata_is_damage(tmp_path):
             checkpoint.parse_meta(bytes(flipped))
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path, caplog):
+    models, states = make(0)
+    save(tmp_path, 1, models, states)
+    save(tmp_path, 2, models, states).rename(tmp_path / "step-000000005")
+    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (1, FACTS)
+    assert "step-000000005 is damaged (it is of step 2)" in caplog.text
+    assert save(tmp_path, 5, models, states).is_dir()
+
+
 def test_a_flip_in_what_the_newest_belongs_to_falls_back_to_the_one_before(tmp_path, caplog):
     models, states = make(0)
     save(tmp_path, 1, models, states)
