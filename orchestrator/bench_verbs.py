@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from orchestrator.arguments import positive_whole
 from orchestrator.data_verbs import add_bench_stream
 
 
@@ -26,7 +27,9 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--students", default="6x384", metavar="LxH,…", help="several share one teacher pass too"
     )
-    step.add_argument("--micro-batches", type=int, default=1, help="of --batch rows, before an update")
+    step.add_argument(
+        "--micro-batches", type=positive_whole, default=1, help="of --batch rows, before an update"
+    )
     step.add_argument("--ways", default="by-hand,ours", help="of by-hand, ours, ours-compiled")
     _add_common(step)
     step.set_defaults(run=bench_step)
@@ -34,21 +37,23 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     reduction.description = (
         "Under torchrun (-m orchestrator bench reduction …) the sum over workers is in it."
     )
-    reduction.add_argument("--parameters", type=int, default=33_000_000)
-    reduction.add_argument("--micro-batches", type=int, default=8, help="of a worker's step")
-    reduction.add_argument("--rounds", type=int, default=5)
+    reduction.add_argument("--parameters", type=positive_whole, default=33_000_000)
+    reduction.add_argument("--micro-batches", type=positive_whole, default=8, help="of a worker's step")
+    reduction.add_argument("--rounds", type=positive_whole, default=5)
     _add_machine(reduction)
     reduction.set_defaults(run=bench_reduction)
     save = verbs.add_parser("save", help="how long a checkpoint holds the loop up, and what writing it takes")
     save.add_argument("job", type=Path, metavar="JOB.json", help="of a stage that has been begun")
-    save.add_argument("--rounds", type=int, default=5)
+    save.add_argument("--rounds", type=positive_whole, default=5)
     _add_machine(save)
     save.set_defaults(run=bench_save)
     overhead = verbs.add_parser("overhead", help="what Ray and tracking add to the loop alone")
     overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
     overhead.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
-    overhead.add_argument("--steps", type=int, default=100, help="measured each time (30 s of them, or more)")
-    overhead.add_argument("--rounds", type=int, default=3)
+    overhead.add_argument(
+        "--steps", type=positive_whole, default=100, help="measured each time (30 s of them, or more)"
+    )
+    overhead.add_argument("--rounds", type=positive_whole, default=3)
     overhead.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
     overhead.set_defaults(run=bench_overhead)
 
@@ -134,10 +139,10 @@ def bench_overhead(options: argparse.Namespace) -> int:
 
 
 def _add_common(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--batch", type=int, default=8)
-    verb.add_argument("--tokens", type=int, default=512)
-    verb.add_argument("--heads", type=int, default=12)
-    verb.add_argument("--repeats", type=int, default=5)
+    verb.add_argument("--batch", type=positive_whole, default=8)
+    verb.add_argument("--tokens", type=positive_whole, default=512)
+    verb.add_argument("--heads", type=positive_whole, default=12)
+    verb.add_argument("--repeats", type=positive_whole, default=5)
     verb.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
     )
@@ -145,7 +150,7 @@ def _add_common(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
+    verb.add_argument("--threads", type=positive_whole, help="of the CPU (default: PyTorch's)")
     verb.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     verb.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data.errors import DataError
 from model.errors import ModelError
+from orchestrator.arguments import positive_whole
 from orchestrator.bench_verbs import add_bench_verbs
 from orchestrator.data_verbs import add_data_verbs
 from orchestrator.errors import RecipeErrors, UserError
@@ -204,12 +205,6 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"given {text!r}; allowed: a number above 0")
     return value
-
-
-def positive_whole(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: a whole number above 0")
-    return int(text)
 
 
 def pull_model(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.arguments import positive_whole
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def add_data_verbs(data: argparse.ArgumentParser) -> None:
 
     verify = verbs.add_parser("verify", help="compare every byte with the manifest")
     verify.add_argument("data", metavar="DIR|URL")
-    verify.add_argument("--threads", type=int)
+    verify.add_argument("--threads", type=positive_whole)
     _add_json(verify)
     verify.set_defaults(run=verify_data)
 
@@ -85,7 +86,7 @@ def add_data_verbs(data: argparse.ArgumentParser) -> None:
     inspect = verbs.add_parser("inspect", help="a page of rows decoded, and what the tokens are like")
     inspect.add_argument("data", type=Path, metavar="DIR")
     inspect.add_argument("--page", type=int, default=0)
-    inspect.add_argument("--rows-per-page", type=int, default=10)
+    inspect.add_argument("--rows-per-page", type=positive_whole, default=10)
     _add_json(inspect)
     inspect.set_defaults(run=inspect_data)
 
@@ -108,11 +109,11 @@ def add_data_verbs(data: argparse.ArgumentParser) -> None:
 
 
 def add_bench_stream(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("--rows", type=int, default=200_000)
-    bench.add_argument("--seq-len", type=int, default=512)
-    bench.add_argument("--micro-batch", type=int, default=256)
+    bench.add_argument("--rows", type=positive_whole, default=200_000)
+    bench.add_argument("--seq-len", type=positive_whole, default=512)
+    bench.add_argument("--micro-batch", type=positive_whole, default=256)
     bench.add_argument("--seconds", type=float, default=1.0, help="for each reader and repeat")
-    bench.add_argument("--repeats", type=int, default=3)
+    bench.add_argument("--repeats", type=positive_whole, default=3)
     _add_json(bench)
     bench.set_defaults(run=bench_stream_verb)
 

@@ -31,7 +31,6 @@ from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from orchestrator.errors import InfrastructureError
 from orchestrator.files import read_json
-from orchestrator.guards import LONG
 from orchestrator.reporting import log_to_file, run_reporting
 from orchestrator.stage import StageFolder, StageJob
 
@@ -133,7 +132,7 @@ class Callback(ControllerCallback, WorkerGroupCallback):
         """
         if not isinstance(current_state, ResizingState):
             return
-        seconds = self.job.stall_seconds * LONG  # as long as a save may take
+        seconds = self.job.stall_seconds  # and not longer: Ray looks at no worker meanwhile
         try:
             answer = self.group.execute_single_async(0, leave, seconds)
             if not ray.get(answer, timeout=seconds):

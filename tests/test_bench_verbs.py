@@ -7,6 +7,7 @@ import pytest
 
 from model import bench, bench_step
 from model.errors import ModelError
+from orchestrator import cli
 from orchestrator.bench_verbs import add_bench_verbs
 
 
@@ -65,3 +66,19 @@ def test_a_step_of_several_micro_batches(capsys):
     sizes = ("--teacher", "2x8", "--students", "1x4", "--batch", "1", "--tokens", "8", "--ways", "ours")
     assert call("step", *sizes, "--micro-batches", "2") == 0
     assert "2x8 to 1x4, 2 of 1x8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["overhead", "recipe.yaml", "--rounds"],
+        ["step", "--batch"],
+        ["save", "--rounds"],
+        ["stream", "--repeats"],
+    ],
+)
+def test_a_size_of_nothing_is_refused(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *verb, "0"])
+    assert ended.value.code == 2
+    assert f"argument {verb[-1]}: given '0'; allowed: a whole number above 0" in capsys.readouterr().err

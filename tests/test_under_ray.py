@@ -89,7 +89,7 @@ def test_before_a_resize_the_step_that_is_computed_is_saved(shards, teacher, tmp
 
 
 def test_a_worker_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
-    job = make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=2)
+    job = make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=60)
     monkeypatch.setattr(under_ray, "run_reporting", lambda job, eviction_announced: True)
     under_ray.train_function({"job": job.to_json()})
     began = time.monotonic()
