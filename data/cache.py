@@ -72,11 +72,7 @@ class Cache:
     def drop(self, lease: Lease) -> None:
         """Remove a file that turned out damaged, and let it go. Another one that has taken its place since stays."""
         with self._lock(f"{lease.path.name}.lock"):
-            try:
-                if os.path.samestat(lease.path.stat(), os.fstat(lease.file.fileno())):
-                    lease.path.unlink()
-            except FileNotFoundError:
-                pass
+            _unlink(lease.path, lease.file)
             lease.release()
 
     def evict(self, room: int = 0, coming: Path | None = None) -> list[str]:
@@ -104,10 +100,9 @@ class Cache:
         try:
             with path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                return _unlink(path, file)
         except (BlockingIOError, FileNotFoundError):
             return False
-        return True
 
     def _sweep(self, sha256: str) -> None:
         """Remove parts that a killed process left behind; we hold the lock for this hash, so nobody writes them."""
@@ -120,6 +115,15 @@ class Cache:
         with (self.folder / "locks" / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _unlink(path: Path, file: IO[bytes]) -> bool:
+    """Remove `path` if it still names this open file; False where it is gone, or another one has taken its place."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            path.unlink()
+            return True
+    return False
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -274,6 +274,22 @@ def test_a_copy_that_is_dropped_meanwhile_disturbs_nobody(tmp_path, monkeypatch,
         assert cache.evict() == ["a" * 64]
 
 
+def test_a_copy_that_has_come_in_place_of_a_dropped_one_is_not_evicted_for_it(tmp_path, monkeypatch):
+    cache, lock = Cache(tmp_path, 3), fcntl.flock
+    path = tmp_path / ("a" * 64)
+    cache.take(path.name, 3, lambda into: into.write_bytes(b"abc")).release()
+    cache.max_bytes = 0
+
+    def come_again(file, how):
+        if how & fcntl.LOCK_NB:
+            path.with_suffix(".new").write_bytes(b"new")
+            path.with_suffix(".new").replace(path)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", come_again)
+    assert cache.evict() == [] and path.read_bytes() == b"new"
+
+
 def test_a_fetch_that_fails_or_is_killed_leaves_nothing_behind(tmp_path):
     cache = Cache(tmp_path, 1000)
 
