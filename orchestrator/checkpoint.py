@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.patience import one_line
 from orchestrator.checkpoint_store import META, CheckpointStore, open_store, step_of
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import sha256_json, write_json
@@ -156,7 +157,7 @@ def restore_newest(
             log.warning(
                 "checkpoint %s/%s is damaged (%s): falling back to the one before", store.where, name, error
             )
-            damaged[name] = " ".join(str(error).split())[:200]
+            damaged[name] = one_line(error)[:200]
             continue
         check_identity(f"{store.where}/{name}", meta, identity)
         if changes := changed_code(meta["code"]):

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data.patience import one_line
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.guards import peer_timeout
@@ -31,9 +32,7 @@ RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for f
 CONNECT_SECONDS = 10
 KILL_SECONDS = 60
 POLL_SECONDS = "1"  # between two looks of Ray's controller at its workers
-START_SECONDS = (
-    "20"  # for the placement of a group (its processes have no limit), before Ray counts places again
-)
+START_SECONDS = "20"  # for placing a group, without its processes' start; then Ray counts places again
 
 
 @contextmanager
@@ -58,7 +57,7 @@ def ray_cluster(address: str | None, max_workers: int) -> Iterator[None]:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:  # no cluster, another version, a bad address
         raise InfrastructureError(
-            f"Ray does not start at {given or 'this machine'}: {' '.join(str(error).split())[:300]}"
+            f"Ray does not start at {given or 'this machine'}: {one_line(error)}"
         ) from error
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from data.patience import one_line
 from orchestrator.errors import InfrastructureError, Stopped, UserError
 from orchestrator.progress import duration
 from orchestrator.recipe_types import Compute
@@ -26,7 +27,7 @@ def resources(*, free: bool = False) -> dict[str, float]:
         return ray.available_resources() if free else ray.cluster_resources()
     except Exception as error:  # whatever Ray raises while its head is away
         raise InfrastructureError(
-            f"the Ray cluster does not answer ({' '.join(str(error).split())[:200]}); the same command goes on"
+            f"the Ray cluster does not answer ({one_line(error)[:200]}); the same command goes on"
         ) from error
 
 
