@@ -189,31 +189,22 @@ class Arena:
     # --- checkpoints
 
     def damage(self, stage: StageFolder, pick: float) -> str | None:
-        """Damage the newest checkpoint, if there is a sound one behind it; how, or None."""
-        found = [stage.checkpoints / name for name in LocalFolder(stage.checkpoints).names()]
-        try:
-            checkpoint.read(found[-2])
-            victims = sorted(path for path in found[-1].iterdir() if path.is_file())
-            victim = victims[int(pick * 997) % len(victims)]
-            how = ("a bit flipped", "cut short", "lost")[int(pick * 3)]
-            if how == "lost":
-                victim.unlink()
-            else:
-                flip_bit(victim, pick) if how == "a bit flipped" else os.truncate(
-                    victim, victim.stat().st_size // 2
-                )
-            return f"{found[-1].name}/{victim.name} {how}"
-        except (IndexError, *checkpoint.DAMAGE):  # none behind it, or just replaced by a newer one
-            return None
+        """Kill every worker and damage the newest checkpoint, if there is a sound one behind it; how, or None.
+
+        Workers stand still from the choice on: the next checkpoint, saved in between, would hide the damaged one.
+        """
+        pids = self.workers()
+        signal_all(pids, signal.SIGSTOP)
+        how = damage_newest(stage.checkpoints, pick) if pids else None
+        signal_all(pids, signal.SIGKILL if how else signal.SIGCONT)
+        return how
 
     def damage_cache(self, cache: Path, pick: float) -> str | None:
         """Kill every worker and damage a cached shard, if there is one; which. Living ones would not check it again."""
         shards = sorted(path for path in cache.glob("shards/*") if len(path.name) == 64)
         if not shards or not self.workers():
             return None
-        for pid in self.workers():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        signal_all(self.workers(), signal.SIGKILL)
         victim = shards[int(pick * len(shards))]
         flip_bit(victim, pick)
         return f"shard {victim.name[:12]}"
@@ -302,6 +293,31 @@ def keep_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def signal_all(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
+
+
+def damage_newest(checkpoints: Path, pick: float) -> str | None:
+    """Damage the newest checkpoint, if there is a sound one behind it; how, or None."""
+    found = [checkpoints / name for name in LocalFolder(checkpoints).names()]
+    try:
+        checkpoint.read(found[-2])
+        victims = sorted(path for path in found[-1].iterdir() if path.is_file())
+        victim = victims[int(pick * 997) % len(victims)]
+        how = ("a bit flipped", "cut short", "lost")[int(pick * 3)]
+        if how == "lost":
+            victim.unlink()
+        elif how == "cut short":
+            os.truncate(victim, victim.stat().st_size // 2)
+        else:
+            flip_bit(victim, pick)
+        return f"{found[-1].name}/{victim.name} {how}"
+    except (IndexError, *checkpoint.DAMAGE):  # none behind it, or not sound itself
+        return None
 
 
 def flip_bit(path: Path, pick: float) -> None:

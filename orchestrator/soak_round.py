@@ -207,10 +207,8 @@ class Round:
             self.start()
             done = True
         elif kind == "damage":
-            if arena.workers():  # else it would be asked again, and a bit flipped twice is whole
-                detail = arena.damage(self.progress.folder, strike.pick) or ""
-            if done := bool(detail):
-                arena.kill_worker(strike.pick)
+            detail = arena.damage(self.progress.folder, strike.pick) or ""
+            done = bool(detail)
         elif kind == "cache":
             assert self.recipe.data.cache
             detail = arena.damage_cache(Path(self.recipe.data.cache), strike.pick) or ""
