@@ -14,7 +14,9 @@ import math
 import os
 import select
 import sys
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 from data.errors import DataError
 from model.errors import ModelError
@@ -135,7 +137,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_recipe(options: argparse.Namespace) -> int:
+    from orchestrator.cluster import Cluster
+    from orchestrator.progress import Line
     from orchestrator.recipe import load_recipe
+    from orchestrator.signals import StopRequest
     from orchestrator.summary import Summary
     from orchestrator.workdir import Workdir, default_workdir
 
@@ -150,17 +155,19 @@ def run_recipe(options: argparse.Namespace) -> int:
 
                 tell_rest(workdir.root, recipe.tracking.experiment)
     else:
-        with workdir.claim(recipe, options.redo_from) as lease:  # before anything heavy is imported
+        cluster = Cluster(options.address, recipe.compute.workers[1], workdir.cluster)
+        with workdir.claim(recipe, options.redo_from) as lease, StopRequest() as stop, cluster:
+            ray = options.launcher == "ray"
+            # before anything heavy is imported, which can happen beside Ray's start where the inputs are known
+            if ray and workdir.goes_on(recipe):
+                Thread(target=import_module, args=["orchestrator.curriculum"]).start()
+                Line().show("starting Ray", force=True)
+                cluster.connect(stop)
             from orchestrator.curriculum import run_recipe
 
+            redo_from = options.redo_from
             summary = run_recipe(
-                recipe,
-                options.recipe,
-                workdir,
-                lease,
-                launcher=options.launcher,
-                address=options.address,
-                redo_from=options.redo_from,
+                recipe, options.recipe, workdir, lease, cluster if ray else None, stop, redo_from=redo_from
             )
     print(f"\n{summary.table()}\n\n{summary.next_steps()}")
     return 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from model.export import weights_digest
 from orchestrator import launch, places
 from orchestrator.attempt import begin_attempt, check_outcome
+from orchestrator.cluster import Cluster
 from orchestrator.data_job import DataJob
 from orchestrator.errors import Stopped, UserError
 from orchestrator.files import read_json, sha256_json, write_json
@@ -40,19 +41,19 @@ def run_recipe(
     recipe_file: Path,
     workdir: Workdir,
     lease: Lease,
+    cluster: Cluster | None,
+    stop: StopRequest,
     *,
-    launcher: str,
-    address: str | None,
     redo_from: str | None = None,
 ) -> Summary:
     """Run every stage that is not done, and return the summary of the whole curriculum.
 
-    The caller holds `lease`, from `workdir.claim`. `launcher`: "ray", or "inline" for the same worker in this
-    process; `address`: of a Ray cluster, None for RAY_ADDRESS or a local one; `redo_from`: as it was claimed. Raises
-    `Stopped` after SIGINT or SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
+    The caller holds `lease`, from `workdir.claim`, and leaves `cluster`; None for the same worker in this process.
+    `redo_from`: as it was claimed. Raises `Stopped` after SIGINT or SIGTERM, `UserError` for bad input,
+    `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
-    with StopRequest() as stop, ExitStack() as stack:
+    with ExitStack() as stack:
         line = Line()
         stack.callback(line.close)
         data = prepare_data(recipe, workdir, build_reporter(line, stop))
@@ -71,7 +72,7 @@ def run_recipe(
             },
             recipe_file=recipe_file,
         )
-        driver = Driver(recipe, workdir, lease, data, tracking, launcher, address, line, stop, stack)
+        driver = Driver(recipe, workdir, lease, data, tracking, cluster, line, stop)
         try:
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
             driver.withdraw_reservations()
@@ -105,12 +106,9 @@ class Driver:
     lease: Lease
     data: DataJob
     tracking: Tracking
-    launcher: str
-    address: str | None
+    cluster: Cluster | None
     line: Line
     stop: StopRequest
-    stack: ExitStack
-    connected: bool = False
 
     def run_stage(self, number: int) -> list[ModelEntry]:
         """Train and publish stage `number` (0-based) unless that is done; its teacher and students for the summary."""
@@ -200,10 +198,10 @@ class Driver:
         folder = self.workdir.stage(job.stage)
         job = replace(job, attempt=f"{job.stage}-{uuid.uuid4().hex[:12]}", lease=str(self.lease.path))
         place = ""
-        if self.launcher == "ray":
+        if self.cluster:
             place = places.wait_for_places(
                 self.recipe.compute,
-                grows=self.joins_cluster,
+                grows=self.cluster.is_joined,
                 stop=self.stop,
                 show=lambda text, force: self.line.show(f"{label}  {text}", force=force),
             )
@@ -211,10 +209,9 @@ class Driver:
             job = replace(job, device="cuda" if place == "GPU" else "cpu")
         begin_attempt(job, folder)
         with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
-            if place:
-                future = launch.start_ray(
-                    job, self.recipe.compute.workers, place, pool, joined=self.joins_cluster
-                )
+            if self.cluster:
+                workers, joined = self.recipe.compute.workers, self.cluster.is_joined
+                future = launch.start_ray(job, workers, place, pool, joined=joined)
             else:
                 future = launch.start_inline(job, pool)
             try:
@@ -222,14 +219,14 @@ class Driver:
             except BaseException:
                 with suppress(OSError):  # a full disk
                     folder.stop_request.touch()  # the pool waits for the workers: let them end
-                if place:  # or they are not there to end
-                    launch.abandon(folder.root)
-                    self.connected = False
+                if self.cluster:  # or they are not there to end: then `fit` ends with an error
+                    launch.cancel_reservations(folder.root)
+                    self.cluster.leave()
                 raise
         self.lease.check()
         self.line.close()
         folder.stop_request.unlink(missing_ok=True)
-        check_outcome(job, folder, future, inline=self.launcher == "inline")
+        check_outcome(job, folder, future, inline=self.cluster is None)
 
     def watch(self, future: Future[None], job: StageJob, label: str, place: str) -> None:
         """Show progress until the workers have ended, pass a request to stop on to them, and look after silent ones."""
@@ -259,21 +256,14 @@ class Driver:
         """Join or start the Ray cluster before the first stage that needs it."""
         if self.stop.requested:
             raise Stopped("stopped before the stage began; the same command goes on from here")
-        if self.connected or self.launcher == "inline":
-            return
-        self.line.show("starting Ray", force=True)
-        self.stack.enter_context(launch.ray_cluster(self.address, self.recipe.compute.workers[1]))
-        self.stop.install()  # ray.init() replaces the SIGTERM handler
-        self.connected = True
-
-    @property
-    def joins_cluster(self) -> bool:
-        return launch.cluster_address(self.address) is not None
+        if self.cluster and not self.cluster.connected:
+            self.line.show("starting Ray", force=True)
+            self.cluster.connect(self.stop)
 
     def withdraw_reservations(self) -> None:
         """Of a dead driver, where no stage was left to do it: another run on the cluster would wait for them."""
         folder = self.workdir.stage(self.recipe.stages[-1].name).root
-        if self.launcher == "ray" and self.joins_cluster and launch.reservations(folder):
+        if self.cluster and self.cluster.is_joined and launch.reservations(folder):
             with suppress(UserError):  # a cluster that is gone has none
                 self.connect()
                 launch.cancel_reservations(folder)

@@ -11,15 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from data.patience import one_line
-from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.guards import peer_timeout
 from orchestrator.processes import Process
@@ -29,59 +23,8 @@ log = logging.getLogger(__name__)
 
 RESERVATION = "reservation.json"
 RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for free places (60)
-CONNECT_SECONDS = 10
+CANCEL_SECONDS = 10
 KILL_SECONDS = 60
-POLL_SECONDS = "1"  # between two looks of Ray's controller at its workers
-START_SECONDS = "20"  # for placing a group, without its processes' start; then Ray counts places again
-
-
-@contextmanager
-def ray_cluster(address: str | None, max_workers: int) -> Iterator[None]:
-    """Connect to `address` (or RAY_ADDRESS), else start a local cluster that ends with this process."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_SECONDS)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-    import ray
-
-    given = cluster_address(address)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if given:
-        check_answers(given)
-        options["address"] = given
-    else:
-        # "local": without it ray.init() would join whatever cluster this machine has
-        options |= {"address": "local", "resources": {"trainer": max_workers}, "include_dashboard": False}
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:  # no cluster, another version, a bad address
-        raise InfrastructureError(
-            f"Ray does not start at {given or 'this machine'}: {one_line(error)}"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def cluster_address(address: str | None) -> str | None:
-    """Of the cluster that is to be joined; None for one of our own on this machine, which never grows."""
-    return address or os.environ.get("RAY_ADDRESS")
-
-
-def check_answers(address: str) -> None:
-    """Raise `UserError` if nobody listens at HOST:PORT: `ray.init` would wait for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():
-        return  # "auto" and the like: Ray finds out by itself, at once
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error.strerror or error}): start one with `ray start --head`, "
-            f"or drop --address and RAY_ADDRESS for a local one"
-        ) from error
 
 
 def end_worker(process: Process) -> bool:
@@ -107,14 +50,6 @@ def end_worker(process: Process) -> bool:
     return False
 
 
-def abandon(folder: Path) -> None:
-    """Leave the cluster while a stage still runs or waits: `fit` ends with an error."""
-    import ray
-
-    cancel_reservations(folder)
-    ray.shutdown()
-
-
 def reservations(folder: Path) -> list[Path]:
     """What drivers have noted that they reserved for the stages of a run; `folder`: of one of them."""
     return sorted(folder.parent.glob(f"*/{RESERVATION}"))
@@ -138,7 +73,7 @@ def cancel_reservations(folder: Path) -> None:
 
             coordinator = get_or_create_autoscaling_coordinator()
             ray.get(
-                coordinator.cancel_request.remote(requester_id=record["requester"]), timeout=CONNECT_SECONDS
+                coordinator.cancel_request.remote(requester_id=record["requester"]), timeout=CANCEL_SECONDS
             )
             path.unlink(missing_ok=True)
         except Exception as error:

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -62,8 +62,28 @@ def this_machine() -> str:
 
 def started(pid: int) -> int | None:
     """When process `pid` of this machine started, in clock ticks since boot; None when it has ended."""
+    fields = status(pid)
+    return int(fields[19]) if fields else None
+
+
+def status(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the name, from the state on; none when the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+        return []
+    return [] if fields[0] in "ZX" else fields
+
+
+def descendants() -> list[Process]:
+    """The children of this process, theirs, and so on."""
+    parents = {
+        pid: int(fields[1])
+        for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
+        if (fields := status(pid))
+    }
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    here = Process.this()
+    return [replace(here, pid=pid, started=started(pid) or 0) for pid in sorted(family - {here.pid})]

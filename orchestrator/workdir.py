@@ -1,6 +1,7 @@
 """The work directory: all that a run writes, and the proof that it belongs to this recipe.
 
 DIR/lease/          which process works in it (see `lease`)
+DIR/cluster.json    the processes of the run's own Ray cluster
 DIR/run.json        the recipe's result-determining fields, and its data's fingerprints
 DIR/set-aside/N/    what `--from STAGE` did again, as it was before
 DIR/recipe.yaml     the recipe file as given
@@ -49,6 +50,10 @@ class Workdir:
         return self.root / "run.json"
 
     @property
+    def cluster(self) -> Path:
+        return self.root / "cluster.json"
+
+    @property
     def data(self) -> Path:
         return self.root / "data"
 
@@ -78,6 +83,11 @@ class Workdir:
         record = read_json(self.run)
         same = record is not None and record["recipe"] == recipe.result_fields()
         return same and self.summary.exists()
+
+    def goes_on(self, recipe: Recipe) -> bool:
+        """Has a run begun here, its inputs being sound, that has a stage left to train? Reads only small files."""
+        done = [self.stage(stage.name).done.exists() for stage in recipe.stages]
+        return self.run.exists() and not all(done)
 
     @contextmanager
     def claim(self, recipe: Recipe, redo_from: str | None = None) -> Iterator[Lease]:

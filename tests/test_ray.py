@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
 
-from orchestrator.errors import UserError
 from orchestrator.files import read_json
-from orchestrator.launch import RESERVATION, ray_cluster
+from orchestrator.launch import RESERVATION
 from orchestrator.metrics import read_all_points
+from orchestrator.processes import Process
 from orchestrator.stage import StageFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path
 
 
 def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path):  # noqa: F811
-    """A local cluster of `minilm run` itself: SIGKILL the worker in the first stage, the driver in the second."""
+    """A local cluster of `minilm run` itself: SIGKILL the worker in the first stage, both in the second."""
     recipe, work = finished / "tiny.yaml", tmp_path / "work"
     first, second = (StageFolder(work / "stages" / name) for name in ("assistant", "small"))
     process = minilm("run", recipe, "--workdir", work)
@@ -129,12 +129,30 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
     assert beat["pid"] != process.pid
     os.kill(beat["pid"], signal.SIGKILL)
     wait_for(lambda: (second.checkpoints / "step-000000008").exists(), process)
+    beat = read_json(second.heartbeat)
+    os.kill(beat["pid"], signal.SIGKILL)  # else it would make its few steps without a driver
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not second.done.exists()
     assert not (second.root / RESERVATION).exists(), "nothing to withdraw: the run's own cluster ends with it"
     assert (first.root / "worker-0.log").read_text().count("resumes at step") == 1
+    _, errors = run("run", recipe, "--workdir", work, "--address", "127.0.0.1:1", expect=2)
+    assert errors.splitlines()[0] == "starting Ray", "at once: the inputs are known"
+    assert errors.splitlines()[1].startswith("minilm: error: no Ray cluster answers at 127.0.0.1:1")
+    left = [Process(**fields) for fields in read_json(work / "cluster.json")]
+    for seconds in (0.5, 2):
+        process = minilm("run", recipe, "--workdir", work)
+        assert process.stderr.readline() == "starting Ray\n"
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 3, errors
+        assert re.search(
+            "minilm: stopped: stopped (while Ray started|before the stage began); the same", errors
+        )
     run("run", recipe, "--workdir", work)
+    assert all(process.is_gone() for process in left)
+    assert not (work / "cluster.json").exists()
     assert digests(work) == digests(finished / "work")
 
 
@@ -164,13 +182,6 @@ def test_a_gpu_where_there_is_none_is_refused_at_once_by_a_cluster_of_the_runs_o
     )
     assert "or use --set compute.device=cpu" in errors
     assert "Traceback" not in errors
-
-
-def test_an_address_where_no_cluster_answers():
-    """Said before Ray, which would wait for minutes, is asked."""
-    advice = "no Ray cluster answers at 127.0.0.1:1 .* `ray start --head`, or drop"
-    with pytest.raises(UserError, match=advice), ray_cluster("127.0.0.1:1", 1):
-        pytest.fail("there is no cluster")
 
 
 def test_ray_starts_no_actor_for_data_sets():

@@ -1,0 +1,58 @@
+"""The cluster of a run: when it is started, and what a killed driver leaves of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.cluster import check_answers, end_leftovers
+from orchestrator.errors import UserError
+from orchestrator.files import write_json
+from orchestrator.processes import Process, descendants
+from orchestrator.workdir import Workdir
+
+SLEEPER = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+PARENT = [sys.executable, "-c", f"import subprocess; subprocess.run({SLEEPER!r})"]
+
+
+def test_an_address_where_no_cluster_answers():
+    """Said before Ray, which would wait for minutes, is asked."""
+    advice = "no Ray cluster answers at 127.0.0.1:1 .* `ray start --head`, or drop"
+    with pytest.raises(UserError, match=advice):
+        check_answers("127.0.0.1:1")
+
+
+def test_what_a_killed_driver_has_left_is_ended_and_nothing_else(tmp_path):
+    """Its children's children too; no process that has only got the number of one of them."""
+    before = set(descendants())
+    with subprocess.Popen(PARENT, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout and parent.stdout.readline(), "the child's child is there"
+        ours = [process for process in descendants() if process not in before]
+        assert len(ours) == 2 and ours[0] == Process(**asdict(ours[0]) | {"pid": parent.pid})
+        record = tmp_path / "cluster.json"
+        write_json(record, [asdict(process) | {"started": process.started + 1} for process in ours])
+        end_leftovers(record)
+        assert not any(process.is_gone() for process in ours)
+        write_json(record, [asdict(process) for process in ours])
+        end_leftovers(record)
+        parent.wait(10)
+        assert ours[0].is_gone()
+        assert parent.stdout.read() == b"", "nobody holds the other end: the child's child has ended"
+    end_leftovers(tmp_path / "none.json")
+
+
+def test_ray_starts_before_the_rest_only_where_a_stage_is_left_to_train(tmp_path):
+    """A new run's inputs are looked at first; a trained one is published without a cluster, which may be gone."""
+    work, recipe = Workdir(tmp_path), SimpleNamespace(stages=[SimpleNamespace(name=n) for n in ("a", "b")])
+    assert not work.goes_on(recipe)
+    write_json(work.run, {})
+    assert work.goes_on(recipe)
+    for name in ("a", "b"):
+        assert work.goes_on(recipe)
+        work.stage(name).root.mkdir(parents=True)
+        write_json(work.stage(name).done, {})
+    assert not work.goes_on(recipe)
