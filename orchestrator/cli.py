@@ -14,6 +14,7 @@ import math
 import os
 import select
 import sys
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -157,17 +158,24 @@ def run_recipe(options: argparse.Namespace) -> int:
     else:
         cluster = Cluster(options.address, recipe.compute.workers[1], workdir.cluster)
         with workdir.claim(recipe, options.redo_from) as lease, StopRequest() as stop, cluster:
-            ray = options.launcher == "ray"
-            # before anything heavy is imported, which can happen beside Ray's start where the inputs are known
-            if ray and workdir.goes_on(recipe):
-                Thread(target=import_module, args=["orchestrator.curriculum"]).start()
-                Line().show("starting Ray", force=True)
-                cluster.connect(stop)
-            from orchestrator.curriculum import run_recipe
+            under_ray = options.launcher == "ray"
+            if under_ray and workdir.goes_on(
+                recipe
+            ):  # its inputs were sound: Ray starts, and the rest beside it
+                Thread(target=import_module, args=["orchestrator.curriculum"], name="imports").start()
+                with closing(Line()) as line:
+                    line.show("starting Ray", force=True)
+                    cluster.connect(stop)
+            from orchestrator.curriculum import run_recipe  # heavy: only now, when the work directory is ours
 
-            redo_from = options.redo_from
             summary = run_recipe(
-                recipe, options.recipe, workdir, lease, cluster if ray else None, stop, redo_from=redo_from
+                recipe,
+                options.recipe,
+                workdir,
+                lease,
+                cluster if under_ray else None,
+                stop,
+                redo_from=options.redo_from,
             )
     print(f"\n{summary.table()}\n\n{summary.next_steps()}")
     return 0

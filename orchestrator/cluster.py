@@ -37,7 +37,8 @@ class Cluster:
     """
 
     def __init__(self, address: str | None, places: int, record: Path):
-        self.address = address or os.environ.get("RAY_ADDRESS") or None
+        given = address or os.environ.get("RAY_ADDRESS")
+        self.address = None if given in ("", "local") else given
         self.places, self.record = places, record
         self.connected = False
 
@@ -65,6 +66,7 @@ class Cluster:
             end_leftovers(self.record)
             # "local": without it ray.init() would join whatever cluster this machine has
             options |= {"address": "local", "resources": {"trainer": self.places}, "include_dashboard": False}
+        others = descendants()
         try:
             ray.init(**options)
         except (
@@ -79,10 +81,9 @@ class Cluster:
             raise Stopped("stopped while Ray started; the same command goes on from here") from error
         finally:
             stop.install()
+            if not self.is_joined:
+                note([process for process in descendants() if process not in others], self.record)
         self.connected = True
-        if not self.is_joined:
-            with suppress(OSError):  # a full disk: nothing is lost but 3 s of the next start
-                write_json(self.record, [asdict(process) for process in descendants()])
 
     def leave(self) -> None:
         if self.connected:
@@ -90,7 +91,6 @@ class Cluster:
 
             ray.shutdown()
             self.connected = False
-            self.record.unlink(missing_ok=True)
 
     def __enter__(self) -> Cluster:
         return self
@@ -101,12 +101,21 @@ class Cluster:
         self.leave()
 
 
+def note(processes: list[Process], record: Path) -> None:
+    """For `end_leftovers`. It stays: a process is named so that a later one is not mistaken for it."""
+    with suppress(OSError):  # storage that is full or away: nothing is lost but 3 s of the next start
+        write_json(record, [asdict(process) for process in processes])
+
+
 def end_leftovers(record: Path) -> None:
     """End what is left of a killed driver's own cluster: Ray's agents look for their dead head for a minute, on the
     port that the agents of the next cluster want, which wait 3 s for it.
     """
-    for fields in read_json(record) or []:
-        Process(**fields).kill()
+    with suppress(
+        OSError, ValueError, TypeError
+    ):  # not read, another version's, another user's: they end themselves
+        for fields in read_json(record) or []:
+            Process(**fields).kill()
 
 
 def check_answers(address: str) -> None:

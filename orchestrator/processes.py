@@ -69,9 +69,10 @@ def started(pid: int) -> int | None:
 def status(pid: int) -> list[str]:
     """The fields of /proc/PID/stat behind the name, from the state on; none when the process has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")  # any bytes are a name
     except (FileNotFoundError, ProcessLookupError):
         return []
+    fields = stat.rpartition(")")[2].split()
     return [] if fields[0] in "ZX" else fields
 
 

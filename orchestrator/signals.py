@@ -13,7 +13,7 @@ HARD_EXIT = 130
 class StopRequest:
     """A context in which the first signal sets `requested` and the second one ends the process.
 
-    Install it after `ray.init()`, which replaces handlers. Works in the main thread only, as signals do.
+    Install it again after `ray.init()`, which replaces handlers. Works in the main thread only, as signals do.
     """
 
     def __init__(self) -> None:

@@ -195,8 +195,11 @@ class Arena:
         """
         pids = self.workers()
         signal_all(pids, signal.SIGSTOP)
-        how = damage_newest(stage.checkpoints, pick) if pids else None
-        signal_all(pids, signal.SIGKILL if how else signal.SIGCONT)
+        how = None
+        try:
+            how = damage_newest(stage.checkpoints, pick) if pids else None
+        finally:
+            signal_all(pids, signal.SIGKILL if how else signal.SIGCONT)
         return how
 
     def damage_cache(self, cache: Path, pick: float) -> str | None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 WEIGHTS = {
     "worker": 36,  # SIGKILL a training worker
     "driver": 16,  # SIGKILL `minilm run`, and run the same command again
-    "damage": 10,  # damage the newest checkpoint, and SIGKILL a worker
+    "damage": 10,  # damage the newest checkpoint, and SIGKILL every worker
     "node": 10,  # add a raylet, or SIGKILL one with its workers
     "tracking": 8,  # SIGKILL the MLflow server, and start it again later
     "stop": 6,  # SIGSTOP a worker: it neither works nor dies

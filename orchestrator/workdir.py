@@ -85,7 +85,7 @@ class Workdir:
         return same and self.summary.exists()
 
     def goes_on(self, recipe: Recipe) -> bool:
-        """Has a run begun here, its inputs being sound, that has a stage left to train? Reads only small files."""
+        """Has a run begun here, whose inputs were sound then, with a stage left to train? Reads only small files."""
         done = [self.stage(stage.name).done.exists() for stage in recipe.stages]
         return self.run.exists() and not all(done)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +45,19 @@ def test_what_a_killed_driver_has_left_is_ended_and_nothing_else(tmp_path):
         assert ours[0].is_gone()
         assert parent.stdout.read() == b"", "nobody holds the other end: the child's child has ended"
     end_leftovers(tmp_path / "none.json")
+    for text in ("", "[{}]", "[1]"):  # cut by a power failure, of another version
+        record.write_text(text)
+        end_leftovers(record)
+
+
+def test_processes_may_have_any_name(tmp_path):
+    """A name is bytes, and cut at 15 of them: here in the middle of a letter."""
+    sleep = tmp_path / ("abcdefghijklmn" + "ö")
+    sleep.symlink_to(shutil.which("sleep"))
+    with subprocess.Popen([sleep, "60"]) as process:
+        names = {Path(f"/proc/{child.pid}/comm").read_bytes() for child in descendants()}
+        process.kill()
+    assert "abcdefghijklmnö".encode()[:15] + b"\n" in names
 
 
 def test_ray_starts_before_the_rest_only_where_a_stage_is_left_to_train(tmp_path):

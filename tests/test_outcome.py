@@ -110,8 +110,8 @@ def test_storage_that_is_away_for_a_moment_does_not_end_the_watch(job, tmp_path)
 
     compute = SimpleNamespace(wait_seconds=1.0, workers=(1, 1))
     driver = Driver(
-        SimpleNamespace(compute=compute), None, SimpleNamespace(check=check), NO_DATA, None, "inline", None, Line(),
-        SimpleNamespace(requested=True), None,
+        SimpleNamespace(compute=compute), None, SimpleNamespace(check=check), NO_DATA, None, None, Line(),
+        SimpleNamespace(requested=True),
     )  # fmt: skip
     future: Future[None] = Future()
     timer = threading.Timer(1.0, future.set_result, (None,))

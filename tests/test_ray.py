@@ -152,7 +152,6 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
         )
     run("run", recipe, "--workdir", work)
     assert all(process.is_gone() for process in left)
-    assert not (work / "cluster.json").exists()
     assert digests(work) == digests(finished / "work")
 
 
