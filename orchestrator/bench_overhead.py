@@ -2,7 +2,7 @@
 
     step    `train_step` alone in this process: rows in memory, nothing logged or saved
     worker  the whole loop alone (`python -m orchestrator.worker`): rows, ledger, points, checkpoints
-    inline  `minilm run --launcher inline`: driver, lease, journal's reader and MLflow come to it
+    inline  `minilm run --launcher inline`: driver, lease, journal's reader and MLflow (on this disk) come to it
     ray     `minilm run` under Ray: its daemons, its controller and its helpers come to it
 
 All have the seed, threads, micro-batches and, but for `step`, the rows, points and checkpoints of the recipe's first
@@ -28,6 +28,7 @@ import torch
 from orchestrator.corpora import open_stream
 from orchestrator.errors import UserError
 from orchestrator.metrics import read_points
+from orchestrator.processes import family
 from orchestrator.recipe import Recipe
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, choose_precision
@@ -152,6 +153,7 @@ def supervised(command: Sequence[str], folder: StageFolder, steps: int, room: st
             [sys.executable, "-m", *command],
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=os.environ | {"MLFLOW_TRACKING_URI": ""},  # a server would keep the runs
             start_new_session=True,
         )
         try:
@@ -185,20 +187,5 @@ def supervised(command: Sequence[str], folder: StageFolder, steps: int, room: st
 
 def tree_seconds(root: int) -> float:
     """Processor time of a process and of all below it, those that have ended and been waited for included (Linux)."""
-    ticks: dict[int, int] = {}
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        parents[int(entry.name)] = int(fields[1])
-        ticks[int(entry.name)] = sum(int(field) for field in fields[11:15])
-    below: set[int] = set()
-    found = {root}
-    while found:
-        below |= found
-        found = {pid for pid, parent in parents.items() if parent in below} - below
-    return sum(ticks.get(pid, 0) for pid in below) / os.sysconf("SC_CLK_TCK")
+    ticks = sum(int(field) for fields in family(root).values() for field in fields[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -76,15 +76,18 @@ def status(pid: int) -> list[str]:
     return [] if fields[0] in "ZX" else fields
 
 
+def family(root: int) -> dict[int, list[str]]:
+    """Process `root`, its children, theirs and so on, each with its `status`; those that have ended are left out."""
+    numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    everyone = {pid: fields for pid in numbers if (fields := status(pid))}
+    found = {root}
+    while more := {pid for pid, fields in everyone.items() if int(fields[1]) in found} - found:
+        found |= more
+    return {pid: everyone[pid] for pid in sorted(found) if pid in everyone}
+
+
 def descendants() -> list[Process]:
-    """The children of this process, theirs, and so on."""
-    parents = {
-        pid: int(fields[1])
-        for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
-        if (fields := status(pid))
-    }
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
+    """Of this process."""
     here = Process.this()
-    return [replace(here, pid=pid, started=started(pid) or 0) for pid in sorted(family - {here.pid})]
+    below = family(here.pid).items()
+    return [replace(here, pid=pid, started=int(fields[19])) for pid, fields in below if pid != here.pid]

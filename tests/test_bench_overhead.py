@@ -77,7 +77,9 @@ def test_a_save_is_measured(shards, teacher, tmp_path, capsys):
 
 
 @pytest.mark.slow  # Ray
-def test_supervision_is_measured_each_way(text, teacher, tmp_path, capsys):
+def test_supervision_is_measured_each_way(text, teacher, tmp_path, capsys, monkeypatch):
+    """In a store of its own: nobody listens at the server that the environment names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     recipe = write_recipe(tmp_path, text, teacher)
     command = ["bench", "overhead", str(recipe), "--set", "stages.assistant.steps=9000", "--steps", "200"]
     assert cli.main([*command, "--rounds", "1", "--json"]) == 0
