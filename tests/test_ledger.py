@@ -11,6 +11,7 @@ import torch
 from support import checkpoints_in, describe_folder, make_job
 
 from data.build import build
+from data.cached_reader import NotCached
 from data.stream import Batch, Stream
 from orchestrator import checkpoint, cli, ledger
 from orchestrator.errors import UserError
@@ -151,6 +152,26 @@ def test_expected_does_not_depend_on_the_micro_batch(shards):
         Expected(describe_folder(shards), seed=3, batch=12, micro_batch=m).digest(5) for m in (1, 4, 12)
     }
     assert len(digests) == 1
+
+
+def test_steps_whose_rows_have_left_the_cache_are_told_not_compared(shards, monkeypatch, caplog):
+    expected = Expected(describe_folder(shards), seed=3, batch=12, micro_batch=4)
+    right, read = expected.digest(5), expected.digest
+
+    def digest(step: int) -> int:
+        if step == 4:
+            raise NotCached("gone")
+        return read(step)
+
+    monkeypatch.setattr(expected, "digest", digest)
+    with caplog.at_level("INFO"):
+        expected.check([(4, 0), (5, right)])
+        assert "rows of 1 of 2 steps were not compared: their shards have left the cache" in caplog.text
+        caplog.clear()
+        expected.check([(5, right)])
+        assert not caplog.text
+        with pytest.raises(UserError, match="step 5 was computed from are not those"):
+            expected.check([(4, 0), (5, right + 1)])
 
 
 def test_the_ledger_goes_on_from_the_checkpoint(shards, teacher, tmp_path):
