@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,11 @@ class Progress:
             self.stage, self.step, self._offset = self.stage + 1, 0, 0
         if self.stage < len(self.stages):
             self._read_log()
-            try:  # see `attempts`: the number of the step that is being computed
-                self.step = int((self.folder.root / "reached").read_bytes()[:20])
-            except (OSError, ValueError):
-                self.step = 0
+            with suppress(
+                OSError, ValueError
+            ):  # see `attempts`: the number of the step that is being computed
+                reached = int((self.folder.root / "reached").read_bytes()[:20])
+                self.step = max(self.step, reached)  # a new attempt takes it back just before it tells
         if before != (self.stage, self.step, self.attempts):
             self.moved = time.monotonic()
 

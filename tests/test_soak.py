@@ -6,7 +6,9 @@ import itertools
 import json
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +16,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from soak_recipe import write_soak_recipe
 
-from orchestrator import checkpoint, cli, soak_round
+from orchestrator import checkpoint, cli, soak_arena, soak_round
+from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.errors import UserError
 from orchestrator.files import write_json
+from orchestrator.processes import status
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.soak import check_room
+from orchestrator.soak_arena import Arena
 from orchestrator.soak_checks import check_round
 from orchestrator.soak_plan import HASTY, PAUSE_SECONDS, WEIGHTS, Strike, plan
 from orchestrator.soak_round import Progress, Round
@@ -177,8 +182,10 @@ def test_progress_is_read_from_the_small_files(recipe, tmp_path):
     (folder.root / "reached").write_bytes(b"%20d" % 31)
     progress.look()
     assert (progress.stage, progress.step, progress.attempts, progress.resumed) == (0, 31, 1, 0)
-    log.write_text(log.read_text() + "stant: resumes at step 20\n")
     (folder.root / "reached").write_bytes(b"%20d" % 20)
+    progress.look()
+    assert (progress.step, progress.attempts) == (31, 1), "the next attempt has not told that it goes on"
+    log.write_text(log.read_text() + "stant: resumes at step 20\n")
     progress.look()
     assert (progress.step, progress.attempts, progress.resumed, progress.repeated) == (20, 2, 20, 11)
     folder.published.write_text("{}")
@@ -186,20 +193,46 @@ def test_progress_is_read_from_the_small_files(recipe, tmp_path):
     assert progress.stage == 1
 
 
-def test_a_checkpoint_is_damaged_once_and_not_while_there_is_nobody_to_be_killed(
-    recipe, undisturbed, tmp_path
+@pytest.fixture
+def worker() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def test_a_checkpoint_is_damaged_with_the_workers_standing_still_which_then_end(
+    undisturbed, worker, tmp_path, monkeypatch
 ):
-    done: list[str] = []
-    arena = SimpleNamespace(
-        workers=lambda: [],
-        damage=lambda folder, pick: done.append("damaged") or "a bit flipped",
-        kill_worker=lambda pick: done.append("killed"),
+    stage, pids = Workdir(tmp_path).stage("assistant"), []
+    shutil.copytree(undisturbed.stage("assistant").checkpoints, stage.checkpoints)
+    names = LocalFolder(stage.checkpoints).names()
+    arena = SimpleNamespace(workers=lambda: pids)
+
+    def state() -> str:
+        time.sleep(0.1)  # a signal takes effect a moment later
+        return (status(worker.pid) or ["ended"])[0]
+
+    assert Arena.damage(arena, stage, 0.4) is None, "nobody would read it"
+    checkpoint.read(stage.checkpoints / names[-1])
+    pids = [worker.pid]
+    damage = soak_arena.damage_newest
+    monkeypatch.setattr(
+        soak_arena, "damage_newest", lambda *given: (state() == "T" and damage(*given)) or None
     )
-    game = Round(recipe, Workdir(tmp_path), arena, iter(()), Tally(seed=0), undisturbed, 60)
-    strike = Strike(1, "damage", 0.2, False, 0.4, 5.0)
-    assert not game.hit(strike) and not done
-    arena.workers = lambda: [1]
-    assert game.hit(strike) and done == ["damaged", "killed"] and game.tally.struck["damage"] == 1
+    assert Arena.damage(arena, stage, 0.4).startswith(names[-1])
+    assert state() == "ended"
+    with pytest.raises(checkpoint.DAMAGE):
+        checkpoint.read(stage.checkpoints / names[-1])
+
+
+def test_the_only_sound_checkpoint_is_left_alone_and_the_workers_go_on(undisturbed, worker, tmp_path):
+    stage = Workdir(tmp_path).stage("assistant")
+    newest = LocalFolder(undisturbed.stage("assistant").checkpoints).names()[-1]
+    shutil.copytree(undisturbed.stage("assistant").checkpoints / newest, stage.checkpoints / newest)
+    assert Arena.damage(SimpleNamespace(workers=lambda: [worker.pid]), stage, 0.4) is None
+    checkpoint.read(stage.checkpoints / newest)
+    time.sleep(0.1)
+    assert status(worker.pid)[0] == "S"
 
 
 def test_a_run_may_end_by_a_full_disk_though_it_had_gone_on(recipe, undisturbed, tmp_path, monkeypatch):
@@ -290,8 +323,6 @@ def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(
     recipe_file, recipe, undisturbed, tmp_path
 ):
     """A real cluster, server and run, struck three times on purpose."""
-    from orchestrator.soak_arena import Arena
-
     tally = Tally(seed=0)
     kinds = ("tracking", "worker", "damage")
     strikes = iter([Strike(n, kind, 0.2, False, 0.4, 5.0) for n, kind in enumerate(kinds)])
