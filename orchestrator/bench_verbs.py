@@ -31,6 +31,11 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
         "--micro-batches", type=positive_whole, default=1, help="of --batch rows, before an update"
     )
     step.add_argument("--ways", default="by-hand,ours", help="of by-hand, ours, ours-compiled")
+    step.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="with the kernels that reduction: exact asks for on a GPU; run it with and without",
+    )
     _add_common(step)
     step.set_defaults(run=bench_step)
     reduction = verbs.add_parser("reduction", help="sums of gradients: exact against fast, time and error")
@@ -68,7 +73,10 @@ def bench_loss(options: argparse.Namespace) -> int:
 
 def bench_step(options: argparse.Namespace) -> int:
     from model.bench_step import Size, bench_step
+    from orchestrator.students import compute_deterministically
 
+    if options.deterministic:  # before the first kernel
+        compute_deterministically()
     students = [Size.parse(size) for size in options.students.split(",")]
     teacher, ways = Size.parse(options.teacher), options.ways.split(",")
     sizes = {"teacher": teacher, "students": students, "micro_batches": options.micro_batches}

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 
 import pytest
+import torch
 
 from model import bench, bench_step
 from model.errors import ModelError
@@ -66,6 +68,20 @@ def test_a_step_of_several_micro_batches(capsys):
     sizes = ("--teacher", "2x8", "--students", "1x4", "--batch", "1", "--tokens", "8", "--ways", "ours")
     assert call("step", *sizes, "--micro-batches", "2") == 0
     assert "2x8 to 1x4, 2 of 1x8" in capsys.readouterr().out
+
+
+def test_a_step_with_deterministic_kernels(capsys, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # given by whoever runs it, it stays
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    sizes = ("--teacher", "2x8", "--students", "1x4", "--batch", "1", "--tokens", "8", "--ways", "ours")
+    try:
+        assert call("step", *sizes) == 0 and not torch.are_deterministic_algorithms_enabled()
+        assert call("step", *sizes, "--deterministic") == 0 and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert capsys.readouterr().out.count("2x8 to 1x4, 1x8") == 2
 
 
 @pytest.mark.parametrize(
