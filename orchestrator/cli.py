@@ -159,9 +159,8 @@ def run_recipe(options: argparse.Namespace) -> int:
         cluster = Cluster(options.address, recipe.compute.workers[1], workdir.cluster)
         with workdir.claim(recipe, options.redo_from) as lease, StopRequest() as stop, cluster:
             under_ray = options.launcher == "ray"
-            if under_ray and workdir.goes_on(
-                recipe
-            ):  # its inputs were sound: Ray starts, and the rest beside it
+            # where the inputs were sound before, Ray starts at once, and the rest is imported beside it
+            if under_ray and workdir.goes_on(recipe):
                 Thread(target=import_module, args=["orchestrator.curriculum"], name="imports").start()
                 with closing(Line()) as line:
                     line.show("starting Ray", force=True)

@@ -69,11 +69,8 @@ class Cluster:
         others = descendants()
         try:
             ray.init(**options)
-        except (
-            ConnectionError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # no cluster, another version, a bad address
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            # no cluster, another version, a bad address
             raise InfrastructureError(
                 f"Ray does not start at {self.address or 'this machine'}: {one_line(error)}"
             ) from error
@@ -111,9 +108,8 @@ def end_leftovers(record: Path) -> None:
     """End what is left of a killed driver's own cluster: Ray's agents look for their dead head for a minute, on the
     port that the agents of the next cluster want, which wait 3 s for it.
     """
-    with suppress(
-        OSError, ValueError, TypeError
-    ):  # not read, another version's, another user's: they end themselves
+    # of a record that can't be read, is another version's or another user's they end by themselves
+    with suppress(OSError, ValueError, TypeError):
         for fields in read_json(record) or []:
             Process(**fields).kill()
 

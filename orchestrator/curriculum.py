@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,9 +53,7 @@ def run_recipe(
     `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
-    with ExitStack() as stack:
-        line = Line()
-        stack.callback(line.close)
+    with closing(Line()) as line:
         data = prepare_data(recipe, workdir, build_reporter(line, stop))
         check_stages(recipe, workdir, data)
         workdir.adopt(recipe, recipe_file, data, redo_from)
