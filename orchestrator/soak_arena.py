@@ -25,6 +25,7 @@ from orchestrator import checkpoint
 from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.errors import InfrastructureError
 from orchestrator.launch import RESIZE_SECONDS
+from orchestrator.processes import status
 from orchestrator.stage import StageFolder
 
 SERVER_SECONDS = 180
@@ -135,8 +136,8 @@ class Arena:
                 continue
             with suppress(OSError):  # it has just ended
                 if b"RayTrainWorker" in (folder / "cmdline").read_bytes():
-                    state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-                    if int(parent) in raylets and state not in "TZX":
+                    fields = status(int(folder.name))
+                    if fields and int(fields[1]) in raylets and fields[0] != "T":
                         found.append(int(folder.name))
         return sorted(found)
 
@@ -154,20 +155,15 @@ class Arena:
         if not pids:
             return None
         pid = pids[int(pick * len(pids))]
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
+        signal_all([pid], number)
         return pid
 
     def free_stopped(self) -> int:
         """End workers that are still stopped, which nobody has found; how many there were."""
-        left = 0
-        for pid in self._stopped:
-            with suppress(OSError):
-                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
-                    os.kill(pid, signal.SIGKILL)
-                    left += 1
+        left = [pid for pid in self._stopped if status(pid)[:1] == ["T"]]
+        signal_all(left, signal.SIGKILL)
         self._stopped.clear()
-        return left
+        return len(left)
 
     @property
     def places(self) -> int:

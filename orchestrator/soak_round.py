@@ -52,9 +52,8 @@ class Progress:
             self.stage, self.step, self._offset = self.stage + 1, 0, 0
         if self.stage < len(self.stages):
             self._read_log()
-            with suppress(
-                OSError, ValueError
-            ):  # see `attempts`: the number of the step that is being computed
+            # see `attempts`: the number of the step that is being computed
+            with suppress(OSError, ValueError):
                 reached = int((self.folder.root / "reached").read_bytes()[:20])
                 self.step = max(self.step, reached)  # a new attempt takes it back just before it tells
         if before != (self.stage, self.step, self.attempts):

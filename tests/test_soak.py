@@ -200,6 +200,16 @@ def worker() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+def comes_to(worker: subprocess.Popen[bytes], state: str) -> bool:
+    """Is the process soon in this state of /proc, "" for ended?"""
+    deadline = time.monotonic() + 10
+    while (status(worker.pid) or [""])[0] != state:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def test_a_checkpoint_is_damaged_with_the_workers_standing_still_which_then_end(
     undisturbed, worker, tmp_path, monkeypatch
 ):
@@ -207,20 +217,15 @@ def test_a_checkpoint_is_damaged_with_the_workers_standing_still_which_then_end(
     shutil.copytree(undisturbed.stage("assistant").checkpoints, stage.checkpoints)
     names = LocalFolder(stage.checkpoints).names()
     arena = SimpleNamespace(workers=lambda: pids)
-
-    def state() -> str:
-        time.sleep(0.1)  # a signal takes effect a moment later
-        return (status(worker.pid) or ["ended"])[0]
-
     assert Arena.damage(arena, stage, 0.4) is None, "nobody would read it"
     checkpoint.read(stage.checkpoints / names[-1])
     pids = [worker.pid]
     damage = soak_arena.damage_newest
     monkeypatch.setattr(
-        soak_arena, "damage_newest", lambda *given: (state() == "T" and damage(*given)) or None
+        soak_arena, "damage_newest", lambda *given: (comes_to(worker, "T") and damage(*given)) or None
     )
     assert Arena.damage(arena, stage, 0.4).startswith(names[-1])
-    assert state() == "ended"
+    assert comes_to(worker, "")
     with pytest.raises(checkpoint.DAMAGE):
         checkpoint.read(stage.checkpoints / names[-1])
 
@@ -231,8 +236,7 @@ def test_the_only_sound_checkpoint_is_left_alone_and_the_workers_go_on(undisturb
     shutil.copytree(undisturbed.stage("assistant").checkpoints / newest, stage.checkpoints / newest)
     assert Arena.damage(SimpleNamespace(workers=lambda: [worker.pid]), stage, 0.4) is None
     checkpoint.read(stage.checkpoints / newest)
-    time.sleep(0.1)
-    assert status(worker.pid)[0] == "S"
+    assert comes_to(worker, "S")
 
 
 def test_a_run_may_end_by_a_full_disk_though_it_had_gone_on(recipe, undisturbed, tmp_path, monkeypatch):
