@@ -118,6 +118,7 @@ def start_ray(
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[Callback(job, place, least)],
         ),
+        joined=joined,
     )
     if joined:
         cancel_reservations(folder)

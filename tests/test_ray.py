@@ -20,7 +20,7 @@ from test_curriculum import digests, finished, minilm, run, wait_for, write_reci
 from orchestrator.files import read_json
 from orchestrator.launch import RESERVATION
 from orchestrator.metrics import read_all_points
-from orchestrator.processes import Process
+from orchestrator.processes import Process, family
 from orchestrator.stage import StageFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +129,10 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
     assert beat["pid"] != process.pid
     os.kill(beat["pid"], signal.SIGKILL)
     wait_for(lambda: (second.checkpoints / "step-000000008").exists(), process)
+    titles = " ".join(Path(f"/proc/{pid}/cmdline").read_text(errors="replace") for pid in family(process.pid))
+    assert "gcs_server" in titles and "ray::TrainController" in titles
+    for unused in ("log_monitor.py", "monitor.py", "dashboard.py", "Cleaner", "Preemption"):
+        assert unused not in titles
     beat = read_json(second.heartbeat)
     os.kill(beat["pid"], signal.SIGKILL)  # else it would make its few steps without a driver
     process.send_signal(signal.SIGKILL)
@@ -180,13 +184,14 @@ def test_a_gpu_where_there_is_none_is_refused_at_once_by_a_cluster_of_the_runs_o
     assert "Traceback" not in errors
 
 
-def test_ray_starts_no_actor_for_data_sets():
+def test_actors_that_nobody_needs_are_not_started():
     from ray.train.torch import TorchTrainer
 
     from orchestrator.under_ray import Trainer
 
-    theirs, ours = (
-        {type(callback).__name__ for callback in kind(print)._create_default_callbacks()}
-        for kind in (TorchTrainer, Trainer)
+    trainers = (TorchTrainer(print), Trainer(print, joined=True), Trainer(print, joined=False))
+    theirs, joined, own = (
+        {type(callback).__name__ for callback in trainer._create_default_callbacks()} for trainer in trainers
     )
-    assert theirs - ours == {"DatasetsCallback"}
+    assert theirs - joined == {"DatasetsCallback"}
+    assert theirs - own == {"DatasetsCallback", "PlacementGroupCleanerCallback"}
