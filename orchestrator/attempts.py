@@ -24,6 +24,7 @@ class Attempts:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._record = folder / "attempts.json"
         self._reached = os.open(folder / "reached", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
@@ -35,7 +36,7 @@ class Attempts:
         record = _read(self._record, {"running": False, "step": -1, "failures": 0})
         step, failures = record["step"], record["failures"]
         if record["running"]:
-            died_at = self._died_at()
+            died_at = reached(self._folder)
             step, failures = died_at, failures + 1 if died_at == step else 1
         if failures >= MAX_FAILURES:
             self._write(running=False, step=-1, failures=0)
@@ -55,14 +56,16 @@ class Attempts:
     def close(self) -> None:
         os.close(self._reached)
 
-    def _died_at(self) -> int:
-        try:
-            return int(os.pread(self._reached, WIDTH, 0))
-        except ValueError:
-            return -1
-
     def _write(self, *, running: bool, step: int, failures: int) -> None:
         write_json(self._record, {"running": running, "step": step, "failures": failures}, durable=False)
+
+
+def reached(folder: Path) -> int:
+    """The step that the stage in `folder` computes, or was computing when it ended; -1 before its first one."""
+    try:
+        return int((folder / "reached").read_bytes()[:WIDTH])
+    except (OSError, ValueError):
+        return -1
 
 
 def count_start_failure(folder: Path, rank: int, text: str) -> int:

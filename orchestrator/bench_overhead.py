@@ -1,4 +1,4 @@
-"""What supervision costs: processor time a step, of the same stage run four ways.
+"""What supervision costs: the time of a step, of the same stage run four ways.
 
     step    `train_step` alone in this process: rows in memory, nothing logged or saved
     worker  the whole loop alone (`python -m orchestrator.worker`): rows, ledger, points, checkpoints
@@ -6,29 +6,34 @@
     ray     `minilm run` under Ray: its daemons, its controller and its helpers come to it
 
 All have the seed, threads, micro-batches and, but for `step`, the rows, points and checkpoints of the recipe's first
-stage. Counted is the processor time of a process and of everything that it has started, between two steps behind the
-start: a clock would measure whoever else uses the machine. The four take turns, `rounds` times; medians are compared.
+stage. All are started, and then each computes in turn while the others stand still (SIGSTOP), so that a machine that
+is slow for a while is slow for all of them; each turn is compared with that of `worker` in its round. Counted is the
+clock, and the processor time of a process and of everything that it has started. What goes by the clock (saves,
+uploads, Ray's timers) goes on while they stand still: its share is overstated, for all but `step` alike.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 
+from orchestrator.attempts import reached
 from orchestrator.corpora import open_stream
 from orchestrator.errors import UserError
-from orchestrator.metrics import read_points
-from orchestrator.processes import family
+from orchestrator.processes import family, signal_all
 from orchestrator.recipe import Recipe
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, choose_precision
@@ -37,31 +42,44 @@ from orchestrator.students import build_distiller, make_states
 from orchestrator.world import World
 
 WARM_STEPS = 20  # Ray's helpers are still importing during the first ones
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.002
+END_SECONDS = 60
+
+
+class Cost(NamedTuple):
+    """Of a step, in seconds of the processor (all cores together) and by the clock."""
+
+    cpu: float
+    wall: float
+
+
+class Way(Protocol):
+    def turn(self, steps: int) -> Cost: ...
 
 
 @dataclass(frozen=True)
 class OverheadRow:
-    """cpu_ms: median over the rounds of a step's processor time; spread: between its lowest and highest round, as a
-    share of it; overhead: by how much the median is above that of `worker`; wall_ms: by the clock, for what it is
-    worth on a shared machine."""
+    """Medians over the rounds of what a step takes, and of how much that is above `worker` in the same round, with
+    the quartiles of the latter."""
 
     way: str
     rounds: int
     steps: int
-    cpu_ms: float
-    spread: float
-    overhead: float
     wall_ms: float
+    wall_over: float
+    wall_quartiles: tuple[float, float]
+    cpu_ms: float
+    cpu_over: float
+    cpu_quartiles: tuple[float, float]
 
 
 def overhead_rows(
     recipe: Recipe, file: Path, overrides: Sequence[str], *, rounds: int, steps: int
 ) -> list[OverheadRow]:
-    """Measure the first stage of `recipe` (in `file`, with `overrides`) over `steps` steps, `rounds` times each way.
+    """Measure the first stage of `recipe` (in `file`, with `overrides`): `rounds` turns of `steps` steps each way.
 
-    Raises `UserError` when the stage is too short, or a run ends before its steps are made, or would take the
-    checkpoints of the recipe's own run.
+    All four are in memory at once, on the GPU too. Raises `UserError` when the stage is too short, when a run ends
+    before it is measured, and when it would take the checkpoints of the recipe's own run.
     """
     if recipe.compute.checkpoints is not None:
         raise UserError(
@@ -69,120 +87,175 @@ def overhead_rows(
             f"using; measure with --set compute.checkpoints=null"
         )
     stage = recipe.stages[0]
-    needed = steps + WARM_STEPS + 2 * recipe.tracking.log_every
+    needed = WARM_STEPS + rounds * (steps + 2) + 1
     if stage.steps < needed:
         raise UserError(
-            f"stage {stage.name} has {stage.steps} steps, too few to measure {steps}; give --steps less, or "
-            f"--set stages.{stage.name}.steps={needed}"
+            f"stage {stage.name} has {stage.steps} steps, too few for {rounds} rounds of {steps}; give less of "
+            f"them, or --set stages.{stage.name}.steps={needed}"
         )
-    found: dict[str, list[tuple[float, float]]] = {"step": [], "worker": [], "inline": [], "ray": []}
-    with tempfile.TemporaryDirectory() as room:
-        built = Path(room) / "inline-0" / "data"
+    costs: dict[str, list[Cost]] = {"step": [], "worker": [], "inline": [], "ray": []}
+    with tempfile.TemporaryDirectory() as room, ExitStack() as exits:
+        ways = start(Path(room), exits, recipe, file, overrides)
         for number in range(rounds):
-            for launcher in ("inline", "ray"):
-                work = Path(room) / f"{launcher}-{number}"
-                if built.exists():  # made from the recipe's text by the first run
-                    shutil.copytree(built, work / "data")
-                folder = StageFolder(work / "stages" / stage.name)
-                command = ["orchestrator", "run", str(file), "--workdir", str(work), "--launcher", launcher]
-                for override in overrides:
-                    command += ["--set", override]
-                found[launcher].append(supervised(command, folder, steps, room))
-            job = StageJob.from_json(folder.job.read_text(encoding="utf-8"))
-            folder = StageFolder(Path(room) / f"worker-{number}")
-            folder.root.mkdir()
-            folder.job.write_text(replace(job, folder=str(folder.root), lease="").to_json(), encoding="utf-8")
-            found["worker"].append(supervised(["orchestrator.worker", str(folder.job)], folder, steps, room))
-            found["step"].append(bare(job, steps))
-    base = statistics.median(cpu for cpu, _ in found["worker"])
-    rows = []
-    for way, times in found.items():
-        cpus, walls = zip(*times, strict=True)
-        cpu, wall = statistics.median(cpus), statistics.median(walls)
-        spread = (max(cpus) - min(cpus)) / cpu
-        rows.append(OverheadRow(way, rounds, steps, 1e3 * cpu, spread, cpu / base - 1, 1e3 * wall))
-    return rows
+            names = list(costs)
+            for name in (
+                names[number % 4 :] + names[: number % 4]
+            ):  # each is first, and behind each other one, as often
+                costs[name].append(ways[name].turn(steps))
+    return [row(way, found, costs["worker"], steps) for way, found in costs.items()]
 
 
-def bare(job: StageJob, steps: int) -> tuple[float, float]:
-    """Processor and clock seconds of `train_step` in this process: rows in memory, and nothing but the step."""
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    world = World(rank=0, size=1, device=torch.device(job.device), control=None)
-    distiller = build_distiller(job, world.device)
-    students = make_states(job, distiller)
-    stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=job.micro_batch)
-    batches = [stream.micro_batch(0, index) for index in range(stream.num_micro_batches)]
-    rows = [(index, batch.input_ids, batch.mask) for index, batch in enumerate(batches)]
+def row(way: str, found: Sequence[Cost], base: Sequence[Cost], steps: int) -> OverheadRow:
+    over = [Cost(a.cpu / b.cpu - 1, a.wall / b.wall - 1) for a, b in zip(found, base, strict=True)]
+    cpus, walls = [ratio.cpu for ratio in over], [ratio.wall for ratio in over]
+    return OverheadRow(
+        way,
+        len(found),
+        steps,
+        1e3 * statistics.median(cost.wall for cost in found),
+        statistics.median(walls),
+        quartiles(walls),
+        1e3 * statistics.median(cost.cpu for cost in found),
+        statistics.median(cpus),
+        quartiles(cpus),
+    )
 
-    def step(number: int) -> None:
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def start(
+    room: Path, exits: ExitStack, recipe: Recipe, file: Path, overrides: Sequence[str]
+) -> dict[str, Way]:
+    """The four ways behind their warm-up, standing still; processes end with `exits`."""
+    name = recipe.stages[0].name
+    ways: dict[str, Way] = {}
+    for launcher in ("inline", "ray"):
+        work = room / launcher
+        if launcher == "ray":  # the rows made from the recipe's text by the first run
+            shutil.copytree(room / "inline" / "data", work / "data")
+        command = ["orchestrator", "run", str(file), "--workdir", str(work), "--launcher", launcher]
+        for override in overrides:
+            command += ["--set", override]
+        ways[launcher] = exits.enter_context(Run(command, work / "stages" / name))
+    job = StageJob.from_json(StageFolder(room / "inline" / "stages" / name).job.read_text(encoding="utf-8"))
+    folder = StageFolder(room / "worker")
+    folder.root.mkdir()
+    folder.job.write_text(replace(job, folder=str(folder.root), lease="").to_json(), encoding="utf-8")
+    ways["worker"] = exits.enter_context(Run(["orchestrator.worker", str(folder.job)], folder.root))
+    ways["step"] = Bare(job)
+    return ways
+
+
+class Bare:
+    """`train_step` in this process: rows in memory, and nothing but the step."""
+
+    def __init__(self, job: StageJob):
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        self.job = job
+        self.world = World(rank=0, size=1, device=torch.device(job.device), control=None)
+        self.distiller = build_distiller(job, self.world.device)
+        self.students = make_states(job, self.distiller)
+        stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=job.micro_batch)
+        batches = [stream.micro_batch(0, index) for index in range(stream.num_micro_batches)]
+        self.rows = [(index, batch.input_ids, batch.mask) for index, batch in enumerate(batches)]
+        self.made = 0
+        self.turn(WARM_STEPS)
+
+    def turn(self, steps: int) -> Cost:
+        cpu, wall = self.now()
+        for _ in range(steps):
+            self.step()
+        ended_cpu, ended = self.now()
+        return Cost((ended_cpu - cpu) / steps, (ended - wall) / steps)
+
+    def step(self) -> None:
+        job, device = self.job, self.world.device
         train_step(
-            distiller,
-            students,
-            rows,
-            step=number,
+            self.distiller,
+            self.students,
+            self.rows,
+            step=self.made,
             seed=job.seed,
             learning_rate=job.peak_lr,
             max_gradient_norm=job.max_gradient_norm,
-            autocast=AUTOCAST[choose_precision(job.precision, None, world.device)],
-            world=world,
+            autocast=AUTOCAST[choose_precision(job.precision, None, device)],
+            world=self.world,
             seq_len=job.data.seq_len,
         )
+        self.made += 1
 
-    def now() -> tuple[float, float]:
-        if world.device.type == "cuda":  # what is queued belongs to the steps before
+    def now(self) -> Cost:
+        if self.world.device.type == "cuda":  # what is queued belongs to the steps before
             torch.cuda.synchronize()
-        return time.process_time(), time.perf_counter()
-
-    for number in range(WARM_STEPS):
-        step(number)
-    cpu, wall = now()
-    for number in range(steps):
-        step(number)
-    ended_cpu, ended = now()
-    return (ended_cpu - cpu) / steps, (ended - wall) / steps
+        return Cost(time.process_time(), time.perf_counter())
 
 
-def supervised(command: Sequence[str], folder: StageFolder, steps: int, room: str) -> tuple[float, float]:
-    """The same of a run in processes of its own, from the first point behind the warm-up on; then it is ended.
+class Run:
+    """A run in processes of its own, which stand still but in their turns. `command`: for `python -m`. `folder`: of
+    its stage."""
 
-    `command`: for `python -m`. `folder`: where its points come.
-    """
-    with tempfile.TemporaryFile(dir=room) as output:
-        process = subprocess.Popen(
+    def __init__(self, command: Sequence[str], folder: Path):
+        self.folder = folder
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115, closed by end()
+        self.process = subprocess.Popen(
             [sys.executable, "-m", *command],
-            stdout=output,
+            stdout=self.output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"MLFLOW_TRACKING_URI": ""},  # a server would keep the runs
             start_new_session=True,
         )
+
+    def __enter__(self) -> Run:
         try:
-            first, step, offset = None, 0, 0
-            while True:
-                if process.poll() is not None:
-                    output.seek(0)
-                    raise UserError(
-                        f"the run ended before it was measured: {output.read().decode(errors='replace')[-500:]}"
-                    )
-                points, offset = read_points(folder.points, offset)
-                if points:
-                    step = points[-1].step
-                if first is None and step >= WARM_STEPS:
-                    first = step, tree_seconds(process.pid), time.perf_counter()
-                elif first is not None and step >= first[0] + steps:
-                    made = step - first[0]
-                    return (
-                        (tree_seconds(process.pid) - first[1]) / made,
-                        (time.perf_counter() - first[2]) / made,
-                    )
-                time.sleep(LOOK_SECONDS)
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            self.wait_for(WARM_STEPS)
+            self.stand_still()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def turn(self, steps: int) -> Cost:
+        signal_all(family(self.process.pid), signal.SIGCONT)
+        first = self.wait_for(reached(self.folder) + 1)
+        cpu, wall = tree_seconds(self.process.pid), time.perf_counter()
+        made = self.wait_for(first + steps) - first
+        cost = Cost((tree_seconds(self.process.pid) - cpu) / made, (time.perf_counter() - wall) / made)
+        self.stand_still()
+        return cost
+
+    def wait_for(self, step: int) -> int:
+        """Until step `step` is being computed; the step that is."""
+        while (now := reached(self.folder)) < step:
+            if self.process.poll() is not None:
+                self.output.seek(0)
+                said = self.output.read().decode(errors="replace")[-500:]
+                raise UserError(f"the run ended before it was measured: {said}")
+            time.sleep(LOOK_SECONDS)
+        return now
+
+    def stand_still(self) -> None:
+        while moving := [pid for pid, fields in family(self.process.pid).items() if fields[0] != "T"]:
+            signal_all(moving, signal.SIGSTOP)
+            time.sleep(LOOK_SECONDS)
+
+    def end(self) -> None:
+        signal_all(family(self.process.pid), signal.SIGCONT)
+        self.process.terminate()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            signal_all(family(self.process.pid), signal.SIGKILL)
+            self.process.wait()
+        self.output.close()
 
 
 def tree_seconds(root: int) -> float:

@@ -56,9 +56,9 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
     overhead.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     overhead.add_argument(
-        "--steps", type=positive_whole, default=100, help="measured each time (30 s of them, or more)"
+        "--steps", type=positive_whole, default=10, help="of a turn, which should take some seconds"
     )
-    overhead.add_argument("--rounds", type=positive_whole, default=3)
+    overhead.add_argument("--rounds", type=positive_whole, default=20, help="in each every way has a turn")
     overhead.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
     overhead.set_defaults(run=bench_overhead)
 
@@ -140,10 +140,17 @@ def bench_overhead(options: argparse.Namespace) -> int:
     if options.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
         return 0
-    print(f"{'way':8}{'processor ms a step':>21}{'spread':>9}{'over worker':>13}{'by the clock, ms':>18}")
+    print(
+        f"{'':8}{'by the clock':>12}{'over worker (quartiles)':>30}{'processor':>14}{'over worker (quartiles)':>30}"
+    )
     for row in rows:
-        print(f"{row.way:8}{row.cpu_ms:>21.1f}{row.spread:>9.1%}{row.overhead:>13.1%}{row.wall_ms:>18.1f}")
+        clock = f"{row.wall_ms:>9.1f} ms{spread(row.wall_over, row.wall_quartiles):>30}"
+        print(f"{row.way:8}{clock}{row.cpu_ms:>11.1f} ms{spread(row.cpu_over, row.cpu_quartiles):>30}")
     return 0
+
+
+def spread(median: float, quartiles: tuple[float, float]) -> str:
+    return f"{median:+.1%} ({quartiles[0]:+.1%} to {quartiles[1]:+.1%})"
 
 
 def _add_common(verb: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,3 +92,9 @@ def descendants() -> list[Process]:
     here = Process.this()
     below = family(here.pid).items()
     return [replace(here, pid=pid, started=int(fields[19])) for pid, fields in below if pid != here.pid]
+
+
+def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)

@@ -25,7 +25,7 @@ from orchestrator import checkpoint
 from orchestrator.checkpoint_store import LocalFolder
 from orchestrator.errors import InfrastructureError
 from orchestrator.launch import RESIZE_SECONDS
-from orchestrator.processes import status
+from orchestrator.processes import signal_all, status
 from orchestrator.stage import StageFolder
 
 SERVER_SECONDS = 180
@@ -292,12 +292,6 @@ def keep_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-def signal_all(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):  # it has just ended
-            os.kill(pid, number)
 
 
 def damage_newest(checkpoints: Path, pick: float) -> str | None:

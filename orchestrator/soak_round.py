@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.attempts import reached
 from orchestrator.files import read_json
 from orchestrator.recipe import Recipe
 from orchestrator.soak_arena import Arena
@@ -52,10 +52,8 @@ class Progress:
             self.stage, self.step, self._offset = self.stage + 1, 0, 0
         if self.stage < len(self.stages):
             self._read_log()
-            # see `attempts`: the number of the step that is being computed
-            with suppress(OSError, ValueError):
-                reached = int((self.folder.root / "reached").read_bytes()[:20])
-                self.step = max(self.step, reached)  # a new attempt takes it back just before it tells
+            # not less: a new attempt takes it back just before it tells
+            self.step = max(self.step, reached(self.folder.root))
         if before != (self.stage, self.step, self.attempts):
             self.moved = time.monotonic()
 
