@@ -1,7 +1,8 @@
-"""What supervision costs: the time of a step, of the same stage run four ways.
+"""What supervision costs: the time of a step, of the same stage run in several ways.
 
     step    `train_step` alone in this process: rows in memory, nothing logged or saved
     worker  the whole loop alone (`python -m orchestrator.worker`): rows, ledger, points, checkpoints
+    again   the same once more: how far apart two runs of one and the same are
     inline  `minilm run --launcher inline`: driver, lease, journal's reader and MLflow (on this disk) come to it
     ray     `minilm run` under Ray: its daemons, its controller and its helpers come to it
 
@@ -30,6 +31,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from orchestrator.allocator import keep_freed_memory
 from orchestrator.attempts import reached
 from orchestrator.corpora import open_stream
 from orchestrator.errors import UserError
@@ -74,11 +76,12 @@ class OverheadRow:
 
 
 def overhead_rows(
-    recipe: Recipe, file: Path, overrides: Sequence[str], *, rounds: int, steps: int
+    recipe: Recipe, file: Path, overrides: Sequence[str], *, starts: int, rounds: int, steps: int
 ) -> list[OverheadRow]:
-    """Measure the first stage of `recipe` (in `file`, with `overrides`): `rounds` turns of `steps` steps each way.
+    """Measure the first stage of `recipe` (in `file`, with `overrides`): `rounds` turns of `steps` steps each way, and
+    that as often as they are started.
 
-    All four are in memory at once, on the GPU too. Raises `UserError` when the stage is too short, when a run ends
+    All five are in memory at once, on the GPU too. Raises `UserError` when the stage is too short, when a run ends
     before it is measured, and when it would take the checkpoints of the recipe's own run.
     """
     if recipe.compute.checkpoints is not None:
@@ -93,15 +96,14 @@ def overhead_rows(
             f"stage {stage.name} has {stage.steps} steps, too few for {rounds} rounds of {steps}; give less of "
             f"them, or --set stages.{stage.name}.steps={needed}"
         )
-    costs: dict[str, list[Cost]] = {"step": [], "worker": [], "inline": [], "ray": []}
-    with tempfile.TemporaryDirectory() as room, ExitStack() as exits:
-        ways = start(Path(room), exits, recipe, file, overrides)
-        for number in range(rounds):
-            names = list(costs)
-            for name in (
-                names[number % 4 :] + names[: number % 4]
-            ):  # each is first, and behind each other one, as often
-                costs[name].append(ways[name].turn(steps))
+    costs: dict[str, list[Cost]] = {name: [] for name in ("step", "worker", "again", "inline", "ray")}
+    for _ in range(starts):
+        with tempfile.TemporaryDirectory() as room, ExitStack() as exits:
+            ways = start(Path(room), exits, recipe, file, overrides)
+            for number in range(rounds):
+                names, first = list(costs), number % len(costs)
+                for name in names[first:] + names[:first]:
+                    costs[name].append(ways[name].turn(steps))
     return [row(way, found, costs["worker"], steps) for way, found in costs.items()]
 
 
@@ -131,7 +133,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def start(
     room: Path, exits: ExitStack, recipe: Recipe, file: Path, overrides: Sequence[str]
 ) -> dict[str, Way]:
-    """The four ways behind their warm-up, standing still; processes end with `exits`."""
+    """The ways behind their warm-up, standing still; processes end with `exits`."""
     name = recipe.stages[0].name
     ways: dict[str, Way] = {}
     for launcher in ("inline", "ray"):
@@ -142,11 +144,12 @@ def start(
         for override in overrides:
             command += ["--set", override]
         ways[launcher] = exits.enter_context(Run(command, work / "stages" / name))
-    job = StageJob.from_json(StageFolder(room / "inline" / "stages" / name).job.read_text(encoding="utf-8"))
-    folder = StageFolder(room / "worker")
-    folder.root.mkdir()
-    folder.job.write_text(replace(job, folder=str(folder.root), lease="").to_json(), encoding="utf-8")
-    ways["worker"] = exits.enter_context(Run(["orchestrator.worker", str(folder.job)], folder.root))
+    job = StageJob.from_json(StageFolder(room / "ray" / "stages" / name).job.read_text(encoding="utf-8"))
+    for alone in ("worker", "again"):
+        folder = StageFolder(room / alone)
+        folder.root.mkdir()
+        folder.job.write_text(replace(job, folder=str(folder.root), lease="").to_json(), encoding="utf-8")
+        ways[alone] = exits.enter_context(Run(["orchestrator.worker", str(folder.job)], folder.root))
     ways["step"] = Bare(job)
     return ways
 
@@ -165,6 +168,7 @@ class Bare:
         batches = [stream.micro_batch(0, index) for index in range(stream.num_micro_batches)]
         self.rows = [(index, batch.input_ids, batch.mask) for index, batch in enumerate(batches)]
         self.made = 0
+        keep_freed_memory()  # as the loop alone does
         self.turn(WARM_STEPS)
 
     def turn(self, steps: int) -> Cost:

@@ -58,7 +58,10 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     overhead.add_argument(
         "--steps", type=positive_whole, default=10, help="of a turn, which should take some seconds"
     )
-    overhead.add_argument("--rounds", type=positive_whole, default=20, help="in each every way has a turn")
+    overhead.add_argument(
+        "--starts", type=positive_whole, default=2, help="of each way: two processes of one way differ too"
+    )
+    overhead.add_argument("--rounds", type=positive_whole, default=10, help="in each every way has a turn")
     overhead.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
     overhead.set_defaults(run=bench_overhead)
 
@@ -136,7 +139,8 @@ def bench_overhead(options: argparse.Namespace) -> int:
     from orchestrator.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    rows = overhead_rows(recipe, options.recipe, options.set, rounds=options.rounds, steps=options.steps)
+    times = {"starts": options.starts, "rounds": options.rounds, "steps": options.steps}
+    rows = overhead_rows(recipe, options.recipe, options.set, **times)
     if options.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
         return 0

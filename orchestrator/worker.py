@@ -23,6 +23,7 @@ from data.errors import DataError
 from data.quarantine import QuarantineGrew
 from model.errors import ModelError
 from orchestrator import checkpoint
+from orchestrator.allocator import keep_freed_memory
 from orchestrator.attempts import Attempts, forget_start_failures
 from orchestrator.checkpoint_store import open_store
 from orchestrator.corpora import close, open_held_out
@@ -325,6 +326,7 @@ def main() -> int:
         return 2
     try:
         job = StageJob.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+        keep_freed_memory()
         if own_rank() == 0:  # before the ranks meet: a request of an earlier run is not one to this
             StageFolder(Path(job.folder)).stop_request.unlink(missing_ok=True)
         return 0 if run_stage(job) else 3
