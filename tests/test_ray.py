@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
 
+from orchestrator.allocator import MALLOC_ENVIRONMENT
 from orchestrator.files import read_json
 from orchestrator.launch import RESERVATION
 from orchestrator.metrics import read_all_points
@@ -133,6 +134,8 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
     assert "gcs_server" in titles and "ray::TrainController" in titles
     for unused in ("log_monitor.py", "monitor.py", "dashboard.py", "Cleaner", "Preemption"):
         assert unused not in titles
+    environment = Path(f"/proc/{read_json(second.heartbeat)['pid']}/environ").read_text().split("\0")
+    assert {f"{name}={value}" for name, value in MALLOC_ENVIRONMENT.items()} <= set(environment)
     beat = read_json(second.heartbeat)
     os.kill(beat["pid"], signal.SIGKILL)  # else it would make its few steps without a driver
     process.send_signal(signal.SIGKILL)
