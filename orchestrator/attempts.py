@@ -64,7 +64,7 @@ def reached(folder: Path) -> int:
     """The step that the stage in `folder` computes, or was computing when it ended; -1 before its first one."""
     try:
         return int((folder / "reached").read_bytes()[:WIDTH])
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return -1
 
 

@@ -9,8 +9,8 @@
 All have the seed, threads, micro-batches and, but for `step`, the rows, points and checkpoints of the recipe's first
 stage. All are started, and then each computes in turn while the others stand still (SIGSTOP), so that a machine that
 is slow for a while is slow for all of them; each turn is compared with that of `worker` in its round. Counted is the
-clock, and the processor time of a process and of everything that it has started. What goes by the clock (saves,
-uploads, Ray's timers) goes on while they stand still: its share is overstated, for all but `step` alike.
+clock, and the processor time of a process and of everything that it has started. What is due by the clock (saves,
+uploads) goes on being due while they stand still: its share is overstated, for all but `step` alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -35,7 +35,7 @@ from orchestrator.allocator import keep_freed_memory
 from orchestrator.attempts import reached
 from orchestrator.corpora import open_stream
 from orchestrator.errors import UserError
-from orchestrator.processes import family, signal_all
+from orchestrator.processes import descendants, family, signal_all
 from orchestrator.recipe import Recipe
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, choose_precision
@@ -44,8 +44,10 @@ from orchestrator.students import build_distiller, make_states
 from orchestrator.world import World
 
 WARM_STEPS = 20  # Ray's helpers are still importing during the first ones
-LOOK_SECONDS = 0.002
+LOOK_SECONDS = 0.01
+STOP_SECONDS = 10
 END_SECONDS = 60
+PATIENCE = "compute.stall_seconds=86400"  # or a watchdog would end a run that stood still as it was told
 
 
 class Cost(NamedTuple):
@@ -55,17 +57,13 @@ class Cost(NamedTuple):
     wall: float
 
 
-class Way(Protocol):
-    def turn(self, steps: int) -> Cost: ...
-
-
 @dataclass(frozen=True)
 class OverheadRow:
-    """Medians over the rounds of what a step takes, and of how much that is above `worker` in the same round, with
-    the quartiles of the latter."""
+    """Medians over `turns` of what a step takes, in milliseconds by the clock and of the processor, and of the share
+    by which that is above `worker` in the same round; quartiles of this share."""
 
     way: str
-    rounds: int
+    turns: int
     steps: int
     wall_ms: float
     wall_over: float
@@ -81,8 +79,8 @@ def overhead_rows(
     """Measure the first stage of `recipe` (in `file`, with `overrides`): `rounds` turns of `steps` steps each way, and
     that as often as they are started.
 
-    All five are in memory at once, on the GPU too. Raises `UserError` when the stage is too short, when a run ends
-    before it is measured, and when it would take the checkpoints of the recipe's own run.
+    All five are in memory at once, on the GPU too. Raises `UserError` when the stage or a turn is too short, when a run
+    ends or goes back before it is measured, and when it would take the checkpoints of the recipe's own run.
     """
     if recipe.compute.checkpoints is not None:
         raise UserError(
@@ -90,7 +88,7 @@ def overhead_rows(
             f"using; measure with --set compute.checkpoints=null"
         )
     stage = recipe.stages[0]
-    needed = WARM_STEPS + rounds * (steps + 2) + 1
+    needed = WARM_STEPS + rounds * (steps + 2) + 2
     if stage.steps < needed:
         raise UserError(
             f"stage {stage.name} has {stage.steps} steps, too few for {rounds} rounds of {steps}; give less of "
@@ -104,6 +102,9 @@ def overhead_rows(
                 names, first = list(costs), number % len(costs)
                 for name in names[first:] + names[:first]:
                     costs[name].append(ways[name].turn(steps))
+            ways.clear()  # or the next start would hold this one's model too
+    if not all(cost.cpu for cost in costs["worker"]):
+        raise UserError(f"{steps} steps take less processor time than can be counted; give more --steps")
     return [row(way, found, costs["worker"], steps) for way, found in costs.items()]
 
 
@@ -132,24 +133,27 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 def start(
     room: Path, exits: ExitStack, recipe: Recipe, file: Path, overrides: Sequence[str]
-) -> dict[str, Way]:
+) -> dict[str, Bare | Run]:
     """The ways behind their warm-up, standing still; processes end with `exits`."""
     name = recipe.stages[0].name
-    ways: dict[str, Way] = {}
+    ways: dict[str, Bare | Run] = {}
     for launcher in ("inline", "ray"):
         work = room / launcher
-        if launcher == "ray":  # the rows made from the recipe's text by the first run
-            shutil.copytree(room / "inline" / "data", work / "data")
+        built = room / "inline" / "data"
+        if launcher == "ray" and built.exists():  # from the recipe's text, by the first run
+            shutil.copytree(built, work / "data")
         command = ["orchestrator", "run", str(file), "--workdir", str(work), "--launcher", launcher]
-        for override in overrides:
+        for override in (*overrides, PATIENCE):
             command += ["--set", override]
-        ways[launcher] = exits.enter_context(Run(command, work / "stages" / name))
+        ways[launcher] = exits.enter_context(Run(command, work / "stages" / name, recipe.stages[0].steps))
     job = StageJob.from_json(StageFolder(room / "ray" / "stages" / name).job.read_text(encoding="utf-8"))
     for alone in ("worker", "again"):
         folder = StageFolder(room / alone)
         folder.root.mkdir()
         folder.job.write_text(replace(job, folder=str(folder.root), lease="").to_json(), encoding="utf-8")
-        ways[alone] = exits.enter_context(Run(["orchestrator.worker", str(folder.job)], folder.root))
+        ways[alone] = exits.enter_context(
+            Run(["orchestrator.worker", str(folder.job)], folder.root, job.steps)
+        )
     ways["step"] = Bare(job)
     return ways
 
@@ -158,6 +162,7 @@ class Bare:
     """`train_step` in this process: rows in memory, and nothing but the step."""
 
     def __init__(self, job: StageJob):
+        keep_freed_memory()  # as the loop alone does
         if job.threads:
             torch.set_num_threads(job.threads)
         self.job = job
@@ -168,7 +173,6 @@ class Bare:
         batches = [stream.micro_batch(0, index) for index in range(stream.num_micro_batches)]
         self.rows = [(index, batch.input_ids, batch.mask) for index, batch in enumerate(batches)]
         self.made = 0
-        keep_freed_memory()  # as the loop alone does
         self.turn(WARM_STEPS)
 
     def turn(self, steps: int) -> Cost:
@@ -201,11 +205,14 @@ class Bare:
 
 
 class Run:
-    """A run in processes of its own, which stand still but in their turns. `command`: for `python -m`. `folder`: of
-    its stage."""
+    """A run in processes of its own, which stand still but in their turns.
 
-    def __init__(self, command: Sequence[str], folder: Path):
-        self.folder = folder
+    command: for `python -m`. folder: of its stage, which has so many `steps`.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path, steps: int):
+        self.folder, self.steps = folder, steps
+        self.step = -1
         self.output = tempfile.TemporaryFile()  # noqa: SIM115, closed by end()
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -241,24 +248,39 @@ class Run:
         while (now := reached(self.folder)) < step:
             if self.process.poll() is not None:
                 self.output.seek(0)
-                said = self.output.read().decode(errors="replace")[-500:]
-                raise UserError(f"the run ended before it was measured: {said}")
+                last = self.output.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise UserError(f"the run ended before it was measured: {last}")
             time.sleep(LOOK_SECONDS)
+            if now < self.step:
+                raise UserError(
+                    f"the run went back from step {self.step} to {now}; its worker has died, measure again"
+                )
+            self.step = now
+        if now >= self.steps:
+            raise UserError(
+                f"the stage's {self.steps} steps ended before they were measured; give it more of them"
+            )
         return now
 
     def stand_still(self) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
         while moving := [pid for pid, fields in family(self.process.pid).items() if fields[0] != "T"]:
+            if time.monotonic() > deadline:
+                raise UserError(f"processes {moving} of the run do not stop on SIGSTOP; measure again")
             signal_all(moving, signal.SIGSTOP)
             time.sleep(LOOK_SECONDS)
 
     def end(self) -> None:
+        below = descendants(self.process.pid)
         signal_all(family(self.process.pid), signal.SIGCONT)
         self.process.terminate()
         try:
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            signal_all(family(self.process.pid), signal.SIGKILL)
+            self.process.kill()
             self.process.wait()
+        for process in below:
+            process.kill()
         self.output.close()
 
 

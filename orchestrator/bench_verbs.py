@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def bench_overhead(options: argparse.Namespace) -> int:
     from orchestrator.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or runs that stand still would stay behind
     times = {"starts": options.starts, "rounds": options.rounds, "steps": options.steps}
     rows = overhead_rows(recipe, options.recipe, options.set, **times)
     if options.json:

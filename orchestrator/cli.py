@@ -21,6 +21,7 @@ from threading import Thread
 
 from data.errors import DataError
 from model.errors import ModelError
+from orchestrator.allocator import keep_freed_memory
 from orchestrator.arguments import positive_whole
 from orchestrator.bench_verbs import add_bench_verbs
 from orchestrator.data_verbs import add_data_verbs
@@ -145,6 +146,9 @@ def run_recipe(options: argparse.Namespace) -> int:
     from orchestrator.summary import Summary
     from orchestrator.workdir import Workdir, default_workdir
 
+    under_ray = options.launcher == "ray"
+    if not under_ray:  # this process trains
+        keep_freed_memory()
     recipe = load_recipe(options.recipe, options.set)
     workdir = Workdir((options.workdir or default_workdir(recipe.name)).resolve())
     if options.redo_from is None and workdir.is_finished(recipe):
@@ -158,7 +162,6 @@ def run_recipe(options: argparse.Namespace) -> int:
     else:
         cluster = Cluster(options.address, recipe.compute.workers[1], workdir.cluster)
         with workdir.claim(recipe, options.redo_from) as lease, StopRequest() as stop, cluster:
-            under_ray = options.launcher == "ray"
             # where the inputs were sound before, Ray starts at once, and the rest is imported beside it
             if under_ray and workdir.goes_on(recipe):
                 Thread(target=import_module, args=["orchestrator.curriculum"], name="imports").start()

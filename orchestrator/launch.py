@@ -14,7 +14,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from orchestrator.allocator import MALLOC_ENVIRONMENT, keep_freed_memory
+from orchestrator.allocator import malloc_environment
 from orchestrator.files import read_json, write_json
 from orchestrator.guards import peer_timeout
 from orchestrator.processes import Process
@@ -118,7 +118,7 @@ def start_ray(
             failure_config=FailureConfig(max_failures=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[Callback(job, place, least)],
-            worker_runtime_env={"env_vars": MALLOC_ENVIRONMENT},
+            worker_runtime_env={"env_vars": malloc_environment()},
         ),
         joined=joined,
     )
@@ -139,8 +139,6 @@ def start_ray(
 def start_inline(job: StageJob, pool: ThreadPoolExecutor) -> Future[None]:
     """Run the same worker in this process, without Ray: rank and size come from the environment."""
     from orchestrator.reporting import run_alone
-
-    keep_freed_memory()
 
     def work() -> None:
         run_alone(job)

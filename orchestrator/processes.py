@@ -87,11 +87,12 @@ def family(root: int) -> dict[int, list[str]]:
     return {pid: everyone[pid] for pid in sorted(found) if pid in everyone}
 
 
-def descendants() -> list[Process]:
-    """Of this process."""
+def descendants(root: int | None = None) -> list[Process]:
+    """Of process `root` of this machine (default: this one)."""
     here = Process.this()
-    below = family(here.pid).items()
-    return [replace(here, pid=pid, started=int(fields[19])) for pid, fields in below if pid != here.pid]
+    root = here.pid if root is None else root
+    below = family(root).items()
+    return [replace(here, pid=pid, started=int(fields[19])) for pid, fields in below if pid != root]
 
 
 def signal_all(pids: Iterable[int], number: signal.Signals) -> None:

@@ -50,7 +50,8 @@ class Trainer(TorchTrainer):
     """Without the actor for Ray's data sets, which nobody uses here: 1.8 s of processor time and 200 MB a start.
 
     On a cluster of the run's own (not `joined`) also without the actor that gives its places back when the controller
-    dies: they end with the driver, and an actor that waits takes 0.7 % of a processor.
+    dies: they end with the driver, the actor asks a dashboard that such a cluster has not, and its waiting takes 0.7 %
+    of a processor.
     """
 
     def __init__(self, *arguments: Any, joined: bool, **options: Any):

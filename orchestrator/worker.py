@@ -324,9 +324,9 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python -m orchestrator.worker JOB.json", file=sys.stderr)
         return 2
+    keep_freed_memory()
     try:
         job = StageJob.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-        keep_freed_memory()
         if own_rank() == 0:  # before the ranks meet: a request of an earlier run is not one to this
             StageFolder(Path(job.folder)).stop_request.unlink(missing_ok=True)
         return 0 if run_stage(job) else 3

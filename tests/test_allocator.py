@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from orchestrator import cli, worker
+from orchestrator.allocator import SETTINGS, malloc_environment
+
 PROGRAM = """
 import resource, sys, torch
 from orchestrator.allocator import keep_freed_memory
@@ -27,3 +30,24 @@ def test_memory_that_is_freed_is_kept():
         for way in ("leave", "keep")
     )
     assert kept < given_back / 10  # with pages of 4 kB 163,840 are given back
+
+
+def test_settings_in_the_users_environment_go_before(monkeypatch):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    ours = malloc_environment()
+    assert ours["MALLOC_ARENA_MAX"] == "1" and set(ours) == set(SETTINGS)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert malloc_environment() == ours | {"MALLOC_ARENA_MAX": "4"}
+
+
+def test_whatever_trains_keeps_its_memory_before_it_does_anything_else(tmp_path, monkeypatch):
+    """A worker alone and `--launcher inline`; a driver of Ray does not train, and its workers get the environment."""
+    kept: list[str] = []
+    monkeypatch.setattr(worker, "keep_freed_memory", lambda: kept.append("worker"))
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: kept.append("inline"))
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "none.json")])
+    assert worker.main() == 2
+    for launcher in ("inline", "ray"):
+        assert cli.main(["run", str(tmp_path / "none.yaml"), "--launcher", launcher]) == 2
+    assert kept == ["worker", "inline"]
