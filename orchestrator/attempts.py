@@ -26,7 +26,7 @@ class Attempts:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._record = folder / "attempts.json"
-        self._reached = os.open(folder / "reached", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._reached = os.open(folder / "reached", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def begin(self, first: int) -> int | None:
         """An attempt begins at step `first`. Returns the step at which the last three died, or None to go on.

@@ -109,18 +109,18 @@ def overhead_rows(
 
 
 def row(way: str, found: Sequence[Cost], base: Sequence[Cost], steps: int) -> OverheadRow:
-    over = [Cost(a.cpu / b.cpu - 1, a.wall / b.wall - 1) for a, b in zip(found, base, strict=True)]
-    cpus, walls = [ratio.cpu for ratio in over], [ratio.wall for ratio in over]
+    walls = [a.wall / b.wall - 1 for a, b in zip(found, base, strict=True)]
+    cpus = [a.cpu / b.cpu - 1 for a, b in zip(found, base, strict=True)]
     return OverheadRow(
-        way,
-        len(found),
-        steps,
-        1e3 * statistics.median(cost.wall for cost in found),
-        statistics.median(walls),
-        quartiles(walls),
-        1e3 * statistics.median(cost.cpu for cost in found),
-        statistics.median(cpus),
-        quartiles(cpus),
+        way=way,
+        turns=len(found),
+        steps=steps,
+        wall_ms=1e3 * statistics.median(cost.wall for cost in found),
+        wall_over=statistics.median(walls),
+        wall_quartiles=quartiles(walls),
+        cpu_ms=1e3 * statistics.median(cost.cpu for cost in found),
+        cpu_over=statistics.median(cpus),
+        cpu_quartiles=quartiles(cpus),
     )
 
 
