@@ -35,7 +35,7 @@ from orchestrator.allocator import keep_freed_memory
 from orchestrator.attempts import reached
 from orchestrator.corpora import open_stream
 from orchestrator.errors import UserError
-from orchestrator.processes import descendants, family, signal_all
+from orchestrator.processes import descendants, end_all, family, signal_all
 from orchestrator.recipe import Recipe
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, choose_precision
@@ -279,8 +279,7 @@ class Run:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for process in below:
-            process.kill()
+        end_all(below)
         self.output.close()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from data.patience import one_line
 from orchestrator.errors import InfrastructureError, Stopped, UserError
 from orchestrator.files import read_json, write_json
-from orchestrator.processes import Process, descendants
+from orchestrator.processes import Process, descendants, end_all
 from orchestrator.signals import StopRequest
 
 CONNECT_SECONDS = 10
@@ -128,8 +128,7 @@ def end_leftovers(record: Path) -> None:
     """
     # of a record that can't be read, is another version's or another user's they end by themselves
     with suppress(OSError, ValueError, TypeError):
-        for fields in read_json(record) or []:
-            Process(**fields).kill()
+        end_all(Process(**fields) for fields in read_json(record) or [])
 
 
 def check_answers(address: str) -> None:

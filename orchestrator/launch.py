@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 RESERVATION = "reservation.json"
 RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for free places (60)
+NICENESS = "RAY_worker_niceness"  # of Ray, which every process of its workers reads
 CANCEL_SECONDS = 10
 KILL_SECONDS = 60
 
@@ -118,7 +119,7 @@ def start_ray(
             failure_config=FailureConfig(max_failures=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[Callback(job, place, least)],
-            worker_runtime_env={"env_vars": malloc_environment()},
+            worker_runtime_env={"env_vars": worker_environment()},
         ),
         joined=joined,
     )
@@ -134,6 +135,12 @@ def start_ray(
             (folder / RESERVATION).unlink(missing_ok=True)
 
     return pool.submit(fit)
+
+
+def worker_environment() -> dict[str, str]:
+    """Of workers under Ray, which would start them at niceness 15, behind all else that runs on the machine: its own
+    daemons and the driver would stop a thread that trains whenever they like, and others wait for that thread."""
+    return malloc_environment() | {NICENESS: os.environ.get(NICENESS, "0")}
 
 
 def start_inline(job: StageJob, pool: ThreadPoolExecutor) -> Future[None]:

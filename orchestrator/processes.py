@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+END_SECONDS = 10  # of the kernel, to take the memory of a killed process
 
 @dataclass(frozen=True)
 class Process:
@@ -93,6 +95,14 @@ def descendants(root: int | None = None) -> list[Process]:
     root = here.pid if root is None else root
     below = family(root).items()
     return [replace(here, pid=pid, started=int(fields[19])) for pid, fields in below if pid != root]
+
+
+def end_all(processes: Iterable[Process]) -> None:
+    """SIGKILL them and wait until they are gone: till then they have their files open and their ports."""
+    killed = [process for process in processes if process.kill()]
+    deadline = time.monotonic() + END_SECONDS
+    while time.monotonic() < deadline and not all(process.is_gone() for process in killed):
+        time.sleep(0.01)
 
 
 def signal_all(pids: Iterable[int], number: signal.Signals) -> None:

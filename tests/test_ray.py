@@ -140,6 +140,8 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
         assert unused not in titles
     environment = Path(f"/proc/{read_json(second.heartbeat)['pid']}/environ").read_text().split("\0")
     assert {f"{name}={value}" for name, value in malloc_environment().items()} <= set(environment)
+    niceness = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (read_json(second.heartbeat)["pid"], process.pid)]
+    assert niceness[0] == niceness[1], "Ray would have everything go before what trains"
     beat = read_json(second.heartbeat)
     os.kill(beat["pid"], signal.SIGKILL)  # else it would make its few steps without a driver
     process.send_signal(signal.SIGKILL)
