@@ -8,6 +8,7 @@ loopback, `minilm run` as a process. Work directories lie on a tmpfs of their ow
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -324,6 +325,9 @@ def flip_bit(path: Path, pick: float) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that stays free while the server is away: the system and Ray give none of these to anybody."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise InfrastructureError("no port is free for the MLflow server")

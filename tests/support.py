@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data.manifest import TokenizerInfo
-from orchestrator.checkpoint_store import LocalFolder
+from orchestrator.checkpoint_store import LocalFolder, step_of
 from orchestrator.corpora import describe
 from orchestrator.data_job import CacheJob, CorpusJob, DataJob
 from orchestrator.stage import StageJob, StudentJob
@@ -15,6 +18,20 @@ from orchestrator.stage import StageJob, StudentJob
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of the checkpoints in a local store, oldest first."""
     return [folder / name for name in LocalFolder(folder).names()]
+
+
+def has_checkpoint(folder: Path, step: int) -> bool:
+    """Is a checkpoint of `step` or later in a local store? A name may be gone before anybody looks."""
+    return any(step_of(path.name) >= step for path in checkpoints_in(folder))
+
+
+def free_port() -> int:
+    """A port of loopback that stays free: nobody gets one of these, from the system or from Ray, without asking."""
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def describe_folder(data: Path) -> DataJob:

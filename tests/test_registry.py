@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_server import free_port, server
+from mlflow_server import server
+from support import free_port
 
 from orchestrator import registry
 from orchestrator.errors import InfrastructureError, UserError

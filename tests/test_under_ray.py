@@ -137,9 +137,9 @@ def test_starts_without_a_sign_of_life_end_the_run_with_what_the_workers_said(tm
 @pytest.fixture
 def nodes(monkeypatch):
     """A node that answers, one whose raylet has died, one that Ray knows to be dead, and one without a place."""
-    with socket.create_server(("127.0.0.1", 0)) as raylet, socket.create_server(("127.0.0.1", 0)) as other:
+    with socket.create_server(("127.0.0.1", 0)) as raylet, socket.socket() as other:
+        other.bind(("127.0.0.1", 0))  # nobody else gets this port, and nobody listens at it
         gone = other.getsockname()
-        other.close()
         nodes = [
             {"NodeID": name, "Alive": alive, "Resources": resources}
             | {"NodeManagerAddress": port[0], "NodeManagerPort": port[1]}

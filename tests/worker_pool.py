@@ -5,16 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from support import checkpoints_in
+from support import free_port, has_checkpoint
 from teachers import teachers_stay
 
-from orchestrator.checkpoint_store import step_of
 from orchestrator.stage import StageFolder, StageJob
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -52,10 +50,7 @@ def start(
 
     `dies_after`, `hangs_after`: after so many steps they kill themselves, or make no other.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_PORT": str(free_port())}
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     processes = []
     for rank in range(size):
@@ -81,7 +76,7 @@ def kill_at(processes: list[BaseProcess], rank: int, job: StageJob, step: int) -
     """SIGKILL one rank as soon as a checkpoint of `step` or later is there; exit codes of all, ended by themselves."""
     folder = StageFolder(Path(job.folder)).checkpoints
     deadline = time.monotonic() + 60
-    while not any(step_of(path.name) >= step for path in checkpoints_in(folder)):
+    while not has_checkpoint(folder, step):
         assert all(process.is_alive() for process in processes), log(job)
         assert time.monotonic() < deadline, log(job)
         time.sleep(0.002)
