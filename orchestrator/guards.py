@@ -78,7 +78,7 @@ class Watchdog:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.seconds = seconds
         self._file = log.open("a", encoding="utf-8")
-        self._due = Due(REARM_SECONDS)
+        self._due = Due(min(REARM_SECONDS, seconds / 4))  # a step has so much less
         self.expect_long()
 
     def expect_long(self) -> None:

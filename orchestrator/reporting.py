@@ -28,6 +28,11 @@ from orchestrator.storage import is_final
 log = logging.getLogger(__name__)
 
 PEER_REPORT_SECONDS = 1.0
+PROMISED_REPORT_SECONDS = 30.0
+
+
+class PeerFailed(Exception):
+    """Another rank has an error and reports it; this one has only to end."""
 
 
 class Evicted(Exception):
@@ -89,7 +94,7 @@ def run_reporting(
                 f"some space and run the same command again"
             )
         else:
-            if reported_soon(job):  # a peer's error has ended this rank too
+            if reported_soon(job, error):  # a peer's error has ended this rank too
                 return False
             text = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
@@ -124,11 +129,12 @@ def reported(job: StageJob) -> bool:
     return failure is not None and failure["attempt"] == job.attempt
 
 
-def reported_soon(job: StageJob) -> bool:
-    """`reported`, given a peer the time to do so."""
+def reported_soon(job: StageJob, error: Exception) -> bool:
+    """`reported`, given a peer the time to do so: a slow disk's where `error` says that it will."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
-    deadline = time.monotonic() + PEER_REPORT_SECONDS
+    promised = isinstance(error, PeerFailed)
+    deadline = time.monotonic() + (PROMISED_REPORT_SECONDS if promised else PEER_REPORT_SECONDS)
     while not reported(job):
         if time.monotonic() > deadline:
             return False

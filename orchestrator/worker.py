@@ -35,14 +35,14 @@ from orchestrator.intake import Intake
 from orchestrator.journal import Due, Journal
 from orchestrator.lease import Superseded, check_writer
 from orchestrator.points import is_logged, rate, step_metrics
-from orchestrator.reporting import Evicted, own_rank
+from orchestrator.reporting import Evicted, PeerFailed, own_rank
 from orchestrator.saving import Saving, is_kept
 from orchestrator.stage import StageFolder, StageJob
 from orchestrator.steady import AUTOCAST, PRECISIONS, choose_precision, choose_threads
 from orchestrator.step import StepOutcome, train_step
 from orchestrator.storage import is_final, writing
 from orchestrator.students import build_distiller, compute_deterministically, make_states
-from orchestrator.world import PeerFailed, World, join_world
+from orchestrator.world import World, join_world
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,6 @@ from orchestrator.errors import UserError
 PEER_TIMEOUT = timedelta(seconds=300)
 
 
-class PeerFailed(Exception):
-    """Another rank has an error and reports it; this one has only to end."""
-
-
 @dataclass(frozen=True)
 class World:
     rank: int

@@ -22,7 +22,11 @@ CONTEXT.set_forkserver_preload(["orchestrator.worker"])
 def _work(
     job: str, environment: dict[str, str], errors: str, dies_after: int | None, hangs_after: int | None
 ) -> None:
+    from orchestrator import guards
     from orchestrator.reporting import run_reporting
+
+    if hangs_after is not None:
+        guards.LONG = 100  # a short `stall_seconds` is for its steps, not for its start
 
     os.environ.update(environment)
     sys.stderr = Path(errors).open("a", buffering=1)  # noqa: SIM115 (for the life of the process)
