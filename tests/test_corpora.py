@@ -72,7 +72,7 @@ def test_a_mixture_with_a_window_killed_and_resumed_gives_the_same_bits(sets, te
     assert StageJob.from_json(whole.to_json()) == whole
     assert run_stage(whole)
     job = replace(whole, folder=str(tmp_path / "killed"))
-    assert worker_pool.kill_at(worker_pool.start(job, 1), 0, job, 9) == [-signal.SIGKILL]
+    assert worker_pool.kill_at(job, 1, rank=0, step=9) == [-signal.SIGKILL], worker_pool.log(job)
     assert worker_pool.join(worker_pool.start(job, 1)) == [0], worker_pool.log(job)
     assert digest(job) == digest(whole)
     assert (check := verify_run(newest(job))).sound and check.rows == 320

@@ -128,8 +128,8 @@ def logged(job: StageJob) -> list[tuple[int, dict[str, float]]]:
 def through_a_schedule(job: StageJob, schedule: list[tuple[int, int, int]], last: int) -> None:
     """Run `job` with (workers, killed rank, after the checkpoint of this step) in turn, then with `last` workers."""
     for workers, rank, step in schedule:
-        codes = worker_pool.kill_at(worker_pool.start(job, workers), rank, job, step)
-        assert codes[rank] == -9
+        codes = worker_pool.kill_at(job, workers, rank, step)
+        assert codes[rank] == -9, worker_pool.log(job)
         assert 0 not in codes
     assert worker_pool.join(worker_pool.start(job, last)) == [0] * last, worker_pool.log(job)
 

@@ -87,7 +87,7 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_weights(shards, tea
     job = replace(whole, folder=str(tmp_path / "killed"))
     folder = StageFolder(Path(job.folder))
     for target in sorted(random.Random(seed).sample(range(1, 56), 5)):
-        assert worker_pool.kill_at(worker_pool.start(job, 1), 0, job, target) == [-signal.SIGKILL]
+        assert worker_pool.kill_at(job, 1, rank=0, step=target) == [-signal.SIGKILL], worker_pool.log(job)
         assert not folder.done.exists()
     assert worker_pool.join(worker_pool.start(job, 1)) == [0], worker_pool.log(job)
     assert digest(job) == digest(whole)
