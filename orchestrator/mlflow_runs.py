@@ -8,12 +8,13 @@ time, it is found by that.
 import logging
 import threading
 import uuid
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_json
-from orchestrator.mlflow_server import MlflowException, connect
+from orchestrator.mlflow_server import MlflowClient, MlflowException, connect
 from orchestrator.untold import STATE_FILE
 from orchestrator.uploader import shown
 
@@ -25,13 +26,17 @@ class MlflowRuns:
 
     def __init__(self, workdir: Path, uri: str, experiment: str):
         self.workdir, self.uri, self._experiment = workdir, uri, experiment
-        self.client = connect(uri)
         self.path = workdir / STATE_FILE
         self.lock = threading.RLock()
         try:
             self.state: dict[str, Any] = {**_no_runs(), "notes": [], **(read_json(self.path) or {})}
         except ValueError as error:
             raise UserError(f"{self.path} is damaged: remove it, and the run gets new MLflow runs") from error
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """Made when it is first used, because a file that another process has locked is as good as away."""
+        return connect(self.uri)
 
     def save(self) -> None:
         write_json(self.path, self.state)

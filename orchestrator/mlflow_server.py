@@ -25,6 +25,7 @@ os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 
 from mlflow import MlflowClient  # noqa: E402  (after its switches)
 from mlflow.exceptions import MlflowException  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 from orchestrator.errors import InfrastructureError, UserError  # noqa: E402
 from orchestrator.uploader import one_line, shown  # noqa: E402
@@ -44,10 +45,16 @@ def is_missing(store: str) -> bool:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client for tracking and registry at `uri`; makes no call yet, except that SQLite tables are made."""
+    """A client for tracking and registry at `uri`; makes no call yet, except that SQLite tables are made.
+
+    MlflowException where that can't be, for example because another process has the file, stopped while it wrote.
+    """
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial tables…"
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except SQLAlchemyError as error:
+        raise MlflowException(str(error)) from error
 
 
 def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) -> Result:

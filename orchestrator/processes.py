@@ -17,6 +17,7 @@ from pathlib import Path
 
 END_SECONDS = 10  # of the kernel, to take the memory of a killed process
 
+
 @dataclass(frozen=True)
 class Process:
     """machine: equal only where process numbers mean the same. started: in clock ticks since the machine's boot."""

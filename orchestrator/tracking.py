@@ -18,7 +18,7 @@ from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.metrics import Point
 from orchestrator.mlflow_runs import MlflowRuns
-from orchestrator.mlflow_server import is_missing, patiently, tracking_uri
+from orchestrator.mlflow_server import MlflowClient, is_missing, patiently, tracking_uri
 from orchestrator.provenance import flatten, git_commit, package_tags
 from orchestrator.untold import STATE_FILE, untold
 from orchestrator.uploader import Uploader, one_line, shown
@@ -74,7 +74,6 @@ class Tracking:
     def __init__(self, workdir: Path, uri: str, experiment: str) -> None:
         self.uri = uri
         self.runs = MlflowRuns(workdir, uri, experiment)
-        self.client = self.runs.client
         self._away = False
         self._quiet_until = 0.0
 
@@ -117,6 +116,10 @@ class Tracking:
                 tracking._note("", name, artifact=[str(recipe_file.resolve()), "recipe"])
             tracking.tell()
         return tracking
+
+    @property
+    def client(self) -> MlflowClient:
+        return self.runs.client
 
     @property
     def num_untold(self) -> int:

@@ -72,17 +72,17 @@ def test_nodes_come_and_go_and_the_weights_are_those_of_one_undisturbed_worker(
         beat = read_json(folder.heartbeat) or {}
         story.append(f"{time.monotonic() - began:6.1f} s  step {beat.get('step')}  {what}")
 
-    wait_for(lambda: worker_count() == 1 and read_json(folder.heartbeat)["step"] > 20, process, 200)
+    wait_for(lambda: worker_count() == 1 and read_json(folder.heartbeat)["step"] > 20, process)
     tell("one worker; a node is added")
     second = cluster.add_node(num_cpus=1, resources={"trainer": 1})
-    wait_for(lambda: worker_count() == 2, process, 300)
+    wait_for(lambda: worker_count() == 2, process)
     tell("two workers; that node is killed")
     cluster.remove_node(second, allow_graceful=False)
-    wait_for(lambda: worker_count() == 1, process, 400)
+    wait_for(lambda: worker_count() == 1, process)
     tell("one worker; two nodes are added")
     cluster.add_node(num_cpus=1, resources={"trainer": 1})
     cluster.add_node(num_cpus=1, resources={"trainer": 1})
-    wait_for(lambda: worker_count() == 3, process, 400)
+    wait_for(lambda: worker_count() == 3, process)
     tell("three workers; the first is killed")
     os.kill(read_json(folder.heartbeat)["pid"], signal.SIGKILL)
     out, errors = process.communicate(timeout=600)
@@ -134,12 +134,13 @@ def test_a_killed_driver_run_again_does_not_wait_for_its_own_ghost(cluster, tmp_
     recipe, work = long_recipe(tmp_path, text, teacher, [1, 2], 600), tmp_path / "work"
     folder = StageFolder(work / "stages" / "assistant")
     process = minilm("run", recipe, "--workdir", work, "--address", cluster.address)
-    wait_for(lambda: (read_json(folder.heartbeat) or {}).get("step", 0) > 20, process, 200)
+    wait_for(lambda: (read_json(folder.heartbeat) or {}).get("step", 0) > 20, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     again = time.time()
     process = minilm("run", recipe, "--workdir", work, "--address", cluster.address)
-    wait_for(lambda: (read_json(folder.heartbeat) or {}).get("time", 0) > again + 5, process, 120)
+    wait_for(lambda: (read_json(folder.heartbeat) or {}).get("time", 0) > again + 5, process)
+    assert time.time() < again + 120
     process.communicate(timeout=300)
     assert process.returncode == 0
 

@@ -68,7 +68,7 @@ class Run:
     def __init__(self, recipe: Path, work: Path, cluster: Any):
         self.folder = StageFolder(work / "stages" / "assistant")
         self.process = minilm("run", recipe, "--workdir", work, "--address", cluster.address)
-        wait_for(self.trains, self.process, 200)
+        wait_for(self.trains, self.process)
 
     def trains(self) -> bool:
         return self.beat.get("step", 0) > 40 and any(self.folder.checkpoints.glob("step-*"))

@@ -2,8 +2,10 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from support import free_port
 
 from orchestrator import registry
 from orchestrator.errors import InfrastructureError, UserError
-from orchestrator.mlflow_server import MlflowClient, connect
+from orchestrator.mlflow_server import MlflowClient, connect, patiently
 from orchestrator.model_folder import folder_digest
 from orchestrator.registry import promote, pull, pull_once, register, resolve
 
@@ -283,6 +285,15 @@ def test_a_store_that_stays_away_is_no_mistake_of_the_user(tmp_path: Path) -> No
     with pytest.raises(InfrastructureError, match="run the same command again") as error:
         register(away, "late", folder, run_id="r", alias="newest", patience_seconds=0.6)
     assert "\n" not in str(error.value) and "s3cret" not in str(error.value)
+
+
+def test_a_store_that_another_process_has_locked_is_away(tmp_path: Path) -> None:
+    """For example one that was stopped while it wrote."""
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}?timeout=0.1"
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(InfrastructureError, match="database is locked.* run the same command again"):
+            patiently(store, lambda: connect(store), 0.1)
 
 
 def test_a_store_that_is_not_there_is_an_error_in_one_line(tmp_path: Path) -> None:

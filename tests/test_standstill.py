@@ -55,9 +55,9 @@ class Run:
     def log(self, rank: int = 0) -> str:
         return self.folder.worker_log(rank).read_text()
 
-    def until(self, condition: Callable[[], object], seconds: float = 150) -> float:
+    def until(self, condition: Callable[[], object]) -> float:
         began = time.monotonic()
-        wait_for(condition, self.process, seconds)
+        wait_for(condition, self.process)
         return time.monotonic() - began
 
     def until_trains(self, but: int = 0) -> float:
