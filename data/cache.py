@@ -82,8 +82,9 @@ class Cache:
         """
         removed = []
         with self._lock("evict.lock"):
-            found = list(_entries(self.folder))
+            # parts first: one that gets its name meanwhile is counted twice, and not missed
             parts = [int(path.name.split(".")[-2]) for path in self.folder.glob(".*.part")]
+            found = list(_entries(self.folder))
             total = sum(stat.st_size for _, stat in found) + sum(parts) + room
             for path, stat in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
                 if total <= self.max_bytes:

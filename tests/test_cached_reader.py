@@ -14,7 +14,7 @@ from conftest import write_text
 from support import make_job
 
 from data.build import build
-from data.cache import Cache
+from data.cache import Cache, _entries
 from data.cached_reader import CachedReader, NotCached
 from data.errors import DamageError
 from data.manifest import load_manifest
@@ -84,6 +84,19 @@ def test_what_it_let_go_of_is_evicted_and_takes_no_room(first):
     assert str(path) not in Path("/proc/self/maps").read_text()
     with pytest.raises(NotCached):
         again.read([0])
+
+
+def test_a_file_that_gets_its_name_while_others_are_counted_is_counted_too(tmp_path, monkeypatch):
+    cache, part = Cache(tmp_path, 6), tmp_path / f".{'b' * 64}.1.3.part"
+    cache.take("a" * 64, 3, lambda into: into.write_bytes(b"abc")).release()
+    part.write_bytes(b"abc")
+
+    def meanwhile(folder):
+        yield from list(_entries(folder))
+        part.rename(tmp_path / ("b" * 64))
+
+    monkeypatch.setattr("data.cache._entries", meanwhile)
+    assert cache.evict(room=3) == ["a" * 64]
 
 
 def test_a_damaged_copy_is_fetched_again(first, server):
