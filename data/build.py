@@ -34,6 +34,8 @@ from data.workers import WorkerEnded
 
 __all__ = ["BuildProgress", "BuildReport", "build", "import_data"]
 
+LOCK = ".lock"
+
 
 def build(
     inputs: Sequence[str | Path],
@@ -114,7 +116,7 @@ def import_data(
     }
     with _disk_errors(out):
         done = finished_build(out, arguments, plan.files)
-        if done is not None and not (out / WORK).exists():
+        if done is not None and not (out / WORK).exists() and not (out / LOCK).exists():
             return done
         created = not out.exists()
         with _lock(out):
@@ -212,7 +214,7 @@ def _layout(info: TokenizerInfo, seq_len: int, packing: str, rows_per_block: int
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
     """One build a folder at a time; a second one waits and then finds the first one's result."""
-    path = out / ".lock"
+    path = out / LOCK
     while True:
         out.mkdir(parents=True, exist_ok=True)  # the one before us may have failed, and left nothing behind
         try:
@@ -233,7 +235,7 @@ def _lock(out: Path) -> Iterator[None]:
 
 def _remove_if_empty(folder: Path) -> None:
     try:
-        (folder / ".lock").unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
     except OSError:
         return
