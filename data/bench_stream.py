@@ -144,9 +144,10 @@ def _rows_per_second(make: Passes, seconds: float) -> tuple[float, float]:
     counts = make()
     next(counts)
     done, begin, used = 0, time.perf_counter(), time.process_time()
-    while (spent := time.perf_counter() - begin) < seconds:
+    while True:
         done += next(counts)
-    return done / spent, done / (time.process_time() - used)
+        if (spent := time.perf_counter() - begin) >= seconds:
+            return done / spent, done / (time.process_time() - used)
 
 
 def _make_data(folder: Path, rows: int, seq_len: int) -> Path:

@@ -1,6 +1,7 @@
 """The data layer's promises as a whole: resuming costs nothing, memory does not grow, kills change nothing."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -40,12 +41,15 @@ def simulated(folder, num_rows, seq_len=512):
 
 def test_ten_billion_rows_open_at_once_and_cost_no_more_memory(tmp_path):
     big, small = simulated(tmp_path / "big", 10**10), simulated(tmp_path / "small", 10**5)
-    times = []
+    raw, opened, read = (big / "manifest.json").read_bytes(), [], []
     for _ in range(5):
         begin = time.process_time()  # the clock of a busy machine tells of others
         stream = Stream(big, seed=1, batch=1024, micro_batch=64)
-        times.append(time.process_time() - begin)
-    assert min(times) < 0.1
+        opened.append(time.process_time() - begin)
+        begin = time.process_time()
+        hashlib.sha256(json.dumps(json.loads(raw)).encode())
+        read.append(time.process_time() - begin)
+    assert min(opened) < 4 * min(read), "little more than reading the manifest takes"
     used = {}
     for folder in (big, small):
         stream = Stream(folder, seed=1, batch=1024, micro_batch=64)
@@ -58,16 +62,16 @@ def test_ten_billion_rows_open_at_once_and_cost_no_more_memory(tmp_path):
 
 
 def test_the_order_of_ten_billion_rows_is_no_slower(tmp_path):
-    def best(num_rows):
-        stream = Stream(simulated(tmp_path / str(num_rows), num_rows), seed=1, batch=4096, micro_batch=4096)
-        times = []
-        for step in range(30):
+    folders = [simulated(tmp_path / str(num_rows), num_rows) for num_rows in (10**4, 10**10)]
+    streams = [Stream(folder, seed=1, batch=4096, micro_batch=4096) for folder in folders]
+    times = [[], []]
+    for step in range(30):  # in turns: a busy machine is busy for both
+        for stream, taken in zip(streams, times, strict=True):
             begin = time.perf_counter()
             stream.row_ids(step, 0)
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    assert best(10**10) < 2 * best(10**4)
+            taken.append(time.perf_counter() - begin)
+    small, big = map(min, times)
+    assert big < 2 * small
 
 
 def opened_until_first_batch(folder, step):
