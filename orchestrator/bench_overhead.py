@@ -246,16 +246,16 @@ class Run:
     def wait_for(self, step: int) -> int:
         """Until step `step` is being computed; the step that is."""
         while (now := reached(self.folder)) < step:
-            if self.process.poll() is not None:
-                self.output.seek(0)
-                last = self.output.read().decode(errors="replace").strip().rpartition("\n")[2]
-                raise UserError(f"the run ended before it was measured: {last}")
-            time.sleep(LOOK_SECONDS)
             if now < self.step:
                 raise UserError(
                     f"the run went back from step {self.step} to {now}; its worker has died, measure again"
                 )
             self.step = now
+            if self.process.poll() is not None:
+                self.output.seek(0)
+                last = self.output.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise UserError(f"the run ended before it was measured: {last}")
+            time.sleep(LOOK_SECONDS)
         if now >= self.steps:
             raise UserError(
                 f"the stage's {self.steps} steps ended before they were measured; give it more of them"

@@ -128,6 +128,7 @@ def test_a_run_that_goes_back_or_through_its_stage_is_not_measured(tmp_path):
     attempts = Attempts(tmp_path)
     run = Run(["nothing"], tmp_path, 30)
     try:
+        run.process.wait()
         attempts.reach(25)
         assert run.wait_for(20) == 25
         attempts.reach(3)
