@@ -3,6 +3,7 @@
 import os
 import random
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,11 @@ def make_tokenizer(folder: Path, *, extra_tokens: int = 0) -> str:
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return str(folder)
+
+
+def reading_ahead() -> set[threading.Thread]:
+    """This process's threads of `read_ahead`; whatever others do, such as a library's, is no matter."""
+    return {thread for thread in threading.enumerate() if thread.name == "minilm-read-ahead"}
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:

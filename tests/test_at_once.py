@@ -7,7 +7,14 @@ import threading
 import numpy as np
 import pytest
 import torch
-from data_cases import in_a_child, make_data, make_documents, make_tokenizer, write_megatron
+from data_cases import (
+    in_a_child,
+    make_data,
+    make_documents,
+    make_tokenizer,
+    reading_ahead,
+    write_megatron,
+)
 from transformers import AutoTokenizer
 
 from data.errors import DataError
@@ -253,13 +260,13 @@ def test_a_chunk_is_begun_when_few_items_wait_and_closing_ends_the_thread():
                 third.set()
             yield [number] * 10
 
-    before = threading.active_count()
+    before = reading_ahead()
     items = read_ahead(chunks(), 25)
     next(items)
     assert third.wait(5)
     for count in range(2, 101):
         assert next(items) == (count - 1) // 10
         assert len(begun) * 10 <= count + 25 + 10
-    assert threading.active_count() == before + 1
+    assert len(reading_ahead() - before) == 1
     items.close()
-    assert threading.active_count() == before
+    assert not reading_ahead() - before

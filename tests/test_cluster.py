@@ -13,7 +13,7 @@ import pytest
 from orchestrator.cluster import check_answers, end_leftovers
 from orchestrator.errors import UserError
 from orchestrator.files import write_json
-from orchestrator.processes import Process, descendants
+from orchestrator.processes import descendants
 from orchestrator.workdir import Workdir
 
 SLEEPER = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
@@ -33,7 +33,7 @@ def test_what_a_killed_driver_has_left_is_ended_and_nothing_else(tmp_path):
     with subprocess.Popen(PARENT, stdout=subprocess.PIPE) as parent:
         assert parent.stdout and parent.stdout.readline(), "the child's child is there"
         ours = [process for process in descendants() if process not in before]
-        assert len(ours) == 2 and ours[0] == Process(**asdict(ours[0]) | {"pid": parent.pid})
+        assert len(ours) == 2 and parent.pid in [process.pid for process in ours]
         record = tmp_path / "cluster.json"
         write_json(record, [asdict(process) | {"started": process.started + 1} for process in ours])
         end_leftovers(record)
@@ -52,9 +52,7 @@ def test_what_a_killed_driver_has_left_is_ended_and_nothing_else(tmp_path):
 def test_processes_may_have_any_name():
     """A name is bytes, and cut at 15 of them: here in the middle of a letter."""
     name = "abcdefghijklmnö".encode()[:15]
-    program = (
-        f"import time; open('/proc/self/comm', 'wb').write({name!r}); print(flush=True); time.sleep(60)"
-    )
+    program = f"import time; open('/proc/self/comm', 'wb').write({name!r}); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline(), "it has its name"
         assert Path(f"/proc/{process.pid}/comm").read_bytes() == name + b"\n"

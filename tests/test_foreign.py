@@ -356,7 +356,7 @@ def test_a_tar_is_walked_the_same_however_its_bytes_come(tmp_path):
 def served(tmp_path, monkeypatch):
     """Tars behind a server, and what they would give from the disk."""
     monkeypatch.setattr(remote, "_PIECE_BYTES", 4096)
-    quick = Patience(tries=3, first_wait_seconds=0.01, longest_wait_seconds=0.02, request_seconds=1.0)
+    quick = Patience(tries=8, first_wait_seconds=0.01, longest_wait_seconds=0.02, request_seconds=1.0)
     monkeypatch.setattr(remote, "Patience", lambda: quick)
     folder = tmp_path / "served"
     folder.mkdir()
@@ -390,7 +390,7 @@ def test_a_tar_that_cannot_be_had_or_changes_is_an_error_with_its_url(tmp_path, 
     def read():
         import_data([f"{served.url}/0.tar", url], teacher, tmp_path / "out", **call)
 
-    for fault, message in (("404", "no such object"), ("403", "refuses"), ("500", r"tried 3 times")):
+    for fault, message in (("404", "no such object"), ("403", "refuses"), ("500", r"tried 8 times")):
         served.always = {"1.tar": fault}
         with pytest.raises(DataError, match=rf"{url}.*{message}"):
             read()

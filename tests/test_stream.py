@@ -6,12 +6,11 @@ import random
 import re
 import shutil
 import signal
-import threading
 
 import numpy as np
 import pytest
 import torch
-from data_cases import in_a_child, make_data
+from data_cases import in_a_child, make_data, reading_ahead
 
 from data.errors import DataError
 from data.manifest import load_manifest
@@ -121,16 +120,16 @@ def test_micro_batches_must_divide_the_batch(data):
 
 def test_iterating_equals_asking_and_leaves_no_thread(data):
     stream = Stream(data, seed=2, batch=8, micro_batch=2)
-    before = threading.active_count()
+    before = reading_ahead()
     found = list(stream.iterate(3, 6, range(1, 3)))
     assert [b.row_ids.tolist() for b in found] == [
         stream.micro_batch(step, index).row_ids.tolist() for step in (3, 4, 5) for index in (1, 2)
     ]
     batches = stream.iterate(0, 10**6, range(4))
     next(batches)
-    assert threading.active_count() == before + 1
+    assert len(reading_ahead() - before) == 1
     batches.close()
-    assert threading.active_count() == before
+    assert not reading_ahead() - before
     assert list(stream.iterate(5, 5, range(4))) == []
 
 
