@@ -137,8 +137,10 @@ def answered(path: Path) -> bool:
 
 def outlast(path: Path) -> None:
     """Return when the holder of `path` has released it or is dead. Raises `LeaseHeld` when it lives."""
-    began, first, told = time.monotonic(), touched(path), False
-    while time.monotonic() - began < PATIENCE_SECONDS:
+    first, told = touched(path), False
+    began = time.monotonic()
+    while True:
+        waited = time.monotonic() - began  # taken before the look: after a long sleep it looks once more
         seen, (holder, released) = touched(path), read(path)
         if seen is None or released:
             return
@@ -148,6 +150,8 @@ def outlast(path: Path) -> None:
             raise held(path, holder, (time.time_ns() - seen) / 1e9)
         if seen != first:
             raise held(path, holder, 0.0)
+        if waited >= PATIENCE_SECONDS:
+            return
         if not told:
             wait = f"waiting {PATIENCE_SECONDS:.0f} s for a sign of life of it"
             print(f"{holder or UNKNOWN} had {path.parent.parent}: {wait}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +24,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from orchestrator import lease, processes
-lease.RENEW_SECONDS, lease.PATIENCE_SECONDS, machine = 0.05, 1.0, sys.argv[2]
+lease.RENEW_SECONDS, lease.PATIENCE_SECONDS, machine = 0.05, float(sys.argv[3]), sys.argv[2]
 if machine:
     processes.this_machine = lambda: machine
 held = lease.take(Path(sys.argv[1]) / "lease")
@@ -36,9 +37,9 @@ held.release()
 class Driver:
     """A process that takes the lease, on `machine` as it believes, and holds it until it is told to end."""
 
-    def __init__(self, work: Path, machine: str = ""):
+    def __init__(self, work: Path, machine: str = "", patience: float = 30.0):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, work, machine],
+            [sys.executable, "-c", HOLDER, work, machine, str(patience)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -49,7 +50,7 @@ class Driver:
         return int(self.process.stdout.readline())
 
     def error(self) -> str:
-        self.process.wait(timeout=20)  # by itself: to communicate would tell it to end
+        self.process.wait(timeout=240)  # by itself: to communicate would tell it to end
         out, errors = self.process.communicate()
         assert self.process.returncode, f"it has ended in good order: {out}"
         return errors.strip().splitlines()[-1]
@@ -60,8 +61,8 @@ def drivers(tmp_path: Path) -> Iterator[type[Driver]]:
     made: list[Driver] = []
 
     class Tracked(Driver):
-        def __init__(self, machine: str = ""):
-            super().__init__(tmp_path, machine)
+        def __init__(self, *given):
+            super().__init__(tmp_path, *given)
             made.append(self)
 
     yield Tracked
@@ -70,17 +71,21 @@ def drivers(tmp_path: Path) -> Iterator[type[Driver]]:
         driver.process.communicate()
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """Whoever takes the lease here must not wait."""
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=time.monotonic, time_ns=time.time_ns))
+
+
 def files(work: Path) -> list[str]:
     return sorted(path.name for path in (work / "lease").iterdir())
 
 
-def test_a_second_driver_is_refused_and_told_who_works_there(drivers, tmp_path):
+def test_a_second_driver_is_refused_and_told_who_works_there(drivers, tmp_path, at_once):
     first = drivers()
     assert first.epoch() == 1
-    begun = time.monotonic()
     with pytest.raises(LeaseHeld) as refused:
         take(tmp_path / "lease")
-    assert time.monotonic() - begun < 0.5
     assert refused.value.exit_code == 6
     expected = (
         f"another run works in {tmp_path} (process {first.process.pid} on {os.uname().nodename}, last sign of"
@@ -88,24 +93,20 @@ def test_a_second_driver_is_refused_and_told_who_works_there(drivers, tmp_path):
     assert str(refused.value).startswith(expected)
     first.process.send_signal(signal.SIGSTOP)  # here its process is seen, so that it is never taken for dead
     time.sleep(1.3)
-    with pytest.raises(LeaseHeld, match="last sign of life [12] s ago"):
+    with pytest.raises(LeaseHeld, match=r"last sign of life [1-9]\d* s ago"):
         take(tmp_path / "lease")
     assert files(tmp_path) == ["000001.json"]
 
 
-def test_a_killed_driver_is_followed_at_once_and_a_released_lease_too(drivers, tmp_path):
+def test_a_killed_driver_is_followed_at_once_and_a_released_lease_too(drivers, tmp_path, at_once):
     first = drivers()
     assert first.epoch() == 1
-    first.process.kill()  # and not waited for: a zombie is dead as well
-    time.sleep(0.1)
-    begun = time.monotonic()
+    first.process.kill()
+    os.waitid(os.P_PID, first.process.pid, os.WEXITED | os.WNOWAIT)  # a zombie is dead as well
     second = take(tmp_path / "lease")
-    assert time.monotonic() - begun < 0.5
     assert files(tmp_path) == ["000002.json"]
     second.release()
-    begun = time.monotonic()
     third = take(tmp_path / "lease")
-    assert time.monotonic() - begun < 0.5
     assert third.path.name == "000003.json"
     third.release()
     assert files(tmp_path) == ["000003.json"], "epochs only grow"
@@ -130,7 +131,7 @@ def test_a_driver_elsewhere_is_followed_only_after_its_silence(drivers, tmp_path
     assert "another run works in" in drivers("host B").error()  # it saw the file being touched
     first.process.send_signal(signal.SIGSTOP)
     begun = time.monotonic()
-    second = drivers("host B")
+    second = drivers("host B", 1.0)
     assert second.epoch() == 2
     assert time.monotonic() - begun > 1.0
     assert files(tmp_path) == ["000002.json"]
@@ -140,13 +141,28 @@ def test_a_driver_elsewhere_is_followed_only_after_its_silence(drivers, tmp_path
     assert files(tmp_path) == ["000002.json"]
 
 
+def test_a_challenger_that_has_slept_looks_again_before_it_takes_over(tmp_path, monkeypatch):
+    """For longer than its patience, between two looks; meanwhile the holder, elsewhere, has touched its file."""
+    now, path = [0.0], tmp_path / "lease" / "000001.json"
+    path.parent.mkdir()
+    path.touch()
+
+    def oversleep(seconds):
+        now[0] += 2 * lease.PATIENCE_SECONDS
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=oversleep))
+    with pytest.raises(LeaseHeld, match="last sign of life 0 s ago"):
+        lease.outlast(path)
+
+
 def test_of_many_challengers_one_wins(drivers, tmp_path):
     dead = drivers()
     dead.epoch()
     dead.process.kill()
     dead.process.wait()
     rivals = [drivers() for _ in range(6)]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while sum(rival.process.poll() is not None for rival in rivals) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -179,7 +195,7 @@ def test_a_file_that_says_nothing_is_waited_for(tmp_path, monkeypatch, capsys):
     (tmp_path / "lease" / "000001.json").touch()
     begun = time.monotonic()
     take(tmp_path / "lease").release()
-    assert 0.6 <= time.monotonic() - begun < 5
+    assert time.monotonic() - begun >= 0.6
     assert f"a process that is just starting had {tmp_path}: waiting 1 s" in capsys.readouterr().err
 
 
@@ -192,7 +208,7 @@ def test_who_has_lost_the_lease_hears_of_it(tmp_path, monkeypatch):
     check_writer("")
     assert still_held(held.path)
     held.path.rename(tmp_path / "lease" / "000002.json")
-    held._thread.join(5)
+    held._thread.join(60)
     assert lost == [held.path]
     held.check()
     assert lost == [held.path] * 2
@@ -216,7 +232,7 @@ def test_storage_that_does_not_say_who_may_write_is_asked_again_and_is_no_refuse
         return still_held(path)
 
     monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(lease, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "ANSWER_SECONDS", 60 if faults == 2 else 0.5)
     monkeypatch.setattr(lease, "still_held", stale)
     if faults == 2:
         check_writer(str(held.path))
