@@ -103,6 +103,8 @@ class Uploader:
                     return
                 if closing:
                     time.sleep(delay)
+                    if time.monotonic() > self._deadline:  # a busy machine has slept for longer
+                        return
                 else:
                     self._closing.wait(delay)
                 just_closed = not closing and self._closing.is_set()

