@@ -18,6 +18,7 @@ from orchestrator.processes import Process, descendants, end_all
 from orchestrator.signals import StopRequest
 
 CONNECT_SECONDS = 10
+STOPPED = "stopped while Ray started; the same command goes on from here"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -72,6 +73,8 @@ class Cluster:
             end_leftovers(self.record)
             # "local": without it ray.init() would join whatever cluster this machine has
             options |= {"address": "local", "resources": {"trainer": self.places}, "include_dashboard": False}
+        if stop.requested:  # while Ray was imported
+            raise Stopped(STOPPED)
         others = descendants()
         try:
             ray.init(**options)
@@ -81,7 +84,7 @@ class Cluster:
                 f"Ray does not start at {self.address or 'this machine'}: {one_line(error)}"
             ) from error
         except SystemExit as error:  # ray.init() replaces the SIGTERM handler by one that exits
-            raise Stopped("stopped while Ray started; the same command goes on from here") from error
+            raise Stopped(STOPPED) from error
         finally:
             stop.install()
             if not self.is_joined:

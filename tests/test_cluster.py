@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -10,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.cluster import check_answers, end_leftovers
-from orchestrator.errors import UserError
+from orchestrator.cluster import Cluster, check_answers, end_leftovers
+from orchestrator.errors import Stopped, UserError
 from orchestrator.files import write_json
 from orchestrator.processes import descendants
 from orchestrator.workdir import Workdir
@@ -25,6 +26,14 @@ def test_an_address_where_no_cluster_answers():
     advice = "no Ray cluster answers at 127.0.0.1:1 .* `ray start --head`, or drop"
     with pytest.raises(UserError, match=advice):
         check_answers("127.0.0.1:1")
+
+
+def test_a_stop_that_is_asked_for_while_ray_is_imported_comes_before_ray_starts(tmp_path, monkeypatch):
+    stop = SimpleNamespace(requested=True, install=lambda: None)
+    monkeypatch.setattr("os.environ", os.environ.copy())  # which it adds to
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray starts"))
+    with pytest.raises(Stopped, match="stopped while Ray started; the same command goes on"):
+        Cluster("local", 1, tmp_path / "cluster.json").connect(stop)
 
 
 def test_what_a_killed_driver_has_left_is_ended_and_nothing_else(tmp_path):
