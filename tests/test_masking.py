@@ -101,7 +101,8 @@ def test_one_and_two_workers_leave_the_same_rows_out(damaged, whole, teacher, tm
     assert quarantined(sound) == [0] * STEPS
     for job in (alone, both):
         path = checkpoints_in(StageFolder(Path(job.folder)).checkpoints)[-1]
-        assert [step for step, _ in checkpoint.read_meta(str(path))["ledger"]["quarantine"]] == [6]
+        ((step, _),) = checkpoint.read_meta(str(path))["ledger"]["quarantine"]
+        assert 3 <= step <= DAMAGED_AT  # of the newest checkpoint before; a slow save puts the next one off
         assert verify_run(path).sound
         assert json.loads((Path(job.folder) / "attempts.json").read_text())["failures"] == 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import resource
-import threading
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -102,19 +101,18 @@ def test_a_job_that_finds_no_room_leaves_the_one_before(job, tmp_path):
 
 def test_storage_that_is_away_for_a_moment_does_not_end_the_watch(job, tmp_path):
     asked = []
+    future: Future[None] = Future()
 
     def check() -> None:
         asked.append(len(asked))
         if len(asked) == 1:
             raise OSError(errno.ESTALE, "Stale file handle")
+        future.set_result(None)
 
     compute = SimpleNamespace(wait_seconds=1.0, workers=(1, 1))
     driver = Driver(
         SimpleNamespace(compute=compute), None, SimpleNamespace(check=check), NO_DATA, None, None, Line(),
         SimpleNamespace(requested=True),
     )  # fmt: skip
-    future: Future[None] = Future()
-    timer = threading.Timer(1.0, future.set_result, (None,))
-    timer.start()
     driver.watch(future, job, "first", "")
-    assert len(asked) > 1 and StageFolder(tmp_path).stop_request.exists()
+    assert len(asked) == 2 and StageFolder(tmp_path).stop_request.exists()

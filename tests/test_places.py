@@ -30,17 +30,30 @@ def cluster(monkeypatch):
     return state
 
 
-def wait(least: int = 2, *, grows: bool = True, seconds: float = 0.0, stop: bool = False) -> str:
-    compute = SimpleNamespace(workers=(least, 4), wait_seconds=seconds, device="cpu")
-    return wait_for_places(
-        compute,
-        grows=grows,
-        stop=SimpleNamespace(requested=stop),
-        show=lambda text, force: shown.append(text),
-    )
+@pytest.fixture
+def shown() -> list[str]:
+    return []
 
 
-shown: list[str] = []
+@pytest.fixture
+def wait(shown, monkeypatch):
+    """`wait_for_places` by a clock of its own."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def wait(least: int = 2, *, grows: bool = True, seconds: float = 0.0, stop: bool = False) -> str:
+        compute = SimpleNamespace(workers=(least, 4), wait_seconds=seconds, device="cpu")
+        return wait_for_places(
+            compute,
+            grows=grows,
+            stop=SimpleNamespace(requested=stop),
+            show=lambda text, force: shown.append(text),
+        )
+
+    monkeypatch.setattr(places, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    return wait
 
 
 @pytest.mark.parametrize(
@@ -57,13 +70,13 @@ def test_a_place_is_a_gpu_the_exclusive_resource_or_a_cpu(cluster, device, total
     assert pick_place(device, 2) == place
 
 
-def test_places_that_are_free_are_not_waited_for(cluster):
+def test_places_that_are_free_are_not_waited_for(cluster, wait, shown):
     assert wait() == "trainer"
     assert not shown
 
 
 @pytest.mark.parametrize("question", ["total", "free"])
-def test_a_head_that_does_not_answer_is_a_matter_of_infrastructure(cluster, question):
+def test_a_head_that_does_not_answer_is_a_matter_of_infrastructure(cluster, wait, question):
     setattr(cluster, question, RuntimeError("GCS\nis away"))
     with pytest.raises(
         InfrastructureError, match=r"does not answer \(GCS is away\); the same command"
@@ -72,7 +85,7 @@ def test_a_head_that_does_not_answer_is_a_matter_of_infrastructure(cluster, ques
     assert raised.value.exit_code == 10
 
 
-def test_what_the_cluster_has_not_got_is_the_users_matter(cluster):
+def test_what_the_cluster_has_not_got_is_the_users_matter(cluster, wait):
     with pytest.raises(UserError, match="has 2 trainer, the recipe asks for 3, .*; lower compute") as raised:
         wait(3, seconds=600, grows=False)
     assert raised.value.exit_code == 2
@@ -80,7 +93,7 @@ def test_what_the_cluster_has_not_got_is_the_users_matter(cluster):
         wait(3)
 
 
-def test_what_others_hold_is_waited_for_and_said(cluster):
+def test_what_others_hold_is_waited_for_and_said(cluster, wait, shown):
     cluster.free = {"trainer": 1.0}
     with pytest.raises(InfrastructureError, match="1 of 2 trainer are free, others hold the rest"):
         wait()

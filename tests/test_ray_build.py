@@ -19,6 +19,7 @@ SMALL = {"seq_len": 16, "rows_per_block": 8, "shard_bytes": 20_000, "held_out": 
 def cluster():
     root = str(Path(__file__).parent.parent)
     ray.init(
+        "local",  # else it joins whatever cluster this machine has
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

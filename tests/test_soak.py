@@ -48,7 +48,9 @@ def test_the_strikes_are_a_function_of_the_seed():
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_soak_recipe(tmp_path_factory.mktemp("soak"), steps=400, checkpoint_every_steps=20)
+    # by no clock: slow steps would have more checkpoints
+    every = {"checkpoint_every_steps": 20, "checkpoint_every_seconds": 3600}
+    return write_soak_recipe(tmp_path_factory.mktemp("soak"), steps=400, **every)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +243,8 @@ def test_the_only_sound_checkpoint_is_left_alone_and_the_workers_go_on(undisturb
 
 def test_a_run_may_end_by_a_full_disk_though_it_had_gone_on(recipe, undisturbed, tmp_path, monkeypatch):
     """A worker that is started again makes steps until its first save: the disk is full all the while."""
-    monkeypatch.setattr(soak_round, "ENDING_SECONDS", 0.2)
+    now = [0.0]
+    monkeypatch.setattr(soak_round, "time", SimpleNamespace(monotonic=lambda: now[0]))
     (tmp_path / "log").write_text("minilm: error: no space left on the disk")
     arena = SimpleNamespace(
         log=tmp_path / "log",
@@ -256,7 +259,7 @@ def test_a_run_may_end_by_a_full_disk_though_it_had_gone_on(recipe, undisturbed,
     game.settle()
     assert game.wound is None and game.tally.recoveries, "it went on"
     assert game.go_on(2) and not game.tally.problems["ends"]
-    time.sleep(0.4)
+    now[0] = game.full_until
     assert game.go_on(2) and game.tally.problems["ends"], "with room again it is an end like any other"
 
 
@@ -336,7 +339,7 @@ def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(
         work = Workdir(arena.disk / "work")
         arena.begin(recipe_file, work.root, tmp_path / "run.log", [])
         log = tmp_path / "run.log"
-        assert Round(recipe, work, arena, strikes, tally, undisturbed, 120).play(float("inf")), (
+        assert Round(recipe, work, arena, strikes, tally, undisturbed, 240).play(float("inf")), (
             log.read_text()
         )
         found = check_round(recipe, work, undisturbed, arena.server_uri)

@@ -306,7 +306,7 @@ def test_the_plain_command_reports_errors_in_one_line(shards, teacher, tmp_path)
     job = make_job(gone, teacher, tmp_path / "stage")
     shutil.rmtree(gone)
     process = start_worker(job)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 2
     assert errors.startswith("minilm: error:")
     assert errors.count("\n") == 1
