@@ -138,8 +138,8 @@ def start_ray(
 
 
 def worker_environment() -> dict[str, str]:
-    """Of workers under Ray, which would start them at niceness 15, behind all else that runs on the machine: its own
-    daemons and the driver would stop a thread that trains whenever they like, and others wait for that thread."""
+    """Of workers under Ray, which would start them at niceness 15, behind whatever else runs on their machine:
+    beside a busy program on each core they would hardly make a step (docs/benchmarks.md, 2026-11-23)."""
     return malloc_environment() | {NICENESS: os.environ.get(NICENESS, "0")}
 
 
