@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from orchestrator import cli, worker
-from orchestrator.allocator import SETTINGS, malloc_environment
+from orchestrator.allocator import SETTINGS
+from orchestrator.launch import NICENESS, worker_environment
 
 PROGRAM = """
 import resource, sys, torch
@@ -35,12 +36,15 @@ def test_memory_that_is_freed_is_kept():
 
 
 def test_settings_in_the_users_environment_go_before(monkeypatch):
-    for name in SETTINGS:
+    """For workers under Ray, whose priority is among them."""
+    for name in (*SETTINGS, NICENESS):
         monkeypatch.delenv(name, raising=False)
-    ours = malloc_environment()
-    assert ours["MALLOC_ARENA_MAX"] == "1" and set(ours) == set(SETTINGS)
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
-    assert malloc_environment() == ours | {"MALLOC_ARENA_MAX": "4"}
+    ours = worker_environment()
+    assert (ours["MALLOC_ARENA_MAX"], ours[NICENESS]) == ("1", "0") and set(ours) == {*SETTINGS, NICENESS}
+    theirs = {"MALLOC_ARENA_MAX": "4", NICENESS: "7"}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    assert worker_environment() == ours | theirs
 
 
 def test_whatever_trains_keeps_its_memory_before_it_does_anything_else(tmp_path, monkeypatch):

@@ -18,9 +18,8 @@ import pytest
 from support import free_port, has_checkpoint
 from test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
 
-from orchestrator.allocator import malloc_environment
 from orchestrator.files import read_json
-from orchestrator.launch import RESERVATION
+from orchestrator.launch import RESERVATION, worker_environment
 from orchestrator.metrics import read_all_points
 from orchestrator.processes import Process, family
 from orchestrator.stage import StageFolder
@@ -144,9 +143,9 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
     for unused in ("log_monitor.py", "monitor.py", "dashboard.py", "Cleaner", "Preemption"):
         assert unused not in titles
     environment = Path(f"/proc/{worker}/environ").read_text().split("\0")
-    assert {f"{name}={value}" for name, value in malloc_environment().items()} <= set(environment)
+    assert {f"{name}={value}" for name, value in worker_environment().items()} <= set(environment)
     niceness = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (worker, process.pid)]
-    assert niceness[0] == niceness[1], "Ray would have everything go before what trains"
+    assert niceness[0] == niceness[1], "by itself Ray gives its workers 15 more"
     os.kill(worker, signal.SIGKILL)
     process.send_signal(signal.SIGKILL)
     process.communicate()
