@@ -325,9 +325,9 @@ def flip_bit(path: Path, pick: float) -> None:
 
 
 def free_port() -> int:
-    """One that stays free while the server is away: the system and Ray give none of these to anybody."""
-    for port in random.sample(range(20_000, 32_768), 100):
+    """A port of loopback that stays free: nobody gets one of these, from the system or from Ray, without asking."""
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
         with suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port
-    raise InfrastructureError("no port is free for the MLflow server")
+    raise InfrastructureError("no port of loopback is free")

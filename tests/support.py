@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +20,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def has_checkpoint(folder: Path, step: int) -> bool:
     """Is a checkpoint of `step` or later in a local store? A name may be gone before anybody looks."""
     return any(step_of(path.name) >= step for path in checkpoints_in(folder))
-
-
-def free_port() -> int:
-    """A port of loopback that stays free: nobody gets one of these, from the system or from Ray, without asking."""
-    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 def describe_folder(data: Path) -> DataJob:

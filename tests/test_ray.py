@@ -15,13 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support import free_port, has_checkpoint
+from support import has_checkpoint
 from test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
 
 from orchestrator.files import read_json
 from orchestrator.launch import RESERVATION, worker_environment
 from orchestrator.metrics import read_all_points
 from orchestrator.processes import Process, family
+from orchestrator.soak_arena import free_port
 from orchestrator.stage import StageFolder
 
 # the first one also starts the head and makes the run that is left alone

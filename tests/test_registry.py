@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from mlflow_server import server
-from support import free_port
 
 from orchestrator import registry
 from orchestrator.errors import InfrastructureError, UserError
 from orchestrator.mlflow_server import MlflowClient, connect, patiently
 from orchestrator.model_folder import folder_digest
 from orchestrator.registry import promote, pull, pull_once, register, resolve
+from orchestrator.soak_arena import free_port
 
 
 @pytest.fixture(scope="module")

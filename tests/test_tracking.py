@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from mlflow_server import server
-from support import free_port
 
 from orchestrator.errors import UserError
 from orchestrator.metrics import PointLog
 from orchestrator.mlflow_server import connect, patiently, tracking_uri
 from orchestrator.provenance import flatten, git_commit, package_tags, versions
+from orchestrator.soak_arena import free_port
 from orchestrator.tracking import Metric, Tracking, tell_rest
 from orchestrator.untold import untold
 

@@ -10,9 +10,10 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from support import free_port, has_checkpoint
+from support import has_checkpoint
 from teachers import teachers_stay
 
+from orchestrator.soak_arena import free_port
 from orchestrator.stage import StageFolder, StageJob
 
 CONTEXT = multiprocessing.get_context("forkserver")
