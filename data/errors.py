@@ -2,7 +2,7 @@
 
 A `DataError` is a single line: what was given, what is allowed, what to do next. The command line prints it
 as `minilm: error: …` and exits with code 2. Whatever else is raised here is a defect of this package
-(or `data.quarantine.QuarantineGrew`, which asks for a new start).
+(or `read.quarantine.QuarantineGrew`, which asks for a new start).
 
     DataError
     ├── DamageError    a shard is damaged

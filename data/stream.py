@@ -15,56 +15,31 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from data.errors import DataError
-from data.manifest import Manifest, TokenizerInfo
-from data.mixture import make_schedule
-from data.order import Order, derive, make_order
-from data.quarantine import Quarantine
-from data.read_ahead import read_ahead
-from data.reader import Batch, Counters, RowReader
-from data.windows import WindowedOrder, make_windowed_order
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import Manifest
+from minilm.data.order.mixture import make_schedule
+from minilm.data.order.permutation import Order, derive, make_order
+from minilm.data.order.windowed import WindowedOrder, make_windowed_order
+from minilm.data.read.prefetch import read_ahead
+from minilm.data.read.quarantine import Quarantine
+from minilm.data.read.reader import RowReader
+from minilm.data.read.rows import I64, Batch, Corpus, Counters, Rows
 
 __all__ = ["Address", "Batch", "Corpus", "Counters", "RowReader", "Rows", "Stream", "share"]
 
-I64 = npt.NDArray[np.int64]
 
 _AHEAD = 4  # the next micro-batches are read when fewer are waiting
+
+
 _ROWS_AT_ONCE = 2048
+
+
 _TOKENS_AT_ONCE = 1 << 20  # 8 MB of int64
-
-
-class Rows(Protocol):
-    """Rows by number: a `RowReader`, or anything else that is read in place (data.sources)."""
-
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def shard_rows(self) -> int: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def tokenizer(self) -> TokenizerInfo: ...
-    @property
-    def counters(self) -> Counters: ...
-
-    def read(self, row_ids: npt.ArrayLike) -> Batch: ...
-    def at_hand(self, row_ids: I64) -> bool: ...
-    def announce(self, current: I64, coming: I64) -> None: ...
-
-
-class Corpus(NamedTuple):
-    """One of several corpora; weights need not add up to one."""
-
-    rows: Rows
-    weight: float
 
 
 class Address(NamedTuple):

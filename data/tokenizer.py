@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import DataError
+from minilm.data.errors import DataError
 
 _PROBE = "the quick brown fox 42"
 

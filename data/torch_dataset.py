@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data.errors import DataError
-from data.stream import Corpus, Rows, Stream, share
+from minilm.data.errors import DataError
+from minilm.data.read.rows import Corpus, Rows
+from minilm.data.stream import Stream, share
 
 
 class StreamDataset(IterableDataset[dict[str, Tensor]]):

@@ -1,0 +1,1 @@
+"""Encoders, relations and their divergence. Imports neither data nor orchestrator."""

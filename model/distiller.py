@@ -15,12 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from model.errors import ModelError
-from model.initialize import picked_layers
-from model.objective import Objective
-from model.shape import tapped_layer
-from model.tap import TappedEncoder
-from model.taps import Taps
+from minilm.model.encoder.initialize import picked_layers
+from minilm.model.encoder.shape import tapped_layer
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.encoder.taps import Taps
+from minilm.model.errors import ModelError
+from minilm.model.loss.objective import Objective
 
 
 class Distiller(nn.Module):
@@ -71,7 +71,7 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     @torch.no_grad()
-    def teach(self, input_ids: Tensor, mask: Tensor | None) -> Taps:
+    def teacher_forward(self, input_ids: Tensor, mask: Tensor | None) -> Taps:
         """The teacher's taps, without gradients; good for every student of this batch."""
         masked = self.objective.mask_tokens(input_ids, mask)
         return (

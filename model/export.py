@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.errors import ModelError
-from model.quiet import quiet_transformers
+from minilm.model.encoder.quiet import quiet_transformers
+from minilm.model.errors import ModelError
 
 if TYPE_CHECKING:  # the driver uses `weights_digest`, and no modelling code
     from transformers import PreTrainedModel

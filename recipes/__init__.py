@@ -1,0 +1,1 @@
+"""The packaged recipes, and the schema made from their types."""

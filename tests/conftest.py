@@ -17,7 +17,8 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import pytest
 import torch
-from teachers import teachers_stay
+
+from tests.teachers import teachers_stay
 
 if (
     not torch.cuda.is_available()
@@ -96,7 +97,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) -> Path:
     """Rows of 32 tokens, with a held-out split."""
-    from data.build import build
+    from minilm.data.builder.build import build
 
     out = tmp_path_factory.mktemp("shards") / "words"
     build([text], str(teacher), out, seq_len=32, held_out=0.1, seed=0, processes=1)
@@ -106,7 +107,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) 
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) -> Path:
     """Rows of at most 64 tokens, a document's piece each: most have padding. With a held-out split."""
-    from data.build import build
+    from minilm.data.builder.build import build
 
     out = tmp_path_factory.mktemp("documents") / "words"
     build([text], str(teacher), out, seq_len=64, packing="document", held_out=0.1, seed=0, processes=1)

@@ -18,11 +18,12 @@ import sys
 from pathlib import Path
 
 import torch
-from support import checkpoints_in
-from test_checkpoint import FACTS, MINE, advance, make, save
 
-from orchestrator import checkpoint
-from orchestrator.checkpoint_store import LocalFolder
+from minilm.orchestrator.checkpoint import checkpoint
+from minilm.orchestrator.checkpoint.format import read
+from minilm.orchestrator.checkpoint.local_store import LocalStore
+from tests.support import checkpoints_in
+from tests.test_checkpoint import FACTS, MINE, advance, make, save
 
 
 class Storage:
@@ -121,12 +122,12 @@ def strike(root: Path, fault: str, at: int) -> bool:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     left = sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
     models, states = make(9)
-    step, facts = checkpoint.restore_newest(LocalFolder(folder), models, states, MINE) or (None, None)
+    step, facts = checkpoint.restore_newest(LocalStore(folder), models, states, MINE) or (None, None)
     found = {
         "fault": fault,
         "status": status,
         "step": step,
-        "sound": facts == FACTS and all(checkpoint.read(p) for p in checkpoints_in(folder)),
+        "sound": facts == FACTS and all(read(p) for p in checkpoints_in(folder)),
         "left": left,
         "cleaned": not any(path.name.startswith((".", "damaged")) for path in folder.iterdir()),
     }

@@ -15,11 +15,13 @@ import urllib.request
 from pathlib import Path
 
 import torch
-from test_checkpoint import FACTS, MINE, advance, make
 
-from data.patience import Patience
-from orchestrator import checkpoint
-from orchestrator.object_store import ObjectStore
+from minilm.data.storage.retry import RetryPolicy
+from minilm.orchestrator.checkpoint import checkpoint
+from minilm.orchestrator.checkpoint.format import read
+from minilm.orchestrator.checkpoint.object_store import ObjectStore
+from minilm.orchestrator.checkpoint.state import capture
+from tests.test_checkpoint import FACTS, MINE, advance, make
 
 
 def control(**order: object) -> None:
@@ -32,14 +34,14 @@ def control(**order: object) -> None:
 
 def child(url: str, folder: Path, at: int) -> None:
     """Start as a run does, tell what was found, and save the next step with a kill at request `at`."""
-    store = ObjectStore(url, folder, patience=Patience(tries=1))
+    store = ObjectStore(url, folder, patience=RetryPolicy(tries=1))
     rooms = len(list(folder.glob(".step-*")))
     models, states = make(9)
     found = checkpoint.restore_newest(store, models, states, MINE)
     names = store.names()
     for name in names:
         with store.opened(name) as path:
-            checkpoint.read(path)
+            read(path)
     left = [name for name in store._list() if name not in names]
     step = found[0] if found else 0
     told = {"step": step, "sound": found == (step, FACTS), "rooms": rooms, "left": left}
@@ -48,7 +50,7 @@ def child(url: str, folder: Path, at: int) -> None:
         advance(states, number)
         if found:
             control(pid=os.getpid(), at=at)
-        checkpoint.write(store, number, checkpoint.capture(models, states), MINE, FACTS, keep=2)
+        checkpoint.write(store, number, capture(models, states), MINE, FACTS, keep=2)
     control()
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data.manifest import TokenizerInfo
-from orchestrator.checkpoint_store import LocalFolder, step_of
-from orchestrator.corpora import describe
-from orchestrator.data_job import CacheJob, CorpusJob, DataJob
-from orchestrator.stage import StageJob, StudentJob
+from minilm.data.format.manifest import TokenizerInfo
+from minilm.orchestrator.checkpoint.local_store import LocalStore
+from minilm.orchestrator.checkpoint.store import step_of
+from minilm.orchestrator.feed.corpora import describe
+from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec
+from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of the checkpoints in a local store, oldest first."""
-    return [folder / name for name in LocalFolder(folder).names()]
+    return [folder / name for name in LocalStore(folder).names()]
 
 
 def has_checkpoint(folder: Path, step: int) -> bool:
@@ -22,33 +23,33 @@ def has_checkpoint(folder: Path, step: int) -> bool:
     return any(step_of(path.name) >= step for path in checkpoints_in(folder))
 
 
-def describe_folder(data: Path) -> DataJob:
-    return describe([CorpusJob("only", str(data))])
+def describe_folder(data: Path) -> DataSpec:
+    return describe([CorpusSpec("only", str(data))])
 
 
 # of jobs that nobody runs
-NO_DATA = DataJob((), "", 32, TokenizerInfo("", 0, 0, 0, 0, 0, 0), "", None, CacheJob())
+NO_DATA = DataSpec((), "", 32, TokenizerInfo("", 0, 0, 0, 0, 0, 0), "", None, CacheSpec())
 
 
-def make_job(
-    data: Path | DataJob,
+def make_spec(
+    data: Path | DataSpec,
     teacher: Path,
     folder: Path,
     *,
     students: tuple[tuple[str, int, int], ...] = (("small", 2, 24),),
     dropout: float = 0.1,
     **changes: Any,
-) -> StageJob:
+) -> StageSpec:
     """A stage of 12 steps of 8 rows; `students` are (name, layers, hidden) with the teacher's 4 heads."""
     values: dict[str, Any] = {
         "stage": "first",
         "folder": str(folder),
-        "data": data if isinstance(data, DataJob) else describe_folder(data),
+        "data": data if isinstance(data, DataSpec) else describe_folder(data),
         "teacher": str(teacher),
         "teacher_name": "bert",
         "teacher_digest": "",
         "teacher_layer": "last",
-        "students": tuple(StudentJob(n, la, h, 4, 4 * h, dropout, "random") for n, la, h in students),
+        "students": tuple(StudentSpec(n, la, h, 4, 4 * h, dropout, "random") for n, la, h in students),
         "objective": {"name": "minilm"},
         "seed": 3,
         "batch": 8,
@@ -80,4 +81,4 @@ def make_job(
         "digest": "digest",
         "attempt": "inline",
     }
-    return StageJob(**values | changes)
+    return StageSpec(**values | changes)

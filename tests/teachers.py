@@ -10,11 +10,11 @@ from contextlib import contextmanager
 @contextmanager
 def teachers_stay() -> Iterator[None]:
     """Each `StageRun` that runs inside, however it ends, is checked; nothing is imported that was not."""
-    worker = sys.modules.get("orchestrator.worker")
+    worker = sys.modules.get("minilm.orchestrator.worker.loop")
     if worker is None:
         yield
         return
-    from model.export import weights_digest
+    from minilm.model.export import weights_digest
 
     original = worker.StageRun.run
 

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 
-from orchestrator import cli, worker
-from orchestrator.allocator import SETTINGS
-from orchestrator.launch import NICENESS, worker_environment
+from minilm.orchestrator import cli
+from minilm.orchestrator.launch.trainer import NICENESS, worker_environment
+from minilm.orchestrator.system.malloc import SETTINGS
+from minilm.orchestrator.verbs import run
+from minilm.orchestrator.worker import __main__ as worker_main
 
 PROGRAM = """
 import resource, sys, torch
-from orchestrator.allocator import keep_freed_memory
+from minilm.orchestrator.system.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():
@@ -50,10 +52,10 @@ def test_settings_in_the_users_environment_go_before(monkeypatch):
 def test_whatever_trains_keeps_its_memory_before_it_does_anything_else(tmp_path, monkeypatch):
     """A worker alone and `--launcher inline`; a driver of Ray does not train, and its workers get the environment."""
     kept: list[str] = []
-    monkeypatch.setattr(worker, "keep_freed_memory", lambda: kept.append("worker"))
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: kept.append("inline"))
+    monkeypatch.setattr(worker_main, "keep_freed_memory", lambda: kept.append("worker"))
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: kept.append("inline"))
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "none.json")])
-    assert worker.main() == 2
+    assert worker_main.main() == 2
     for launcher in ("inline", "ray"):
         assert cli.main(["run", str(tmp_path / "none.yaml"), "--launcher", launcher]) == 2
     assert kept == ["worker", "inline"]

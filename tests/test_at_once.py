@@ -7,7 +7,18 @@ import threading
 import numpy as np
 import pytest
 import torch
-from data_cases import (
+from transformers import AutoTokenizer
+
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import load_manifest
+from minilm.data.read.indexed_dataset import IndexedRows
+from minilm.data.read.prefetch import read_ahead
+from minilm.data.read.quarantine import Quarantine
+from minilm.data.read.reader import RowReader
+from minilm.data.read.row_range import RowRange
+from minilm.data.read.rows import Corpus
+from minilm.data.stream import Stream
+from tests.data_cases import (
     in_a_child,
     make_data,
     make_documents,
@@ -15,20 +26,11 @@ from data_cases import (
     reading_ahead,
     write_megatron,
 )
-from transformers import AutoTokenizer
-
-from data.errors import DataError
-from data.indexed_rows import IndexedRows
-from data.manifest import load_manifest
-from data.quarantine import Quarantine
-from data.read_ahead import read_ahead
-from data.row_range import RowRange
-from data.stream import Corpus, RowReader, Stream
 
 SEED, BATCH, MICRO_BATCH = 3, 12, 3
 
 
-class Told:
+class ProgressListener:
     """Rows that write down what is asked of them; `bad`: a row that cannot be read. Leaves the rest to `rows`."""
 
     def __init__(self, rows, bad=None):
@@ -115,7 +117,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("mine", [range(4), range(1, 3), range(3, -1, -2)])
 def test_the_same_batches_as_one_after_the_other(full, padded, pair, kind, window, mine):
-    rows = [Told(part) for part in source(kind, full, padded, pair)]
+    rows = [ProgressListener(part) for part in source(kind, full, padded, pair)]
     stream = stream_of(rows, window=window)
     first, steps = 5, 5 + 1500 // (len(mine) * MICRO_BATCH)
     before = stream.counters.rows
@@ -137,7 +139,7 @@ def test_the_same_batches_as_one_after_the_other(full, padded, pair, kind, windo
 def test_a_window_is_announced_before_its_rows_and_after_those_of_the_last(full, padded, window):
     seen = []
     for at_once in (True, False):
-        rows = [Told(warm(full)), Told(warm(padded))]
+        rows = [ProgressListener(warm(full)), ProgressListener(warm(padded))]
         stream = stream_of(rows, window=window)
         if at_once:
             list(stream.iterate(0, 150, range(4)))
@@ -165,7 +167,11 @@ def new_row(stream, corpus):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_an_error_comes_behind_all_micro_batches_before_it_and_with_the_text_of_its_own(full, padded, mixed):
     def opened(bad):
-        rows = [warm(padded), Told(warm(full), bad)] if mixed else [Told(warm(full), bad)]
+        rows = (
+            [warm(padded), ProgressListener(warm(full), bad)]
+            if mixed
+            else [ProgressListener(warm(full), bad)]
+        )
         return stream_of(rows), rows[-1]
 
     number, bad = new_row(opened(None)[0], corpus=int(mixed))
@@ -182,7 +188,7 @@ def test_an_error_comes_behind_all_micro_batches_before_it_and_with_the_text_of_
 
 
 def test_what_was_not_compared_yet_is_read_one_after_the_other(full):
-    told = Told(RowReader(full))
+    told = ProgressListener(RowReader(full))
     list(stream_of([told]).iterate(0, 2, range(4)))
     assert {len(rows) for rows in told.reads()} == {MICRO_BATCH}
 
@@ -206,7 +212,7 @@ def test_a_shard_that_is_cut_under_rows_read_at_once_is_an_error_that_names_it(f
 def test_masked_rows_are_counted_once_and_stop_nobody_from_reading_at_once(full):
     manifest = load_manifest(full)
     listed = {manifest.fingerprint: [1, 4, 9]}
-    told = Told(RowReader(full, quarantine=Quarantine.of(listed)))
+    told = ProgressListener(RowReader(full, quarantine=Quarantine.of(listed)))
     told.rows.read(range(manifest.rows))
     begin = told.rows.counters
     found = list(stream_of([told]).iterate(0, 300, range(4)))
@@ -218,7 +224,7 @@ def test_masked_rows_are_counted_once_and_stop_nobody_from_reading_at_once(full)
 
 @pytest.mark.parametrize(("micro_batch", "taken", "largest"), [(MICRO_BATCH, 1500, 2049), (3000, 5, 3000)])
 def test_what_is_held_is_bounded(full, micro_batch, taken, largest):
-    told = Told(warm(full))
+    told = ProgressListener(warm(full))
     batches = stream_of([told], batch=micro_batch, micro_batch=micro_batch).iterate(0, 10**6, range(1))
     for _ in range(taken):
         next(batches)
@@ -229,8 +235,8 @@ def test_what_is_held_is_bounded(full, micro_batch, taken, largest):
 
 
 def test_long_rows_are_read_fewer_at_once(full, monkeypatch):
-    monkeypatch.setattr("data.stream._TOKENS_AT_ONCE", 16 * 60)
-    told = Told(warm(full))
+    monkeypatch.setattr("minilm.data.stream._TOKENS_AT_ONCE", 16 * 60)
+    told = ProgressListener(warm(full))
     list(stream_of([told]).iterate(0, 100, range(4)))
     assert max(map(len, told.reads())) == 60
 

@@ -1,4 +1,4 @@
-"""Attempts that die at the same step are counted; those that get on, or end in good order, are not."""
+"""CrashLoopGuard that die at the same step are counted; those that get on, or end in good order, are not."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import worker_pool
-from support import make_job
 
-from data.stream import Stream
-from orchestrator import finish
-from orchestrator.attempts import Attempts, count_start_failure
-from orchestrator.errors import NoProgress
-from orchestrator.reporting import run_reporting
-from orchestrator.stage import StageFolder
-from orchestrator.worker import run_stage
+from minilm.data.stream import Stream
+from minilm.orchestrator.errors import NoProgress
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.worker import export as finish
+from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, count_start_failure
+from minilm.orchestrator.worker.error_file import run_reporting
+from minilm.orchestrator.worker.loop import run_stage
+from tests import worker_pool
+from tests.support import make_spec
 
 
 def dies_at(folder: Path, first: int, *steps: int) -> int | None:
     """An attempt that begins at `first` and dies while it computes the last of `steps`."""
-    attempts = Attempts(folder)
+    attempts = CrashLoopGuard(folder)
     answer = attempts.begin(first)
     for step in steps if answer is None else ():
         attempts.reach(step)
@@ -49,7 +49,7 @@ def test_deaths_at_different_steps_are_a_machine_that_comes_and_goes(tmp_path):
 def test_a_good_end_forgets(tmp_path):
     for _ in range(2):
         dies_at(tmp_path, 0, 4)
-    attempts = Attempts(tmp_path)
+    attempts = CrashLoopGuard(tmp_path)
     assert attempts.begin(0) is None
     attempts.reach(4)
     attempts.end()
@@ -74,24 +74,24 @@ def test_files_that_a_power_failure_has_cut_count_nothing(tmp_path, left):
 
 def test_a_stage_that_dies_at_one_step_again_and_again_stops_and_names_its_rows(shards, teacher, tmp_path):
     """Real deaths: SIGKILL by itself, in the same step of every attempt."""
-    job = make_job(shards, teacher, tmp_path, batch=12)
+    spec = make_spec(shards, teacher, tmp_path, batch=12)
     for _ in range(3):
-        assert worker_pool.join(worker_pool.start(job, 1, dies_after=5)) == [-signal.SIGKILL]
+        assert worker_pool.join(worker_pool.start(spec, 1, dies_after=5)) == [-signal.SIGKILL]
     pattern = (
         r"stage first: 3 attempts in a row ended while they computed step 4, "
         r"of rows \d+(, \d+){7}, … \(12 rows, all in"
     )
     with pytest.raises(NoProgress, match=pattern) as raised:
-        run_stage(job)
+        run_stage(spec)
     assert raised.value.exit_code == 4
     failed = json.loads(StageFolder(tmp_path).failed_step.read_text())
-    stream = Stream(shards, seed=job.seed, batch=12, micro_batch=12)
+    stream = Stream(shards, seed=spec.seed, batch=12, micro_batch=12)
     assert failed == {"step": 4, "row_ids": stream.row_ids(4, 0).tolist()}
-    assert run_stage(job)
+    assert run_stage(spec)
 
 
 def test_an_export_that_fails_again_and_again_ends_the_run(shards, teacher, tmp_path, monkeypatch):
-    job = make_job(shards, teacher, tmp_path)
+    spec = make_spec(shards, teacher, tmp_path)
 
     def fails(*_):
         raise RuntimeError("broken")
@@ -100,23 +100,23 @@ def test_an_export_that_fails_again_and_again_ends_the_run(shards, teacher, tmp_
         patch.setattr(finish, "export_student", fails)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="broken"):
-                run_reporting(job)
-        assert not run_reporting(job)
+                run_reporting(spec)
+        assert not run_reporting(spec)
     failure = json.loads(StageFolder(tmp_path).failure.read_text())
     assert failure["exit_code"] == 4
     assert re.match(
         "stage first: 3 attempts in a row ended while they exported the students, all 12 steps being made; look at",
         failure["message"],
     )
-    assert run_reporting(replace(job, attempt="next"))
+    assert run_reporting(replace(spec, attempt="next"))
 
 
 def test_all_ranks_hear_of_it_and_the_driver_gets_the_exit_code(shards, teacher, tmp_path):
-    job = make_job(shards, teacher, tmp_path)
+    spec = make_spec(shards, teacher, tmp_path)
     for _ in range(3):
         dies_at(tmp_path, 0, 4)
-    assert worker_pool.join(worker_pool.start(job, 2)) == [3, 3], worker_pool.log(job)
+    assert worker_pool.join(worker_pool.start(spec, 2)) == [3, 3], worker_pool.log(spec)
     failure = json.loads(StageFolder(tmp_path).failure.read_text())
     assert failure["exit_code"] == 4
     assert re.match("stage first: 3 attempts in a row ended while they computed step 4", failure["message"])
-    assert worker_pool.join(worker_pool.start(job, 1)) == [3]  # a supervisor that starts it again: no storm
+    assert worker_pool.join(worker_pool.start(spec, 1)) == [3]  # a supervisor that starts it again: no storm

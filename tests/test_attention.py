@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import model.tiles
-from model.attention import _Keep, attend, dropout_attention
+from minilm.model.encoder import tile_size
+from minilm.model.encoder.attention import _Keep, attend, dropout_attention
 
 
 def parts(tokens=11, dtype=torch.float64):
@@ -54,7 +54,7 @@ def test_equals_whole_maps_with_the_same_decisions(mask):
 
 @pytest.mark.parametrize("tile", [1, 20, 200])
 def test_gradcheck_for_every_tile(monkeypatch, tile):
-    monkeypatch.setitem(model.tiles.TILE, "cpu", tile)
+    monkeypatch.setitem(tile_size.TILE, "cpu", tile)
 
     def run(q, k, v):
         torch.manual_seed(7)

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from model import bench, bench_step
-from model.bench import bench_loss, json_lines, peak_bytes, table
-from model.bench_step import Size, step_flop
-from model.errors import ModelError
+from minilm.model.errors import ModelError
+from minilm.orchestrator.bench import loss as bench
+from minilm.orchestrator.bench import step as bench_step
+from minilm.orchestrator.bench.loss import bench_loss, json_lines, peak_bytes, table
+from minilm.orchestrator.bench.step import Size, step_flop
 
 TINY = {"teacher": Size(2, 16), "batch": 2, "tokens": 12, "heads": 2, "repeats": 2, "vocabulary": 30}
 

@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-from support import make_job
-from test_curriculum import write_recipe
 
-from orchestrator import cli
-from orchestrator.attempts import Attempts, reached
-from orchestrator.bench_overhead import WARM_STEPS, Bare, Cost, Run, overhead_rows, row, tree_seconds
-from orchestrator.errors import UserError
-from orchestrator.processes import descendants
-from orchestrator.recipe import load_recipe
+from minilm.orchestrator import cli
+from minilm.orchestrator.bench.overhead import WARM_STEPS, Bare, Cost, Run, overhead_rows, row, tree_seconds
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.system.processes import descendants
+from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, reached
+from tests.support import make_spec
+from tests.test_curriculum import write_recipe
 
 
 def test_processor_time_is_that_of_the_whole_tree():
@@ -44,7 +44,7 @@ def test_processor_time_is_that_of_the_whole_tree():
 
 
 def test_the_bare_step_takes_processor_time(shards, teacher, tmp_path):
-    way = Bare(make_job(shards, teacher, tmp_path))
+    way = Bare(make_spec(shards, teacher, tmp_path))
     cpu, wall = way.turn(3)
     assert 0 < cpu < 5 and 0 < wall < 60 and way.made == WARM_STEPS + 3
 
@@ -69,8 +69,8 @@ def test_checkpoints_of_the_recipes_own_run_are_left_alone(text, teacher, tmp_pa
 
 
 def test_a_save_is_measured(shards, teacher, tmp_path, capsys):
-    file = tmp_path / "job.json"
-    file.write_text(make_job(shards, teacher, tmp_path, checkpoint_every_seconds=60.0).to_json())
+    file = tmp_path / "stage.json"
+    file.write_text(make_spec(shards, teacher, tmp_path, checkpoint_every_seconds=60.0).to_json())
     assert cli.main(["bench", "save", str(file), "--rounds", "2", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["megabytes"] > 0.05
@@ -98,8 +98,8 @@ def test_a_run_stands_still_but_in_its_turns(tmp_path, monkeypatch):
     program = f"""
         import time
         from pathlib import Path
-        from orchestrator.attempts import Attempts
-        attempts, step = Attempts(Path({str(tmp_path)!r})), 0
+        from minilm.orchestrator.worker.crash_loop import CrashLoopGuard
+        attempts, step = CrashLoopGuard(Path({str(tmp_path)!r})), 0
         while True:
             attempts.reach(step)
             step += 1
@@ -125,7 +125,7 @@ def test_a_run_stands_still_but_in_its_turns(tmp_path, monkeypatch):
 
 def test_a_run_that_goes_back_or_through_its_stage_is_not_measured(tmp_path):
     """Its worker has died; nobody takes more steps."""
-    attempts = Attempts(tmp_path)
+    attempts = CrashLoopGuard(tmp_path)
     run = Run(["nothing"], tmp_path, 30)
     try:
         run.process.wait()

@@ -2,7 +2,7 @@
 
 import json
 
-from data.bench_stream import bench_stream
+from minilm.orchestrator.bench.stream import bench_stream
 
 
 def test_the_bench_times_every_reader(tmp_path):

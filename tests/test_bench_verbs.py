@@ -7,10 +7,11 @@ import os
 import pytest
 import torch
 
-from model import bench, bench_step
-from model.errors import ModelError
-from orchestrator import cli
-from orchestrator.bench_verbs import add_bench_verbs
+from minilm.model.errors import ModelError
+from minilm.orchestrator import cli
+from minilm.orchestrator.bench import loss as bench
+from minilm.orchestrator.bench import step as bench_step
+from minilm.orchestrator.verbs.bench import add_bench_verbs
 
 
 @pytest.fixture(autouse=True)

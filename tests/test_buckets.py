@@ -9,19 +9,20 @@ import itertools
 
 import pytest
 import torch
-from support import make_job
-from test_encoder import tiny_config
-from test_step import ALONE, one_step
 
-from data.reader import RowReader
-from model.distiller import Distiller
-from model.encoder import TappedEncoder, build_student
-from model.objective import Objective
-from orchestrator import step as step_module
-from orchestrator.buckets import LEAST_GAIN, ROUND, by_length, cuts
-from orchestrator.corpora import HeldOut
-from orchestrator.evaluate import heldout_divergence
-from orchestrator.students import build_distiller
+from minilm.data.read.reader import RowReader
+from minilm.model.distiller import Distiller
+from minilm.model.encoder.build import build_student
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.loss.objective import Objective
+from minilm.orchestrator.feed.corpora import HeldOut
+from minilm.orchestrator.train import step as step_module
+from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, cuts
+from minilm.orchestrator.train.build import build_distiller
+from minilm.orchestrator.worker.evaluate import heldout_divergence
+from tests.support import make_spec
+from tests.test_encoder import tiny_config
+from tests.test_step import ALONE, one_step
 
 
 def padded(lengths, tokens=512, pad=1, seed=0):
@@ -121,7 +122,7 @@ def test_groups_give_the_gradient_of_the_whole(architecture, name):
     ids, mask = padded([128, 20, 33, 0, 128, 31], tokens=128)
     results = []
     for groups in ([(ids, mask)], by_length(ids, mask)):
-        sums = [distiller.term_sums("s", distiller.teach(*group), *group) for group in groups]
+        sums = [distiller.term_sums("s", distiller.teacher_forward(*group), *group) for group in groups]
         total = torch.stack(sums).sum(0)
         parameters = list(distiller.trained_parameters("s").values())
         gradients = torch.autograd.grad((total * distiller.weights).sum(), parameters)
@@ -133,22 +134,24 @@ def test_groups_give_the_gradient_of_the_whole(architecture, name):
 
 
 def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(documents, teacher, tmp_path, monkeypatch):
-    job = make_job(documents, teacher, tmp_path, dropout=0.0)
-    distiller = build_distiller(job, ALONE.device)
-    teach, shapes = distiller.teach, []
-    monkeypatch.setattr(distiller, "teach", lambda ids, mask: shapes.append(ids.shape) or teach(ids, mask))
-    _, (state,), outcome = one_step(job, distiller=distiller)
+    spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
+    distiller = build_distiller(spec, ALONE.device)
+    teacher_forward, shapes = distiller.teacher_forward, []
+    monkeypatch.setattr(
+        distiller, "teacher_forward", lambda ids, mask: shapes.append(ids.shape) or teacher_forward(ids, mask)
+    )
+    _, (state,), outcome = one_step(spec, distiller=distiller)
     assert sum(rows for rows, _ in shapes) == 8
     assert sum(rows * width for rows, width in shapes) < 0.9 * 8 * 64
     monkeypatch.setattr(step_module, "by_length", lambda ids, mask: [(ids, mask)])
-    _, (plain,), expected = one_step(job)
+    _, (plain,), expected = one_step(spec)
     torch.testing.assert_close(state.gradient, plain.gradient, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(outcome.terms, expected.terms, rtol=1e-5, atol=0)
     assert outcome.count == expected.count
 
 
 def test_every_group_has_a_dropout_mask_of_its_own(documents, teacher, tmp_path, monkeypatch):
-    distiller = build_distiller(make_job(documents, teacher, tmp_path), ALONE.device)
+    distiller = build_distiller(make_spec(documents, teacher, tmp_path), ALONE.device)
     term_sums, seeds = distiller.term_sums, []
 
     def noting(*arguments, dropout_seed, **rest):
@@ -157,37 +160,39 @@ def test_every_group_has_a_dropout_mask_of_its_own(documents, teacher, tmp_path,
 
     monkeypatch.setattr(distiller, "term_sums", noting)
     for _ in range(2):  # the same ones again when the step is computed again
-        one_step(make_job(documents, teacher, tmp_path), distiller=distiller)
+        one_step(make_spec(documents, teacher, tmp_path), distiller=distiller)
     first, again = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
     assert first == again and len(set(first)) == len(first) > 2
 
 
 def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, monkeypatch):
-    distiller = build_distiller(make_job(documents, teacher, tmp_path), ALONE.device)
+    distiller = build_distiller(make_spec(documents, teacher, tmp_path), ALONE.device)
     held_out = [HeldOut("only", 1.0, RowReader(documents / "held-out"))]
     values = []
     for grouped in (True, False):
         if not grouped:
-            monkeypatch.setattr("orchestrator.evaluate.by_length", lambda ids, mask: [(ids, mask)])
+            monkeypatch.setattr(
+                "minilm.orchestrator.worker.evaluate.by_length", lambda ids, mask: [(ids, mask)]
+            )
         found = heldout_divergence(distiller, held_out, rows=12, micro_batch=6, autocast=None, world=ALONE)
         values.append(found["small"])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_out_of_memory_halves_every_group(documents, teacher, tmp_path, monkeypatch):
-    job = make_job(documents, teacher, tmp_path, dropout=0.0)
-    _, (expected,), _ = one_step(job)
-    distiller = build_distiller(job, ALONE.device)
-    teach, shapes = distiller.teach, []
+    spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
+    _, (expected,), _ = one_step(spec)
+    distiller = build_distiller(spec, ALONE.device)
+    teacher_forward, shapes = distiller.teacher_forward, []
 
     def small_memory(ids, mask):
         shapes.append(ids.shape)
         if len(shapes) == 2:
             raise torch.OutOfMemoryError("not enough")
-        return teach(ids, mask)
+        return teacher_forward(ids, mask)
 
-    monkeypatch.setattr(distiller, "teach", small_memory)
-    _, (state,), outcome = one_step(job, distiller=distiller)
+    monkeypatch.setattr(distiller, "teacher_forward", small_memory)
+    _, (state,), outcome = one_step(spec, distiller=distiller)
     assert outcome.parts == 2
     assert sum(rows for rows, _ in shapes[2:]) == 8
     assert max(rows for rows, _ in shapes[2:]) <= 2 < max(rows for rows, _ in shapes[:2])

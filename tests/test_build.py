@@ -18,17 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from data_cases import CLS, PAD, SEP, make_documents, make_tokenizer
 from transformers import AutoTokenizer
 
-from data import build_tasks, telling, workers
-from data import shard as shard_module
-from data.build import _lock, build
-from data.errors import DataError
-from data.manifest import load_manifest
-from data.sources import text as source
-from data.sources import text_formats
-from data.stream import RowReader
+from minilm.data.builder import local_pool as workers
+from minilm.data.builder import tokenization as build_tasks
+from minilm.data.builder.build import _lock, build
+from minilm.data.errors import DataError
+from minilm.data.format import shard as shard_module
+from minilm.data.format.manifest import load_manifest
+from minilm.data.read.reader import RowReader
+from minilm.data.sources import progress as telling
+from minilm.data.sources import text as source
+from minilm.data.sources import text_formats
+from tests.data_cases import CLS, PAD, SEP, make_documents, make_tokenizer
 
 
 def files_of(folder):
@@ -107,7 +109,7 @@ def test_document_packing_never_mixes_documents(text, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("packing", ["full", "document"])
 def test_bytes_are_the_same_for_any_number_of_processes(text, tokenizer, tmp_path, packing, monkeypatch):
-    monkeypatch.setattr("data.build_run._BUCKET_TOKENS", 900)
+    monkeypatch.setattr("minilm.data.builder.phases._BUCKET_TOKENS", 900)
     options = {"packing": packing, "held_out": 0.2, **SMALL}
     one = build(text, tokenizer, tmp_path / "one", processes=1, **options)
     three = build(text, tokenizer, tmp_path / "three", processes=3, **options)
@@ -121,7 +123,7 @@ def test_bytes_do_not_depend_on_how_the_text_is_cut_into_units(text, tokenizer, 
     monkeypatch.setattr(source, "_RANGE_BYTES", 1 << 20)
     monkeypatch.setattr(build_tasks, "_BATCH_CHARACTERS", 100)
     monkeypatch.setattr(build_tasks, "_RUN_TOKENS", 300)
-    monkeypatch.setattr("data.build_run._BUCKET_TOKENS", 500)
+    monkeypatch.setattr("minilm.data.builder.phases._BUCKET_TOKENS", 500)
     build(text, tokenizer, tmp_path / "other", processes=1, **SMALL)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "other")
 
@@ -144,7 +146,7 @@ def test_held_out_documents_are_in_the_held_out_set_only(text, tokenizer, tmp_pa
 
 def test_a_second_call_finds_it_done(text, tokenizer, tmp_path, monkeypatch):
     first = build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
-    monkeypatch.setattr("data.build_run.run_tasks", None)
+    monkeypatch.setattr("minilm.data.builder.phases.run_tasks", None)
     assert build(text, tokenizer, tmp_path / "out", processes=2, **SMALL) == first
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -233,16 +235,16 @@ def test_worker_processes_tell_how_far_a_task_is(tokenizer, tmp_path):
 
 BUILD = """
 import sys
-from data.sources import text
+from minilm.data.sources import text
 text._RANGE_BYTES = 1500
-from data.build import build
+from minilm.data.builder.build import build
 build(sys.argv[3:], sys.argv[1], sys.argv[2], held_out=0.2, processes=2, seq_len=16, rows_per_block=8,
 shard_bytes=20000)
 """
 
 
 def run_build(tokenizer, out, text):
-    root = str(Path(build_tasks.__file__).parent.parent)
+    root = str(Path(build_tasks.__file__).parents[3])
     command = [sys.executable, "-c", BUILD, tokenizer, str(out), *map(str, text)]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.DEVNULL)
 
@@ -373,10 +375,10 @@ def test_a_disk_that_refuses(text, tokenizer, tmp_path, most):
     so."""
     script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
     script += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + BUILD
-    script = script.replace("\nbuild(", "\nfrom data.errors import DataError\ntry:\n build(") + (
+    script = script.replace("\nbuild(", "\nfrom minilm.data.errors import DataError\ntry:\n build(") + (
         "except DataError as error:\n print('DataError', error)\n"
     )
-    root = str(Path(build_tasks.__file__).parent.parent)
+    root = str(Path(build_tasks.__file__).parents[3])
     command = [sys.executable, "-c", script, tokenizer, str(tmp_path / "out"), *map(str, text)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
     assert "DataError the disk of" in done.stdout and "File too large" in done.stdout
@@ -450,7 +452,7 @@ def worker_processes():
             command = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if parent == os.getpid() and b"data.workers" in command:
+        if parent == os.getpid() and b"minilm.data.builder.local_pool" in command:
             found.append(status.parent.name)
     return found
 
@@ -493,10 +495,10 @@ def test_a_callback_that_raises_stops_the_build_and_leaves_no_process(text, toke
 MEMORY = """
 import re, sys
 from pathlib import Path
-from data import build_run, build_tasks
-build_tasks._RUN_TOKENS, build_run._BUCKET_TOKENS = 1 << 17, 1 << 17
-build_tasks._BATCH_CHARACTERS = 1 << 16
-from data.build import build
+from minilm.data.builder import phases, tokenization
+tokenization._RUN_TOKENS, phases._BUCKET_TOKENS = 1 << 17, 1 << 17
+tokenization._BATCH_CHARACTERS = 1 << 16
+from minilm.data.builder.build import build
 report = build([sys.argv[1]], sys.argv[2], sys.argv[3], processes=1, seq_len=64)
 status = Path("/proc/self/status").read_text()  # getrusage remembers the peak of the process that forked this one
 print(report.tokens, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) >> 10)
@@ -513,7 +515,7 @@ def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path, packer):
         raw = "\n\n".join(make_documents(count)).encode()
         text.write_bytes(lzma.compress(raw, preset=0) if packer else raw)
         command = [sys.executable, "-c", MEMORY, text, tokenizer, tmp_path / f"out-{count}"]
-        root = str(Path(build_tasks.__file__).parent.parent)
+        root = str(Path(build_tasks.__file__).parents[3])
         done = subprocess.run(
             command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, check=True
         )

@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_server import BadServer
-from conftest import write_text
-from support import make_job
 
-from data.build import build
-from data.cache import Cache, _entries
-from data.cached_reader import CachedReader, NotCached
-from data.errors import DamageError
-from data.manifest import load_manifest
-from data.quarantine import Quarantine
-from data.reader import RowReader
-from data.remote_reader import RemoteReader
-from data.stream import Stream
-from orchestrator.corpora import describe
-from orchestrator.data_job import CacheJob, CorpusJob
-from orchestrator.errors import UserError
-from orchestrator.ledger import Expected
-from orchestrator.stage import StageJob
-from orchestrator.worker import run_stage
+from minilm.data.builder.build import build
+from minilm.data.errors import DamageError
+from minilm.data.format.manifest import load_manifest
+from minilm.data.read.cached_reader import CachedReader, NotCached
+from minilm.data.read.quarantine import Quarantine
+from minilm.data.read.reader import RowReader
+from minilm.data.read.remote_reader import RemoteReader
+from minilm.data.storage.cache import Cache, _entries
+from minilm.data.stream import Stream
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.feed.corpora import describe
+from minilm.orchestrator.feed.ledger import Expected
+from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.worker.loop import run_stage
+from tests.bad_server import BadServer
+from tests.conftest import write_text
+from tests.support import make_spec
 
 WINDOW = 8
 
@@ -80,7 +80,7 @@ def test_what_it_let_go_of_is_evicted_and_takes_no_room(first):
     first.cache.max_bytes = 0
     assert path.name in first.cache.evict()
     assert f"{path} (deleted)" in Path("/proc/self/maps").read_text()
-    again.let_go()
+    again.release()
     assert str(path) not in Path("/proc/self/maps").read_text()
     with pytest.raises(NotCached):
         again.read([0])
@@ -95,7 +95,7 @@ def test_a_file_that_gets_its_name_while_others_are_counted_is_counted_too(tmp_p
         yield from list(_entries(folder))
         part.rename(tmp_path / ("b" * 64))
 
-    monkeypatch.setattr("data.cache._entries", meanwhile)
+    monkeypatch.setattr("minilm.data.storage.cache._entries", meanwhile)
     assert cache.evict(room=3) == ["a" * 64]
 
 
@@ -110,7 +110,7 @@ def test_a_damaged_copy_is_fetched_again(first, server):
     assert shards(server).count("shard-000001.tar") == 2
     with path.open("rb+") as file:
         file.truncate(100)
-    again.let_go()
+    again.release()
     with pytest.raises(NotCached, match="has 100 bytes instead of"):
         again.read([8])
 
@@ -155,7 +155,7 @@ def test_files_that_are_on_their_way_count(tmp_path):
     assert {path.name[0] for path in tmp_path.iterdir() if path.is_file()} == {"c", "d"}
 
 
-def windowed(server: BadServer, tmp_path: Path, teacher: Path, spare: float = 0.0) -> StageJob:
+def windowed(server: BadServer, tmp_path: Path, teacher: Path, spare: float = 0.0) -> StageSpec:
     """A stage over most of an epoch, with as much cache as two windows and the held-out rows need, and GB to spare."""
     sizes = [
         shard.num_bytes for part in ("", "held-out") for shard in load_manifest(server.folder / part).shards
@@ -163,17 +163,17 @@ def windowed(server: BadServer, tmp_path: Path, teacher: Path, spare: float = 0.
     room = 2 * WINDOW * max(sizes) + sum(
         s.num_bytes for s in load_manifest(server.folder / "held-out").shards
     )
-    cache = CacheJob(str(tmp_path / "cache"), gigabytes=room / 1e9 + spare)
-    data = describe([CorpusJob("far", server.url)], window=WINDOW, cache=cache)
+    cache = CacheSpec(str(tmp_path / "cache"), gigabytes=room / 1e9 + spare)
+    data = describe([CorpusSpec("far", server.url)], window=WINDOW, cache=cache)
     server.requests.clear()
     steps = load_manifest(server.folder).rows // 8 - 3
-    return make_job(data, teacher, tmp_path / "stage", steps=steps, checkpoint_every_steps=5)
+    return make_spec(data, teacher, tmp_path / "stage", steps=steps, checkpoint_every_steps=5)
 
 
 def test_the_check_of_the_ledger_fetches_nothing_and_keeps_the_bound_of_the_cache(
     server, teacher, tmp_path, monkeypatch
 ):
-    job = windowed(server, tmp_path, teacher)
+    spec = windowed(server, tmp_path, teacher)
     held, compared, cache = [], [], Cache(tmp_path / "cache" / "shards", 0)
     digest = Expected.digest
 
@@ -188,11 +188,11 @@ def test_the_check_of_the_ledger_fetches_nothing_and_keeps_the_bound_of_the_cach
             held.append(sum(path.stat().st_size for path in files))
 
     monkeypatch.setattr(Expected, "digest", noted)
-    assert run_stage(job, on_step=on_step)
+    assert run_stage(spec, on_step=on_step)
     asked = shards(server)
     assert len(asked) == len(set(asked)) > 10
-    assert max(held) <= job.data.cache.gigabytes * 1e9
-    assert compared[-1] == job.steps - 1, "what the cache still holds is compared"
+    assert max(held) <= spec.data.cache.gigabytes * 1e9
+    assert compared[-1] == spec.steps - 1, "what the cache still holds is compared"
 
 
 def test_a_wrong_row_of_data_behind_a_url_stops_the_run(server, teacher, tmp_path, monkeypatch):

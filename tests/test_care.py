@@ -5,14 +5,15 @@ import shutil
 import numpy as np
 import pytest
 import webdataset
-from bad_server import BadServer
-from data_cases import make_data, make_documents
 
-from data.care import convert, repair
-from data.errors import DataError
-from data.manifest import load_manifest
-from data.reader import RowReader
-from data.verify import verify
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import load_manifest
+from minilm.data.read.reader import RowReader
+from minilm.data.tools.convert import convert
+from minilm.data.tools.repair import repair
+from minilm.data.tools.verify import verify
+from tests.bad_server import BadServer
+from tests.data_cases import make_data, make_documents
 
 
 @pytest.fixture(scope="module")

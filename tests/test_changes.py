@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import NO_DATA
 
-from orchestrator import cli
-from orchestrator.changes import invalidated_stages, text_changed
-from orchestrator.errors import UserError
-from orchestrator.files import read_json, write_json
-from orchestrator.recipe import Recipe, load_recipe
-from orchestrator.workdir import Workdir
+from minilm.orchestrator import cli
+from minilm.orchestrator.driver.workdir import Workdir
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.changes import invalidated_stages, text_changed
+from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.system.files import read_json, write_json
+from tests.support import NO_DATA
 
 STAGE = {"batch": 8, "steps": 6, "peak_lr": 1e-3, "warmup_steps": 2, "held_out_rows": 8}
 
@@ -137,7 +138,7 @@ def test_checkpoints_elsewhere_are_work_too_and_set_aside_there(work, recipe_fil
     there = tmp_path / "elsewhere" / "r" / "other"
     there.joinpath("step-000000003").mkdir(parents=True)
     write_json(there / "step-000000003" / "checkpoint.json", {})
-    write_json(work.stage("other").job, {"checkpoints": str(there)})
+    write_json(work.stage("other").spec, {"checkpoints": str(there)})
     changed = load_recipe(recipe_file, ["stages.other.steps=9"])
     with pytest.raises(UserError, match="holds work of stage other"), work.claim(changed):
         pass

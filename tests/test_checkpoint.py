@@ -11,18 +11,27 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import checkpoints_in
 
-from orchestrator import checkpoint
-from orchestrator.checkpoint import Facts, Identity
-from orchestrator.checkpoint_store import LocalFolder
-from orchestrator.errors import UserError
-from orchestrator.files import write_json
-from orchestrator.step import StudentState
-from orchestrator.tensorfile import write_tensors
+from minilm.orchestrator.checkpoint import checkpoint
+from minilm.orchestrator.checkpoint import format as checkpoint_format
+from minilm.orchestrator.checkpoint.format import (
+    Fingerprints,
+    ResumeState,
+    check_newest,
+    parse_meta,
+    sealed,
+    sha256_file,
+)
+from minilm.orchestrator.checkpoint.local_store import LocalStore
+from minilm.orchestrator.checkpoint.safetensors_file import write_tensors
+from minilm.orchestrator.checkpoint.state import capture
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.train.step import StudentState
+from tests.support import checkpoints_in
 
-MINE = Identity("recipe-a", "data-a")
-FACTS = Facts({"digest": "0", "seed": 1, "batch": 8}, threads=3, parts=2, precision="float32")
+MINE = Fingerprints("recipe-a", "data-a")
+FACTS = ResumeState({"digest": "0", "seed": 1, "batch": 8}, threads=3, parts=2, precision="float32")
 
 
 def make(seed: int) -> tuple[dict[str, torch.nn.Module], list[StudentState]]:
@@ -39,9 +48,9 @@ def advance(states: list[StudentState], step: int) -> None:
         state.update(torch.tensor(True), step=step, learning_rate=0.01, max_gradient_norm=None)
 
 
-def save(folder, step, models, states, keep=2, identity=MINE, **options):
-    parts = checkpoint.capture(models, states)
-    name = checkpoint.write(LocalFolder(folder), step, parts, identity, FACTS, keep=keep, **options)
+def save(folder, step, models, states, keep=2, fingerprints=MINE, **options):
+    parts = capture(models, states)
+    name = checkpoint.write(LocalStore(folder), step, parts, fingerprints, FACTS, keep=keep, **options)
     return folder / name
 
 
@@ -51,7 +60,7 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
         advance(states, step)
     save(tmp_path, 3, models, states)
     other_models, other_states = make(1)
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), other_models, other_states, MINE) == (3, FACTS)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), other_models, other_states, MINE) == (3, FACTS)
     for step in range(3, 6):
         advance(states, step)
         advance(other_states, step)
@@ -62,19 +71,19 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
 def test_code_that_has_changed_is_said_and_goes_on(tmp_path, caplog):
     models, states = make(0)
     path = save(tmp_path, 3, models, states) / "checkpoint.json"
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (3, FACTS)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), *make(1), MINE) == (3, FACTS)
     assert not caplog.messages
     meta = json.loads(path.read_text())
     meta["code"] = {**meta["code"], "torch": "1.0", "commit": "abc"}
-    write_json(path, checkpoint.sealed(meta))
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (3, FACTS)
+    write_json(path, sealed(meta))
+    assert checkpoint.restore_newest(LocalStore(tmp_path), *make(1), MINE) == (3, FACTS)
     (said,) = caplog.messages
     assert said.startswith("goes on with other code than step-000000003 was made by: commit abc → ")
     assert said.endswith(f"torch 1.0 → {torch.__version__}")
 
 
 def test_nothing_there_means_none(tmp_path):
-    assert checkpoint.restore_newest(LocalFolder(tmp_path / "absent"), *make(0), MINE) is None
+    assert checkpoint.restore_newest(LocalStore(tmp_path / "absent"), *make(0), MINE) is None
 
 
 def test_the_last_k_are_kept(tmp_path):
@@ -104,7 +113,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     else:
         (newest / "checkpoint.json").write_text("{")
     other_models, other_states = make(5)
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), other_models, other_states, MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), other_models, other_states, MINE) == (1, FACTS)
     assert all(torch.equal(v, other_models["s"].state_dict()[k]) for k, v in first.items())
     assert "step-000000002 is damaged" in caplog.text
 
@@ -119,28 +128,28 @@ def test_storage_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, number
         raise OSError(number, "not now", str(path))
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="not now"):
-        patch.setattr(checkpoint, "sha256_file", fails)
-        checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE)
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (2, FACTS)
+        patch.setattr(checkpoint_format, "sha256_file", fails)
+        checkpoint.restore_newest(LocalStore(tmp_path), *make(1), MINE)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), *make(1), MINE) == (2, FACTS)
 
 
 def test_any_bit_flipped_in_the_metadata_is_damage(tmp_path):
     """A flip in a digest, a step or a seed is none of them: it is no other recipe, and no other position."""
     path = save(tmp_path, 1, *make(0)) / "checkpoint.json"
     whole = path.read_bytes()
-    assert checkpoint.parse_meta(whole)["step"] == 1
+    assert parse_meta(whole)["step"] == 1
     for place in range(8 * len(whole)):
         flipped = bytearray(whole)
         flipped[place // 8] ^= 1 << place % 8
         with pytest.raises(ValueError):
-            checkpoint.parse_meta(bytes(flipped))
+            parse_meta(bytes(flipped))
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path, caplog):
     models, states = make(0)
     save(tmp_path, 1, models, states)
     save(tmp_path, 2, models, states).rename(tmp_path / "step-000000005")
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), *make(1), MINE) == (1, FACTS)
     assert "step-000000005 is damaged (it is of step 2)" in caplog.text
     assert save(tmp_path, 5, models, states).is_dir()
 
@@ -150,8 +159,8 @@ def test_a_flip_in_what_the_newest_belongs_to_falls_back_to_the_one_before(tmp_p
     save(tmp_path, 1, models, states)
     path = save(tmp_path, 2, models, states) / "checkpoint.json"
     path.write_text(path.read_text().replace(f'"data": "{MINE.data}', f'"data": "{MINE.data}x'))
-    checkpoint.check_newest(LocalFolder(tmp_path), MINE)
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(1), MINE) == (1, FACTS)
+    check_newest(LocalStore(tmp_path), MINE)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), *make(1), MINE) == (1, FACTS)
     assert "step-000000002 is damaged (checkpoint.json does not have the SHA-256" in caplog.text
 
 
@@ -161,7 +170,7 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
     with pytest.raises(
         UserError, match="none of the 1 checkpoints in .* is sound .step-000000001: .*No such file"
     ):
-        checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), MINE)
+        checkpoint.restore_newest(LocalStore(tmp_path), *make(0), MINE)
 
 
 def test_what_another_version_wrote_is_said_to_be_so(tmp_path):
@@ -170,26 +179,26 @@ def test_what_another_version_wrote_is_said_to_be_so(tmp_path):
     with pytest.raises(
         UserError, match="format 2, this version reads 4.; .* go on with the version that wrote"
     ):
-        checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), MINE)
+        checkpoint.restore_newest(LocalStore(tmp_path), *make(0), MINE)
 
 
 @pytest.mark.parametrize(
-    ("identity", "what"),
-    [(Identity("recipe-b", "data-a"), "recipe"), (Identity("recipe-a", "data-b"), "data set")],
+    ("fingerprints", "what"),
+    [(Fingerprints("recipe-b", "data-a"), "recipe"), (Fingerprints("recipe-a", "data-b"), "data set")],
 )
-def test_another_recipes_or_data_sets_checkpoint_is_refused(tmp_path, identity, what):
+def test_another_recipes_or_data_sets_checkpoint_is_refused(tmp_path, fingerprints, what):
     save(tmp_path, 1, *make(0))
     with pytest.raises(
         UserError, match=f"belongs to another {what} .* use another --workdir or compute.checkpoints"
     ):
-        checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), identity)
+        checkpoint.restore_newest(LocalStore(tmp_path), *make(0), fingerprints)
 
 
 def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     """What a SIGKILL in the middle of a save leaves: the temporary folder."""
     path = save(tmp_path, 1, *make(0))
     shutil.copytree(path, tmp_path / ".step-000000002.999.tmp")
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), *make(0), MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), *make(0), MINE) == (1, FACTS)
 
 
 @pytest.mark.parametrize("limit", [0, 5, 100, 250])
@@ -221,7 +230,7 @@ def test_written_tensors_are_read_by_the_library_and_hash_to_what_is_recorded(tm
         "long": torch.tensor([-1, 2**62]),
         "flag": torch.tensor([True, False, True]),
     }
-    assert write_tensors(path, tensors) == checkpoint.sha256_file(path)
+    assert write_tensors(path, tensors) == sha256_file(path)
     read = load_file(path)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():

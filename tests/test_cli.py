@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import main
+from minilm.orchestrator.cli import main
 
 
 def test_help_names_every_verb(capsys):
@@ -39,7 +39,7 @@ def test_output_that_nobody_reads_ends_quietly(arguments, unbuffered, tmp_path):
     reads, writes = os.pipe()
     os.close(reads)
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *arguments],
+        [sys.executable, "-m", "minilm", *arguments],
         stdout=writes,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
@@ -53,7 +53,7 @@ def test_a_broken_pipe_elsewhere_is_no_reader_that_went_away(monkeypatch):
     def fail(options):
         raise BrokenPipeError("some socket")
 
-    monkeypatch.setattr("orchestrator.cli.check_recipes", fail)
+    monkeypatch.setattr("minilm.orchestrator.verbs.check.check_recipes", fail)
     with pytest.raises(BrokenPipeError):
         main(["check", "a.yaml"])
 
@@ -61,7 +61,7 @@ def test_a_broken_pipe_elsewhere_is_no_reader_that_went_away(monkeypatch):
 def test_what_the_hub_says_is_said_once(tmp_path):
     """Its library prints by itself, and would again by way of the root logger."""
     program = (
-        "from huggingface_hub.utils import logging; from orchestrator.cli import main; "
+        "from huggingface_hub.utils import logging; from minilm.orchestrator.cli import main; "
         f"main(['check', {str(tmp_path / 'none.yaml')!r}]); "
         "logging.get_logger('huggingface_hub.utils._http').warning('Retrying')"
     )
@@ -81,7 +81,7 @@ def test_check_says_everything_that_is_wrong_with_all_recipes(tmp_path, capsys):
 
 def test_check_looks_at_the_configs_of_teachers_that_are_here(tmp_path, capsys, text, teacher):
     """And refuses what a run would refuse, with what is allowed; weights are not read."""
-    from test_curriculum import write_recipe
+    from tests.test_curriculum import write_recipe
 
     here = tmp_path / "teacher"
     shutil.copytree(teacher, here)
@@ -118,7 +118,7 @@ def test_pull_needs_to_know_which_registry(tmp_path, capsys, monkeypatch):
 
 
 def test_a_work_directory_that_cannot_be_made(tmp_path, capsys, text, teacher):
-    from test_curriculum import write_recipe
+    from tests.test_curriculum import write_recipe
 
     (tmp_path / "file").touch()
     assert (
@@ -132,11 +132,10 @@ def test_a_finished_run_tells_the_tracker_what_it_could_not(tmp_path, monkeypatc
     """The server was away when the run ended; the same command later tells it, once."""
     import json
 
-    from test_curriculum import write_recipe
-    from test_progress import make_summary
-
-    import orchestrator.tracking
-    from orchestrator.recipe import load_recipe
+    import minilm.orchestrator.tracking.tracking
+    from minilm.orchestrator.recipe.load import load_recipe
+    from tests.test_curriculum import write_recipe
+    from tests.test_progress import make_summary
 
     recipe_file = write_recipe(tmp_path, text, teacher)
     recipe, work = load_recipe(recipe_file), tmp_path / "work"
@@ -147,7 +146,9 @@ def test_a_finished_run_tells_the_tracker_what_it_could_not(tmp_path, monkeypatc
         json.dumps({"key": "k", "runs": {}, "notes": [{"run": "", "name": "tiny"}]})
     )
     told = []
-    monkeypatch.setattr(orchestrator.tracking, "tell_rest", lambda *given: told.append(given))
+    monkeypatch.setattr(
+        minilm.orchestrator.tracking.tracking, "flush_pending", lambda *given: told.append(given)
+    )
     assert main(["run", str(recipe_file), "--workdir", str(work)]) == 0
     assert told == [(work.resolve(), "tiny")]
     (work / "tracking.json").write_text(json.dumps({"key": "k", "runs": {}, "notes": []}))

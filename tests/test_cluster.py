@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.cluster import Cluster, check_answers, end_leftovers
-from orchestrator.errors import Stopped, UserError
-from orchestrator.files import write_json
-from orchestrator.processes import descendants
-from orchestrator.workdir import Workdir
+from minilm.orchestrator.driver.workdir import Workdir
+from minilm.orchestrator.errors import Stopped, UserError
+from minilm.orchestrator.launch.cluster import Cluster, check_answers, end_leftovers
+from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.processes import descendants
 
 SLEEPER = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
 PARENT = [sys.executable, "-c", f"import subprocess; subprocess.run({SLEEPER!r})"]

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import has_checkpoint, make_job
 
-from model.export import weights_digest
-from orchestrator import checkpoint
-from orchestrator.attempt import take_checkpoints
-from orchestrator.checkpoint_store import LocalFolder
-from orchestrator.errors import UserError
-from orchestrator.files import read_json, write_json
-from orchestrator.metrics import read_all_points
-from orchestrator.stage import StageFolder
-from orchestrator.tracking import Tracking
+from minilm.model.export import weights_digest
+from minilm.orchestrator.checkpoint.format import FORMAT, sealed
+from minilm.orchestrator.checkpoint.local_store import LocalStore
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.launch.attempt import take_checkpoints
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
+from minilm.orchestrator.system.files import read_json, write_json
+from minilm.orchestrator.tracking.tracking import Tracking
+from tests.support import has_checkpoint, make_spec
 
 pytestmark = pytest.mark.timeout(900)  # several starts of everything, on a slow machine too
 
@@ -51,7 +51,7 @@ def write_recipe(folder: Path, text: Path, teacher: Path, **changes: object) -> 
 
 
 def minilm(
-    *arguments: str | Path, program: tuple[str, ...] = ("-m", "orchestrator"), **environment: str
+    *arguments: str | Path, program: tuple[str, ...] = ("-m", "minilm"), **environment: str
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
@@ -114,7 +114,7 @@ def test_a_run_ends_with_a_table_of_all_models(finished):
 
 def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow(finished):
     program = (
-        "import sys; from orchestrator.cli import main; "
+        "import sys; from minilm.orchestrator.cli import main; "
         f"code = main(['run', {str(finished / 'tiny.yaml')!r}, '--workdir', {str(finished / 'work')!r}]); "
         "sys.exit(code or bool({'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules)))"
     )
@@ -124,9 +124,9 @@ def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow(finished):
 def test_a_driver_imports_no_modelling_code_before_its_workers_run(finished, tmp_path):
     """Seconds that every start, and every recovery from a dead driver, would wait for."""
     program = (
-        "import sys; from orchestrator import launch; from orchestrator.cli import main\n"
-        "heavy = {'transformers.modeling_utils', 'model.encoder'}\n"
-        "launch.start_inline = lambda job, pool: sys.exit(f'has {heavy & set(sys.modules) or None}')\n"
+        "import sys; from minilm.orchestrator.launch import trainer; from minilm.orchestrator.cli import main\n"
+        "heavy = {'transformers.modeling_utils', 'minilm.model.encoder.build'}\n"
+        "trainer.start_inline = lambda spec, pool: sys.exit(f'has {heavy & set(sys.modules) or None}')\n"
         f"main(['run', {str(finished / 'tiny.yaml')!r}, '--workdir', {str(tmp_path)!r}, '--launcher', 'inline'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -169,7 +169,7 @@ def test_a_registered_student_loads_without_our_code(finished, tmp_path):
         f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(tmp_path / 'small')!r}); "
         "output = model(**tokenizer('time year people way', return_tensors='pt')); "
         "assert output.last_hidden_state.shape == (1, 6, 24), output.last_hidden_state.shape; "
-        "assert not {'orchestrator', 'model', 'data'} & set(sys.modules)"
+        "assert 'minilm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=tmp_path)
 
@@ -209,7 +209,7 @@ def test_with_the_work_directory_lost_it_goes_on_in_a_new_one_to_the_same_weight
     """SIGKILL in the second stage, and nothing is left but the checkpoints on object storage: the first stage is
     measured and exported again without training, as the teacher of the second, which goes on where it was."""
     pytest.importorskip("moto.server")
-    from s3_server import S3Server
+    from tests.s3_server import S3Server
 
     def puts(place: str) -> list[str]:
         return [path for method, path in server.requests if method == "PUT" and place in path]
@@ -235,9 +235,9 @@ def test_with_the_work_directory_lost_it_goes_on_in_a_new_one_to_the_same_weight
         run(*command, work, **server.environment)
         first, second = (StageFolder(work / "stages" / name) for name in ("assistant", "small"))
         assert puts("/assistant/") == ["/bucket/kept/tiny/assistant/owner.json"]
-        assert [point.step for point in read_all_points(first.points)] == []
-        assert [point.step for point in read_all_points(second.points)] == list(range(8, 41, 4))
-        assert read_json(second.job)["teacher"] == str(first.student("assistant").resolve())
+        assert [point.step for point in read_all_metrics(first.points)] == []
+        assert [point.step for point in read_all_metrics(second.points)] == list(range(8, 41, 4))
+        assert read_json(second.spec)["teacher"] == str(first.student("assistant").resolve())
         assert digests(work) == digests(finished / "work")
         models, undisturbed = (
             json.loads((root / "summary.json").read_text())["models"] for root in (work, finished / "work")
@@ -251,11 +251,11 @@ def test_with_the_work_directory_lost_it_goes_on_in_a_new_one_to_the_same_weight
 def test_checkpoints_move_only_together_with_the_place(tmp_path, shards, teacher):
     folder = StageFolder(tmp_path / "stage")
     folder.root.mkdir()
-    job = make_job(shards, teacher, folder.root)
-    folder.job.write_text(job.to_json())
-    elsewhere = replace(job, checkpoints=str(tmp_path / "elsewhere"), attempt="second")
+    spec = make_spec(shards, teacher, folder.root)
+    folder.spec.write_text(spec.to_json())
+    elsewhere = replace(spec, checkpoints=str(tmp_path / "elsewhere"), attempt="second")
     take_checkpoints(elsewhere, folder)
-    assert LocalFolder(tmp_path / "elsewhere").owner() == "second"
+    assert LocalStore(tmp_path / "elsewhere").owner() == "second"
     (folder.checkpoints / "step-000000003").mkdir(parents=True)
     with pytest.raises(
         UserError, match="stage first has checkpoints in .* copy them there, or set compute.chec"
@@ -263,22 +263,20 @@ def test_checkpoints_move_only_together_with_the_place(tmp_path, shards, teacher
         take_checkpoints(elsewhere, folder)
     shutil.copytree(folder.checkpoints, tmp_path / "elsewhere", dirs_exist_ok=True)
     take_checkpoints(elsewhere, folder)
-    take_checkpoints(job, folder)
+    take_checkpoints(spec, folder)
 
 
 def test_checkpoints_that_another_recipe_is_making_are_left_to_it(tmp_path, shards, teacher):
-    folder, store = StageFolder(tmp_path / "stage"), LocalFolder(tmp_path / "elsewhere")
+    folder, store = StageFolder(tmp_path / "stage"), LocalStore(tmp_path / "elsewhere")
     store.claim("first")
-    job = make_job(shards, teacher, folder.root, checkpoints=store.where, attempt="second")
-    meta = {"format": checkpoint.FORMAT, "job": "another", "data": job.data.fingerprint}
-    write_json(store.folder / "step-000000003" / "checkpoint.json", checkpoint.sealed(meta))
+    spec = make_spec(shards, teacher, folder.root, checkpoints=store.where, attempt="second")
+    meta = {"format": FORMAT, "job": "another", "data": spec.data.fingerprint}
+    write_json(store.folder / "step-000000003" / "checkpoint.json", sealed(meta))
     with pytest.raises(UserError, match="belongs to another recipe .another, this run has digest"):
-        take_checkpoints(job, folder)
+        take_checkpoints(spec, folder)
     assert store.owner() == "first"
-    write_json(
-        store.folder / "step-000000003" / "checkpoint.json", checkpoint.sealed(meta | {"job": job.digest})
-    )
-    take_checkpoints(job, folder)
+    write_json(store.folder / "step-000000003" / "checkpoint.json", sealed(meta | {"job": spec.digest}))
+    take_checkpoints(spec, folder)
     assert store.owner() == "second"
 
 
@@ -311,7 +309,8 @@ def test_a_work_directory_of_another_recipe_is_refused(finished):
 
 ELSEWHERE = """
 import sys
-from orchestrator import cli, lease, processes
+from minilm.orchestrator import cli
+from minilm.orchestrator.system import lease, processes
 processes.this_machine, lease.PATIENCE_SECONDS = lambda: "another host", 1.0
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -350,7 +349,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead_and_that_one_writes_no_
         second.send_signal(signal.SIGTERM)
         out, errors = second.communicate()
         assert second.returncode == 3, out + errors
-        steps = [p.step for p in read_all_points(folder.points)]
+        steps = [p.step for p in read_all_metrics(folder.points)]
         assert steps == list(range(4, 4 * len(steps) + 1, 4))
         assert [json.loads(line)["step"] for line in folder.points.read_text().splitlines()] == steps
     finally:
@@ -378,13 +377,13 @@ def test_a_locked_tracking_store_ends_a_new_run_in_one_line_and_does_not_end_one
     with closing(sqlite3.connect(store)) as other:
         other.execute("BEGIN EXCLUSIVE")
         tracking = opened(wait="0.2")
-        assert tracking.num_untold == 1 and "database is locked" in caplog.text
+        assert tracking.num_pending == 1 and "database is locked" in caplog.text
     assert tracking.tell(at_once=True) == 0
     assert tracking.client.get_run(run_id).info.status == "RUNNING"
 
 
 def bad_tokenizer(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, object], str]:
-    from conftest import make_teacher
+    from tests.conftest import make_teacher
 
     other = make_teacher(tmp_path / "other", extra_words=("zebra",))
     shutil.copy(teacher / "config.json", other / "config.json")

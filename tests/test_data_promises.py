@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_cases import make_data
 
-from data.manifest import Manifest, TokenizerInfo, load_manifest, save_manifest
-from data.reader import RowReader
-from data.shard import blocks_for
-from data.stream import Corpus, Stream, share
+from minilm.data.format.manifest import Manifest, TokenizerInfo, load_manifest, save_manifest
+from minilm.data.format.shard import blocks_for
+from minilm.data.read.reader import RowReader
+from minilm.data.read.rows import Corpus
+from minilm.data.stream import Stream, share
+from tests.data_cases import make_data
 
 TOKENIZER = TokenizerInfo("0" * 64, 30522, 101, 102, 0, 100, 103)
 STEPS, BATCH, MICRO_BATCH, CHECKPOINT_EVERY = 60, 24, 4, 5

@@ -6,12 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from data_cases import make_documents, make_tokenizer
-from test_foreign import write_megatron
 
-from data.errors import DataError
-from orchestrator.data_verbs import add_bench_stream, add_data_verbs
-from orchestrator.errors import UserError
+from minilm.data.errors import DataError
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.verbs.bench import add_bench_verbs
+from minilm.orchestrator.verbs.data import add_data_verbs
+from tests.data_cases import make_documents, make_tokenizer
+from tests.test_foreign import write_megatron
 
 
 def minilm_data(*words):
@@ -115,8 +116,8 @@ def test_verify_repair_inspect_convert(data, tmp_path, capsys):
 
 def test_bench_stream(capsys):
     parser = argparse.ArgumentParser()
-    add_bench_stream(parser)
-    words = ["--rows", "2000", "--seq-len", "64", "--seconds", "0.01", "--repeats", "1", "--json"]
+    add_bench_verbs(parser)
+    words = ["stream", "--rows", "2000", "--seq-len", "64", "--seconds", "0.01", "--repeats", "1", "--json"]
     options = parser.parse_args(words)
     assert options.run(options) == 0
     assert told(capsys)["rows"] == 2000

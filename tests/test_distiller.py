@@ -5,10 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel
 
-from model.distiller import Distiller
-from model.encoder import TappedEncoder, build_student
-from model.errors import ModelError
-from model.objective import OBJECTIVES, Objective
+from minilm.model.distiller import Distiller
+from minilm.model.encoder.build import build_student
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.errors import ModelError
+from minilm.model.loss.objective import OBJECTIVES, Objective
 
 
 def config(**changes):
@@ -38,7 +39,7 @@ def batch():
 def step(distiller, names, seed=11):
     """One pass over the teacher, then each student; gradients by student name."""
     input_ids, mask = batch()
-    taps = distiller.teach(input_ids, mask)
+    taps = distiller.teacher_forward(input_ids, mask)
     gradients = {}
     for name in names:
         sums = distiller.term_sums(name, taps, input_ids, mask, dropout_seed=seed)
@@ -64,7 +65,7 @@ def test_two_students_get_what_each_gets_alone_bit_for_bit():
 def test_dropout_depends_on_its_seed_and_leaves_the_global_state_alone():
     distiller = Distiller(teacher(), {"s": student()}, Objective.named("minilm"))
     input_ids, mask = batch()
-    taps = distiller.teach(input_ids, mask)
+    taps = distiller.teacher_forward(input_ids, mask)
     before = torch.get_rng_state()
     first, again, other = (
         distiller.term_sums("s", taps, input_ids, mask, dropout_seed=seed) for seed in (1, 1, 2)
@@ -81,7 +82,9 @@ def test_the_teacher_stays_frozen_out_of_sight_and_in_eval_mode():
     assert not any(module.training for module in distiller.teacher.modules())
     assert distiller.students["s"].training
     input_ids, mask = batch()
-    assert torch.equal(distiller.teach(input_ids, mask).q, distiller.teach(input_ids, mask).q)
+    assert torch.equal(
+        distiller.teacher_forward(input_ids, mask).q, distiller.teacher_forward(input_ids, mask).q
+    )
     own = {id(p) for p in distiller.students["s"].parameters()}
     assert {id(p) for p in distiller.parameters()} == own
     assert len(distiller.state_dict()) == len(distiller.students["s"].state_dict())
@@ -101,7 +104,7 @@ def test_a_teacher_in_train_mode_would_be_another_teacher():
 def test_it_moves_the_teacher_along():
     distiller = Distiller(teacher(), {"s": student()}, Objective.named("minilm")).to(torch.float64)
     assert {p.dtype for p in distiller.teacher.parameters()} == {torch.float64}
-    sums = distiller.term_sums("s", distiller.teach(*batch()), *batch())
+    sums = distiller.term_sums("s", distiller.teacher_forward(*batch()), *batch())
     assert sums.dtype == torch.float64
 
 
@@ -124,7 +127,7 @@ def test_sgd_lowers_the_divergence_to_a_fraction():
                 parameter.mul_(10)
     optimizer = torch.optim.Adam(distiller.students["s"].trained_parameters().values(), lr=3e-3)
     input_ids, mask = batch()
-    taps = distiller.teach(input_ids, mask)
+    taps = distiller.teacher_forward(input_ids, mask)
     losses = []
     for _ in range(60):
         loss = distiller.term_sums("s", taps, input_ids, mask).sum() / distiller.count(mask, (3, 10))
@@ -195,7 +198,7 @@ def test_every_objective_runs_under_autocast(name):
     sums = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            sums.append(distiller.term_sums("s", distiller.teach(input_ids, mask), input_ids, mask))
+            sums.append(distiller.term_sums("s", distiller.teacher_forward(input_ids, mask), input_ids, mask))
     assert sums[1].dtype == torch.float32
     torch.testing.assert_close(sums[1], sums[0], rtol=0.1, atol=1e-4)
 
@@ -206,7 +209,7 @@ def test_layer_to_layer_maps_uniformly():
         big, {"a": student(layers=2), "b": student(layers=3)}, Objective.named("layer-to-layer")
     )
     input_ids, mask = batch()
-    taps = distiller.teach(input_ids, mask)
+    taps = distiller.teacher_forward(input_ids, mask)
     assert len(taps.earlier) == 3  # layers 2 and 4 for three, 3 for two; 6 is the tap
     sums = distiller.term_sums("a", taps, input_ids, mask, dropout_seed=1)
     by_hand = distiller.students["a"].eval()(input_ids, mask)

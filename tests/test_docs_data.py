@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from data_cases import make_data
+
+from tests.data_cases import make_data
 
 PAGE = Path(__file__).parent.parent / "docs" / "data.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)

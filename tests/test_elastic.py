@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_curriculum import minilm, run, wait_for, write_recipe
 
-from model.export import weights_digest
-from orchestrator.files import read_json
-from orchestrator.metrics import read_all_points
-from orchestrator.stage import StageFolder
+from minilm.model.export import weights_digest
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
+from minilm.orchestrator.system.files import read_json
+from tests.test_curriculum import minilm, run, wait_for, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -100,9 +100,9 @@ def test_nodes_come_and_go_and_the_weights_are_those_of_one_undisturbed_worker(
         for w in (work, tmp_path / "alone")
     )
     assert elastic == single, "the weights depend on who computed what"
-    points = read_all_points(folder.points)
+    points = read_all_metrics(folder.points)
     assert [p.step for p in points] == list(range(4, steps + 1, 4))
-    undisturbed = read_all_points(StageFolder(tmp_path / "alone" / "stages" / "assistant").points)
+    undisturbed = read_all_metrics(StageFolder(tmp_path / "alone" / "stages" / "assistant").points)
     for a, b in zip(points, undisturbed, strict=True):
         assert a.metrics["assistant/loss"] == pytest.approx(b.metrics["assistant/loss"], rel=1e-5)
 
@@ -153,7 +153,7 @@ def test_a_reservation_that_a_dead_driver_left_at_another_stage_is_withdrawn_too
     import ray
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 
-    from orchestrator.launch import RESERVATION
+    from minilm.orchestrator.launch.trainer import RESERVATION
 
     cluster.add_node(num_cpus=1, resources={"trainer": 1})
     recipe, work = write_recipe(tmp_path, text, teacher), tmp_path / "work"

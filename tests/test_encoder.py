@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from model.encoder import TappedEncoder, build_student, count_parameters, load_encoder
-from model.errors import ModelError
-from model.shape import FAMILIES, load_config, shape_of, tapped_layer
+from minilm.model.encoder.build import build_student, count_parameters, load_encoder
+from minilm.model.encoder.shape import FAMILIES, load_config, shape_of, tapped_layer
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.errors import ModelError
 
 LAYERS, HIDDEN, HEADS, VOCAB = 4, 24, 4, 50
 

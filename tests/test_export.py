@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from model.encoder import TappedEncoder, build_student, load_encoder
-from model.errors import ModelError
-from model.export import export_student, model_card, weights_digest
+from minilm.model.encoder.build import build_student, load_encoder
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.errors import ModelError
+from minilm.model.export import export_student, model_card, weights_digest
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ ids = tokenizer("a b c", return_tensors="pt")["input_ids"]
 print(json.dumps({
     "ids": ids.tolist(), "sum": model.eval()(ids).last_hidden_state.double().abs().sum().item(),
     "missing": sorted(report["missing_keys"]), "unexpected": sorted(report["unexpected_keys"]),
-    "ours": sorted(name for name in sys.modules if name.split(".")[0] in ("model", "data", "orchestrator")),
+    "ours": sorted(name for name in sys.modules if name.split(".")[0] == "minilm"),
 }))
 """
     environment = os.environ | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

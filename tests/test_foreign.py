@@ -10,20 +10,21 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from bad_server import BadServer
-from data_cases import CLS, SEP, in_a_child, make_data, make_documents, make_tokenizer, write_megatron
 from transformers import AutoTokenizer
 
-from data import remote
-from data.build import import_data
-from data.errors import DataError
-from data.indexed_rows import IndexedRows
-from data.manifest import load_manifest
-from data.patience import Patience
-from data.reader import RowReader
-from data.sources.indexed import read_index
-from data.sources.web import Walk
-from data.stream import Corpus, Stream
+from minilm.data.builder.build import import_data
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import load_manifest
+from minilm.data.read.indexed_dataset import IndexedRows
+from minilm.data.read.reader import RowReader
+from minilm.data.read.rows import Corpus
+from minilm.data.sources.indexed import read_index
+from minilm.data.sources.web import Walk
+from minilm.data.storage import remote
+from minilm.data.storage.retry import RetryPolicy
+from minilm.data.stream import Stream
+from tests.bad_server import BadServer
+from tests.data_cases import CLS, SEP, in_a_child, make_data, make_documents, make_tokenizer, write_megatron
 
 SMALL = {"seq_len": 16, "rows_per_block": 8, "shard_bytes": 20_000, "processes": 1}
 
@@ -94,7 +95,7 @@ def test_megatron_units_do_not_change_the_bytes(tmp_path, teacher, coded, monkey
     prefix = write_megatron(tmp_path / "m", [[ids] for ids in coded])
     options = {"source": "megatron", "options": {"source_tokenizer": teacher}, "held_out": 0.2, **SMALL}
     one = import_data([prefix], teacher, tmp_path / "one", **options)
-    monkeypatch.setattr("data.sources.megatron.UNIT_TOKENS", 300)
+    monkeypatch.setattr("minilm.data.sources.megatron.UNIT_TOKENS", 300)
     many = import_data([prefix], teacher, tmp_path / "many", **options)
     assert one.fingerprint == many.fingerprint and many.held_out_documents > 0
 
@@ -356,8 +357,8 @@ def test_a_tar_is_walked_the_same_however_its_bytes_come(tmp_path):
 def served(tmp_path, monkeypatch):
     """Tars behind a server, and what they would give from the disk."""
     monkeypatch.setattr(remote, "_PIECE_BYTES", 4096)
-    quick = Patience(tries=8, first_wait_seconds=0.01, longest_wait_seconds=0.02, request_seconds=1.0)
-    monkeypatch.setattr(remote, "Patience", lambda: quick)
+    quick = RetryPolicy(tries=8, first_wait_seconds=0.01, longest_wait_seconds=0.02, request_seconds=1.0)
+    monkeypatch.setattr(remote, "RetryPolicy", lambda: quick)
     folder = tmp_path / "served"
     folder.mkdir()
     documents = make_documents(40)

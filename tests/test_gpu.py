@@ -11,25 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-import worker_pool
-from support import make_job
-from test_encoder import batch, tiny_model
-from test_step import one_step
 
-from model.bench import bench_loss
-from model.bench_step import Size, bench_step
-from model.encoder import TappedEncoder
-from model.export import weights_digest
-from model.relations import relation_kl
-from model.shape import FAMILIES
-from orchestrator import checkpoint
-from orchestrator.checkpoint import Facts, Identity
-from orchestrator.metrics import read_all_points
-from orchestrator.saver import Saver
-from orchestrator.stage import StageFolder, StageJob
-from orchestrator.students import build_distiller, compute_deterministically, make_states
-from orchestrator.worker import run_stage
-from orchestrator.world import World
+from minilm.model.encoder.shape import FAMILIES
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.export import weights_digest
+from minilm.model.loss.relations import relation_kl
+from minilm.orchestrator.bench.loss import bench_loss
+from minilm.orchestrator.bench.step import Size, bench_step
+from minilm.orchestrator.checkpoint import checkpoint
+from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
+from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState, read
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.train.build import build_distiller, compute_deterministically, make_states
+from minilm.orchestrator.train.distributed import World
+from minilm.orchestrator.worker.loop import run_stage
+from tests import worker_pool
+from tests.support import make_spec
+from tests.test_encoder import batch, tiny_model
+from tests.test_step import one_step
 
 pytestmark = pytest.mark.gpu
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on the device
@@ -59,8 +60,8 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def gpu_job(data: Path, teacher: Path, folder: Path, **changes) -> StageJob:
-    return make_job(data, teacher, folder, device="cuda", **changes)
+def gpu_job(data: Path, teacher: Path, folder: Path, **changes) -> StageSpec:
+    return make_spec(data, teacher, folder, device="cuda", **changes)
 
 
 def test_the_watch_sees_a_sync(no_sync):
@@ -77,11 +78,11 @@ def test_a_step_never_waits_for_the_device(
     request, teacher, tmp_path, no_sync, objective, data, autocast, reduction
 ):
     rows = request.getfixturevalue(data)
-    job = gpu_job(rows, teacher, tmp_path, reduction=reduction, objective={"name": objective})
+    spec = gpu_job(rows, teacher, tmp_path, reduction=reduction, objective={"name": objective})
     options = {"world": GPU, "autocast": autocast, "max_gradient_norm": 1.0, "by_head": True}
-    distiller, states, _ = one_step(job, **options)  # compiles kernels, allocates
+    distiller, states, _ = one_step(spec, **options)  # compiles kernels, allocates
     with no_sync:
-        _, _, outcome = one_step(job, distiller=distiller, states=states, step=1, **options)
+        _, _, outcome = one_step(spec, distiller=distiller, states=states, step=1, **options)
     assert outcome.terms.isfinite().all()
     assert states[0].refused.tolist() == [0, -1, 0]
 
@@ -104,7 +105,7 @@ def test_taps_are_the_cpus_and_never_wait(architecture, no_sync):
 @pytest.mark.parametrize("data", ["shards", "documents"])
 def test_the_gradient_is_the_cpus(request, teacher, tmp_path, data):
     rows = request.getfixturevalue(data)
-    _, (cpu,), expected = one_step(make_job(rows, teacher, tmp_path, dropout=0.0))
+    _, (cpu,), expected = one_step(make_spec(rows, teacher, tmp_path, dropout=0.0))
     _, (gpu,), outcome = one_step(gpu_job(rows, teacher, tmp_path, dropout=0.0), world=GPU)
     torch.testing.assert_close(gpu.gradient.cpu(), cpu.gradient, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(outcome.terms.cpu(), expected.terms, rtol=1e-4, atol=0)
@@ -113,8 +114,8 @@ def test_the_gradient_is_the_cpus(request, teacher, tmp_path, data):
 @pytest.mark.parametrize("data", ["shards", "documents"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_an_exact_step_gives_the_same_bits_twice(request, teacher, tmp_path, deterministic, data, autocast):
-    job = gpu_job(request.getfixturevalue(data), teacher, tmp_path)
-    twice = [one_step(job, world=GPU, autocast=autocast)[1][0].gradient for _ in range(2)]
+    spec = gpu_job(request.getfixturevalue(data), teacher, tmp_path)
+    twice = [one_step(spec, world=GPU, autocast=autocast)[1][0].gradient for _ in range(2)]
     assert torch.equal(*twice)
 
 
@@ -125,8 +126,8 @@ def test_a_stage_learns_and_a_stopped_one_ends_with_the_same_weights(documents, 
     )
     parts = replace(whole, folder=str(tmp_path / "parts"))
     assert run_stage(whole)
-    folders = [StageFolder(Path(job.folder)) for job in (whole, parts)]
-    first, *_, last = read_all_points(folders[0].heldout_points)
+    folders = [StageFolder(Path(spec.folder)) for spec in (whole, parts)]
+    first, *_, last = read_all_metrics(folders[0].heldout_metrics)
     assert sum(last.metrics.values()) < 0.7 * sum(first.metrics.values())
 
     class Killed(BaseException):
@@ -144,43 +145,44 @@ def test_a_stage_learns_and_a_stopped_one_ends_with_the_same_weights(documents, 
 
 def test_a_save_holds_the_moment_it_was_asked_for(shards, teacher, tmp_path):
     """The loop goes on while the copy is still queued on the device."""
-    job = gpu_job(shards, teacher, tmp_path)
-    distiller = build_distiller(job, CUDA)
-    states = make_states(job, distiller)
+    spec = gpu_job(shards, teacher, tmp_path)
+    distiller = build_distiller(spec, CUDA)
+    states = make_states(spec, distiller)
     models = {"small": distiller.state_module("small")}
-    saver = Saver(tmp_path, models, states, Identity("", ""), keep=9, keep_every=None, guard=lambda: None)
+    saver = AsyncSaver(
+        tmp_path, models, states, Fingerprints("", ""), keep=9, keep_every=None, guard=lambda: None
+    )
     truths = []
     for step in range(4):
-        one_step(job, distiller=distiller, states=states, step=step, world=GPU)
+        one_step(spec, distiller=distiller, states=states, step=step, world=GPU)
         truths.append({name: weight.clone() for name, weight in models["small"].state_dict().items()})
-        saver.save(step + 1, Facts({}, 1, 1, "float32"), lambda copy: None)
+        saver.save(step + 1, ResumeState({}, 1, 1, "float32"), lambda copy: None)
         torch.cuda._sleep(20_000_000)
     saver.wait()
     assert not torch.equal(*(truth["embeddings.word_embeddings.weight"] for truth in truths[:2]))
     for folder, truth in zip(checkpoint.list_checkpoints(tmp_path), truths, strict=True):
-        saved = next(v for k, v in checkpoint.read(folder)[1].items() if "optimizer" not in k)
+        saved = next(v for k, v in read(folder)[1].items() if "optimizer" not in k)
         assert all(torch.equal(saved[name], weight.cpu()) for name, weight in truth.items())
 
 
 def test_out_of_memory_is_survived_with_halves(text, tmp_path, caplog):
-    from conftest import make_teacher
-
-    from data.build import build
+    from minilm.data.builder.build import build
+    from tests.conftest import make_teacher
 
     teacher = make_teacher(tmp_path / "bert", hidden=256)
     shards = tmp_path / "rows"
     build([text], str(teacher), shards, seq_len=64, held_out=0.1, seed=0, processes=1)
-    job = gpu_job(shards, teacher, tmp_path / "s", batch=512, micro_batch=512, dropout=0.0)
+    spec = gpu_job(shards, teacher, tmp_path / "s", batch=512, micro_batch=512, dropout=0.0)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    distiller, states, _ = one_step(job, world=GPU)
+    distiller, states, _ = one_step(spec, world=GPU)
     held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     del distiller, states
     torch.cuda.empty_cache()
     limit = held + 0.75 * (peak - held)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
-        *_, outcome = one_step(job, world=GPU)
+        *_, outcome = one_step(spec, world=GPU)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert outcome.parts == 2 and outcome.terms.isfinite().all()
@@ -270,4 +272,4 @@ def test_two_gpus_give_the_bits_of_one(shards, teacher, tmp_path):
     two = replace(one, folder=str(tmp_path / "two"))
     assert worker_pool.join(worker_pool.start(one, 1)) == [0], worker_pool.log(one)
     assert worker_pool.join(worker_pool.start(two, 2)) == [0, 0], worker_pool.log(two)
-    assert len({StageFolder(Path(job.folder)).done.read_text() for job in (one, two)}) == 1
+    assert len({StageFolder(Path(spec.folder)).done.read_text() for spec in (one, two)}) == 1

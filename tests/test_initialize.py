@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from model.encoder import build_student
-from model.errors import ModelError
-from model.initialize import from_teacher, initialize, picked_layers
-from model.shape import FAMILIES
+from minilm.model.encoder.build import build_student
+from minilm.model.encoder.initialize import from_teacher, initialize, picked_layers
+from minilm.model.encoder.shape import FAMILIES
+from minilm.model.errors import ModelError
 
 
 def build(architecture="bert", layers=4, hidden=16, heads=4, seed=0, **changes):

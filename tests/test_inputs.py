@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_teacher
-from support import describe_folder
 
-from orchestrator.errors import UserError
-from orchestrator.inputs import check_stage, check_stages, model_folder, prepare_data, tokenizer_name
-from orchestrator.recipe import Recipe, load_recipe
-from orchestrator.references import FolderRef
-from orchestrator.workdir import Workdir
+from minilm.orchestrator.driver.prepare_data import prepare_data
+from minilm.orchestrator.driver.workdir import Workdir
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.recipe.references import FolderRef
+from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.resolve.compatibility import check_stage, check_stages
+from minilm.orchestrator.resolve.folders import model_folder, tokenizer_name
+from tests.conftest import make_teacher
+from tests.support import describe_folder
 
 
 def recipe_with(
@@ -108,7 +111,7 @@ def test_a_tokenizer_of_the_same_size_that_is_not_the_teachers(tmp_path, teacher
 
 
 def test_a_larger_vocabulary_than_the_teachers(tmp_path, teacher, text):
-    from data.build import build
+    from minilm.data.builder.build import build
 
     big = make_teacher(tmp_path / "big", extra_words=("zebra", "yak"))
     out = tmp_path / "shards"
@@ -118,7 +121,7 @@ def test_a_larger_vocabulary_than_the_teachers(tmp_path, teacher, text):
 
 
 def test_shards_without_a_held_out_split(tmp_path, teacher, text):
-    from data.build import build
+    from minilm.data.builder.build import build
 
     out = tmp_path / "shards"
     build([text], str(teacher), out, seq_len=32, processes=1)
@@ -200,8 +203,8 @@ def hub(teacher: Path) -> Iterator[tuple[str, list[str]]]:
 
 def download(hub_id: str, folder: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
     program = (
-        "import sys; from pathlib import Path; from orchestrator.inputs import download\n"
-        "from orchestrator.errors import UserError\n"
+        "import sys; from pathlib import Path; from minilm.orchestrator.resolve.folders import download\n"
+        "from minilm.orchestrator.errors import UserError\n"
         "try: print(download(sys.argv[1], Path(sys.argv[2])))\n"
         "except UserError as error: sys.exit(str(error))"
     )

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-import model.tiles
-from model.dispatch import choose
-from model.distiller import Distiller
-from model.encoder import TappedEncoder, build_student
-from model.errors import ModelError
-from model.objective import Objective
-from model.relations import relation_kl
+from minilm.model.distiller import Distiller
+from minilm.model.encoder import tile_size
+from minilm.model.encoder.build import build_student
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.errors import ModelError
+from minilm.model.loss.dispatch import choose
+from minilm.model.loss.objective import Objective
+from minilm.model.loss.relations import relation_kl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -206,7 +207,7 @@ def test_tiled_gradcheck():
 
 @pytest.mark.parametrize("tile", [1, 40, 150, 700, 1 << 20])
 def test_tiled_is_the_same_for_every_tile(monkeypatch, tile):
-    monkeypatch.setitem(model.tiles.TILE, "cpu", tile)
+    monkeypatch.setitem(tile_size.TILE, "cpu", tile)
     tensors = inputs(3, 2, 11, 8, 4, torch.float64)
     options = {"teacher_bias": bias_for(2, 11), "student_bias": bias_for(1, 11)}
     got = loss_and_gradients("tiled", tensors, ragged(3, 11), torch.float64, **options)
@@ -218,7 +219,7 @@ def test_tiled_is_the_same_for_every_tile(monkeypatch, tile):
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU `tune` tries them")
 @pytest.mark.parametrize(("forward", "backward"), [((16, 32), (32, 16)), ((64, 16), (16, 64))])
 def test_triton_is_the_same_for_every_launch(monkeypatch, forward, backward):
-    from model.kernels.fused import LAUNCH, Launch
+    from minilm.model.kernels.fused import LAUNCH, Launch
 
     for which, (M, N) in (("forward", forward), ("backward", backward)):
         monkeypatch.setitem(LAUNCH, (which, torch.float32), Launch(M, N, 4, 2))
@@ -230,8 +231,8 @@ def test_triton_is_the_same_for_every_launch(monkeypatch, forward, backward):
 @NEEDS_TRITON
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU it is run by hand")
 def test_tuning_times_both_passes_and_leaves_the_table_as_it_was():
-    from model.kernels.fused import LAUNCH, Launch
-    from model.kernels.tune import tune
+    from minilm.model.kernels.fused import LAUNCH, Launch
+    from minilm.orchestrator.bench.tune_kernels import tune
 
     before = dict(LAUNCH)
     candidates = [Launch(16, 16, 4, 2), Launch(32, 16, 4, 2)]
@@ -259,7 +260,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_tiled_never_holds_a_whole_map(monkeypatch):
-    monkeypatch.setitem(model.tiles.TILE, "cpu", 4096)
+    monkeypatch.setitem(tile_size.TILE, "cpu", 4096)
     tensors = inputs(2, 4, 128, 16, 16, torch.float32)
     largest = {}
     for which in ("tiled", "reference"):
@@ -296,7 +297,7 @@ def distil(implementation: str, device: str) -> list[float]:
     distiller.to(device).train()
     ids = torch.randint(0, 30, (1, 11), generator=torch.Generator().manual_seed(2)).to(device)
     mask = (torch.arange(11) < torch.tensor([[8]])).to(device)
-    taught = distiller.teach(ids, mask)
+    taught = distiller.teacher_forward(ids, mask)
     optimizer = torch.optim.SGD(distiller.trained_parameters("s").values(), lr=0.03)
     losses = []
     for _ in range(50):

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.cli import parser
+from minilm.orchestrator.cli import parser
 
 ROOT = Path(__file__).parent.parent
-FILE = ROOT / "orchestrator" / "kubernetes" / "rayjob.yaml"
+FILE = ROOT / "orchestrator" / "launch" / "kubernetes" / "rayjob.yaml"
 JOB = """entrypoint runtimeEnvYAML jobId metadata submissionMode submitterConfig backoffLimit activeDeadlineSeconds
 preRunningDeadlineSeconds shutdownAfterJobFinishes ttlSecondsAfterFinished deletionStrategy suspend clusterSelector
 rayClusterSpec""".split()  # noqa: SIM905

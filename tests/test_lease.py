@@ -15,15 +15,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator import lease
-from orchestrator.errors import LeaseHeld
-from orchestrator.lease import Superseded, check_writer, still_held, take
-from orchestrator.storage import is_final, writing
+from minilm.orchestrator.errors import LeaseHeld
+from minilm.orchestrator.system import lease
+from minilm.orchestrator.system.lease import Superseded, check_writer, still_held, take
+from minilm.orchestrator.system.write_errors import is_final, writing
 
 HOLDER = """
 import sys
 from pathlib import Path
-from orchestrator import lease, processes
+from minilm.orchestrator.system import lease, processes
 lease.RENEW_SECONDS, lease.PATIENCE_SECONDS, machine = 0.05, float(sys.argv[3]), sys.argv[2]
 if machine:
     processes.this_machine = lambda: machine

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import checkpoints_in, describe_folder, make_job
 
-from data.build import build
-from data.cached_reader import NotCached
-from data.stream import Batch, Stream
-from orchestrator import checkpoint, cli, ledger
-from orchestrator.errors import UserError
-from orchestrator.files import read_json, write_json
-from orchestrator.ledger import Expected, Ledger, from_limbs, rows_digest, to_limbs, verify_run
-from orchestrator.stage import StageFolder
-from orchestrator.worker import run_stage
+from minilm.data.builder.build import build
+from minilm.data.read.cached_reader import NotCached
+from minilm.data.read.rows import Batch
+from minilm.data.stream import Stream
+from minilm.orchestrator import cli
+from minilm.orchestrator.checkpoint.format import sealed
+from minilm.orchestrator.driver.verify_run import verify_run
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.feed import ledger
+from minilm.orchestrator.feed.ledger import Expected, Ledger, from_limbs, rows_digest, to_limbs
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.files import read_json, write_json
+from minilm.orchestrator.worker.loop import run_stage
+from tests.support import checkpoints_in, describe_folder, make_spec
 
 MODULUS = 1 << 128
 
@@ -85,8 +89,8 @@ def test_a_bounded_number_of_steps_is_compared_with_first_and_last_among_them():
 
 
 def test_the_running_digest_of_a_run_is_the_recomputed_one(shards, teacher, tmp_path):
-    job = make_job(shards, teacher, tmp_path, steps=7, batch=12)
-    assert run_stage(job)
+    spec = make_spec(shards, teacher, tmp_path, steps=7, batch=12)
+    assert run_stage(spec)
     path = checkpoints_in(StageFolder(tmp_path).checkpoints)[-1]
     calls = []
     check = verify_run(path, [str(shards)], lambda done, steps: calls.append((done, steps)), micro_batch=5)
@@ -96,13 +100,13 @@ def test_the_running_digest_of_a_run_is_the_recomputed_one(shards, teacher, tmp_
 
 
 def test_a_checkpoint_of_other_rows_is_told(shards, teacher, tmp_path, capsys):
-    assert run_stage(make_job(shards, teacher, tmp_path, steps=3))
+    assert run_stage(make_spec(shards, teacher, tmp_path, steps=3))
     path = checkpoints_in(StageFolder(tmp_path).checkpoints)[-1]
     meta = read_json(path / "checkpoint.json")
     verb = ["data", "verify-run", str(path), str(shards)]
     assert cli.main(verb) == 0
     assert "24 rows of 3 steps are exactly those" in capsys.readouterr().out
-    write_json(path / "checkpoint.json", checkpoint.sealed(meta | {"ledger": meta["ledger"] | {"seed": 4}}))
+    write_json(path / "checkpoint.json", sealed(meta | {"ledger": meta["ledger"] | {"seed": 4}}))
     check = verify_run(path)
     assert not check.sound
     assert "24 rows of 3 steps are NOT those that seed and data give" in check.text()
@@ -111,7 +115,7 @@ def test_a_checkpoint_of_other_rows_is_told(shards, teacher, tmp_path, capsys):
 
 
 def test_another_data_set_is_refused(shards, teacher, text, tmp_path):
-    assert run_stage(make_job(shards, teacher, tmp_path / "run", steps=3))
+    assert run_stage(make_spec(shards, teacher, tmp_path / "run", steps=3))
     other = tmp_path / "other"
     build([text], str(teacher), other, seq_len=16, held_out=0.1, seed=0, processes=1)
     path = checkpoints_in(StageFolder(tmp_path / "run").checkpoints)[-1]
@@ -135,16 +139,16 @@ def test_a_wrong_row_stops_the_run_before_its_checkpoint(shards, teacher, tmp_pa
             yield item
 
     monkeypatch.setattr(Stream, "iterate", iterate)
-    job = make_job(shards, teacher, tmp_path)
+    spec = make_spec(shards, teacher, tmp_path)
     with pytest.raises(
         UserError,
         match=r"the rows that step 4 was computed from are not those of the data set .* nothing was saved",
     ):
-        run_stage(job)
+        run_stage(spec)
     names = [p.name for p in checkpoints_in(StageFolder(tmp_path).checkpoints)]
     assert names == ["step-000000003"]
     monkeypatch.undo()
-    assert run_stage(job)
+    assert run_stage(spec)
 
 
 def test_expected_does_not_depend_on_the_micro_batch(shards):
@@ -175,8 +179,8 @@ def test_steps_whose_rows_have_left_the_cache_are_told_not_compared(shards, monk
 
 
 def test_the_ledger_goes_on_from_the_checkpoint(shards, teacher, tmp_path):
-    job = make_job(shards, teacher, tmp_path / "parts", steps=9)
-    whole = replace(job, folder=str(tmp_path / "whole"))
+    spec = make_spec(shards, teacher, tmp_path / "parts", steps=9)
+    whole = replace(spec, folder=str(tmp_path / "whole"))
     assert run_stage(whole)
 
     class Halt(Exception):
@@ -187,7 +191,7 @@ def test_the_ledger_goes_on_from_the_checkpoint(shards, teacher, tmp_path):
             raise Halt
 
     with pytest.raises(Halt):
-        run_stage(job, on_step=halt)
-    assert run_stage(job)
-    one, other = (Path(StageFolder(Path(j.folder)).done).read_text() for j in (whole, job))
+        run_stage(spec, on_step=halt)
+    assert run_stage(spec)
+    one, other = (Path(StageFolder(Path(j.folder)).done).read_text() for j in (whole, spec))
     assert one == other

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_teacher
-from test_curriculum import write_recipe
 
-from orchestrator.files import read_json
-from orchestrator.stage import StageFolder
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.files import read_json
+from tests.conftest import make_teacher
+from tests.test_curriculum import write_recipe
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
 
@@ -53,7 +53,7 @@ def test_a_paper_length_run_ends_and_keeps_its_size(tmp_path, text):
     folder = StageFolder(work / "stages" / "toy")
     log = (tmp_path / "run.log").open("w")  # a pipe that nobody reads would stop it after an hour
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "run", str(recipe), "--workdir", str(work)],
+        [sys.executable, "-m", "minilm", "run", str(recipe), "--workdir", str(work)],
         env=os.environ | {"MLFLOW_TRACKING_URI": ""},
         stdout=log,
         stderr=subprocess.STDOUT,

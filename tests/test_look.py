@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from data_cases import make_data
 
-from data.errors import DataError
-from data.look import explain, inspect, where
-from data.reader import RowReader
-from data.stream import Corpus, Stream
+from minilm.data.errors import DataError
+from minilm.data.read.reader import RowReader
+from minilm.data.read.rows import Corpus
+from minilm.data.stream import Stream
+from minilm.data.tools.explain import explain, inspect, where
+from tests.data_cases import make_data
 
 
 @pytest.fixture(scope="module")

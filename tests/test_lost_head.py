@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_curriculum import minilm, run, wait_for, write_recipe
 
-from model.export import weights_digest
-from orchestrator.files import read_json
-from orchestrator.stage import StageFolder
+from minilm.model.export import weights_digest
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.files import read_json
+from tests.test_curriculum import minilm, run, wait_for, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -10,28 +10,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import worker_pool
 import yaml
-from conftest import write_text
-from support import checkpoints_in, describe_folder, make_job
 
-from data.build import build
-from data.errors import DataError
-from data.manifest import load_manifest
-from data.quarantine import Quarantine, QuarantineGrew
-from model.export import weights_digest
-from orchestrator import checkpoint
-from orchestrator.corpora import open_stream
-from orchestrator.data_job import QuarantineJob
-from orchestrator.inputs import prepare_data
-from orchestrator.ledger import verify_run
-from orchestrator.masking import Masking
-from orchestrator.metrics import read_all_points
-from orchestrator.recipe import load_recipe
-from orchestrator.reporting import run_alone, run_reporting
-from orchestrator.stage import StageFolder, StageJob
-from orchestrator.workdir import Workdir
-from orchestrator.worker import run_stage
+from minilm.data.builder.build import build
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import load_manifest
+from minilm.data.read.quarantine import Quarantine, QuarantineGrew
+from minilm.model.export import weights_digest
+from minilm.orchestrator.checkpoint.format import read_meta
+from minilm.orchestrator.driver.prepare_data import prepare_data
+from minilm.orchestrator.driver.verify_run import verify_run
+from minilm.orchestrator.driver.workdir import Workdir
+from minilm.orchestrator.feed.corpora import open_stream
+from minilm.orchestrator.feed.quarantine import QuarantineMask
+from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.stage.data import QuarantineSpec
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.worker.error_file import run_alone, run_reporting
+from minilm.orchestrator.worker.loop import run_stage
+from tests import worker_pool
+from tests.conftest import write_text
+from tests.support import checkpoints_in, describe_folder, make_spec
 
 STEPS, DAMAGED_AT = 12, 7
 
@@ -63,23 +64,25 @@ def damaged(whole: Path, tmp_path: Path) -> tuple[Path, str, list[int]]:
     return folder, shard.name, [step.count(block) for step in blocks]
 
 
-def masked_job(data: Path, teacher: Path, folder: Path, *, share: float = 0.1) -> StageJob:
-    job = make_job(data, teacher, folder, steps=STEPS, log_every=1)
-    return replace(job, data=replace(job.data, quarantine=QuarantineJob(str(folder / "list.json"), share)))
+def masked_job(data: Path, teacher: Path, folder: Path, *, share: float = 0.1) -> StageSpec:
+    spec = make_spec(data, teacher, folder, steps=STEPS, log_every=1)
+    return replace(spec, data=replace(spec.data, quarantine=QuarantineSpec(str(folder / "list.json"), share)))
 
 
-def quarantined(job: StageJob) -> list[float]:
-    return [p.metrics["data/quarantined_rows"] for p in read_all_points(StageFolder(Path(job.folder)).points)]
+def quarantined(spec: StageSpec) -> list[float]:
+    return [
+        p.metrics["data/quarantined_rows"] for p in read_all_metrics(StageFolder(Path(spec.folder)).points)
+    ]
 
 
-def digest(job: StageJob) -> str:
-    return weights_digest(StageFolder(Path(job.folder)).student("small"))
+def digest(spec: StageSpec) -> str:
+    return weights_digest(StageFolder(Path(spec.folder)).student("small"))
 
 
 def test_stop_names_the_block_and_the_command_that_repairs_it(damaged, teacher, tmp_path):
     folder, shard, _ = damaged
     with pytest.raises(DataError, match=rf"{shard}.*block \d+.*`minilm data repair {folder}`"):
-        run_stage(make_job(folder, teacher, tmp_path / "stage", steps=STEPS))
+        run_stage(make_spec(folder, teacher, tmp_path / "stage", steps=STEPS))
 
 
 def test_one_and_two_workers_leave_the_same_rows_out(damaged, whole, teacher, tmp_path):
@@ -99,19 +102,19 @@ def test_one_and_two_workers_leave_the_same_rows_out(damaged, whole, teacher, tm
     assert expected[DAMAGED_AT - 1] == 0 < expected[-1]
     assert quarantined(alone) == quarantined(both) == expected
     assert quarantined(sound) == [0] * STEPS
-    for job in (alone, both):
-        path = checkpoints_in(StageFolder(Path(job.folder)).checkpoints)[-1]
-        ((step, _),) = checkpoint.read_meta(str(path))["ledger"]["quarantine"]
+    for spec in (alone, both):
+        path = checkpoints_in(StageFolder(Path(spec.folder)).checkpoints)[-1]
+        ((step, _),) = read_meta(str(path))["ledger"]["quarantine"]
         assert 3 <= step <= DAMAGED_AT  # of the newest checkpoint before; a slow save puts the next one off
         assert verify_run(path).sound
-        assert json.loads((Path(job.folder) / "attempts.json").read_text())["failures"] == 0
+        assert json.loads((Path(spec.folder) / "attempts.json").read_text())["failures"] == 0
 
 
 def test_more_damage_than_the_recipe_allows_ends_the_run(damaged, teacher, tmp_path):
     folder, shard, _ = damaged
-    job = masked_job(folder, teacher, tmp_path / "stage", share=0.001)
-    assert not run_reporting(job)
-    failure = json.loads(StageFolder(Path(job.folder)).failure.read_text())
+    spec = masked_job(folder, teacher, tmp_path / "stage", share=0.001)
+    assert not run_reporting(spec)
+    failure = json.loads(StageFolder(Path(spec.folder)).failure.read_text())
     assert failure["exit_code"] == 2
     assert "are damaged, more than max_quarantined_share allows (0.10%)" in failure["message"]
     assert (
@@ -120,13 +123,13 @@ def test_more_damage_than_the_recipe_allows_ends_the_run(damaged, teacher, tmp_p
 
 
 def test_a_list_that_grew_while_the_workers_started(whole, tmp_path):
-    data = replace(describe_folder(whole), quarantine=QuarantineJob(str(tmp_path / "list.json"), 0.5))
-    early = Masking(data)
+    data = replace(describe_folder(whole), quarantine=QuarantineSpec(str(tmp_path / "list.json"), 0.5))
+    early = QuarantineMask(data)
     with pytest.raises(QuarantineGrew):
         Quarantine(tmp_path / "list.json", max_quarantined_share=0.5).add(
             load_manifest(whole), str(whole), [2], "damage"
         )
-    late = Masking(data)
+    late = QuarantineMask(data)
     assert early.grew() and not late.grew()
     late.check_main(late.digest)
     with pytest.raises(QuarantineGrew, match="grew while the workers started: they start again"):
@@ -134,7 +137,7 @@ def test_a_list_that_grew_while_the_workers_started(whole, tmp_path):
 
 
 def test_the_history_of_lists_goes_on_from_a_checkpoint(whole, tmp_path):
-    stop = Masking(describe_folder(whole))
+    stop = QuarantineMask(describe_folder(whole))
     stop.restore(0, {})
     assert (stop.facts(), stop.digest, stop.grew()) == ({"masked_rows": 0, "quarantine": []}, 0, False)
     stop.restore(
@@ -155,8 +158,8 @@ def test_the_recipe_says_what_happens(whole, teacher, tmp_path):
     recipe = {"name": "r", "data": data, "stages": [stage | {"peak_lr": 1e-3, "warmup_steps": 1}]}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     loaded, work = load_recipe(tmp_path / "r.yaml"), Workdir(tmp_path / "work")
-    job = prepare_data(loaded, work, None)
-    assert job.quarantine == QuarantineJob(str(tmp_path / "work" / "quarantine.json"), 0.02)
+    spec = prepare_data(loaded, work, None)
+    assert spec.quarantine == QuarantineSpec(str(tmp_path / "work" / "quarantine.json"), 0.02)
     stopping = load_recipe(tmp_path / "r.yaml", ["data.on_corrupt=stop"])
     assert prepare_data(stopping, work, None).quarantine is None
     assert stopping.result_fields() == loaded.result_fields()
@@ -180,7 +183,7 @@ def test_on_ray_all_workers_start_again_and_the_run_ends(damaged, teacher, tmp_p
     run = [
         sys.executable,
         "-m",
-        "orchestrator",
+        "minilm",
         "run",
         str(tmp_path / "r.yaml"),
         "--workdir",
@@ -189,7 +192,7 @@ def test_on_ray_all_workers_start_again_and_the_run_ends(damaged, teacher, tmp_p
     done = subprocess.run(run, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     stage_folder = StageFolder(tmp_path / "w" / "stages" / "small")
-    points = read_all_points(stage_folder.points)
+    points = read_all_metrics(stage_folder.points)
     expected = [sum(counts[: step + 1]) for step in range(STEPS)]
     assert [point.metrics["data/quarantined_rows"] for point in points] == expected
     assert "are damaged and now in quarantine" in "".join(

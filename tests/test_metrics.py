@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.metrics import PointLog, read_all_points, read_points
+from minilm.orchestrator.stage.metrics_file import MetricsFile, read_all_metrics, read_metrics
 
 
 def test_points_come_back_as_they_were_written(tmp_path: Path) -> None:
     before = time.time_ns() // 1_000_000
-    with PointLog(tmp_path / "deep" / "points.jsonl") as log:
+    with MetricsFile(tmp_path / "deep" / "points.jsonl") as log:
         assert log.last_step is None
         assert log.append(0, {"small/loss": 0.1 + 0.2})
         assert log.append(10, {"small/loss": 1e-300, "learning_rate": 3})
-    points, offset = read_points(tmp_path / "deep" / "points.jsonl")
+    points, offset = read_metrics(tmp_path / "deep" / "points.jsonl")
     assert [point.step for point in points] == [0, 10]
     assert points[0].metrics == {"small/loss": 0.1 + 0.2}  # to the last bit
     assert points[1].metrics == {"small/loss": 1e-300, "learning_rate": 3.0}
@@ -31,42 +31,42 @@ def test_points_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_replayed_steps_are_not_written_twice(tmp_path: Path) -> None:
     path = tmp_path / "points.jsonl"
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         assert [log.append(step, {"loss": step}) for step in (1, 2, 3)] == [True] * 3
         assert not log.append(3, {"loss": 9})
     content = path.read_bytes()
-    with PointLog(path) as log:  # resumed from a checkpoint at step 1
+    with MetricsFile(path) as log:  # resumed from a checkpoint at step 1
         assert log.last_step == 3
         assert [log.append(step, {"loss": step}) for step in (2, 3, 4)] == [False, False, True]
     assert path.read_bytes().startswith(content)
-    assert [point.step for point in read_all_points(path)] == [1, 2, 3, 4]
+    assert [point.step for point in read_all_metrics(path)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 20, -1])
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "points.jsonl"
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         log.append(1, {"loss": 1.0})
         log.append(2, {"loss": 2.0})
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1][:keep])
-    assert [point.step for point in read_points(path)[0]] == [1]  # the reader waits for the end of a line
-    with PointLog(path) as log:
+    assert [point.step for point in read_metrics(path)[0]] == [1]  # the reader waits for the end of a line
+    with MetricsFile(path) as log:
         assert log.last_step == 1
         assert log.append(2, {"loss": 2.5})
-    assert [point.metrics["loss"] for point in read_points(path)[0]] == [1.0, 2.5]
+    assert [point.metrics["loss"] for point in read_metrics(path)[0]] == [1.0, 2.5]
 
 
 def test_values_that_are_not_finite_survive_in_valid_json(tmp_path: Path) -> None:
     path = tmp_path / "points.jsonl"
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         log.append(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     json.loads(path.read_text(), parse_constant=refuse)
-    (point,) = read_points(path)[0]
+    (point,) = read_metrics(path)[0]
     assert math.isnan(point.metrics["a"])
     assert point.metrics["b"] == math.inf
     assert point.metrics["c"] == -math.inf
@@ -74,17 +74,17 @@ def test_values_that_are_not_finite_survive_in_valid_json(tmp_path: Path) -> Non
 
 def test_tailing_takes_whole_lines_in_bounded_pieces(tmp_path: Path) -> None:
     path = tmp_path / "points.jsonl"
-    assert read_points(path, 0) == ([], 0)
-    with PointLog(path) as log:
+    assert read_metrics(path, 0) == ([], 0)
+    with MetricsFile(path) as log:
         for step in range(50):
             log.append(step, {"loss": step})
-        seen, offset = read_points(path, 0, limit_bytes=500)
+        seen, offset = read_metrics(path, 0, limit_bytes=500)
         assert 0 < len(seen) < 15
-        while new := read_points(path, offset, limit_bytes=500)[0]:
+        while new := read_metrics(path, offset, limit_bytes=500)[0]:
             seen += new
-            offset = read_points(path, offset, limit_bytes=500)[1]
+            offset = read_metrics(path, offset, limit_bytes=500)[1]
         log.append(50, {"loss": 50})
-    seen += read_points(path, offset)[0]
+    seen += read_metrics(path, offset)[0]
     assert [point.step for point in seen] == list(range(51))
 
 
@@ -92,32 +92,32 @@ def test_a_damaged_line_and_a_shortened_file_are_said_and_survived(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "points.jsonl"
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         log.append(1, {"loss": 1.0})
         os.write(log._file, b'{"step": 2, "tim\n')
         log.append(3, {"loss": 3.0})
-    points, offset = read_points(path)
+    points, offset = read_metrics(path)
     assert [point.step for point in points] == [1, 3]
     assert "skipped a damaged line of 16 bytes" in caplog.text
-    points, _ = read_points(path, offset + 1000)
+    points, _ = read_metrics(path, offset + 1000)
     assert [point.step for point in points] == [1, 3]
     assert "reading it again" in caplog.text
 
 
 def test_a_worker_that_was_replaced_can_not_double_a_step(tmp_path: Path) -> None:
     path = tmp_path / "points.jsonl"
-    with PointLog(path) as old, PointLog(path) as new:
+    with MetricsFile(path) as old, MetricsFile(path) as new:
         assert old.append(1, {"loss": 1.0})
         assert new.append(2, {"loss": 2.0})
         assert not old.append(2, {"loss": 2.0})
         assert not new.append(1, {"loss": 1.0})
-    assert [point.step for point in read_points(path)[0]] == [1, 2]
+    assert [point.step for point in read_metrics(path)[0]] == [1, 2]
 
 
 def test_a_full_disk_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "points.jsonl"
     real = os.write
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         log.append(1, {"loss": 1.0})
         monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:9]))
         with pytest.raises(OSError, match="only 9 of .* free some disk space") as error:
@@ -126,14 +126,14 @@ def test_a_full_disk_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.Mon
         assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
         monkeypatch.undo()
         assert log.append(2, {"loss": 2.0})
-    assert [point.step for point in read_points(path)[0]] == [1, 2]
+    assert [point.step for point in read_metrics(path)[0]] == [1, 2]
 
 
 def test_a_killed_writer_loses_no_point_that_was_appended(tmp_path: Path) -> None:
     path = tmp_path / "points.jsonl"
     code = (
-        "import sys, pathlib, itertools; from orchestrator.metrics import PointLog\n"
-        f"log = PointLog(pathlib.Path({str(path)!r}))\n"
+        "import sys, pathlib, itertools; from minilm.orchestrator.stage.metrics_file import MetricsFile\n"
+        f"log = MetricsFile(pathlib.Path({str(path)!r}))\n"
         "for step in itertools.count(1):\n"
         "    log.append(step, {'loss': 1 / step}); print(step, flush=True)\n"
     )
@@ -143,7 +143,7 @@ def test_a_killed_writer_loses_no_point_that_was_appended(tmp_path: Path) -> Non
             said = int(writer.stdout.readline())
         writer.send_signal(signal.SIGKILL)
         said = max([said, *(int(line) for line in writer.stdout if line.endswith("\n"))])
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         assert log.last_step is not None and log.last_step >= said
-    steps = [point.step for point in read_all_points(path)]
+    steps = [point.step for point in read_all_metrics(path)]
     assert steps == list(range(1, len(steps) + 1))

@@ -5,12 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from data_cases import make_data, make_documents, make_tokenizer
 
-from data.errors import DataError
-from data.mixture import PERIOD, make_schedule
-from data.reader import RowReader
-from data.stream import Corpus, Stream
+from minilm.data.errors import DataError
+from minilm.data.order.mixture import PERIOD, make_schedule
+from minilm.data.read.reader import RowReader
+from minilm.data.read.rows import Corpus
+from minilm.data.stream import Stream
+from tests.data_cases import make_data, make_documents, make_tokenizer
 
 # Never change these: runs and checkpoints rely on them.
 GOLDEN_TWO = [0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
@@ -131,7 +132,7 @@ def test_corpora_that_do_not_fit_are_refused(two, tmp_path):
         mixed((two[0], other))
     with pytest.raises(DataError, match="no corpus was given"):
         Stream([], seed=0, batch=1, micro_batch=1)
-    from data.build import build
+    from minilm.data.builder.build import build
 
     tokenizer = make_tokenizer(tmp_path / "tokenizer", extra_tokens=1)
     (tmp_path / "text.txt").write_text("\n\n".join(make_documents(10)))

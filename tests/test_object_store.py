@@ -15,24 +15,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_job
-from test_checkpoint import FACTS, MINE, advance, make
 
-from data.patience import Patience
-from orchestrator import checkpoint, object_store
-from orchestrator.checkpoint_store import LocalFolder, StoreUnavailable, open_store, step_of
-from orchestrator.errors import InfrastructureError, LeaseHeld, UserError
-from orchestrator.object_store import ObjectStore
-from orchestrator.reporting import run_reporting
-from orchestrator.saver import Saver
-from orchestrator.stage import StageFolder
-from orchestrator.worker import run_stage
+from minilm.data.storage.retry import RetryPolicy
+from minilm.orchestrator.checkpoint import checkpoint, object_store
+from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
+from minilm.orchestrator.checkpoint.local_store import LocalStore
+from minilm.orchestrator.checkpoint.object_store import ObjectStore
+from minilm.orchestrator.checkpoint.open_store import open_store
+from minilm.orchestrator.checkpoint.store import StoreUnavailable, step_of
+from minilm.orchestrator.errors import InfrastructureError, LeaseHeld, UserError
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.worker.error_file import run_reporting
+from minilm.orchestrator.worker.loop import run_stage
+from tests.support import make_spec
+from tests.test_checkpoint import FACTS, MINE, advance, make
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
-from s3_server import S3Server
+from minilm.orchestrator.checkpoint.state import capture
+from tests.s3_server import S3Server
 
-QUICK = Patience(tries=3, first_wait_seconds=0.01, longest_wait_seconds=0.05)
+QUICK = RetryPolicy(tries=3, first_wait_seconds=0.01, longest_wait_seconds=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,7 @@ def store(server, tmp_path, request):
 
 
 def save(store, step, models, states, keep=2, **options):
-    return checkpoint.write(
-        store, step, checkpoint.capture(models, states), MINE, FACTS, keep=keep, **options
-    )
+    return checkpoint.write(store, step, capture(models, states), MINE, FACTS, keep=keep, **options)
 
 
 def saved(store, *steps, keep=9):
@@ -314,7 +315,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
 
 def test_a_store_that_is_down_costs_a_save_but_not_the_run(store, server, caplog):
     models, states = make(0)
-    saver = Saver(store, models, states, MINE, keep=2, keep_every=None, guard=lambda: None)
+    saver = AsyncSaver(store, models, states, MINE, keep=2, keep_every=None, guard=lambda: None)
     server.fault = lambda method, path: "500"
     saver.save(1, FACTS, lambda copy: None, must=False)
     saver.wait()
@@ -344,8 +345,8 @@ def test_steps_go_on_while_a_store_is_slow(shards, teacher, server, tmp_path):
 
     server.fault = hold
     url = f"s3://bucket/slow-{tmp_path.name}"
-    job = make_job(shards, teacher, tmp_path, steps=16, checkpoints=url, checkpoint_every_steps=3)
-    assert run_stage(job, on_step)
+    spec = make_spec(shards, teacher, tmp_path, steps=16, checkpoints=url, checkpoint_every_steps=3)
+    assert run_stage(spec, on_step)
     steps = [step_of(name) for name in open_store(url, tmp_path / "room").names()]
     assert steps[-1] == 16 and not set(steps) & set(range(4, 13))
 
@@ -354,16 +355,16 @@ def test_points_and_heartbeats_ask_the_store_nothing(shards, teacher, server, tm
     """The loop would wait for the answer, and a store that is away for a while would end the run."""
     asked = []
     url = f"s3://bucket/quiet-{tmp_path.name}"
-    job = make_job(
+    spec = make_spec(
         shards, teacher, tmp_path, checkpoints=url, checkpoint_every_steps=None, log_every=1, eval_every=4
     )
-    assert run_stage(job, lambda step: asked.append(len(server.requests)))
+    assert run_stage(spec, lambda step: asked.append(len(server.requests)))
     assert len(set(asked[:-1])) == 1, f"requests after each step: {asked}"  # the last one is saved
 
 
 def test_the_stage_goes_on_elsewhere_with_the_url_alone(shards, teacher, server, tmp_path):
     url = f"s3://bucket/lost-{tmp_path.name}"
-    whole = make_job(shards, teacher, tmp_path / "whole")
+    whole = make_spec(shards, teacher, tmp_path / "whole")
     assert run_stage(whole)
 
     def stop_at_7(step):
@@ -371,13 +372,13 @@ def test_the_stage_goes_on_elsewhere_with_the_url_alone(shards, teacher, server,
             StageFolder(tmp_path / "first").stop_request.touch()
             time.sleep(0.6)
 
-    assert not run_stage(make_job(shards, teacher, tmp_path / "first", checkpoints=url), stop_at_7)
+    assert not run_stage(make_spec(shards, teacher, tmp_path / "first", checkpoints=url), stop_at_7)
     seen = []
-    assert run_stage(make_job(shards, teacher, tmp_path / "second", checkpoints=url), seen.append)
+    assert run_stage(make_spec(shards, teacher, tmp_path / "second", checkpoints=url), seen.append)
     assert seen[0] in (8, 9)
     done = [json.loads(StageFolder(tmp_path / which).done.read_text()) for which in ("whole", "second")]
     assert done[0] == done[1]
-    assert run_stage(make_job(shards, teacher, tmp_path / "third", checkpoints=url), seen.append)
+    assert run_stage(make_spec(shards, teacher, tmp_path / "third", checkpoints=url), seen.append)
     assert json.loads(StageFolder(tmp_path / "third").done.read_text()) == done[0]
     assert seen[-1] == 12 and seen.count(12) == 1  # exported again, not trained again
 
@@ -393,15 +394,15 @@ def test_whoever_claimed_last_saves(shards, teacher, server, tmp_path):
                 time.sleep(0.05)
             store.claim("second")
 
-    job = make_job(shards, teacher, tmp_path, checkpoints=url, attempt="first")
+    spec = make_spec(shards, teacher, tmp_path, checkpoints=url, attempt="first")
     with pytest.raises(LeaseHeld, match=r"another run \(second\) has taken over the checkpoints in s3://"):
-        run_stage(job, taken_over)
+        run_stage(spec, taken_over)
     assert [step_of(name) for name in store.names()] == [3]
-    assert not run_reporting(job)
+    assert not run_reporting(spec)
     assert json.loads(StageFolder(tmp_path).failure.read_text())["exit_code"] == 6
 
 
 def test_folders_and_file_urls_are_local(tmp_path):
     for place in (str(tmp_path / "a"), f"file://{tmp_path / 'a'}", None):
         store = open_store(place, tmp_path / "a")
-        assert isinstance(store, LocalFolder) and store.folder == tmp_path / "a"
+        assert isinstance(store, LocalStore) and store.folder == tmp_path / "a"

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from model.errors import ModelError
-from model.objective import Objective, Relation
-from model.relations import relation_heads, relation_kl
-from model.taps import Taps
+from minilm.model.encoder.taps import Taps
+from minilm.model.errors import ModelError
+from minilm.model.loss.objective import Objective
+from minilm.model.loss.relations import relation_heads, relation_kl
+from minilm.model.loss.terms import Relation
 
 
 def taps(heads: int, size: int, seed: int) -> Taps:

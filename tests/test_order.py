@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.errors import DataError
-from data.order import halves, make_order
+from minilm.data.errors import DataError
+from minilm.data.order.permutation import halves, make_order
 
 MASK = (1 << 64) - 1
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from support import NO_DATA, make_job
 
-from orchestrator.attempt import begin_attempt, check_outcome
-from orchestrator.curriculum import Driver
-from orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
-from orchestrator.files import read_json, write_json
-from orchestrator.progress import Line
-from orchestrator.stage import StageFolder
+from minilm.orchestrator.driver.curriculum import Driver
+from minilm.orchestrator.driver.status_line import Line
+from minilm.orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
+from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.files import read_json, write_json
+from tests.support import NO_DATA, make_spec
 
 
 def ended(error: BaseException | None = None) -> Future[None]:
@@ -29,77 +29,77 @@ def ended(error: BaseException | None = None) -> Future[None]:
 
 
 @pytest.fixture
-def job(tmp_path):
-    return make_job(NO_DATA, tmp_path, tmp_path, attempt="mine")
+def spec(tmp_path):
+    return make_spec(NO_DATA, tmp_path, tmp_path, attempt="mine")
 
 
 @pytest.mark.parametrize("kind", [UserError, NoProgress, InfrastructureError])
-def test_a_failure_that_a_worker_left_keeps_its_words_and_exit_code(job, tmp_path, kind):
+def test_a_failure_that_a_worker_left_keeps_its_words_and_exit_code(spec, tmp_path, kind):
     folder = StageFolder(tmp_path)
     write_json(folder.failure, {"attempt": "mine", "message": "why", "exit_code": kind.exit_code})
     with pytest.raises(kind, match="^why$") as raised:
-        check_outcome(job, folder, ended(), inline=False)
+        check_outcome(spec, folder, ended(), inline=False)
     assert raised.value.exit_code == kind.exit_code
 
 
-def test_a_failure_of_an_older_attempt_is_not_believed(job, tmp_path):
+def test_a_failure_of_an_older_attempt_is_not_believed(spec, tmp_path):
     """A worker left over from a killed driver may write late."""
     folder = StageFolder(tmp_path)
     write_json(folder.failure, {"attempt": "older", "message": "why", "exit_code": 2})
     folder.done.touch()
-    check_outcome(job, folder, ended(), inline=False)
+    check_outcome(spec, folder, ended(), inline=False)
 
 
-def test_neither_done_nor_failed_is_stopped(job, tmp_path):
+def test_neither_done_nor_failed_is_stopped(spec, tmp_path):
     with pytest.raises(Stopped, match="stage first is stopped; the same command goes on"):
-        check_outcome(job, StageFolder(tmp_path), ended(), inline=False)
+        check_outcome(spec, StageFolder(tmp_path), ended(), inline=False)
 
 
 @pytest.mark.parametrize("text", ["many\nlines", ""])
-def test_rays_error_becomes_one_line(job, tmp_path, text):
+def test_rays_error_becomes_one_line(spec, tmp_path, text):
     with pytest.raises(InfrastructureError, match="Ray gave up") as raised:
-        check_outcome(job, StageFolder(tmp_path), ended(RuntimeError(text)), inline=False)
+        check_outcome(spec, StageFolder(tmp_path), ended(RuntimeError(text)), inline=False)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("word", ["word ", "/path"])
-def test_of_a_long_error_the_end_is_told(job, tmp_path, word):
+def test_of_a_long_error_the_end_is_told(spec, tmp_path, word):
     error = RuntimeError(word * 100 + "cause")
     with pytest.raises(
         InfrastructureError, match=rf"gave up \(… {word}({word})+cause\); the workers' logs"
     ) as raised:
-        check_outcome(job, StageFolder(tmp_path), ended(error), inline=False)
+        check_outcome(spec, StageFolder(tmp_path), ended(error), inline=False)
     assert str(raised.value).count(word) < 50
 
 
-def test_a_defect_of_ours_keeps_its_traceback_inline(job, tmp_path):
+def test_a_defect_of_ours_keeps_its_traceback_inline(spec, tmp_path):
     with pytest.raises(ZeroDivisionError):
-        check_outcome(job, StageFolder(tmp_path), ended(ZeroDivisionError()), inline=True)
+        check_outcome(spec, StageFolder(tmp_path), ended(ZeroDivisionError()), inline=True)
 
 
-def test_storage_that_went_away_is_no_defect_inline(job, tmp_path):
+def test_storage_that_went_away_is_no_defect_inline(spec, tmp_path):
     with pytest.raises(
         InfrastructureError, match="storage gave up .*Stale file handle.*; the same command goes"
     ):
         error = OSError(errno.ESTALE, "Stale file handle")
-        check_outcome(job, StageFolder(tmp_path), ended(error), inline=True)
+        check_outcome(spec, StageFolder(tmp_path), ended(error), inline=True)
 
 
-def test_a_job_that_finds_no_room_leaves_the_one_before(job, tmp_path):
-    """Half a job.json would be read by every later command, and end it."""
+def test_a_job_that_finds_no_room_leaves_the_one_before(spec, tmp_path):
+    """Half a stage.json would be read by every later command, and end it."""
     folder = StageFolder(tmp_path)
-    begin_attempt(job, folder)
+    begin_attempt(spec, folder)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            begin_attempt(replace(job, attempt="next"), folder)
+            begin_attempt(replace(spec, attempt="next"), folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert read_json(folder.job)["attempt"] == "mine"
+    assert read_json(folder.spec)["attempt"] == "mine"
 
 
-def test_storage_that_is_away_for_a_moment_does_not_end_the_watch(job, tmp_path):
+def test_storage_that_is_away_for_a_moment_does_not_end_the_watch(spec, tmp_path):
     asked = []
     future: Future[None] = Future()
 
@@ -114,5 +114,5 @@ def test_storage_that_is_away_for_a_moment_does_not_end_the_watch(job, tmp_path)
         SimpleNamespace(compute=compute), None, SimpleNamespace(check=check), NO_DATA, None, None, Line(),
         SimpleNamespace(requested=True),
     )  # fmt: skip
-    driver.watch(future, job, "first", "")
+    driver.watch(future, spec, "first", "")
     assert len(asked) == 2 and StageFolder(tmp_path).stop_request.exists()

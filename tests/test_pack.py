@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.errors import DataError
-from data.pack import document_rows, dtype_for, full_rows, joined, pieces
+from minilm.data.errors import DataError
+from minilm.data.format.pack import document_rows, dtype_for, full_rows, joined, pieces
 
 CLS, SEP, PAD = 101, 102, 0
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from orchestrator import pictures
-from orchestrator.metrics import Point
-from orchestrator.pictures import attention_maps, loss_curves
+from minilm.orchestrator.stage.metrics_file import Point
+from minilm.orchestrator.tracking import plots as pictures
+from minilm.orchestrator.tracking.plots import attention_maps, loss_curves
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -118,7 +118,7 @@ def test_no_points_give_an_empty_picture(tmp_path: Path) -> None:
 def test_no_display_and_no_pyplot_is_needed(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, threading, numpy\n"
-        "from orchestrator.pictures import attention_maps\n"
+        "from minilm.orchestrator.tracking.plots import attention_maps\n"
         "m = numpy.full((1, 2, 2), 0.5)\n"
         f"out = pathlib.Path({str(tmp_path / 'm.png')!r})\n"
         "draw = lambda: attention_maps(m, {'s': m}, ['a', 'b'], out)\n"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator import places
-from orchestrator.errors import InfrastructureError, Stopped, UserError
-from orchestrator.places import pick_place, wait_for_places
+from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
+from minilm.orchestrator.launch import resources as places
+from minilm.orchestrator.launch.resources import pick_place, wait_for_places
 
 
 @pytest.fixture
@@ -44,9 +44,10 @@ def wait(shown, monkeypatch):
         now[0] += seconds
 
     def wait(least: int = 2, *, grows: bool = True, seconds: float = 0.0, stop: bool = False) -> str:
-        compute = SimpleNamespace(workers=(least, 4), wait_seconds=seconds, device="cpu")
         return wait_for_places(
-            compute,
+            "cpu",
+            least,
+            wait_seconds=seconds,
             grows=grows,
             stop=SimpleNamespace(requested=stop),
             show=lambda text, force: shown.append(text),

@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_teacher
-from test_curriculum import write_recipe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from model.bench import peak_bytes
-from model.distiller import Distiller
-from model.encoder import build_student, count_parameters, load_encoder
-from model.objective import Objective
-from model.tap import TappedEncoder
-from orchestrator import plan_verb
-from orchestrator.cli import main
-from orchestrator.errors import UserError
-from orchestrator.plan import Body, Machine, Work, all_reduce_seconds, flops_a_token, memory, plan
-from orchestrator.recipe import load_recipe
-from orchestrator.step import StudentState, num_values, train_step
-from orchestrator.world import World
+from minilm.model.distiller import Distiller
+from minilm.model.encoder.build import build_student, count_parameters, load_encoder
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.loss.objective import Objective
+from minilm.orchestrator.bench.loss import peak_bytes
+from minilm.orchestrator.cli import main
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.plan import estimate as plan_verb
+from minilm.orchestrator.plan.cost import Body, Machine, Work, all_reduce_seconds, flops_a_token, memory, plan
+from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.train.distributed import World
+from minilm.orchestrator.train.step import StudentState, num_values, train_step
+from tests.conftest import make_teacher
+from tests.test_curriculum import write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_operations_and_parameters_are_those_that_are_counted(larger, tmp_path, 
     counted = {}
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
-            taught = distiller.teach(ids, None)
+            taught = distiller.teacher_forward(ids, None)
         counted["teacher"] = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
             for name in ("s0", "s1"):

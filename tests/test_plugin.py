@@ -2,20 +2,18 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from data_cases import make_documents, make_tokenizer
 
-from data import build_tasks
-from data.build import import_data
-from data.errors import DataError
-from data.sources import plugin
+from minilm.data.builder.build import import_data
+from minilm.data.errors import DataError
+from minilm.data.sources import plugin
+from tests.data_cases import make_documents, make_tokenizer
 
 PLUGIN = '''
 """A source of one file with documents between lines of dashes."""
 from pathlib import Path
-from data.sources.plugin import Document, Plan
+from minilm.data.sources.plugin import Document, Plan
 
 
 def plan(inputs, tokenizer, options):
@@ -70,8 +68,7 @@ def test_an_incomplete_source_is_refused(installed, tmp_path):
 
 
 def test_worker_processes_import_no_torch_and_no_transformers():
-    root = str(Path(build_tasks.__file__).parent.parent)
-    code = f"import sys; sys.path.insert(0, {root!r}); import data.build_tasks, data.workers, data.sources.text; "
+    code = "import sys, minilm.data.builder.tasks, minilm.data.builder.local_pool, minilm.data.sources.text; "
     code += "print([m for m in ('torch', 'transformers', 'pyarrow', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import NO_DATA, make_job
 
-from data.build import BuildProgress
-from orchestrator.progress import Line, StageProgress, describe_build, duration
-from orchestrator.summary import ModelEntry, Summary
+from minilm.data.builder.phases import BuildProgress
+from minilm.orchestrator.driver.status_line import Line, StageProgress, describe_build
+from minilm.orchestrator.driver.summary import ModelEntry, Summary
+from minilm.orchestrator.system.text import duration
+from tests.support import NO_DATA, make_spec
 
 
 class Terminal(io.StringIO):
@@ -56,7 +57,7 @@ def test_a_terminal_that_has_gone_ends_nothing():
 
 
 def test_a_stage_line_says_step_terms_speed_and_time_left(tmp_path):
-    job = make_job(NO_DATA, tmp_path, tmp_path, steps=240, batch=16)
+    spec = make_spec(NO_DATA, tmp_path, tmp_path, steps=240, batch=16)
     metrics = {
         "small/loss": 0.8125,
         "small/attention": 0.4,
@@ -68,7 +69,7 @@ def test_a_stage_line_says_step_terms_speed_and_time_left(tmp_path):
         "tokens_per_second": 4096.0,
     }
     out = io.StringIO()
-    progress = StageProgress(Line(out), job, "[1/2] first")
+    progress = StageProgress(Line(out), spec, "[1/2] first")
     progress.show({"doing": "training", "step": 120, "metrics": metrics}, "last heartbeat 20 s ago")
     assert out.getvalue() == (
         "[1/2] first  step 120/240  loss 0.812 (attention 0.400 value 0.412)  32 rows/s  4.1k tokens/s  1m00s left  "
@@ -84,7 +85,7 @@ def test_a_build_line_without_a_guess_of_the_time_left():
 def test_the_first_signal_asks_to_stop_even_when_nobody_reads_what_it_says():
     """As behind `| tee`, which the same Ctrl-C has ended."""
     program = (
-        "import os, signal; from orchestrator.signals import StopRequest\n"
+        "import os, signal; from minilm.orchestrator.system.signals import StopRequest\n"
         "with StopRequest() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    raise SystemExit(0 if stop.requested else 9)\n"
@@ -97,7 +98,7 @@ def test_the_first_signal_asks_to_stop_even_when_nobody_reads_what_it_says():
 
 def test_a_second_signal_ends_the_process_at_once():
     program = (
-        "import os, signal, time; from orchestrator.signals import StopRequest\n"
+        "import os, signal, time; from minilm.orchestrator.system.signals import StopRequest\n"
         "with StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
     )

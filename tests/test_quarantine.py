@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_server import BadServer
-from data_cases import make_data
 
-from data.errors import DamageError, DataError
-from data.manifest import load_manifest
-from data.opening import open_corpora
-from data.patience import Patience
-from data.quarantine import Quarantine, QuarantineGrew, damaged_blocks
-from data.reader import RowReader
-from data.remote_reader import RemoteReader
-from data.stream import Stream
+from minilm.data.errors import DamageError, DataError
+from minilm.data.format.manifest import load_manifest
+from minilm.data.open import open_corpora
+from minilm.data.read.quarantine import Quarantine, QuarantineGrew, damaged_blocks
+from minilm.data.read.reader import RowReader
+from minilm.data.read.remote_reader import RemoteReader
+from minilm.data.storage.retry import RetryPolicy
+from minilm.data.stream import Stream
+from tests.bad_server import BadServer
+from tests.data_cases import make_data
 
-QUICK = Patience(tries=2, first_wait_seconds=0.01, longest_wait_seconds=0.05, request_seconds=5.0)
+QUICK = RetryPolicy(tries=2, first_wait_seconds=0.01, longest_wait_seconds=0.05, request_seconds=5.0)
 OPTIONS = {"seed": 3, "batch": 12, "micro_batch": 4}
 
 
@@ -348,7 +348,7 @@ def test_what_was_read_wrongly_once_is_read_again(data, copy, tmp_path, monkeypa
         shutil.copyfile(data / path.name, path)
         return damaged_blocks(path, *rest)
 
-    monkeypatch.setattr("data.reader.damaged_blocks", mend_and_look)
+    monkeypatch.setattr("minilm.data.read.reader.damaged_blocks", mend_and_look)
     reader = RowReader(copy, quarantine=Quarantine(tmp_path / "q.json", max_quarantined_share=1.0))
     assert torch.equal(reader.read(range(40)).input_ids, RowReader(data).read(range(40)).input_ids)
     assert "read wrongly once" in caplog.text and not (tmp_path / "q.json").exists()

@@ -15,15 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support import has_checkpoint
-from test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
 
-from orchestrator.files import read_json
-from orchestrator.launch import RESERVATION, worker_environment
-from orchestrator.metrics import read_all_points
-from orchestrator.processes import Process, family
-from orchestrator.soak_arena import free_port
-from orchestrator.stage import StageFolder
+from minilm.orchestrator.launch.trainer import RESERVATION, worker_environment
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
+from minilm.orchestrator.system.files import read_json
+from minilm.orchestrator.system.processes import Process, family
+from tests.ports import free_port
+from tests.support import has_checkpoint
+from tests.test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
 
 # the first one also starts the head and makes the run that is left alone
 pytestmark = pytest.mark.timeout(900)
@@ -119,7 +119,7 @@ def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path
     assert (work / "stages" / "assistant" / "worker-1.log").exists(), "the second worker left no trace"
     for stage in ("assistant", "small"):
         ours, theirs = (
-            read_all_points(StageFolder(folder / "stages" / stage).points)
+            read_all_metrics(StageFolder(folder / "stages" / stage).points)
             for folder in (work, finished / "work")
         )
         assert [p.step for p in ours] == [p.step for p in theirs]
@@ -200,7 +200,7 @@ def test_a_gpu_where_there_is_none_is_refused_at_once_by_a_cluster_of_the_runs_o
 def test_actors_that_nobody_needs_are_not_started():
     from ray.train.torch import TorchTrainer
 
-    from orchestrator.under_ray import Trainer
+    from minilm.orchestrator.launch.train_callbacks import Trainer
 
     trainers = (TorchTrainer(print), Trainer(print, joined=True), Trainer(print, joined=False))
     theirs, joined, own = (

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import ray
-from data_cases import make_documents, make_tokenizer
 
-from data.build import build
-from data.errors import DataError
-from data.ray_tasks import run_tasks_on_ray
+from minilm.data.builder.build import build
+from minilm.data.builder.ray_pool import run_tasks_on_ray
+from minilm.data.errors import DataError
+from tests.data_cases import make_documents, make_tokenizer
 
 SMALL = {"seq_len": 16, "rows_per_block": 8, "shard_bytes": 20_000, "held_out": 0.2}
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from model.distiller import Distiller
-from model.encoder import TappedEncoder, build_student, load_encoder
-from model.objective import Objective
-from model.shape import load_config, shape_of
+from minilm.model.distiller import Distiller
+from minilm.model.encoder.build import build_student, load_encoder
+from minilm.model.encoder.shape import load_config, shape_of
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.loss.objective import Objective
 
 FOLDER = os.environ.get("MINILM_MPNET")
 pytestmark = [
@@ -29,7 +30,7 @@ pytestmark = [
 HEADS, HIDDEN, LAYERS, PAD, EPS = 12, 768, 12, 1, 1e-5
 SENTENCES = [
     "A student learns what its teacher attends to, not what it says.",
-    "Small encoders are cheap to run; the large ones that teach them are not.",
+    "Small encoders are cheap to run; the large ones that teacher_forward them are not.",
     "Distance between two tokens adds to the score of their attention, one learned number a bucket and head.",
     "Rain.",
 ]
@@ -110,7 +111,7 @@ def test_a_student_learns_from_it(rows):
     trained = distiller.trained_parameters("s")
     assert "encoder.relative_attention_bias.weight" in trained
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
-    taught = distiller.teach(ids, mask)
+    taught = distiller.teacher_forward(ids, mask)
     start = trained["encoder.relative_attention_bias.weight"].detach().clone()
     losses = []
     for _ in range(25):

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.errors import RecipeErrors, UserError
-from orchestrator.recipe import Recipe, first_difference, load_recipe, missing_inputs
-from orchestrator.references import FolderRef, HubRef, RegistryRef, StudentRef, parse_reference
+from minilm.orchestrator.errors import RecipeErrors, UserError
+from minilm.orchestrator.recipe.changes import first_difference
+from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.recipe.missing import missing_inputs
+from minilm.orchestrator.recipe.references import FolderRef, HubRef, RegistryRef, StudentRef, parse_reference
+from minilm.orchestrator.recipe.schema import Recipe
 
 BASE = """\
 name: tiny
@@ -344,8 +347,8 @@ def test_data_sets_that_can_not_be(tmp_path: Path, text: str, overrides: list[st
 
 
 def test_urls_are_of_the_schemes_that_are_read() -> None:
-    from data.remote import SCHEMES
-    from orchestrator.recipe_fields import URL_SCHEMES
+    from minilm.data.storage.remote import SCHEMES
+    from minilm.orchestrator.recipe.fields import URL_SCHEMES
 
     assert set(URL_SCHEMES) == set(SCHEMES)
 
@@ -587,7 +590,7 @@ def test_errors_cross_processes() -> None:
 
 def test_loading_a_recipe_is_light() -> None:
     heavy = ("torch", "ray", "mlflow", "transformers", "numpy", "data", "model")
-    code = f"import sys, orchestrator.recipe; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, minilm.orchestrator.recipe.load; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -595,14 +598,14 @@ def test_loading_a_recipe_is_light() -> None:
 def test_every_objective_of_the_model_can_be_named_and_no_other():
     from typing import get_args
 
-    from model.objective import OBJECTIVES
-    from orchestrator.recipe_types import ObjectiveName
+    from minilm.model.loss.objective import OBJECTIVES
+    from minilm.orchestrator.recipe.schema import ObjectiveName
 
     assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
 
 
 def test_a_list_of_relations_reaches_the_objective(tmp_path):
-    from model.objective import Objective
+    from minilm.model.loss.objective import Objective
 
     recipe = load(tmp_path, BASE, "stages.0.relations=[{name: key, x: k, y: k, weight: 0.5}]")
     objective = Objective.named(**recipe.stages[0].objective_fields())

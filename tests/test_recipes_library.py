@@ -2,9 +2,10 @@
 
 import pytest
 
-from orchestrator.recipe import Recipe, load_recipe
-from orchestrator.recipe_schema import SCHEMA_FILE, schema_text
-from orchestrator.references import HubRef, RegistryRef
+from minilm.orchestrator.recipe.json_schema import SCHEMA_FILE, schema_text
+from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.recipe.references import HubRef, RegistryRef
+from minilm.orchestrator.recipe.schema import Recipe
 
 LIBRARY = SCHEMA_FILE.parent
 TEACHERS = {
@@ -85,5 +86,5 @@ def test_each_file_says_what_it_is_for(file: str) -> None:
 
 
 def test_the_schema_is_made_from_the_types() -> None:
-    again = "run: python -m orchestrator.recipe_schema"
+    again = "run: python -m minilm.orchestrator.recipe.json_schema"
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), again

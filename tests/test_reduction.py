@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import worker_pool
-from support import make_job
 
-from model.export import weights_digest
-from orchestrator.metrics import read_all_points
-from orchestrator.reduction import GRADIENT_UNIT, ExactSum, FastSum, make_sum
-from orchestrator.stage import StageFolder, StageJob
-from orchestrator.worker import run_stage
-from orchestrator.world import World
+from minilm.model.export import weights_digest
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.train.distributed import World
+from minilm.orchestrator.train.gradient_sum import GRADIENT_UNIT, ExactSum, FastSum, make_sum
+from minilm.orchestrator.worker.loop import run_stage
+from tests import worker_pool
+from tests.support import make_spec
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU, control=None)
@@ -70,7 +71,7 @@ def test_sums_are_near_those_in_float64(kind):
 def test_chunks_do_not_matter(monkeypatch):
     given = parts(3, size=1001)
     whole = added("exact", given)
-    monkeypatch.setattr("orchestrator.reduction.CPU_CHUNK", 17)
+    monkeypatch.setattr("minilm.orchestrator.train.gradient_sum.CPU_CHUNK", 17)
     cut = added("exact", given)
     assert torch.equal(whole[0], cut[0])
 
@@ -120,54 +121,56 @@ def test_a_new_step_begins_with_nothing():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def logged(job: StageJob) -> list[tuple[int, dict[str, float]]]:
-    points = read_all_points(StageFolder(Path(job.folder)).points)
+def logged(spec: StageSpec) -> list[tuple[int, dict[str, float]]]:
+    points = read_all_metrics(StageFolder(Path(spec.folder)).points)
     return [(p.step, {k: v for k, v in p.metrics.items() if k not in CLOCK}) for p in points]
 
 
-def through_a_schedule(job: StageJob, schedule: list[tuple[int, int, int]], last: int) -> None:
-    """Run `job` with (workers, killed rank, after the checkpoint of this step) in turn, then with `last` workers."""
+def through_a_schedule(spec: StageSpec, schedule: list[tuple[int, int, int]], last: int) -> None:
+    """Run `spec` with (workers, killed rank, after the checkpoint of this step) in turn, then with `last` workers."""
     for workers, rank, step in schedule:
-        codes = worker_pool.kill_at(job, workers, rank, step)
-        assert codes[rank] == -9, worker_pool.log(job)
+        codes = worker_pool.kill_at(spec, workers, rank, step)
+        assert codes[rank] == -9, worker_pool.log(spec)
         assert 0 not in codes
-    assert worker_pool.join(worker_pool.start(job, last)) == [0] * last, worker_pool.log(job)
+    assert worker_pool.join(worker_pool.start(spec, last)) == [0] * last, worker_pool.log(spec)
 
 
 def test_exact_weights_and_losses_are_bit_identical_for_any_workers_and_kills(shards, teacher, tmp_path):
     """1 → 2 → 1 → 3 → 2 workers with SIGKILLs between, against one undisturbed worker."""
-    job = make_job(shards, teacher, tmp_path / "one", batch=12, steps=60, log_every=1, max_gradient_norm=1.0)
-    assert run_stage(job)
-    disturbed = replace(job, folder=str(tmp_path / "disturbed"))
+    spec = make_spec(
+        shards, teacher, tmp_path / "one", batch=12, steps=60, log_every=1, max_gradient_norm=1.0
+    )
+    assert run_stage(spec)
+    disturbed = replace(spec, folder=str(tmp_path / "disturbed"))
     through_a_schedule(disturbed, [(1, 0, 6), (2, 1, 18), (1, 0, 27), (3, 0, 39)], last=2)
-    one, other = (StageFolder(Path(j.folder)) for j in (job, disturbed))
+    one, other = (StageFolder(Path(j.folder)) for j in (spec, disturbed))
     assert weights_digest(one.student("small")) == weights_digest(other.student("small"))
-    assert logged(job) == logged(disturbed)
+    assert logged(spec) == logged(disturbed)
     assert one.done.read_text() == other.done.read_text()  # the ledger of rows too
 
 
 def test_fast_losses_agree_but_for_rounding(shards, teacher, tmp_path):
-    job = make_job(
+    spec = make_spec(
         shards, teacher, tmp_path / "one", batch=12, steps=20, log_every=1, peak_lr=1e-4, reduction="fast"
     )
-    compare_fast(job, tmp_path, kill_after=6)
+    compare_fast(spec, tmp_path, kill_after=6)
 
 
 @pytest.mark.slow
 def test_fast_losses_agree_but_for_rounding_at_every_step_of_200(shards, teacher, tmp_path):
-    job = make_job(
+    spec = make_spec(
         shards, teacher, tmp_path / "one", batch=12, steps=200, log_every=1, peak_lr=1e-4, reduction="fast"
     )
-    compare_fast(job, tmp_path, kill_after=60)
+    compare_fast(spec, tmp_path, kill_after=60)
 
 
-def compare_fast(job: StageJob, tmp_path: Path, kill_after: int) -> None:
-    assert run_stage(job)
-    disturbed = replace(job, folder=str(tmp_path / "disturbed"))
+def compare_fast(spec: StageSpec, tmp_path: Path, kill_after: int) -> None:
+    assert run_stage(spec)
+    disturbed = replace(spec, folder=str(tmp_path / "disturbed"))
     through_a_schedule(disturbed, [(3, 2, kill_after)], last=2)
-    ours, theirs = logged(job), logged(disturbed)
+    ours, theirs = logged(spec), logged(disturbed)
     assert [step for step, _ in ours] == [step for step, _ in theirs]
     for (_, a), (_, b) in zip(ours, theirs, strict=True):
         assert b["small/loss"] == pytest.approx(a["small/loss"], rel=1e-5)
-    digests = [weights_digest(StageFolder(Path(j.folder)).student("small")) for j in (job, disturbed)]
+    digests = [weights_digest(StageFolder(Path(j.folder)).student("small")) for j in (spec, disturbed)]
     assert digests[0] != digests[1]  # or exact sums would be for nothing

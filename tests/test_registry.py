@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_server import server
 
-from orchestrator import registry
-from orchestrator.errors import InfrastructureError, UserError
-from orchestrator.mlflow_server import MlflowClient, connect, patiently
-from orchestrator.model_folder import folder_digest
-from orchestrator.registry import promote, pull, pull_once, register, resolve
-from orchestrator.soak_arena import free_port
+from minilm.orchestrator.errors import InfrastructureError, UserError
+from minilm.orchestrator.tracking import registry
+from minilm.orchestrator.tracking.client import MlflowClient, connect, patiently
+from minilm.orchestrator.tracking.model_files import folder_digest
+from minilm.orchestrator.tracking.pull import pull, pull_once
+from minilm.orchestrator.tracking.registry import promote, register, resolve
+from tests.mlflow_server import server
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_student_comes_down_again_and_loads_without_our_code(
         "batch = tokenizer('attention is all', return_tensors='pt')\n"
         "assert batch['input_ids'].tolist() == [[5, 6, 7]], batch\n"
         "assert model(**batch).last_hidden_state.shape == (1, 3, 8)\n"
-        "assert not {'orchestrator', 'model', 'data', 'mlflow'} & sys.modules.keys()\n"
+        "assert not {'minilm', 'mlflow'} & sys.modules.keys()\n"
     )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-c", code, str(out)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.errors import ModelError
-from model.relations import relation_heads, relation_kl, relation_weight
+from minilm.model.errors import ModelError
+from minilm.model.loss.relations import relation_heads, relation_kl, relation_weight
 
 BATCH, HEADS, TOKENS, TEACHER_SIZE, STUDENT_SIZE = 4, 3, 7, 8, 5
 

@@ -13,20 +13,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bad_server import BadServer
-from data_cases import make_data, make_tokenizer
 
-from data import patience
-from data.cache import Cache
-from data.errors import DataError
-from data.manifest import load_manifest
-from data.patience import Patience
-from data.remote import Store
-from data.remote_reader import RemoteReader
-from data.stream import Stream
-from data.verify import verify
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import load_manifest
+from minilm.data.read.remote_reader import RemoteReader
+from minilm.data.storage import retry as patience
+from minilm.data.storage.cache import Cache
+from minilm.data.storage.remote import Store
+from minilm.data.storage.retry import RetryPolicy
+from minilm.data.stream import Stream
+from minilm.data.tools.verify import verify
+from tests.bad_server import BadServer
+from tests.data_cases import make_data, make_tokenizer
 
-QUICK = Patience(tries=4, first_wait_seconds=0.01, longest_wait_seconds=0.05)
+QUICK = RetryPolicy(tries=4, first_wait_seconds=0.01, longest_wait_seconds=0.05)
 SHORT = QUICK._replace(request_seconds=1.0)  # where the server stalls
 
 
@@ -327,7 +327,7 @@ def test_waits_grow_with_jitter_and_have_a_bound(server, monkeypatch):
     waits = []
     monkeypatch.setattr(patience, "time", SimpleNamespace(sleep=waits.append))
     server.always["manifest.json"] = "500"
-    growing = Patience(tries=7, first_wait_seconds=1, longest_wait_seconds=10)
+    growing = RetryPolicy(tries=7, first_wait_seconds=1, longest_wait_seconds=10)
     with pytest.raises(
         DataError, match=r"manifest\.json: 500.*\(tried 7 times\); check the server and run the same"
     ):
@@ -376,7 +376,8 @@ def test_verify_of_a_url_reads_everything_that_a_reader_would(tmp_path):
 )
 def test_an_s3_endpoint_on_loopback(original, reader, tmp_path):
     import s3fs
-    from s3_server import S3Server
+
+    from tests.s3_server import S3Server
 
     server = S3Server()
     options = {"key": "k", "secret": "s", "client_kwargs": {"region_name": "eu-west-1"}}

@@ -13,22 +13,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import NO_DATA, checkpoints_in, make_job
-from test_checkpoint import FACTS, MINE, advance, make, save
 
-from orchestrator import checkpoint
-from orchestrator.checkpoint import Identity
-from orchestrator.checkpoint_store import LocalFolder, step_of
-from orchestrator.errors import UserError
-from orchestrator.reporting import run_reporting
-from orchestrator.saver import Saver
-from orchestrator.saving import Saving
-from orchestrator.stage import StageFolder
-from orchestrator.worker import run_stage
+from minilm.orchestrator.checkpoint import checkpoint
+from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
+from minilm.orchestrator.checkpoint.format import Fingerprints, read
+from minilm.orchestrator.checkpoint.local_store import LocalStore
+from minilm.orchestrator.checkpoint.store import step_of
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.worker.error_file import run_reporting
+from minilm.orchestrator.worker.loop import run_stage
+from minilm.orchestrator.worker.save_policy import SavePolicy
+from tests.support import NO_DATA, checkpoints_in, make_spec
+from tests.test_checkpoint import FACTS, MINE, advance, make, save
 
 
-def make_saver(folder: Path, models, states, *, keep: int = 2, keep_every=None, guard=lambda: None) -> Saver:
-    return Saver(LocalFolder(folder), models, states, MINE, keep=keep, keep_every=keep_every, guard=guard)
+def make_saver(
+    folder: Path, models, states, *, keep: int = 2, keep_every=None, guard=lambda: None
+) -> AsyncSaver:
+    return AsyncSaver(LocalStore(folder), models, states, MINE, keep=keep, keep_every=keep_every, guard=guard)
 
 
 def test_struck_at_any_operation_of_a_save_the_next_start_finds_a_whole_one(tmp_path):
@@ -73,7 +76,7 @@ def test_the_copy_is_the_state_of_its_step_however_slow_the_disk(tmp_path, monke
     own.wait()
     assert not own.busy
     others, other_states = make(5)
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), others, other_states, MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), others, other_states, MINE) == (1, FACTS)
     assert all(torch.equal(v, others["s"].state_dict()[k]) for k, v in expected.items())
     assert not torch.equal(expected["0.weight"], models["s"].state_dict()["0.weight"])
 
@@ -98,7 +101,7 @@ def test_one_save_at_a_time_and_each_with_its_own_state(tmp_path, monkeypatch):
     own.wait()
     assert max(running) == 1
     for path, weight in zip(checkpoints_in(tmp_path), weights, strict=True):
-        assert torch.equal(checkpoint.read(path)[1]["s.model.safetensors"]["0.weight"], weight)
+        assert torch.equal(read(path)[1]["s.model.safetensors"]["0.weight"], weight)
 
 
 @pytest.mark.parametrize("where", ["check", "guard", "disk"])
@@ -128,8 +131,8 @@ def test_every_nth_stays_beside_the_newest(tmp_path):
 
 def test_steps_that_find_a_slow_save_in_flight_wait_for_it_once(tmp_path):
     """Behind a slow store every due step would wait, and the loop with it."""
-    job = make_job(NO_DATA, tmp_path, tmp_path, checkpoint_every_steps=2)
-    saving = Saving(job, None, None, {}, [], Identity("", ""), lambda: None)
+    spec = make_spec(NO_DATA, tmp_path, tmp_path, checkpoint_every_steps=2)
+    saving = SavePolicy(spec, None, None, {}, [], Fingerprints("", ""), lambda: None)
     waited: list[float] = []
     saving.saver = SimpleNamespace(busy=True, wait_a_little=waited.append)
     assert not any(saving.is_due(done, False) for done in range(1, 9))
@@ -139,23 +142,23 @@ def test_steps_that_find_a_slow_save_in_flight_wait_for_it_once(tmp_path):
 
 
 def test_the_loop_makes_and_keeps_every_nth(shards, teacher, tmp_path):
-    job = make_job(
+    spec = make_spec(
         shards, teacher, tmp_path, checkpoint_every_steps=3, keep_every_steps=5, keep_checkpoints=1, steps=11
     )
-    assert run_stage(job)
+    assert run_stage(spec)
     kept = checkpoints_in(StageFolder(tmp_path).checkpoints)
     assert [step_of(path.name) for path in kept] == [5, 10, 11]
 
 
 def test_a_run_killed_between_its_last_save_and_its_export_exports(shards, teacher, tmp_path):
-    job = make_job(shards, teacher, tmp_path, steps=6)
-    assert run_stage(job)
+    spec = make_spec(shards, teacher, tmp_path, steps=6)
+    assert run_stage(spec)
     done = StageFolder(tmp_path).done
     before = done.read_text()
     done.unlink()
     shutil.rmtree(tmp_path / "students")
     seen: list[int] = []
-    assert run_stage(job, seen.append)
+    assert run_stage(spec, seen.append)
     assert seen == []
     assert done.read_text() == before
     assert (StageFolder(tmp_path).student("small") / "model.safetensors").exists()
@@ -167,11 +170,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(tmp_path):
         advance(states, step)
         newest = save(tmp_path, step, models, states)
     (newest / "s.model.safetensors").unlink()
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), models, states, MINE) == (1, FACTS)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), models, states, MINE) == (1, FACTS)
     assert (tmp_path / "damaged-step-000000002").is_dir()
     advance(states, 2)
     save(tmp_path, 2, models, states)
-    assert checkpoint.restore_newest(LocalFolder(tmp_path), models, states, MINE) == (2, FACTS)
+    assert checkpoint.restore_newest(LocalStore(tmp_path), models, states, MINE) == (2, FACTS)
 
 
 def test_a_failing_disk_ends_the_loop_at_its_next_step_in_one_line(shards, teacher, tmp_path, monkeypatch):
@@ -187,7 +190,7 @@ def test_a_failing_disk_ends_the_loop_at_its_next_step_in_one_line(shards, teach
 
     monkeypatch.setattr(checkpoint, "write_tensors", fills_up)
     seen: list[int] = []
-    job = make_job(shards, teacher, tmp_path, steps=60)
+    spec = make_spec(shards, teacher, tmp_path, steps=60)
 
     def on_step(step: int) -> None:
         seen.append(step)
@@ -195,7 +198,7 @@ def test_a_failing_disk_ends_the_loop_at_its_next_step_in_one_line(shards, teach
             if thread.name == "minilm-checkpoint":
                 thread.join()
 
-    assert not run_reporting(job, on_step)
+    assert not run_reporting(spec, on_step)
     folder = StageFolder(tmp_path)
     failure = json.loads(folder.failure.read_text())
     assert failure["exit_code"] == 2
@@ -204,4 +207,4 @@ def test_a_failing_disk_ends_the_loop_at_its_next_step_in_one_line(shards, teach
     assert [p.name for p in checkpoints_in(folder.checkpoints)] == ["step-000000003"]
     monkeypatch.undo()
     folder.failure.unlink()
-    assert run_reporting(job)
+    assert run_reporting(spec)

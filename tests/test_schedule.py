@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.schedule import learning_rate
+from minilm.orchestrator.train.lr_schedule import learning_rate
 
 
 def test_rises_to_the_peak_and_falls_to_zero():

@@ -9,7 +9,7 @@ import pytest
 import webdataset
 import xxhash
 
-from data.shard import ALIGNMENT, Layout, blocks_for, write_shard
+from minilm.data.format.shard import ALIGNMENT, Layout, blocks_for, write_shard
 
 
 def blocks_of(layout, num_blocks, rows_of_last, seed=0):

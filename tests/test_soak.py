@@ -14,21 +14,27 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
-from soak_recipe import write_soak_recipe
 
-from orchestrator import checkpoint, cli, soak_arena, soak_round
-from orchestrator.checkpoint_store import LocalFolder
-from orchestrator.errors import UserError
-from orchestrator.files import write_json
-from orchestrator.processes import status
-from orchestrator.recipe import Recipe, load_recipe
-from orchestrator.soak import check_room
-from orchestrator.soak_arena import Arena
-from orchestrator.soak_checks import check_round
-from orchestrator.soak_plan import HASTY, PAUSE_SECONDS, WEIGHTS, Strike, plan
-from orchestrator.soak_round import Progress, Round
-from orchestrator.soak_tally import Recovery, Tally
-from orchestrator.workdir import Workdir
+from minilm.orchestrator import cli
+from minilm.orchestrator.checkpoint.format import DAMAGE, read, sealed
+from minilm.orchestrator.checkpoint.local_store import LocalStore
+from minilm.orchestrator.driver.workdir import Workdir
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.processes import status
+from tests.soak import round as soak_round
+from tests.soak import soak
+from tests.soak import testbed as soak_arena
+from tests.soak.corruption import damage_newest
+from tests.soak.faults import HASTY, PAUSE_SECONDS, WEIGHTS, Strike, plan
+from tests.soak.invariants import check_round
+from tests.soak.recipe import write_soak_recipe
+from tests.soak.report import Recovery, Tally
+from tests.soak.round import Progress, Round
+from tests.soak.soak import check_room
+from tests.soak.testbed import Arena
 
 
 def test_the_strikes_are_a_function_of_the_seed():
@@ -84,7 +90,7 @@ def a_point_doubled(work: Workdir) -> None:
 
 
 def a_point_lost(work: Workdir) -> None:
-    path = work.stage("assistant").heldout_points
+    path = work.stage("assistant").heldout_metrics
     path.write_text("".join(lines(path)[:-1]))
 
 
@@ -99,7 +105,7 @@ def another_ledger(work: Workdir) -> None:
     path = next(work.stage("assistant").checkpoints.glob("*400")) / "checkpoint.json"
     meta = json.loads(path.read_text())
     meta["ledger"]["digest"] = f"{1:032x}"
-    write_json(path, checkpoint.sealed(meta))
+    write_json(path, sealed(meta))
 
 
 def another_end(work: Workdir) -> None:
@@ -116,7 +122,7 @@ def other_weights(work: Workdir) -> None:
 
 
 def another_teacher(work: Workdir) -> None:
-    path = work.stage("assistant").job
+    path = work.stage("assistant").spec
     path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_digest": "0" * 64}))
 
 
@@ -130,7 +136,7 @@ def a_checkpoint_too_many(work: Workdir) -> None:
 
 
 def in_mlflow(work: Workdir, change) -> None:
-    from orchestrator.mlflow_server import connect
+    from minilm.orchestrator.tracking.client import connect
 
     run = json.loads((work.root / "tracking.json").read_text())["runs"]["assistant"]
     change(connect(store(work)), run)
@@ -217,27 +223,27 @@ def test_a_checkpoint_is_damaged_with_the_workers_standing_still_which_then_end(
 ):
     stage, pids = Workdir(tmp_path).stage("assistant"), []
     shutil.copytree(undisturbed.stage("assistant").checkpoints, stage.checkpoints)
-    names = LocalFolder(stage.checkpoints).names()
+    names = LocalStore(stage.checkpoints).names()
     arena = SimpleNamespace(workers=lambda: pids)
     assert Arena.damage(arena, stage, 0.4) is None, "nobody would read it"
-    checkpoint.read(stage.checkpoints / names[-1])
+    read(stage.checkpoints / names[-1])
     pids = [worker.pid]
-    damage = soak_arena.damage_newest
+    damage = damage_newest
     monkeypatch.setattr(
         soak_arena, "damage_newest", lambda *given: (comes_to(worker, "T") and damage(*given)) or None
     )
     assert Arena.damage(arena, stage, 0.4).startswith(names[-1])
     assert comes_to(worker, "")
-    with pytest.raises(checkpoint.DAMAGE):
-        checkpoint.read(stage.checkpoints / names[-1])
+    with pytest.raises(DAMAGE):
+        read(stage.checkpoints / names[-1])
 
 
 def test_the_only_sound_checkpoint_is_left_alone_and_the_workers_go_on(undisturbed, worker, tmp_path):
     stage = Workdir(tmp_path).stage("assistant")
-    newest = LocalFolder(undisturbed.stage("assistant").checkpoints).names()[-1]
+    newest = LocalStore(undisturbed.stage("assistant").checkpoints).names()[-1]
     shutil.copytree(undisturbed.stage("assistant").checkpoints / newest, stage.checkpoints / newest)
     assert Arena.damage(SimpleNamespace(workers=lambda: [worker.pid]), stage, 0.4) is None
-    checkpoint.read(stage.checkpoints / newest)
+    read(stage.checkpoints / newest)
     assert comes_to(worker, "S")
 
 
@@ -305,7 +311,7 @@ def test_bad_options_are_one_line(recipe_file, tmp_path, capsys, arguments, erro
     (tmp_path / "full" / "something").touch()
     given = ["--workdir", str(tmp_path / "new"), *arguments]
     given = [part.format(full=tmp_path / "full") for part in given]
-    assert cli.main(["soak", str(recipe_file), *given]) == 2
+    assert soak.main([str(recipe_file), *given]) == 2
     problem = capsys.readouterr().err
     assert error in problem
     assert problem.count("\n") == 1
@@ -321,7 +327,7 @@ def test_bad_options_are_one_line(recipe_file, tmp_path, capsys, arguments, erro
 )
 def test_a_recipe_that_cannot_be_compared_is_refused(tmp_path, capsys, compute, error):
     path = write_soak_recipe(tmp_path, steps=60, **compute)
-    assert cli.main(["soak", str(path), "--workdir", str(tmp_path / "work")]) == 2
+    assert soak.main([str(path), "--workdir", str(tmp_path / "work")]) == 2
     assert error in capsys.readouterr().err
 
 
@@ -354,8 +360,6 @@ def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(
 @pytest.mark.timeout(3600)
 def test_twenty_minutes_of_soak(tmp_path, capsys):
     path = write_soak_recipe(tmp_path / "in", steps=600, stages=2, workers=[1, 3], by_url=True)
-    code = cli.main(
-        ["soak", str(path), "--minutes", "20", "--seed", "1", "--workdir", str(tmp_path / "soak")]
-    )
+    code = soak.main([str(path), "--minutes", "20", "--seed", "1", "--workdir", str(tmp_path / "soak")])
     print(capsys.readouterr().out)
     assert code == 0

@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from model.distiller import Distiller
-from model.encoder import TappedEncoder, build_student, load_encoder
-from model.errors import ModelError
-from model.objective import Objective
-from model.shape import FAMILIES
-from model.softlabels import mask_tokens, soft_label_rows
+from minilm.model.distiller import Distiller
+from minilm.model.encoder.build import build_student, load_encoder
+from minilm.model.encoder.shape import FAMILIES
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.errors import ModelError
+from minilm.model.loss.objective import Objective
+from minilm.model.loss.soft_labels import mask_tokens, soft_label_rows
 
 MASK_ID, SPECIAL = 4, (0, 2, 3)
 
@@ -88,7 +89,7 @@ def test_logits_at_the_masked_positions_and_their_training(architecture, tmp_pat
     ids, mask = (part[2:6] for part in rows())
     mask[2, 30:] = False
     masked = mask_tokens(ids, mask, MASK_ID, SPECIAL)
-    taught = distiller.teach(ids, mask)
+    taught = distiller.teacher_forward(ids, mask)
     whole = teacher.model(masked.ids, attention_mask=mask).logits
     at = masked.positions[..., None].expand(-1, -1, 50)
     torch.testing.assert_close(taught.logits, whole.gather(1, at), rtol=1e-4, atol=1e-5)
@@ -115,7 +116,7 @@ def test_what_soft_labels_need(tmp_path):
     ):
         Distiller(headed[0], {"s": plain}, objective())
     with pytest.raises(ModelError, match=r"^soft labels need mask_token_id; give the tokenizer's$"):
-        Distiller(headed[0], {"s": headed[1]}, Objective.named("soft-label-mlm")).teach(*rows(3))
+        Distiller(headed[0], {"s": headed[1]}, Objective.named("soft-label-mlm")).teacher_forward(*rows(3))
     with pytest.raises(ModelError, match=r"^soft labels count by sequence"):
         objective(reduction="token")
     plain.model.save_pretrained(tmp_path)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_curriculum import minilm, wait_for, write_recipe
 
-from orchestrator.files import read_json
-from orchestrator.stage import StageFolder
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.files import read_json
+from tests.test_curriculum import minilm, wait_for, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = Path(sys.executable).parent / "ray"

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_job
 
-from model.export import weights_digest
-from orchestrator.stage import StageFolder, StageJob
-from orchestrator.steady import choose_precision, choose_threads
-from orchestrator.worker import run_stage
+from minilm.model.export import weights_digest
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.train.numerics import choose_precision, choose_threads
+from minilm.orchestrator.worker.loop import run_stage
+from tests.support import make_spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -47,11 +48,11 @@ def test_threads_are_kept_where_bits_matter(caplog):
 
 
 def test_a_stage_that_moves_goes_on_in_the_precision_it_began_with(shards, teacher, tmp_path):
-    def digest(job: StageJob) -> str:
-        return weights_digest(StageFolder(Path(job.folder)).student("small"))
+    def digest(spec: StageSpec) -> str:
+        return weights_digest(StageFolder(Path(spec.folder)).student("small"))
 
-    whole = make_job(shards, teacher, tmp_path / "whole", precision="bfloat16")
-    other = make_job(shards, teacher, tmp_path / "other", precision="auto")
+    whole = make_spec(shards, teacher, tmp_path / "whole", precision="bfloat16")
+    other = make_spec(shards, teacher, tmp_path / "other", precision="auto")
     assert run_stage(whole) and run_stage(other)
     moved = replace(whole, folder=str(tmp_path / "moved"))
 

@@ -6,31 +6,33 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import make_job
 
-from orchestrator.corpora import open_stream
-from orchestrator.step import StepOutcome, StudentState, derive_seed, train_step
-from orchestrator.students import build_distiller, make_states
-from orchestrator.world import World
+from minilm.orchestrator.feed.corpora import open_stream
+from minilm.orchestrator.train.build import build_distiller, make_states
+from minilm.orchestrator.train.distributed import World
+from minilm.orchestrator.train.step import StepOutcome, StudentState, derive_seed, train_step
+from tests.support import make_spec
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), control=None)
 
 
-def one_step(job, *, micro_batch=None, distiller=None, step=0, states=None, world=ALONE, **changes):
-    """Run a step (0) of a job and return its distiller, the students' states and the outcome."""
-    distiller = distiller or build_distiller(job, world.device)
-    states = states or make_states(replace(job, micro_batch=micro_batch or job.micro_batch), distiller)
-    stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=micro_batch or job.micro_batch)
+def one_step(spec, *, micro_batch=None, distiller=None, step=0, states=None, world=ALONE, **changes):
+    """Run a step (0) of a stage and return its distiller, the students' states and the outcome."""
+    distiller = distiller or build_distiller(spec, world.device)
+    states = states or make_states(replace(spec, micro_batch=micro_batch or spec.micro_batch), distiller)
+    stream = open_stream(
+        spec.data, seed=spec.seed, batch=spec.batch, micro_batch=micro_batch or spec.micro_batch
+    )
     batches = ((i, *stream.micro_batch(step, i)[:2]) for i in range(stream.num_micro_batches))
     outcome = train_step(
         distiller,
         states,
         batches,
         step=step,
-        seed=job.seed,
+        seed=spec.seed,
         learning_rate=1e-3,
         world=world,
-        seq_len=job.data.seq_len,
+        seq_len=spec.data.seq_len,
         **{"max_gradient_norm": None, "autocast": None} | changes,
     )
     return distiller, states, outcome
@@ -38,8 +40,8 @@ def one_step(job, *, micro_batch=None, distiller=None, step=0, states=None, worl
 
 def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(shards, teacher, tmp_path):
     """Compared as gradients: AdamW would hide a wrong scale."""
-    job = make_job(shards, teacher, tmp_path, dropout=0.0)
-    (whole,), (cut,) = (one_step(job, micro_batch=m)[1] for m in (8, 2))
+    spec = make_spec(shards, teacher, tmp_path, dropout=0.0)
+    (whole,), (cut,) = (one_step(spec, micro_batch=m)[1] for m in (8, 2))
     assert whole.gradient.norm() > 1e-3
     torch.testing.assert_close(cut.gradient, whole.gradient, rtol=1e-4, atol=1e-6)
 
@@ -47,16 +49,16 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(shards, teacher, t
 @pytest.mark.parametrize(("reduction", "data"), [("sequence", "shards"), ("token", "documents")])
 def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduction, data):
     """Against autograd on the public function over the whole batch at once; `documents` have padding."""
-    from model.relations import relation_kl
+    from minilm.model.loss.relations import relation_kl
 
     objective = {"name": "minilm", "reduction": reduction}
-    job = make_job(request.getfixturevalue(data), teacher, tmp_path, dropout=0.0, objective=objective)
-    _, (state,), outcome = one_step(job)
-    distiller = build_distiller(job, ALONE.device)
-    stream = open_stream(job.data, seed=job.seed, batch=job.batch, micro_batch=job.batch)
+    spec = make_spec(request.getfixturevalue(data), teacher, tmp_path, dropout=0.0, objective=objective)
+    _, (state,), outcome = one_step(spec)
+    distiller = build_distiller(spec, ALONE.device)
+    stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.batch)
     ids, mask, _ = stream.micro_batch(0, 0)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    taught, own = distiller.teach(ids, mask), distiller.students["small"](ids, mask)
+    taught, own = distiller.teacher_forward(ids, mask), distiller.students["small"](ids, mask)
     attention = relation_kl(taught.q, taught.k, own.q, own.k, mask, reduction=reduction)
     loss = attention + relation_kl(taught.v, taught.v, own.v, own.v, mask, reduction=reduction)
     torch.testing.assert_close(outcome.terms.sum().float(), loss.detach(), rtol=1e-5, atol=0.0)
@@ -68,22 +70,24 @@ def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduc
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 def test_a_step_without_a_valid_token_is_no_failure(shards, teacher, tmp_path, reduction):
     """All its rows may lie in damaged blocks that are masked."""
-    job = make_job(shards, teacher, tmp_path, reduction=reduction)
-    distiller = build_distiller(job, ALONE.device)
-    states = make_states(job, distiller)
-    ids = torch.zeros(job.micro_batch, job.data.seq_len, dtype=torch.int64)
-    batches = [(i, ids, torch.zeros_like(ids, dtype=torch.bool)) for i in range(job.batch // job.micro_batch)]
+    spec = make_spec(shards, teacher, tmp_path, reduction=reduction)
+    distiller = build_distiller(spec, ALONE.device)
+    states = make_states(spec, distiller)
+    ids = torch.zeros(spec.micro_batch, spec.data.seq_len, dtype=torch.int64)
+    batches = [
+        (i, ids, torch.zeros_like(ids, dtype=torch.bool)) for i in range(spec.batch // spec.micro_batch)
+    ]
     outcome = train_step(
         distiller,
         states,
         iter(batches),
         step=0,
-        seed=job.seed,
+        seed=spec.seed,
         learning_rate=1e-3,
         max_gradient_norm=None,
         autocast=None,
         world=ALONE,
-        seq_len=job.data.seq_len,
+        seq_len=spec.data.seq_len,
     )
     assert outcome.terms.tolist() == [[0.0, 0.0]] and not states[0].gradient.any()
     assert states[0].refused.tolist()[0] == 0, "it counts as a step"
@@ -93,30 +97,30 @@ def test_students_are_tapped_at_their_last_layer_and_the_teacher_where_the_job_s
     shards, teacher, tmp_path
 ):
     """A known defect is a student whose first layer is tapped: the layers behind it would never be trained."""
-    job = make_job(shards, teacher, tmp_path, students=(("small", 2, 24), ("deep", 3, 24)), teacher_layer=2)
-    distiller = build_distiller(job, ALONE.device)
+    spec = make_spec(shards, teacher, tmp_path, students=(("small", 2, 24), ("deep", 3, 24)), teacher_layer=2)
+    distiller = build_distiller(spec, ALONE.device)
     assert distiller.teacher.layer == 2
     assert {name: encoder.layer for name, encoder in distiller.students.items()} == {"small": 2, "deep": 3}
     assert "encoder.layer.2.attention.self.query.weight" in distiller.trained_parameters("deep")
 
 
 def test_a_student_gets_the_same_gradient_with_and_without_another_beside_it(shards, teacher, tmp_path):
-    both = make_job(shards, teacher, tmp_path, students=(("small", 2, 24), ("other", 1, 48)))
-    alone = make_job(shards, teacher, tmp_path, students=(("small", 2, 24),))
+    both = make_spec(shards, teacher, tmp_path, students=(("small", 2, 24), ("other", 1, 48)))
+    alone = make_spec(shards, teacher, tmp_path, students=(("small", 2, 24),))
     assert torch.equal(one_step(both)[1][0].gradient, one_step(alone)[1][0].gradient)
 
 
 def test_the_teacher_is_bit_identical_after_a_step_and_has_no_gradient(shards, teacher, tmp_path):
-    from model.export import weights_digest
+    from minilm.model.export import weights_digest
 
-    distiller, _, _ = one_step(make_job(shards, teacher, tmp_path))
+    distiller, _, _ = one_step(make_spec(shards, teacher, tmp_path))
     model = distiller.teacher.model
     assert weights_digest({k: v for k, v in model.state_dict().items()}) == weights_digest(teacher)
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
 def test_biases_and_norms_are_not_decayed(shards, teacher, tmp_path):
-    _, (state,), _ = one_step(make_job(shards, teacher, tmp_path))
+    _, (state,), _ = one_step(make_spec(shards, teacher, tmp_path))
     names = {id(p): name for name, p in state.parameters.items()}
     decayed, others = ({names[id(p)] for p in group["params"]} for group in state.optimizer.param_groups)
     assert state.optimizer.param_groups[0]["weight_decay"] == 0.01
@@ -179,12 +183,12 @@ def test_a_gradient_that_is_not_finite_moves_nothing(policy, moves):
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 def test_a_loss_that_is_not_finite_is_seen_without_reading_the_device(shards, teacher, tmp_path, reduction):
-    job = make_job(shards, teacher, tmp_path, reduction=reduction)
-    distiller = build_distiller(job, ALONE.device)
+    spec = make_spec(shards, teacher, tmp_path, reduction=reduction)
+    distiller = build_distiller(spec, ALONE.device)
     with torch.no_grad():
         next(iter(distiller.students["small"].trained_parameters().values()))[5] = float("nan")
     before = {k: v.clone() for k, v in distiller.students["small"].model.state_dict().items()}
-    _, (state,), _ = one_step(job, distiller=distiller, step=7)
+    _, (state,), _ = one_step(spec, distiller=distiller, step=7)
     assert state.refused.tolist() == [1, 7, 1]
     for name, value in distiller.students["small"].model.state_dict().items():
         assert torch.equal(value.nan_to_num(9.0), before[name].nan_to_num(9.0))
@@ -192,11 +196,11 @@ def test_a_loss_that_is_not_finite_is_seen_without_reading_the_device(shards, te
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 def test_values_by_head_average_to_their_terms_and_change_nothing(documents, teacher, tmp_path, reduction):
-    job = make_job(
+    spec = make_spec(
         documents, teacher, tmp_path, reduction=reduction, students=(("small", 2, 24), ("other", 1, 48))
     )
-    _, (plain, _), without = one_step(job)
-    _, (state, _), outcome = one_step(job, by_head=True)
+    _, (plain, _), without = one_step(spec)
+    _, (state, _), outcome = one_step(spec, by_head=True)
     assert torch.count_nonzero(without.heads) == 0
     assert (
         outcome.heads.shape == (2, 2, 4) and outcome.heads.dtype == torch.float64
@@ -210,9 +214,9 @@ def test_values_by_head_average_to_their_terms_and_change_nothing(documents, tea
 def test_out_of_memory_halves_the_computation_and_not_the_batch(
     shards, teacher, tmp_path, reduction, monkeypatch, caplog
 ):
-    job = make_job(shards, teacher, tmp_path, dropout=0.0, reduction=reduction)
-    whole, (expected,), outcome = one_step(job)
-    distiller = build_distiller(job, ALONE.device)
+    spec = make_spec(shards, teacher, tmp_path, dropout=0.0, reduction=reduction)
+    whole, (expected,), outcome = one_step(spec)
+    distiller = build_distiller(spec, ALONE.device)
     original, calls = distiller.term_sums, []
 
     def small_memory(name, taught, ids, mask, **rest):
@@ -223,7 +227,7 @@ def test_out_of_memory_halves_the_computation_and_not_the_batch(
         return sums
 
     monkeypatch.setattr(distiller, "term_sums", small_memory)
-    _, (state,), halved = one_step(job, distiller=distiller)
+    _, (state,), halved = one_step(spec, distiller=distiller)
     assert calls == [4, 4, 2, 2, 2, 2]
     assert halved.parts == 2
     assert outcome.parts == 1
@@ -234,24 +238,24 @@ def test_out_of_memory_halves_the_computation_and_not_the_batch(
 
 
 def test_out_of_memory_with_halves_too_is_raised(shards, teacher, tmp_path, monkeypatch):
-    job = make_job(shards, teacher, tmp_path)
-    distiller = build_distiller(job, ALONE.device)
+    spec = make_spec(shards, teacher, tmp_path)
+    distiller = build_distiller(spec, ALONE.device)
 
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("not enough")
 
     monkeypatch.setattr(distiller, "term_sums", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        one_step(job, distiller=distiller)
+        one_step(spec, distiller=distiller)
 
 
 def test_what_a_rank_tells_is_in_the_outcome(shards, teacher, tmp_path):
     order = []
-    job = make_job(shards, teacher, tmp_path)
-    distiller = build_distiller(job, ALONE.device)
-    teach = distiller.teach
-    distiller.teach = lambda *a: order.append("rows") or teach(*a)
-    outcome = one_step(job, distiller=distiller, tell=lambda: order.append("tell") or [5, 6])[2]
+    spec = make_spec(shards, teacher, tmp_path)
+    distiller = build_distiller(spec, ALONE.device)
+    teacher_forward = distiller.teacher_forward
+    distiller.teacher_forward = lambda *a: order.append("rows") or teacher_forward(*a)
+    outcome = one_step(spec, distiller=distiller, tell=lambda: order.append("tell") or [5, 6])[2]
     assert isinstance(outcome, StepOutcome)
     assert outcome.count == 8
     assert outcome.told == [5, 6]

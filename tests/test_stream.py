@@ -10,12 +10,13 @@ import signal
 import numpy as np
 import pytest
 import torch
-from data_cases import in_a_child, make_data, reading_ahead
 
-from data.errors import DataError
-from data.manifest import load_manifest
-from data.order import make_order
-from data.stream import RowReader, Stream, share
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import load_manifest
+from minilm.data.order.permutation import make_order
+from minilm.data.read.reader import RowReader
+from minilm.data.stream import Stream, share
+from tests.data_cases import in_a_child, make_data, reading_ahead
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from support import NO_DATA, make_job
 
-from orchestrator import supervise
-from orchestrator.errors import InfrastructureError, Stopped
-from orchestrator.files import read_json, write_json
-from orchestrator.journal import Journal
-from orchestrator.processes import Process, started
-from orchestrator.stage import StageFolder
-from orchestrator.supervise import Heartbeats, Supervisor
+from minilm.orchestrator.errors import InfrastructureError, Stopped
+from minilm.orchestrator.launch import liveness as supervise
+from minilm.orchestrator.launch.liveness import Heartbeats, Supervisor
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.files import read_json, write_json
+from minilm.orchestrator.system.processes import Process, started
+from minilm.orchestrator.worker.metric_logger import MetricLogger
+from tests.support import NO_DATA, make_spec
 
 
 class Scene:
@@ -26,10 +26,15 @@ class Scene:
         self.folder, self.now, self.missing = folder, 0.0, ""
         self.ended: list[int] = []
         self.said: list[str] = []
-        job = make_job(NO_DATA, folder, folder, attempt="mine", stall_seconds=100.0)
-        self.beats = Heartbeats(job, clock=lambda: self.now)
+        spec = make_spec(NO_DATA, folder, folder, attempt="mine", stall_seconds=100.0)
+        self.beats = Heartbeats(spec, clock=lambda: self.now)
         self.supervisor = Supervisor(
-            job, self.beats, wait_seconds=50, end=self.end, lacking=lambda: self.missing, say=self.said.append
+            spec,
+            self.beats,
+            wait_seconds=50,
+            end=self.end,
+            lacking=lambda: self.missing,
+            say=self.said.append,
         )
 
     def end(self, process: Process) -> bool:
@@ -96,8 +101,8 @@ def test_what_may_take_long_has_ten_times_the_time(scene, doing):
 
 def test_the_heartbeat_says_at_once_that_something_else_is_done(tmp_path, monkeypatch):
     """A worker that is stopped in the second after an evaluation must not have ten times as long."""
-    monkeypatch.setattr("orchestrator.journal.HEARTBEAT_SECONDS", 3600.0)
-    journal = Journal(make_job(NO_DATA, tmp_path, tmp_path), writes=True, workers=1, seq_len=8)
+    monkeypatch.setattr("minilm.orchestrator.worker.metric_logger.HEARTBEAT_SECONDS", 3600.0)
+    journal = MetricLogger(make_spec(NO_DATA, tmp_path, tmp_path), writes=True, workers=1, seq_len=8)
 
     def told(doing: str, step: int) -> tuple[str, int]:
         journal.beat(doing, step)

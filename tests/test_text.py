@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.errors import DataError
-from data.sources import text as source
-from data.sources import text_formats
-from data.sources.text import describe, find_files, read_unit, units
+from minilm.data.errors import DataError
+from minilm.data.sources import text as source
+from minilm.data.sources import text_formats
+from minilm.data.sources.text import describe, find_files, read_unit, units
 
 DOCUMENTS = ["first one", "a second\nof two lines", "third"]
 

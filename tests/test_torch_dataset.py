@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from data_cases import make_data
 from torch.utils.data import DataLoader
 
-from data.errors import DataError
-from data.stream import Stream
-from data.torch_dataset import StreamDataset
+from minilm.data.errors import DataError
+from minilm.data.stream import Stream
+from minilm.data.torch_dataset import StreamDataset
+from tests.data_cases import make_data
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from mlflow_server import server
 
-from orchestrator.errors import UserError
-from orchestrator.metrics import PointLog
-from orchestrator.mlflow_server import connect, patiently, tracking_uri
-from orchestrator.provenance import flatten, git_commit, package_tags, versions
-from orchestrator.soak_arena import free_port
-from orchestrator.tracking import Metric, Tracking, tell_rest
-from orchestrator.untold import untold
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.stage.metrics_file import MetricsFile
+from minilm.orchestrator.system.versions import flatten, git_commit, package_tags, versions
+from minilm.orchestrator.tracking.client import connect, patiently, tracking_uri
+from minilm.orchestrator.tracking.pending import num_pending
+from minilm.orchestrator.tracking.tracking import Metric, Tracking, flush_pending
+from tests.mlflow_server import server
+from tests.ports import free_port
 
 RECIPE = {
     "name": "tiny",
@@ -106,7 +106,7 @@ def test_a_run_holds_everything_and_a_resumed_one_goes_on_in_it(workdir: Path) -
     tracking = open_tracking(workdir, params=RECIPE | many, recipe_file=recipe_file)
     stage = tracking.stage("small", {"batch": 8})
     uploader = stage.follow([workdir / "metrics.jsonl", workdir / "heldout.jsonl"])
-    with PointLog(workdir / "metrics.jsonl") as log, PointLog(workdir / "heldout.jsonl") as heldout:
+    with MetricsFile(workdir / "metrics.jsonl") as log, MetricsFile(workdir / "heldout.jsonl") as heldout:
         for step in range(5):
             log.append(step, {"small/loss": 1 / (step + 1), "learning_rate": 1e-3})
         heldout.append(4, {"small/heldout/attention": 0.5})
@@ -117,7 +117,7 @@ def test_a_run_holds_everything_and_a_resumed_one_goes_on_in_it(workdir: Path) -
     stage_again = again.stage("small", {"batch": 8})
     assert (again.run_id, stage_again.run_id) == (tracking.run_id, stage.run_id)
     stage_again.follow([workdir / "metrics.jsonl", workdir / "heldout.jsonl"])
-    with PointLog(workdir / "metrics.jsonl") as log:
+    with MetricsFile(workdir / "metrics.jsonl") as log:
         for step in range(2, 8):
             log.append(step, {"small/loss": 1 / (step + 1), "learning_rate": 1e-3})
     picture = workdir / "maps.png"
@@ -185,7 +185,7 @@ def test_the_same_batch_twice_is_one_batch(workdir: Path) -> None:
 def test_a_state_that_was_not_saved_doubles_no_point(workdir: Path) -> None:
     tracking = open_tracking(workdir)
     stage = tracking.stage("small", {})
-    with PointLog(workdir / "m.jsonl") as log:
+    with MetricsFile(workdir / "m.jsonl") as log:
         for step in range(1500):
             log.append(step, {"small/loss": step, "small/value": step})
     assert stage.follow([workdir / "m.jsonl"]).close(60) == 0
@@ -245,14 +245,16 @@ def test_a_run_goes_on_while_mlflow_is_away_and_tells_it_later(
     tracking = open_tracking(workdir)  # resumed with its server away: no error
     stage = tracking.stage("small", {"batch": 8})
     stage.follow([workdir / "m.jsonl"])
-    with PointLog(workdir / "m.jsonl") as log:
+    with MetricsFile(workdir / "m.jsonl") as log:
         for step in range(3):
             log.append(step, {"small/loss": step})
     (workdir / "p.png").write_bytes(b"png")
     stage.artifact(workdir / "p.png")
     assert stage.finish(timeout_seconds=0.5) > 0
     assert tracking.finish() > 0
-    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("orchestrator")]
+    warnings = [
+        record.getMessage() for record in caplog.records if record.name.startswith("minilm.orchestrator")
+    ]
     assert len([text for text in warnings if "could not be told" in text]) == 1
     assert len([text for text in warnings if "does not answer" in text]) == 1
 
@@ -269,47 +271,47 @@ def test_a_run_goes_on_while_mlflow_is_away_and_tells_it_later(
 def test_a_finished_run_tells_the_rest_when_it_is_asked_again(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not untold(workdir) and tell_rest(workdir, "experiment") == 0
+    assert not num_pending(workdir) and flush_pending(workdir, "experiment") == 0
     tracking = open_tracking(workdir)
     stage = tracking.stage("small", {"batch": 8})
     stage.follow([workdir / "m.jsonl"])
-    assert not untold(workdir)
-    with PointLog(workdir / "m.jsonl") as log:
+    assert not num_pending(workdir)
+    with MetricsFile(workdir / "m.jsonl") as log:
         log.append(1, {"small/loss": 1})
     with monkeypatch.context() as patch:
         for call in ("log_batch", "get_run", "search_runs"):
             patch.setattr(tracking.client, call, lambda *_, **__: (_ for _ in ()).throw(ConnectionError()))
         stage.finish(timeout_seconds=0.1)
         left = tracking.finish()
-    assert left > 0 and untold(workdir)
+    assert left > 0 and num_pending(workdir)
 
     other = workdir / "other.db"
     with monkeypatch.context() as patch:  # neither a server that is away nor another one takes them
         patch.setenv("MLFLOW_TRACKING_URI", f"http://u:s3cret@127.0.0.1:{free_port()}")
-        assert tell_rest(workdir, "experiment") == left
+        assert flush_pending(workdir, "experiment") == left
         assert "could not be told" in caplog.text and "s3cret" not in caplog.text
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
-        assert tell_rest(workdir, "experiment") == left
+        assert flush_pending(workdir, "experiment") == left
         assert not other.exists()
         connect(f"sqlite:///{other}").search_experiments()
-        assert tell_rest(workdir, "experiment") == left
+        assert flush_pending(workdir, "experiment") == left
         assert caplog.text.count("set MLFLOW_TRACKING_URI as it was for the run") == 2
-    assert tell_rest(workdir, "experiment") == 0
-    assert not untold(workdir)
+    assert flush_pending(workdir, "experiment") == 0
+    assert not num_pending(workdir)
     assert history(tracking, stage.run_id, "small/loss") == [(1, 1.0)]
     for run_id in (stage.run_id, tracking.run_id):
         assert tracking.client.get_run(run_id).info.status == "FINISHED"
     assert len(tracking.client.search_runs([tracking.client.get_run(stage.run_id).info.experiment_id])) == 2
-    assert tell_rest(workdir, "experiment") == 0
+    assert flush_pending(workdir, "experiment") == 0
     (workdir / "tracking.json").write_text("{")
-    assert not untold(workdir)
+    assert not num_pending(workdir)
 
 
 def test_another_server_gets_runs_of_its_own_and_every_point(
     workdir: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = open_tracking(workdir)
-    with PointLog(workdir / "m.jsonl") as log:
+    with MetricsFile(workdir / "m.jsonl") as log:
         log.append(1, {"small/loss": 1})
         first.stage("small", {}).follow([workdir / "m.jsonl"]).close(20)
         log.append(2, {"small/loss": 2})
@@ -329,7 +331,7 @@ def test_a_stage_whose_run_was_deleted_gets_a_new_one_with_every_point(
 ) -> None:
     tracking = open_tracking(workdir)
     stage = tracking.stage("small", {"batch": 8})
-    with PointLog(workdir / "m.jsonl") as log:
+    with MetricsFile(workdir / "m.jsonl") as log:
         log.append(1, {"small/loss": 1})
         stage.follow([workdir / "m.jsonl"]).close(20)
         first = stage.run_id
@@ -360,7 +362,7 @@ def test_a_stage_trained_again_from_nothing_gets_a_run_of_its_own(workdir: Path)
         tracking = open_tracking(folder)
         stage = tracking.stage("small", {"batch": 8})
         stage.follow([folder / "stages" / "small" / "m.jsonl", folder / "stages" / "small" / "h.jsonl"])
-        with PointLog(folder / "stages" / "small" / "m.jsonl") as log:
+        with MetricsFile(folder / "stages" / "small" / "m.jsonl") as log:
             for step, loss in enumerate(losses):
                 log.append(step, {"small/loss": loss})
         assert stage.finish() == 0 and tracking.finish() == 0
@@ -404,7 +406,7 @@ def test_an_upload_does_not_slow_the_training_thread(workdir: Path, monkeypatch:
 
     monkeypatch.setattr(tracking.client, "log_batch", hold)
     stage.follow([workdir / "m.jsonl"])
-    with PointLog(workdir / "m.jsonl") as log:
+    with MetricsFile(workdir / "m.jsonl") as log:
         log.append(0, point)
         assert asked.wait(60)
         began = time.thread_time()
@@ -422,7 +424,7 @@ def test_a_real_server_that_is_stopped_and_restarted_gets_every_point_once(
     port = free_port()
     workdir = tmp_path / "work"
     workdir.mkdir()
-    with PointLog(workdir / "m.jsonl") as log:
+    with MetricsFile(workdir / "m.jsonl") as log:
         with server(tmp_path, port) as url:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
             tracking = open_tracking(workdir)
@@ -476,7 +478,7 @@ def test_a_server_that_lets_calls_hang_is_left_alone_for_a_while(
         raise ConnectionError("timed out")
 
     with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.tracking.time", SimpleNamespace(monotonic=lambda: now[0]))
+        patch.setattr("minilm.orchestrator.tracking.tracking.time", SimpleNamespace(monotonic=lambda: now[0]))
         patch.setattr(tracking.client, "get_run", hang)
         for i in range(3):
             tracking.tag({f"t{i}": "1"})

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from soak_recipe import write_soak_recipe
 
-from model.export import weights_digest
-from orchestrator.recipe import load_recipe
-from orchestrator.soak import run_undisturbed
-from orchestrator.soak_arena import Arena
-from orchestrator.soak_round import Progress
-from orchestrator.soak_tally import last_line
-from orchestrator.workdir import Workdir
+from minilm.model.export import weights_digest
+from minilm.orchestrator.driver.workdir import Workdir
+from minilm.orchestrator.recipe.load import load_recipe
+from tests.soak.recipe import write_soak_recipe
+from tests.soak.report import last_line
+from tests.soak.round import Progress
+from tests.soak.soak import run_undisturbed
+from tests.soak.testbed import Arena
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

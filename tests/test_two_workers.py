@@ -7,21 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import worker_pool
-from support import checkpoints_in, make_job
 from torch import Tensor
 
-from orchestrator import checkpoint
-from orchestrator.stage import StageFolder, StageJob
-from orchestrator.worker import run_stage
+from minilm.orchestrator.checkpoint.format import read
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.worker.loop import run_stage
+from tests import worker_pool
+from tests.support import checkpoints_in, make_spec
 
 BETA1 = 0.9
 
 
-def gradients(job: StageJob) -> dict[str, Tensor]:
+def gradients(spec: StageSpec) -> dict[str, Tensor]:
     """Of the only step: Adam's first moment is then (1 - β1) times the gradient, and no weight update hides a scale."""
-    (newest,) = checkpoints_in(StageFolder(Path(job.folder)).checkpoints)
-    tensors = checkpoint.read(newest)[1]["small.optimizer.safetensors"]
+    (newest,) = checkpoints_in(StageFolder(Path(spec.folder)).checkpoints)
+    tensors = read(newest)[1]["small.optimizer.safetensors"]
     return {
         k.removeprefix("exp_avg/"): v / (1 - BETA1) for k, v in tensors.items() if k.startswith("exp_avg/")
     }
@@ -31,11 +32,11 @@ def gradients(job: StageJob) -> dict[str, Tensor]:
 def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, reduction, data):
     """`documents` have padding, so that rows are computed by length, in groups with dropout masks of their own."""
     rows = request.getfixturevalue(data)
-    one = make_job(rows, teacher, tmp_path / "one", steps=1, warmup_steps=1, reduction=reduction)
+    one = make_spec(rows, teacher, tmp_path / "one", steps=1, warmup_steps=1, reduction=reduction)
     two = replace(one, folder=str(tmp_path / "two"))
     assert run_stage(one)
     assert worker_pool.join(worker_pool.start(two, 2)) == [0, 0], worker_pool.log(two)
-    ledgers = [StageFolder(Path(job.folder)).done.read_text() for job in (one, two)]
+    ledgers = [StageFolder(Path(spec.folder)).done.read_text() for spec in (one, two)]
     alone, shared = gradients(one), gradients(two)
     assert alone.keys() == shared.keys()
     assert max(g.abs().max() for g in alone.values()) > 1e-3

@@ -13,14 +13,14 @@ from ray._private.label_utils import validate_label_selector
 from ray.train.v2._internal.execution.controller.state import ResizingState, RestartingState, RunningState
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupState
-from support import NO_DATA, checkpoints_in, make_job
 
-from orchestrator import under_ray
-from orchestrator.errors import InfrastructureError
-from orchestrator.files import read_json, write_json
-from orchestrator.reporting import Evicted
-from orchestrator.stage import StageFolder
-from orchestrator.under_ray import BELIEF_SECONDS, SILENT_STARTS, Callback
+from minilm.orchestrator.errors import InfrastructureError
+from minilm.orchestrator.launch import train_callbacks as under_ray
+from minilm.orchestrator.launch.train_callbacks import BELIEF_SECONDS, SILENT_STARTS, Callback
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.files import read_json, write_json
+from minilm.orchestrator.worker.errors import Evicted
+from tests.support import NO_DATA, checkpoints_in, make_spec
 
 
 class Group:
@@ -48,20 +48,20 @@ class Group:
 def fresh_worker(monkeypatch):
     """This process as Ray's fresh worker."""
     monkeypatch.setattr(under_ray.ray, "get", lambda answer, timeout: answer())
-    monkeypatch.setattr(under_ray, "log_to_file", lambda job: None)
+    monkeypatch.setattr(under_ray, "log_to_file", lambda spec: None)
     for name in ("asked_to_leave", "has_left"):
         monkeypatch.setattr(under_ray, name, threading.Event())
     context = SimpleNamespace(preemption_context=SimpleNamespace(preemption_info=None))
     monkeypatch.setattr(under_ray, "get_train_context", lambda: context)
 
 
-def new_callback(job, least=1):
-    return Callback(job, "trainer", least)
+def new_callback(spec, least=1):
+    return Callback(spec, "trainer", least)
 
 
-def running(job, group):
+def running(spec, group):
     """The controller's callback while `group` runs."""
-    callback = new_callback(job)
+    callback = new_callback(spec)
     callback.before_worker_group_start(None)
     callback.after_worker_group_start(group)
     return callback
@@ -72,11 +72,11 @@ def resize(callback) -> None:
 
 
 def test_before_a_resize_the_step_that_is_computed_is_saved(shards, teacher, tmp_path):
-    job = make_job(shards, teacher, tmp_path, steps=100_000, checkpoint_every_steps=None)
+    spec = make_spec(shards, teacher, tmp_path, steps=100_000, checkpoint_every_steps=None)
     folder = StageFolder(tmp_path)
-    callback = running(job, Group())
+    callback = running(spec, Group())
     with ThreadPoolExecutor(1) as pool:
-        worker = pool.submit(under_ray.train_function, {"job": job.to_json()})
+        worker = pool.submit(under_ray.train_function, {"spec": spec.to_json()})
         deadline = time.monotonic() + 60
         while not folder.heartbeat.exists() or read_json(folder.heartbeat)["step"] < 1:
             assert time.monotonic() < deadline and not worker.done()
@@ -89,31 +89,31 @@ def test_before_a_resize_the_step_that_is_computed_is_saved(shards, teacher, tmp
 
 
 def test_a_worker_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
-    job = make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=60)
-    monkeypatch.setattr(under_ray, "run_reporting", lambda job, eviction_announced: True)
-    under_ray.train_function({"job": job.to_json()})
+    spec = make_spec(NO_DATA, tmp_path, tmp_path, stall_seconds=60)
+    monkeypatch.setattr(under_ray, "run_reporting", lambda spec, eviction_announced: True)
+    under_ray.train_function({"spec": spec.to_json()})
     began = time.monotonic()
-    resize(running(job, Group()))
+    resize(running(spec, Group()))
     assert time.monotonic() - began < 5
 
 
 def test_workers_that_do_not_answer_are_replaced_all_the_same(tmp_path):
-    resize(running(make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=0.02), Group()))
+    resize(running(make_spec(NO_DATA, tmp_path, tmp_path, stall_seconds=0.02), Group()))
     assert under_ray.asked_to_leave.is_set()
     group = Group(ConnectionError("the node is away"))
-    resize(running(make_job(NO_DATA, tmp_path, tmp_path), group))
+    resize(running(make_spec(NO_DATA, tmp_path, tmp_path), group))
     assert group.asked == [0]
 
 
 def test_only_healthy_workers_are_asked(tmp_path):
     group = Group()
-    callback = running(make_job(NO_DATA, tmp_path, tmp_path, stall_seconds=0.02), group)
+    callback = running(make_spec(NO_DATA, tmp_path, tmp_path, stall_seconds=0.02), group)
     callback.after_controller_state_update(RunningState(), RestartingState(RuntimeError("dead")))
     assert not group.asked
 
 
 def test_starts_without_a_sign_of_life_end_the_run_with_what_the_workers_said(tmp_path):
-    callback = new_callback(make_job(NO_DATA, tmp_path, tmp_path))
+    callback = new_callback(make_spec(NO_DATA, tmp_path, tmp_path))
 
     def start() -> None:
         callback.before_worker_group_start(None)
@@ -158,7 +158,7 @@ def nodes(monkeypatch):
 def test_a_node_that_does_not_answer_is_not_counted_before_ray_knows(
     tmp_path, nodes, least, decided, started
 ):
-    callback = new_callback(make_job(NO_DATA, tmp_path, tmp_path), least)
+    callback = new_callback(make_spec(NO_DATA, tmp_path, tmp_path), least)
     decision = ResizeDecision(decided, {"trainer": 1})
     callback.before_controller_execute_resize_decision(decision)
     assert decision.num_workers == started
@@ -179,5 +179,5 @@ def test_a_head_that_is_away_leaves_the_decision_to_ray(tmp_path, monkeypatch):
 
     monkeypatch.setattr(under_ray.ray, "nodes", away)
     decision = ResizeDecision(3, {"trainer": 1})
-    new_callback(make_job(NO_DATA, tmp_path, tmp_path)).before_controller_execute_resize_decision(decision)
+    new_callback(make_spec(NO_DATA, tmp_path, tmp_path)).before_controller_execute_resize_decision(decision)
     assert decision.num_workers == 3

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.metrics import Point, PointLog
-from orchestrator.uploader import Uploader, one_line, shown
+from minilm.orchestrator.stage.metrics_file import MetricsFile, Point
+from minilm.orchestrator.system.text import one_line, shown
+from minilm.orchestrator.tracking.uploader import Uploader
 
 QUICK = {"poll_seconds": 0.01, "first_retry_seconds": 0.01, "last_retry_seconds": 0.05}
 
@@ -48,7 +49,7 @@ def test_points_go_while_they_are_written_and_close_sends_the_rest(tmp_path: Pat
     uploader = Uploader(
         files, receiver.send, tmp_path / "sent.json", **QUICK
     ).start()  # before the files exist
-    with PointLog(files[0]) as log, PointLog(files[1]) as heldout:
+    with MetricsFile(files[0]) as log, MetricsFile(files[1]) as heldout:
         for step in range(1, 31):
             log.append(step, {"a": step, "b": step})
             if step % 10 == 0:
@@ -62,7 +63,7 @@ def test_points_go_while_they_are_written_and_close_sends_the_rest(tmp_path: Pat
 
 def test_batches_hold_at_most_so_many_numbers(tmp_path: Path) -> None:
     receiver = Receiver()
-    with PointLog(tmp_path / "m.jsonl") as log:
+    with MetricsFile(tmp_path / "m.jsonl") as log:
         for step in range(100):
             log.append(step, {f"m{i}": 0.0 for i in range(7)})
         log.append(100, {f"m{i}": 0.0 for i in range(90)})
@@ -75,7 +76,7 @@ def test_it_retries_for_ever_and_says_so_once(tmp_path: Path, caplog: pytest.Log
     caplog.set_level(logging.INFO)
     receiver = Receiver()
     receiver.away = True
-    with PointLog(tmp_path / "m.jsonl") as log:
+    with MetricsFile(tmp_path / "m.jsonl") as log:
         uploader = Uploader([tmp_path / "m.jsonl"], receiver.send, tmp_path / "s.json", **QUICK).start()
         for step in range(10):
             log.append(step, {"loss": step})
@@ -93,7 +94,7 @@ def test_points_that_could_not_be_sent_wait_for_the_next_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     receiver = Receiver()
-    with PointLog(tmp_path / "m.jsonl") as log:
+    with MetricsFile(tmp_path / "m.jsonl") as log:
         uploader = Uploader([tmp_path / "m.jsonl"], receiver.send, tmp_path / "s.json", **QUICK).start()
         log.append(1, {"loss": 1})
         until(lambda: receiver.steps == [1])
@@ -122,9 +123,10 @@ def test_a_retry_that_comes_after_the_deadline_is_left_out(
         now[0] += 60
 
     monkeypatch.setattr(
-        "orchestrator.uploader.time", SimpleNamespace(monotonic=lambda: now[0], sleep=oversleep)
+        "minilm.orchestrator.tracking.uploader.time",
+        SimpleNamespace(monotonic=lambda: now[0], sleep=oversleep),
     )
-    with PointLog(tmp_path / "m.jsonl") as log:
+    with MetricsFile(tmp_path / "m.jsonl") as log:
         uploader = Uploader([tmp_path / "m.jsonl"], receiver.send, tmp_path / "s.json", **QUICK).start()
         log.append(1, {"loss": 1})
         assert uploader.close(30) == 1
@@ -134,7 +136,7 @@ def test_a_retry_that_comes_after_the_deadline_is_left_out(
 
 def test_a_receiver_that_hangs_blocks_neither_writer_nor_close(tmp_path: Path) -> None:
     release = threading.Event()
-    with PointLog(tmp_path / "m.jsonl") as log:
+    with MetricsFile(tmp_path / "m.jsonl") as log:
         uploader = Uploader(
             [tmp_path / "m.jsonl"], lambda points: release.wait(30), tmp_path / "s.json", **QUICK
         ).start()
@@ -149,7 +151,7 @@ def test_a_receiver_that_hangs_blocks_neither_writer_nor_close(tmp_path: Path) -
 def test_a_batch_that_arrived_is_not_sent_again_after_a_failure(tmp_path: Path) -> None:
     receiver = Receiver()
     path = tmp_path / "m.jsonl"
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         for step in range(4):
             log.append(step, {"a": 0.0, "b": 0.0})
 
@@ -167,7 +169,7 @@ def test_a_batch_that_arrived_is_not_sent_again_after_a_failure(tmp_path: Path) 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"m.jsonl": "x"}', '{"m.jsonl": [1]}'])
 def test_a_damaged_state_sends_again(tmp_path: Path, content: str) -> None:
     receiver = Receiver()
-    with PointLog(tmp_path / "m.jsonl") as log:
+    with MetricsFile(tmp_path / "m.jsonl") as log:
         log.append(5, {"loss": 1})
     (tmp_path / "s.json").write_text(content)
     Uploader([tmp_path / "m.jsonl"], receiver.send, tmp_path / "s.json").drain()
@@ -177,13 +179,13 @@ def test_a_damaged_state_sends_again(tmp_path: Path, content: str) -> None:
 def test_a_file_cut_short_and_written_again_gives_no_step_twice(tmp_path: Path) -> None:
     receiver = Receiver()
     path = tmp_path / "m.jsonl"
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         for step in range(10):
             log.append(step, {"loss": step + 1 / 3})
     Uploader([path], receiver.send, tmp_path / "s.json").drain()
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]))  # a power failure took the end; the run was resumed at step 3
-    with PointLog(path) as log:
+    with MetricsFile(path) as log:
         for step in range(3, 15):
             log.append(step, {"loss": 1})  # shorter lines: the old end now lies behind the line of step 10
     Uploader([path], receiver.send, tmp_path / "s.json").drain()

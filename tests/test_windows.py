@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.errors import DataError
-from data.windows import make_windowed_order
+from minilm.data.errors import DataError
+from minilm.data.order.windowed import make_windowed_order
 
 SHAPES = [
     (1, 1, 1),

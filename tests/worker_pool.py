@@ -10,21 +10,21 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from support import has_checkpoint
-from teachers import teachers_stay
-
-from orchestrator.soak_arena import free_port
-from orchestrator.stage import StageFolder, StageJob
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.spec import StageSpec
+from tests.ports import free_port
+from tests.support import has_checkpoint
+from tests.teachers import teachers_stay
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["orchestrator.worker"])
+CONTEXT.set_forkserver_preload(["minilm.orchestrator.worker.loop"])
 
 
 def _work(
-    job: str, environment: dict[str, str], errors: str, dies_after: int | None, hangs_after: int | None
+    spec: str, environment: dict[str, str], errors: str, dies_after: int | None, hangs_after: int | None
 ) -> None:
-    from orchestrator import guards
-    from orchestrator.reporting import run_reporting
+    from minilm.orchestrator.worker import watchdog as guards
+    from minilm.orchestrator.worker.error_file import run_reporting
 
     if hangs_after is not None:
         guards.LONG = 100  # a short `stall_seconds` is for its steps, not for its start
@@ -40,7 +40,7 @@ def _work(
             hang_here()
 
     with teachers_stay():
-        done = run_reporting(StageJob.from_json(job), die)
+        done = run_reporting(StageSpec.from_json(spec), die)
     sys.exit(0 if done else 3)
 
 
@@ -49,25 +49,25 @@ def hang_here() -> None:
 
 
 def start(
-    job: StageJob,
+    spec: StageSpec,
     size: int,
     *,
     dies_after: int | None = None,
     hangs_after: int | None = None,
     only: int | None = None,
 ) -> list[BaseProcess]:
-    """The job on `size` workers; each exits with 0 when the stage is done, 3 when it is not, or dies of its error.
+    """The stage on `size` workers; each exits with 0 when the stage is done, 3 when it is not, or dies of its error.
 
     `dies_after`, `hangs_after`: after so many steps they (or the rank `only`) kill themselves, or make no other.
     """
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_PORT": str(free_port())}
-    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    Path(spec.folder).mkdir(parents=True, exist_ok=True)
     processes = []
     for rank in range(size):
         own = shared | {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        errors = str(Path(job.folder) / f"worker-{rank}.log")
+        errors = str(Path(spec.folder) / f"worker-{rank}.log")
         ends = (dies_after, hangs_after) if only in (None, rank) else (None, None)
-        processes.append(CONTEXT.Process(target=_work, args=(job.to_json(), own, errors, *ends)))
+        processes.append(CONTEXT.Process(target=_work, args=(spec.to_json(), own, errors, *ends)))
         processes[-1].start()
     return processes
 
@@ -81,18 +81,18 @@ def join(processes: list[BaseProcess]) -> list[int]:
     return [process.exitcode for process in processes]  # type: ignore[misc]
 
 
-def kill_at(job: StageJob, size: int, rank: int, step: int) -> list[int]:
-    """The job on `size` workers, one of them SIGKILLed as soon as a checkpoint of `step` or later is there; exit
+def kill_at(spec: StageSpec, size: int, rank: int, step: int) -> list[int]:
+    """The stage on `size` workers, one of them SIGKILLed as soon as a checkpoint of `step` or later is there; exit
     codes of all, ended by themselves.
 
     Where we look too late, that rank has killed itself before the last step.
     """
-    processes = start(job, size, dies_after=job.steps - 1, only=rank)
-    while processes[rank].is_alive() and not has_checkpoint(StageFolder(Path(job.folder)).checkpoints, step):
+    processes = start(spec, size, dies_after=spec.steps - 1, only=rank)
+    while processes[rank].is_alive() and not has_checkpoint(StageFolder(Path(spec.folder)).checkpoints, step):
         time.sleep(0.002)
     processes[rank].kill()
     return join(processes)
 
 
-def log(job: StageJob) -> str:
-    return "\n".join(path.read_text() for path in sorted(Path(job.folder).glob("worker-*.log")))
+def log(spec: StageSpec) -> str:
+    return "\n".join(path.read_text() for path in sorted(Path(spec.folder).glob("worker-*.log")))

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DataError
-from data.sources.indexed import Index, read_index
-from data.sources.megatron import cut, documents
-from data.sources.plugin import Document, Plan, take
-from data.sources.vocabulary import Mapper, from_fairseq_dict
+from minilm.data.errors import DataError
+from minilm.data.sources.indexed import Index, read_index
+from minilm.data.sources.megatron import cut, documents
+from minilm.data.sources.plugin import Document, Plan, take
+from minilm.data.sources.vocabulary import Mapper, from_fairseq_dict
 
 LAYOUT = "fairseq"
 EOS = 2

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.sources.fairseq import plan_layout, read_layout
-from data.sources.plugin import Document, Plan
+from minilm.data.sources.fairseq import plan_layout, read_layout
+from minilm.data.sources.plugin import Document, Plan
 
 LAYOUT = "fairseq-legacy"
 

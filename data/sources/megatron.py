@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DataError
-from data.sources.indexed import Index, read_index
-from data.sources.plugin import Document, Plan, take
-from data.sources.vocabulary import Mapper, from_tokenizer, needs_tokenizer
+from minilm.data.errors import DataError
+from minilm.data.sources.indexed import Index, read_index
+from minilm.data.sources.plugin import Document, Plan, take
+from minilm.data.sources.vocabulary import Mapper, from_tokenizer, needs_tokenizer
 
 UNIT_TOKENS = 1 << 22
 

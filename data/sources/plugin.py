@@ -21,15 +21,15 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from minilm.data.errors import DataError
 
 GROUP = "minilm.sources"
 BUILT_IN = {
-    "text": "data.sources.text",
-    "megatron": "data.sources.megatron",
-    "fairseq": "data.sources.fairseq",
-    "fairseq-legacy": "data.sources.fairseq_legacy",
-    "webdataset": "data.sources.web",
+    "text": "minilm.data.sources.text",
+    "megatron": "minilm.data.sources.megatron",
+    "fairseq": "minilm.data.sources.fairseq",
+    "fairseq-legacy": "minilm.data.sources.fairseq_legacy",
+    "webdataset": "minilm.data.sources.web",
 }
 
 

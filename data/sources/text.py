@@ -26,10 +26,17 @@ from typing import IO, Any, NamedTuple
 
 import zstandard
 
-from data.errors import DataError
-from data.sources.plugin import Document, Plan, take
-from data.sources.text_formats import TextFile, documents_of_lines, json_line, records, unpacked, with_offsets
-from data.telling import tell
+from minilm.data.errors import DataError
+from minilm.data.sources.plugin import Document, Plan, take
+from minilm.data.sources.progress import tell
+from minilm.data.sources.text_formats import (
+    TextFile,
+    documents_of_lines,
+    json_line,
+    records,
+    unpacked,
+    with_offsets,
+)
 
 FORMATS = {".txt": "txt", ".text": "txt", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 FORMATS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}

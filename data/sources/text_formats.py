@@ -16,8 +16,8 @@ from typing import IO, Any, NamedTuple, cast
 
 import zstandard
 
-from data.errors import DataError
-from data.telling import tell
+from minilm.data.errors import DataError
+from minilm.data.sources.progress import tell
 
 MAX_DOCUMENT_BYTES = 1 << 20
 BUFFER_BYTES = 1 << 17

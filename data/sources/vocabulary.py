@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
-from data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
+from minilm.data.errors import DataError
+from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
 
 DROPPED = -2  # separators and padding of the source: packing puts its own
 UNMAPPED = -1

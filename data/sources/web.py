@@ -18,11 +18,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.errors import DataError
-from data.remote import Identity, Store, is_remote, split_url
-from data.sources.plugin import Document, Plan, take
-from data.sources.vocabulary import Mapper, from_tokenizer, needs_tokenizer
-from data.telling import tell
+from minilm.data.errors import DataError
+from minilm.data.sources.plugin import Document, Plan, take
+from minilm.data.sources.progress import tell
+from minilm.data.sources.vocabulary import Mapper, from_tokenizer, needs_tokenizer
+from minilm.data.storage.remote import Identity, Store, is_remote, split_url
 
 KINDS = ("txt", "json", "npy")
 _RECORD = 512

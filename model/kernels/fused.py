@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.relation import relation_backward, relation_forward
+from minilm.model.kernels.relation import relation_backward, relation_forward
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -27,8 +27,8 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# The one table to tune; `python -m model.kernels.tune` measures candidates. At head size 128 the backward takes 65 KB
-# of shared memory in bfloat16, 100 KB in float32.
+# The one table to tune; `python -m minilm.orchestrator.bench.tune_kernels` measures candidates. At head size 128
+# the backward takes 65 KB of shared memory in bfloat16, 100 KB in float32.
 LAUNCH = {
     ("forward", torch.bfloat16): Launch(64, 64, 4, 3),
     ("backward", torch.bfloat16): Launch(64, 64, 4, 3),

@@ -1,0 +1,4 @@
+"""Sources into shards, in parallel and resumable.
+
+May import: errors, tokenizer, format, storage, sources.
+"""

@@ -1,0 +1,137 @@
+"""What a build says at its end: counts and shares, as an object, text, JSON and a picture of document lengths."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minilm.data.builder.work import Work
+from minilm.data.format.pack import content_len
+
+REPORT = "report"
+MAX_UNKNOWN_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """Counts of a build. `tokens` are those of the text, without CLS, SEP and padding; shares lie in 0..1.
+
+    `truncated_share`: tokens that stand in no row (what is left behind the last whole row of packing "full").
+    `split_share`: documents longer than one row. `length_histogram[i]`: documents of 2^(i/2) … 2^((i+1)/2)
+    tokens. `tokens_per_second` is that of tokenizing, by all processes together.
+    """
+
+    documents: int
+    empty_documents: int
+    held_out_documents: int
+    rows: int
+    held_out_rows: int
+    tokens: int
+    unknown_share: float
+    truncated_share: float
+    split_share: float
+    tokens_per_second: float
+    seconds: float
+    fingerprint: str
+    length_histogram: list[int]
+    notes: list[str]
+
+    @property
+    def warning(self) -> str | None:
+        """Said when so many tokens are unknown that the tokenizer is probably the wrong one."""
+        if self.unknown_share <= MAX_UNKNOWN_SHARE:
+            return None
+        return (
+            f"{self.unknown_share:.1%} of the tokens are unknown to the tokenizer (below "
+            f"{MAX_UNKNOWN_SHARE:.0%} is usual): is it made for this text's language and alphabet?"
+        )
+
+    def text(self) -> str:
+        """A few aligned lines for a person."""
+        documents = f"{self.documents:,}"
+        if self.empty_documents:
+            documents += f"  ({self.empty_documents:,} more were empty)"
+        rows = f"{self.rows:,}"
+        if self.held_out_rows:
+            rows += f"  (held out: {self.held_out_rows:,} rows of {self.held_out_documents:,} documents)"
+        lines = {
+            "documents": documents,
+            "rows": rows,
+            "tokens": f"{self.tokens:,}",
+            "unknown": f"{self.unknown_share:.3%} of the tokens",
+            "left over": f"{self.truncated_share:.3%} of the tokens, less than a row",
+            "split": f"{self.split_share:.1%} of the documents are longer than a row",
+            "speed": f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.1f} s in all",
+            "fingerprint": self.fingerprint[:16],
+        }
+        told = [f"{name:<12}{value}" for name, value in lines.items()]
+        told += [f"{'read':<12}{note}" for note in self.notes]
+        if self.warning:
+            told.append(f"{'WARNING':<12}{self.warning}")
+        return "\n".join(told)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_report(
+    work: Work,
+    total: dict[str, int],
+    buckets: dict[str, list[dict[str, Any]]],
+    rows_and_tokens: dict[str, tuple[int, int]],
+    fingerprint: str,
+    tokenize_seconds: float,
+    seconds: float,
+    notes: list[str],
+) -> BuildReport:
+    """Add up the counts of all tasks."""
+    every = [bucket for split in buckets.values() for bucket in split]
+    rows = {split: num_rows for split, (num_rows, _) in rows_and_tokens.items()}
+    dropped = 0
+    if work.packing == "full":
+        content = content_len(work.layout.seq_len)
+        dropped = sum(bucket["stream"] for bucket in every) - sum(rows.values()) * content
+    return BuildReport(
+        documents=total["documents"],
+        empty_documents=total["empty"],
+        held_out_documents=total["held_out"],
+        rows=rows["train"],
+        held_out_rows=rows.get("held-out", 0),
+        tokens=total["tokens"],
+        unknown_share=total["unknown"] / total["tokens"],
+        truncated_share=dropped / total["tokens"],
+        split_share=sum(bucket["longer_than_row"] for bucket in every) / total["documents"],
+        tokens_per_second=total["tokens"] / max(tokenize_seconds, 1e-9),
+        seconds=seconds,
+        fingerprint=fingerprint,
+        length_histogram=[sum(column) for column in zip(*(b["histogram"] for b in every), strict=True)],
+        notes=notes,
+    )
+
+
+def save_report(report: BuildReport, seq_len: int, folder: Path) -> None:
+    """Write `report.json`, `report.txt` and `lengths.png` into `folder`."""
+    folder.mkdir(exist_ok=True)
+    told = {**report.as_dict(), "warning": report.warning}
+    (folder / "report.json").write_text(json.dumps(told, indent=2) + "\n")
+    (folder / "report.txt").write_text(report.text() + "\n")
+    _draw_lengths(report, seq_len, folder / "lengths.png")
+
+
+def _draw_lengths(report: BuildReport, seq_len: int, path: Path) -> None:
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    bins = report.length_histogram
+    used = [i for i, count in enumerate(bins) if count]
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    left = [2 ** (i / 2) for i in range(used[0], used[-1] + 1)]
+    width = [edge * (2**0.5 - 1) for edge in left]
+    axes.bar(left, bins[used[0] : used[-1] + 1], width=width, align="edge", edgecolor="white")
+    axes.axvline(content_len(seq_len), color="black", linestyle=":", label=f"a row of {seq_len}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens of a document")
+    axes.set_ylabel("documents")
+    axes.set_title(f"{report.documents:,} documents, {report.tokens:,} tokens")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,0 +1,68 @@
+"""The second phase of a build: the documents of a bucket in shuffled order."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minilm.data.builder.work import _HEADER, NUM_BINS, Work, _bucket_path, _whole, _work
+from minilm.data.format.pack import content_len, joined, pieces
+
+
+def sort(folder: str, split: str, bucket: int, num_buckets: int) -> dict[str, Any]:
+    """Gather bucket number `bucket` of a split from all runs, in key order; returns its counts."""
+    work = _work(folder)
+    low, high = (bucket << 64) // num_buckets, ((bucket + 1) << 64) // num_buckets
+    parts = [
+        _read_run(path, work, split, low, high) for path in sorted((Path(folder) / "runs").glob("*.run"))
+    ]
+    keys = np.concatenate([part[0] for part in parts])
+    lengths = np.concatenate([part[1] for part in parts]).astype(np.int64)
+    tokens = np.concatenate([part[2] for part in parts])
+    order = np.argsort(keys, kind="stable")
+    tokens = _reorder(tokens, lengths, order)
+    lengths = lengths[order]
+    histogram = np.bincount(
+        np.minimum((2 * np.log2(np.maximum(lengths, 1))).astype(int), NUM_BINS - 1), minlength=NUM_BINS
+    )
+    rows_of = pieces(lengths, work.layout.seq_len)
+    if work.packing == "full":
+        tokens = joined(tokens, lengths, work.sep)
+    else:
+        _whole(_bucket_path(folder, split, bucket, "pieces"), [rows_of.astype("<u4").tobytes()])
+    little = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
+    _whole(_bucket_path(folder, split, bucket, "tokens"), [little.tobytes()])
+    return {
+        "documents": len(lengths),
+        "stream": len(tokens),
+        "pieces": len(rows_of),
+        "longer_than_row": int((lengths > content_len(work.layout.seq_len)).sum()),
+        "histogram": histogram.tolist(),
+    }
+
+
+def _reorder(tokens: npt.NDArray, lengths: npt.NDArray, order: npt.NDArray) -> npt.NDArray:
+    """Variable-length pieces of `tokens` in another order."""
+    starts = np.cumsum(lengths) - lengths
+    new_starts = np.cumsum(lengths[order]) - lengths[order]
+    index = np.repeat(starts[order] - new_starts, lengths[order]) + np.arange(len(tokens))
+    return tokens[index]
+
+
+def _read_run(path: Path, work: Work, split: str, low: int, high: int) -> tuple[Any, Any, Any]:
+    with path.open("rb") as file:
+        num_train, num_held, _, width = _HEADER.unpack(file.read(_HEADER.size))
+        num = num_train + num_held
+        keys = np.fromfile(file, "<u8", num)
+        lengths = np.fromfile(file, "<u4", num)
+        begin, end = (0, num_train) if split == "train" else (num_train, num)
+        first = begin + int(np.searchsorted(keys[begin:end], np.uint64(low)))
+        last = end if high >= 1 << 64 else begin + int(np.searchsorted(keys[begin:end], np.uint64(high)))
+        before = int(lengths[:first].sum(dtype=np.int64))
+        count = int(lengths[first:last].sum(dtype=np.int64))
+        file.seek(before * width, os.SEEK_CUR)
+        dtype = np.dtype(work.layout.dtype)
+        tokens = np.fromfile(file, dtype.newbyteorder("<"), count).astype(dtype, copy=False)
+    return keys[first:last], lengths[first:last], tokens

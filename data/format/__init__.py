@@ -1,0 +1,4 @@
+"""What lies on disk: manifest, shards, packed rows. Opens no file of the network.
+
+May import: errors.
+"""

@@ -1,0 +1,4 @@
+"""Which row comes when: numbers only, no files.
+
+May import: errors.
+"""

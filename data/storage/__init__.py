@@ -1,0 +1,4 @@
+"""Remote stores, the cache, retries. Knows nothing of rows.
+
+May import: errors, format.
+"""

@@ -1,0 +1,223 @@
+"""A data set behind a URL: fetched piece by piece, checked against pins, retried when the network stumbles.
+
+Schemes are a closed list (file, http, https, s3, gs); fsspec does the transport, nothing else of it is used: no
+`pipe:`, no chained URLs, no shell, no pickles. Every request asks for a byte range and must answer with exactly
+that many bytes in time; what arrives must have the sha256 that the manifest pins. A stumble (5xx, reset, stall,
+short body, wrong bytes) is retried with exponential back-off and jitter, counted and logged; what is still wrong
+after the last try is an error that names URL, file and cause. An object that arrives whole and with the same wrong
+hash twice was replaced, which is said at once.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.exceptions import FSTimeoutError
+
+from minilm.data.errors import DataError, OriginError
+from minilm.data.format.manifest import CHECKSUMS, TOKENIZER
+from minilm.data.storage.retry import RetryPolicy, TransientError, one_line
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SCHEMES = ("file", "http", "https", "s3", "gs")
+_PIECE_BYTES = 8 << 20
+
+
+class Identity(NamedTuple):
+    """What tells a remote file from a replaced one without reading it; `tag`: the server's hash or time of it."""
+
+    num_bytes: int
+    tag: str
+
+
+def is_remote(given: str | Path) -> bool:
+    return "://" in str(given)
+
+
+def _checked(url: str) -> tuple[str, str]:
+    scheme, _, path = url.partition("://")
+    if "::" in url or scheme not in SCHEMES or not path:
+        raise DataError(
+            f"{url!r} cannot be read from; allowed are URLs of {', '.join(f'{s}://' for s in SCHEMES)}"
+        )
+    return scheme, path
+
+
+class Store:
+    """The files under a URL. `options` go to fsspec's file system (endpoint, credentials: never to a shell)."""
+
+    def __init__(
+        self, url: str, *, patience: RetryPolicy | None = None, options: dict[str, Any] | None = None
+    ):
+        scheme, _ = _checked(url)
+        self.url = url.rstrip("/")
+        self.patience = patience or RetryPolicy()
+        self.num_retries = 0
+        self._lock = Lock()
+        try:
+            self._fs = fsspec.filesystem(scheme, **(options or {}))
+        except (ImportError, ValueError) as error:
+            raise DataError(
+                f"{url!r}: reading {scheme}:// needs a package that is not installed ({error})"
+            ) from error
+
+    def read(self, name: str) -> bytes:
+        """A small file whole (manifest, checksums, tokenizer)."""
+        return self._persist(name, lambda: self._request(name, None, None))
+
+    def identity(self, name: str) -> Identity:
+        """Size of a file, and what the server says to tell its versions apart."""
+
+        def once() -> Identity:
+            self._request(
+                name, 0, 1
+            )  # says properly what is wrong; what follows calls everything "not found"
+            try:
+                info = self._call("info", f"{self.url}/{name}")
+            except Exception as error:
+                raise TransientError(f"the server does not say its size ({one_line(error)})") from error
+            tags = (
+                info.get(key) for key in ("ETag", "etag", "Last-Modified", "LastModified", "updated", "mtime")
+            )
+            return Identity(int(info["size"]), str(next((tag for tag in tags if tag), "")))
+
+        found = self._persist(name, once)
+        assert isinstance(found, Identity)
+        return found
+
+    def open(self, name: str, identity: Identity) -> io.BufferedReader:
+        """A file of known identity as a stream that is read once, front to back; every piece is retried."""
+        return io.BufferedReader(_Sequential(self, name, identity), buffer_size=1 << 16)
+
+    def sha256(self, name: str, num_bytes: int) -> str:
+        """The hash of a file of known size, fetched and not kept."""
+        digest = hashlib.sha256()
+        for piece in self.pieces(name, num_bytes):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def fetch(self, name: str, num_bytes: int, sha256: str, into: Path) -> None:
+        """Fetch a file to `into`, checked: DataError unless it has the pinned size and hash."""
+        found: list[str] = []
+
+        def once() -> None:
+            digest = hashlib.sha256()
+            with into.open("wb") as file:
+                for piece in self.pieces(name, num_bytes):
+                    digest.update(piece)
+                    file.write(piece)
+            if digest.hexdigest() == sha256:
+                return
+            found.append(digest.hexdigest())
+            if found.count(found[-1]) > 1:
+                raise OriginError(
+                    f"{self.url}/{name}: the object was replaced: its sha256 is {found[-1][:16]}…, the manifest pins "
+                    f"{sha256[:16]}…; put the right one back, or use the data set's new manifest in a new run"
+                )
+            raise TransientError(f"its sha256 is {found[-1][:16]}…, the manifest pins {sha256[:16]}…")
+
+        self._persist(name, once)
+
+    def pieces(self, name: str, num_bytes: int) -> Iterator[bytes]:
+        """The bytes of a file of known size, in order."""
+        for start in range(0, num_bytes, _PIECE_BYTES):
+            end = min(start + _PIECE_BYTES, num_bytes)
+            yield self._persist(name, partial(self._range, name, start, end, num_bytes))
+
+    def _range(self, name: str, start: int, end: int, num_bytes: int) -> bytes:
+        found = self._request(name, start, end)
+        if len(found) == num_bytes > end - start:  # a server that knows no ranges
+            found = found[start:end]
+        if len(found) != end - start:
+            raise TransientError(f"bytes {start} to {end} were asked for, {len(found)} came")
+        return found
+
+    def _request(self, name: str, start: int | None, end: int | None) -> bytes:
+        """One request. TransientError for what may pass, DataError for what will not."""
+        path = f"{self.url}/{name}"
+        try:
+            return bytes(self._call("cat_file", path, start=start, end=end))
+        except FileNotFoundError as error:
+            raise OriginError(
+                f"{path}: there is no such object; give the URL of a data set's folder"
+            ) from error
+        except PermissionError as error:
+            raise DataError(f"{path}: access is denied ({one_line(error)}); check the credentials") from error
+        except (TimeoutError, FSTimeoutError) as error:
+            raise TransientError(f"no answer within {self.patience.request_seconds:g} s") from error
+        except Exception as error:  # every transport has its own exceptions
+            status = getattr(error, "status", None)
+            if isinstance(status, int) and 400 <= status < 500 and status not in (408, 416, 425, 429):
+                raise DataError(
+                    f"{path}: the server refuses ({one_line(error)}); check URL and credentials"
+                ) from error
+            raise TransientError(one_line(error)) from error
+
+    def _call(self, method: str, path: str, **arguments: Any) -> Any:
+        """A method of the file system, which may take `request_seconds` where that can be limited."""
+        if not isinstance(self._fs, AsyncFileSystem):
+            return getattr(self._fs, method)(path, **arguments)
+        seconds = self.patience.request_seconds
+        return sync(self._fs.loop, getattr(self._fs, f"_{method}"), path, timeout=seconds, **arguments)
+
+    def _persist(self, name: str, once: Callable[[], Any]) -> Any:
+        """Try `once` until it does not stumble. DataError with the last cause when patience ends."""
+
+        def count() -> None:
+            with self._lock:
+                self.num_retries += 1
+
+        try:
+            return self.patience.persist(f"{self.url}/{name}", once, count)
+        except TransientError as stumble:
+            raise DataError(f"{stumble}; check the server and run the same command again") from stumble
+
+
+class _Sequential(io.RawIOBase):
+    """See `Store.open`. An object that is replaced while it is read is an error at its end, if not before."""
+
+    def __init__(self, store: Store, name: str, identity: Identity):
+        self._store, self._name, self._identity = store, name, identity
+        self._pieces = store.pieces(name, identity.num_bytes)
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._ready:
+            self._ready = memoryview(next(self._pieces, b""))
+            if not self._ready and self._store.identity(self._name) != self._identity:
+                raise DataError(
+                    f"{self._store.url}/{self._name}: the object was replaced while it was read; "
+                    "run the same command again when it no longer changes"
+                )
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def fetch_small_files(store: Store, split: str, into: Path) -> None:
+    """Everything of a data set but its manifest and shards; `split` is "" or "held-out/"."""
+    (into / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
+        write_whole(into / name, store.read(split + name))
+
+
+def write_whole(path: Path, raw: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.write_bytes(raw)
+    temporary.replace(path)
+
+
+def split_url(url: str | Path) -> tuple[str, str]:
+    """The folder of a remote file, as `Store` takes it, and the file's name in it."""
+    folder, _, name = str(url).rpartition("/")
+    return folder, name

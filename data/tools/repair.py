@@ -1,0 +1,140 @@
+"""Care of a data set: repair what is damaged, convert to one record a row.
+
+Whatever replaces a file is checked against the manifest before it takes the name. Each function returns a small
+object with `.text()` for a person and `.as_dict()` for a program.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minilm.data.builder.build import import_data
+from minilm.data.builder.fingerprint import BUILD_FILE
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import HELD_OUT, MANIFEST, TOKENIZER, load_manifest
+from minilm.data.storage.remote import TOKENIZER_FILES, Store, is_remote
+from minilm.data.tools.verify import verify
+
+_REPAIR = ".repair"
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    folder: str
+    source: str
+    replaced: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        if not self.replaced:
+            return f"{self.folder}: nothing is damaged"
+        return f"{self.folder}: replaced from {self.source}: {', '.join(self.replaced)}"
+
+
+def repair(
+    folder: Path,
+    *,
+    mirror: str | Path | None = None,
+    inputs: Iterable[str | Path] | None = None,
+    processes: int | None = None,
+) -> RepairReport:
+    """Replace damaged files by those of `mirror` (a copy of the data set, in a folder or behind a URL), or of a new
+    build from the same text.
+
+    Without a mirror the text is looked for where it was (or at `inputs`). Nothing is replaced unless the
+    replacement has the pinned hash. DataError when neither source can give it.
+    """
+    folder = Path(folder)
+    report = verify(folder)
+    if report.whole:
+        return RepairReport(str(folder), "", [])
+    rebuilt = folder / _REPAIR
+    source = rebuilt if mirror is None or is_remote(mirror) else Path(mirror)
+    names = sorted({damage.file for damage in report.damage})
+    try:
+        if mirror is None:
+            _build_again(folder, rebuilt, inputs, processes)
+        elif is_remote(mirror):
+            _fetch(str(mirror), folder, names, rebuilt)
+        _same_data(folder, source)
+        for name in names:
+            _replace(source / name, folder / name)
+    finally:
+        shutil.rmtree(rebuilt, ignore_errors=True)
+    left = verify(folder)
+    if not left.whole:
+        raise DataError(
+            f"{str(source)!r} has damage of its own: {left.damage[0].text()}; what it had whole was taken, "
+            "name another mirror for the rest"
+        )
+    return RepairReport(str(folder), "a new build" if mirror is None else str(mirror), names)
+
+
+def _fetch(url: str, folder: Path, names: list[str], into: Path) -> None:
+    """The manifest and these files of the copy behind `url`; shards must have the hashes that `folder` pins."""
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir()
+    store = Store(url)
+    (into / MANIFEST).write_bytes(store.read(MANIFEST))
+    _same_data(folder, into)
+    splits = [split for split in (Path(), Path(HELD_OUT)) if (folder / split / MANIFEST).exists()]
+    shards = {
+        str(split / shard.name): shard for split in splits for shard in load_manifest(folder / split).shards
+    }
+    for name in names:
+        (into / name).parent.mkdir(exist_ok=True)
+        if name in shards:
+            store.fetch(name, shards[name].num_bytes, shards[name].sha256, into / name)
+        elif Path(name).name == TOKENIZER:
+            (into / name).mkdir()
+            for file in TOKENIZER_FILES:
+                (into / name / file).write_bytes(store.read(f"{name}/{file}"))
+        else:
+            (into / name).write_bytes(store.read(name))
+
+
+def _build_again(folder: Path, out: Path, inputs: Iterable[str | Path] | None, processes: int | None) -> None:
+    try:
+        saved = json.loads((folder / BUILD_FILE).read_text())
+        arguments, files = saved["arguments"], [stamp["path"] for stamp in saved["files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{str(folder)!r} does not know how it was built ({BUILD_FILE} is missing or damaged); "
+            "name a whole copy as mirror"
+        ) from error
+    kept = ("seq_len", "packing", "held_out", "seed", "rows_per_block", "shard_bytes", "source", "options")
+    options = {name: arguments[name] for name in kept}
+    tokenizer = str((folder / TOKENIZER).absolute())
+    import_data(list(inputs or files), tokenizer, out, processes=processes, **options)
+
+
+def _same_data(folder: Path, source: Path) -> None:
+    wanted, found = load_manifest(folder).fingerprint, load_manifest(source).fingerprint
+    if wanted != found:
+        raise DataError(
+            f"{str(source)!r} holds other data ({found[:16]}) than {str(folder)!r} ({wanted[:16]}); "
+            "repair needs a copy of the same data set, or the same text"
+        )
+
+
+def _replace(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        if source.is_dir():
+            shutil.copytree(source, temporary)
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except FileNotFoundError as error:
+        raise DataError(f"{str(source)!r} is missing there too; name another mirror") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)

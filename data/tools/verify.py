@@ -1,0 +1,217 @@
+"""Verify: every byte of a data set against its manifest, in parallel, in a folder or behind a URL.
+
+Damage is listed with file, block and offset, and changes nothing; mending is data.care's. A shard whose sha256 is
+right needs no closer look; in one whose is not, the block checksums say where.
+"""
+
+import hashlib
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minilm.data.errors import DataError, OriginError
+from minilm.data.format.manifest import (
+    CHECKSUMS,
+    HELD_OUT,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    block_checksums,
+    load_manifest,
+    parse_manifest,
+)
+from minilm.data.read.mapped_shards import MappedShards
+from minilm.data.storage.remote import Store, fetch_small_files, is_remote
+from minilm.data.tokenizer import load_tokenizer, vocabulary_fingerprint
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One damaged place: `block` and `offset` (bytes) are None where a whole file is meant."""
+
+    file: str
+    block: int | None
+    offset: int | None
+    what: str
+
+    def text(self) -> str:
+        where = "" if self.block is None else f", block {self.block}, at byte {self.offset}"
+        return f"{self.file}{where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    folder: str
+    fingerprint: str
+    shards: int
+    num_bytes: int
+    seconds: float
+    damage: list[Damage]
+
+    @property
+    def whole(self) -> bool:
+        return not self.damage
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "whole": self.whole}
+
+    def text(self) -> str:
+        speed = self.num_bytes / max(self.seconds, 1e-9) / 1e6
+        lines = [f"{self.folder}: {self.shards} shards, {self.num_bytes:,} bytes read, {speed:,.0f} MB/s"]
+        lines += [f"damaged: {damage.text()}" for damage in self.damage]
+        if self.damage:
+            if is_remote(self.folder):
+                lines.append("put a whole copy there; nothing is mended behind a URL")
+            else:
+                lines.append(f"mend it with: minilm data repair {self.folder} [--mirror FOLDER|URL]")
+        else:
+            lines.append(f"whole: every byte is what the manifest {self.fingerprint[:16]} pins")
+        return "\n".join(lines)
+
+
+Progress = Callable[[int, int], None]
+
+
+def verify(
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    options: dict[str, Any] | None = None,
+) -> VerifyReport:
+    """Compare every byte of a data set with its manifest; damage is listed, not raised.
+
+    `folder` is a folder (its held-out split is checked too) or a URL (every shard is fetched once and not kept;
+    `options` go to fsspec). `progress(done, total)` is told bytes. DataError when there is no manifest or it is
+    damaged itself.
+    """
+    if is_remote(folder):
+        return _verify_url(str(folder), threads or 4, progress, options)
+    folder, begin = Path(folder), time.monotonic()
+    splits = [folder, *([folder / HELD_OUT] if (folder / HELD_OUT).is_dir() else [])]
+    manifests = {split: load_manifest(split) for split in splits}
+    shards = [(split, manifest, shard) for split, manifest in manifests.items() for shard in manifest.shards]
+    damage = [d for split, manifest in manifests.items() for d in _check_tokenizer(split, manifest, folder)]
+    sizes = [shard.num_bytes for _, _, shard in shards]
+    workers = threads or len(os.sched_getaffinity(0))
+    damage += _in_threads(partial(_check_shard, folder), shards, sizes, workers, progress)
+    seconds = time.monotonic() - begin
+    return VerifyReport(str(folder), manifests[folder].fingerprint, len(shards), sum(sizes), seconds, damage)
+
+
+def _verify_url(
+    url: str, threads: int, progress: Progress | None, options: dict[str, Any] | None
+) -> VerifyReport:
+    store, begin = Store(url, options=options), time.monotonic()
+    manifests = {"": parse_manifest(store.read(MANIFEST), f"{store.url}/{MANIFEST}")}
+    with suppress(OriginError):
+        held_out = f"{HELD_OUT}/{MANIFEST}"
+        manifests[f"{HELD_OUT}/"] = parse_manifest(store.read(held_out), f"{store.url}/{held_out}")
+
+    def check(place: tuple[str, Shard]) -> list[Damage]:
+        split, shard = place
+        try:
+            found = store.sha256(split + shard.name, shard.num_bytes)
+        except DataError as error:
+            return [Damage(split + shard.name, None, None, str(error))]
+        if found == shard.sha256:
+            return []
+        return [Damage(split + shard.name, None, None, f"its sha256 is {found[:16]}…")]
+
+    damage = [d for split, manifest in manifests.items() for d in _check_small_files(store, split, manifest)]
+    shards = [(split, shard) for split, manifest in manifests.items() for shard in manifest.shards]
+    sizes = [shard.num_bytes for _, shard in shards]
+    damage += _in_threads(check, shards, sizes, threads, progress)
+    seconds = time.monotonic() - begin
+    return VerifyReport(store.url, manifests[""].fingerprint, len(shards), sum(sizes), seconds, damage)
+
+
+def _check_small_files(store: Store, split: str, manifest: Manifest) -> list[Damage]:
+    """The checksums of blocks and the tokenizer behind a URL."""
+    with tempfile.TemporaryDirectory(prefix="minilm-verify-") as temporary:
+        here = Path(temporary)
+        try:
+            fetch_small_files(store, split, here)
+        except DataError as error:
+            return [Damage(split.rstrip("/") or ".", None, None, str(error))]
+        damage = [Damage(split + d.file, None, None, d.what) for d in _check_tokenizer(here, manifest, here)]
+        try:
+            for shard in manifest.shards:
+                block_checksums(here, manifest, shard.number)
+        except DataError:
+            what = f"its entries of {shard.name} are not what the manifest pins"
+            damage.append(Damage(split + CHECKSUMS, None, None, what))
+    return damage
+
+
+def _in_threads(
+    check: Callable[[Any], list[Damage]],
+    shards: Sequence[Any],
+    sizes: list[int],
+    threads: int,
+    progress: Progress | None,
+) -> list[Damage]:
+    damage, done = [], 0
+    with ThreadPoolExecutor(threads) as pool:
+        for size, found in zip(sizes, pool.map(check, shards), strict=True):
+            damage += found
+            done += size
+            if progress is not None:
+                progress(done, sum(sizes))
+    return damage
+
+
+def _check_tokenizer(split: Path, manifest: Manifest, folder: Path) -> list[Damage]:
+    name = str((split / TOKENIZER).relative_to(folder))
+    if not (split / TOKENIZER).is_dir():
+        return [Damage(name, None, None, "the tokenizer is missing")]
+    try:
+        found = vocabulary_fingerprint(load_tokenizer(str((split / TOKENIZER).absolute())))
+    except DataError as error:
+        return [Damage(name, None, None, str(error))]
+    if found != manifest.tokenizer.vocabulary_fingerprint:
+        return [Damage(name, None, None, "its vocabulary is not the one that the manifest pins")]
+    return []
+
+
+def _check_shard(folder: Path, place: tuple[Path, Manifest, Shard]) -> list[Damage]:
+    split, manifest, shard = place
+    path = split / shard.name
+    name = str(path.relative_to(folder))
+    damage = []
+    try:
+        block_checksums(split, manifest, shard.number)
+    except DataError as error:
+        damage.append(Damage(str((split / CHECKSUMS).relative_to(folder)), None, None, str(error)))
+    if not path.is_file():
+        return [*damage, Damage(name, None, None, "the file is missing")]
+    if _sha256(path) == shard.sha256:
+        return damage
+    mapped = MappedShards(split, manifest, lambda info: split / info.name)
+    for inner in range(shard.num_blocks):
+        block = shard.first_block + inner
+        try:
+            mapped.check(block)
+        except DataError as error:
+            if path.stat().st_size != shard.num_bytes:
+                return [*damage, Damage(name, None, None, str(error))]
+            at = manifest.layout.begin_of_block(inner)
+            damage.append(Damage(name, block, at, "its bytes do not have the pinned checksum"))
+    return damage or [Damage(name, None, None, "its bytes do not have the pinned sha256")]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        if not file.seek(0, 2):
+            return hashlib.sha256().hexdigest()
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            return hashlib.sha256(mapped).hexdigest()

@@ -1,0 +1,4 @@
+"""Encoders of every family, tapped at queries, keys and values.
+
+May import: errors.
+"""

@@ -1,0 +1,164 @@
+"""A transformers encoder that stops at the q/k/v projections of one layer and hands them out.
+
+How a forward is stopped is in visit.py. Layers in front of the tap run plain SDPA. An objective may `watch` more:
+layers in front (they run on), or the hidden states that leave the tapped layer.
+
+Leaves out: decoders; architectures that do not call the attention interface (they need an adapter, see mpnet.py).
+
+Invariants: the wrapped model stays an ordinary transformers model (called directly, it runs to its end); no tensor
+outlives a forward but the taps and their autograd graph; no host sync.
+"""
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minilm.model.encoder import mpnet
+from minilm.model.encoder.attention_hook import (
+    SDPA,
+    TAP,
+    Collector,
+    Discovery,
+    only_at,
+    run,
+    stop_after,
+    tapped_attention,
+)
+from minilm.model.encoder.taps import Taps
+from minilm.model.errors import ModelError
+
+
+class TappedEncoder(nn.Module):
+    """`model` cut at the q/k/v projections of layer `layer` (1 is the layer after the embeddings)."""
+
+    def __init__(self, model: PreTrainedModel, layer: int) -> None:
+        super().__init__()
+        num_layers = model.config.num_hidden_layers
+        if not 1 <= layer <= num_layers:
+            raise ModelError(
+                f"layer {layer} does not exist: {model.config.model_type} has layers 1 to {num_layers}"
+            )
+        self.model = model
+        self.training = model.training
+        self.layer = layer
+        if model.config.model_type == "mpnet":
+            mpnet.install(model, tapped_attention)
+        model.config._attn_implementation = TAP
+        discovery = Discovery(layer)
+        with _quietly(model), torch.no_grad():
+            run(model, discovery, _probe_ids(model), None)
+        model.config._attn_implementation = SDPA
+        if len(discovery.modules) < layer:
+            raise ModelError(
+                f"architecture {model.config.model_type} does not call the attention interface: no tap"
+            )
+        self._attentions = tuple(discovery.modules)  # a tuple: they are already registered inside `model`
+        self.watch()
+
+    def watch(self, *, layers: Sequence[int] = (), parts: Collection[str] = ("q", "k", "v", "bias")) -> None:
+        """Say what an objective reads: the taps of `layers` too (ascending, before the tap); which `parts`.
+
+        parts: fields of `Taps`. With "hidden" the tapped layer runs to its end and its output is handed out;
+        with "logits" all of the model runs.
+        """
+        if list(layers) != sorted(set(layers)) or any(not 1 <= layer < self.layer for layer in layers):
+            raise ModelError(
+                f"layers {list(layers)} cannot be watched; use ascending ones from 1 to {self.layer - 1}"
+            )
+        self._earlier, self._parts = tuple(layers), frozenset(parts)
+        for layer in (*layers, self.layer):
+            # A config of its own: layers that are not tapped never meet the tap, so they can be compiled.
+            attention = self._attentions[layer - 1]
+            config = copy.copy(self.model.config)
+            config._attn_implementation = TAP
+            setattr(attention, "config", config)  # noqa: B010  (a plain assignment does not type-check)
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers 1 to `layer` as modules."""
+        for stack in self.model.modules():
+            if isinstance(stack, nn.ModuleList) and len(stack) >= self.layer:
+                found = list(stack)[: self.layer]
+                pairs = zip(found, self._attentions, strict=True)
+                if all(attention in set(block.modules()) for block, attention in pairs):
+                    return found
+        raise ModelError(f"architecture {self.model.config.model_type} keeps its layers in no list")
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the layers in front of the tap, one by one; the tapped layer itself stays as it is.
+
+        Off unless called: on a CPU it gains 7 % in a teacher and loses 3 % in a student (docs/benchmarks.md).
+        """
+        for block in self.blocks()[:-1]:
+            block.compile(backend=backend)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Taps:
+        """input_ids int64 [batch, tokens]; mask bool [batch, tokens], True where a token is valid, None: all.
+
+        positions: int64 [batch, k], where logits are wanted, if these are watched.
+        """
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != input_ids.shape):
+            raise ModelError(
+                f"mask is {mask.dtype} {list(mask.shape)}; for input_ids {list(input_ids.shape)} it must be"
+                " torch.bool of the same shape"
+            )
+        wanted = [self._attentions[layer - 1] for layer in (*self._earlier, self.layer)]
+        collection = Collector(wanted, stop_at_last=not {"hidden", "logits"} & self._parts)
+        logits = None
+        if positions is not None and "logits" in self._parts:
+            with only_at(positions, self.model.base_model):
+                logits = run(self.model, collection, input_ids, mask).logits
+        elif collection.stop_at_last:
+            run(self.model, collection, input_ids, mask)
+        else:
+            with stop_after(self.blocks()[-1], collection):
+                run(self.model, collection, input_ids, mask)
+        if len(collection.taps) < len(wanted):
+            raise ModelError(
+                f"{self.model.config.model_type} ended without reaching the tap of layer {self.layer}"
+            )
+        *earlier, last = collection.taps
+        return last._replace(earlier=tuple(earlier), hidden=collection.hidden, logits=logits)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that what is watched depends on, of those that require gradients.
+
+        Named as in model.state_dict(): without further watching, all in front of and at the tap.
+        Read off the autograd graph of a two-token forward, so it is right for every architecture; no gradient
+        is computed and no random number drawn.
+        """
+        with _quietly(self.model), torch.enable_grad():
+            ids = _probe_ids(self.model)
+            taps = self(ids, None, ids[:, :1] if "logits" in self._parts else None)
+        reached: set[int] = set()
+        seen: set[Any] = set()
+        nodes = [tensor.grad_fn for tensor in taps.tensors(self._parts)]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                reached.add(id(node.variable))
+            nodes.extend(parent for parent, _ in node.next_functions)
+        return {name: p for name, p in self.model.named_parameters() if id(p) in reached}
+
+
+def _probe_ids(model: PreTrainedModel) -> Tensor:
+    return torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+
+
+@contextmanager
+def _quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a moment, so that a probe draws no random number; every module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

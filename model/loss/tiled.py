@@ -1,0 +1,132 @@
+"""The divergence without whole maps: a bounded tile of scores at a time, on any device and dtype.
+
+One pass does it all. The weight of every query in the loss is known beforehand, so each tile yields, besides
+its share of the loss, its share of the student's gradient ∂KL/∂score = p_S - p_T; the backward only
+multiplies by the upstream scalar. That is four matrix products and two exponentials a score, where
+recomputing tiles in a backward takes six and four. Kept for the backward: the gradients, O(batch · tokens ·
+hidden).
+
+Leaves out: second derivatives. Invariant: no more than `TILE` scores (or one row of them) live at a time,
+four times over; no host sync.
+
+Suffixes as in relations.py: B sequences, H heads, T tokens (queries), S tokens (keys), D head size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilm.model.encoder.tile_size import PADDED, TILE, tiles
+
+
+def tiled_sum(
+    teacher_x: Tensor,
+    teacher_y: Tensor,
+    student_x: Tensor,
+    student_y: Tensor,
+    keys: Tensor | None,
+    weights_BT: Tensor,
+    teacher_bias: Tensor | None,
+    student_bias: Tensor | None,
+) -> Tensor:
+    """Σ weights[b, t] · KL[b, h, t], a scalar of the inputs' dtype (float32 or float64), gradients to the
+    student.
+
+    keys: bool [batch, tokens], the visible keys, or None for all. Biases broadcast to [batch, heads, tokens,
+    tokens].
+    """
+    dtype = weights_BT.dtype
+    s_bias = None if student_bias is None else student_bias.to(dtype)
+    t_bias = None if teacher_bias is None else _expand(teacher_bias.to(dtype), teacher_x)
+    t_x, t_y, s_x, s_y = (side.to(dtype) for side in (teacher_x, teacher_y, student_x, student_y))
+    total: Tensor = _Tiled.apply(s_x, s_y, s_bias, t_x, t_y, t_bias, keys, weights_BT)
+    return total
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_x: Tensor,
+        student_y: Tensor,
+        student_bias: Tensor | None,
+        teacher_x: Tensor,
+        teacher_y: Tensor,
+        teacher_bias: Tensor | None,
+        keys: Tensor | None,
+        weights_BT: Tensor,
+    ) -> Tensor:
+        wants_x, wants_y, wants_bias = ctx.needs_input_grad[:3]
+        t_x, s_x = (x * x.shape[-1] ** -0.5 for x in (teacher_x, student_x))
+        t_y, s_y = teacher_y.contiguous(), student_y.contiguous()
+        bias = _expand(student_bias, student_x)
+        padding_B11S = None
+        if keys is not None:
+            padding_B11S = torch.zeros_like(weights_BT).masked_fill_(~keys, PADDED)[:, None, None, :]
+        grad_x = torch.empty_like(s_x) if wants_x else None
+        grad_y = torch.zeros_like(s_y) if wants_y else None
+        grad_bias = torch.zeros_like(student_bias) if wants_bias and student_bias is not None else None
+        total = weights_BT.new_zeros(())
+        for b, h, t in tiles(student_x.shape, TILE["cpu" if student_x.device.type == "cpu" else "cuda"]):
+            padding = None if padding_B11S is None else padding_B11S[b]
+            p_T, s_T, z_T = _softmax(t_x[b, h, t], t_y[b, h], _cut(teacher_bias, b, h, t), padding)
+            p_S, s_S, z_S = _softmax(s_x[b, h, t], s_y[b, h], _cut(bias, b, h, t), padding)
+            weights = weights_BT[b, None, t]
+            rows = (s_T.sub_(s_S).mul_(p_T)).sum(dim=-1) - z_T + z_S
+            total += (rows * weights).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            grad = p_S.sub_(p_T).mul_(weights[..., None])
+            if grad_x is not None:
+                torch.matmul(grad, s_y[b, h], out=grad_x[b, h, t])
+            if grad_y is not None:
+                grad_y[b, h] += grad.transpose(-1, -2) @ s_x[b, h, t]
+            if grad_bias is not None:
+                target = _cut(_match(grad_bias), b, h, t)
+                target += grad.sum_to_size(target.shape)
+        if grad_x is not None:
+            grad_x *= student_x.shape[-1] ** -0.5
+        ctx.gradients = grad_x, grad_y, grad_bias
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if gradient is None else gradient * upstream for gradient in ctx.gradients)
+        return (*gradients, None, None, None, None, None)
+
+
+def _softmax(
+    x: Tensor, y: Tensor, bias: Tensor | None, padding: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, scores less their row's maximum, and the log of the row's sum of exponentials."""
+    scores = x @ y.transpose(-1, -2)
+    if bias is not None:
+        scores += bias
+    if padding is not None:
+        scores += padding
+    scores -= scores.amax(dim=-1, keepdim=True)
+    p = scores.exp()
+    sums = p.sum(dim=-1, keepdim=True)
+    p /= sums
+    return p, scores, sums.log_().squeeze(-1)
+
+
+def _match(bias: Tensor) -> Tensor:
+    """A view with four dimensions."""
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def _expand(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else _match(bias).expand(*x.shape[:3], x.shape[2])
+
+
+def _cut(bias: Tensor | None, b: slice, h: slice, t: slice) -> Any:
+    """The tile's part of a bias; dimensions of size 1 stay."""
+    if bias is None:
+        return None
+    whole = slice(None)
+    parts = (part if size > 1 else whole for part, size in zip((b, h, t), bias.shape[:3], strict=True))
+    return bias[tuple(parts)]

@@ -1,0 +1,4 @@
+"""Measurements, which nothing else imports.
+
+May import: every room but launch, tracking and verbs.
+"""

@@ -1,0 +1,136 @@
+"""After a stage's training: pictures, registration, and the stage's entry in the summary.
+
+Runs in the driver once a stage is done; repeating it after a kill registers nothing twice. `published.json` is
+written last and says that the stage needs no further look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from numpy.typing import NDArray
+
+from minilm.data.tokenizer import load_tokenizer
+from minilm.model.encoder.build import count_parameters, load_encoder
+from minilm.model.encoder.shape import shape_of
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.loss.relations import relation_maps
+from minilm.orchestrator.driver.inference_speed import inference_speed
+from minilm.orchestrator.driver.summary import ModelEntry
+from minilm.orchestrator.feed.corpora import close, open_held_out
+from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.tracking import plots as pictures
+from minilm.orchestrator.tracking import registry
+from minilm.orchestrator.tracking.tracking import StageRun, Tracking
+
+PICTURE_TOKENS = 24
+SPEED_BATCH, SPEED_TOKENS = 8, 128
+
+
+def publish(
+    recipe: Recipe, spec: StageSpec, folder: StageFolder, tracking: Tracking, run: StageRun
+) -> list[ModelEntry]:
+    """Picture, register and describe the stage's teacher and students; the teacher's entry comes first."""
+    teacher = load_encoder(spec.teacher, layer=spec.teacher_layer)
+    students = {s.name: load_encoder(folder.student(s.name)) for s in spec.students}
+    run.artifact(draw_maps(spec, teacher, students, folder.root / "attention_maps.png"), "pictures")
+    heldout = read_all_metrics(folder.heldout_metrics)
+    first = {} if heldout[0].step else heldout[0].metrics  # lost with another work directory
+    curves = folder.root / "loss_curves.png"
+    pictures.loss_curves(read_all_metrics(folder.points), heldout, curves)
+    run.artifact(curves, "pictures")
+
+    models = [teacher.model, *(encoder.model for encoder in students.values())]
+    speeds = inference_speed(
+        models,
+        batch=SPEED_BATCH,
+        tokens=min(SPEED_TOKENS, shape_of(teacher.model.config).max_tokens),
+        vocab_size=teacher.model.config.vocab_size,
+    )
+    entries = [entry(spec.teacher_name, "teacher", teacher, speeds[0], spec.teacher)]
+    for (name, encoder), speed in zip(students.items(), speeds[1:], strict=True):
+        registered = registry.register(
+            tracking.uri,
+            f"{recipe.name}-{name}",
+            folder.student(name),
+            alias=recipe.tracking.alias,
+            tags={"minilm.stage_digest": spec.digest, "minilm.teacher": spec.teacher_name},
+            run_id=run.run_id,
+        )
+        entries.append(
+            entry(
+                name,
+                f"stage {spec.stage}",
+                encoder,
+                speed,
+                str(folder.student(name)),
+                before=terms(first, name),
+                after=terms(heldout[-1].metrics, name),
+                registered=f"{registered.name} v{registered.version}",
+            )
+        )
+    run.finish()
+    write_json(folder.published, {"digest": spec.digest, "models": [asdict(e) for e in entries]})
+    return entries
+
+
+def entry(
+    name: str,
+    role: str,
+    encoder: TappedEncoder,
+    speed: float,
+    folder: str,
+    *,
+    before: dict[str, float] | None = None,
+    after: dict[str, float] | None = None,
+    registered: str = "",
+) -> ModelEntry:
+    shape = shape_of(encoder.model.config)
+    return ModelEntry(
+        name=name,
+        role=role,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        parameters=count_parameters(encoder.model),
+        tokens_per_second=speed,
+        before=before or {},
+        after=after or {},
+        registered=registered,
+        folder=folder,
+    )
+
+
+def terms(metrics: dict[str, float], student: str) -> dict[str, float]:
+    """The held-out divergence of the whole mixture by term; a corpus's own values, TERM/CORPUS, are left out."""
+    prefix = f"{student}/heldout/"
+    found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    return {term: value for term, value in found.items() if "/" not in term}
+
+
+def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:
+    """The query-key maps of teacher and students on the beginning of the first held-out row."""
+    held_out = open_held_out(spec.data)
+    batch = held_out[0].rows.read(range(1))
+    close(held_out)
+    ids = batch.input_ids[:, :PICTURE_TOKENS]
+    mask = None if batch.mask is None else batch.mask[:, :PICTURE_TOKENS]
+    tokenizer = load_tokenizer(spec.data.tokenizer)
+
+    def maps(encoder: TappedEncoder) -> NDArray:
+        with torch.inference_mode():
+            taps = encoder.eval()(ids, mask)
+            return relation_maps(taps.q, taps.k, mask)[0].numpy()
+
+    pictures.attention_maps(
+        maps(teacher),
+        {name: maps(encoder) for name, encoder in students.items()},
+        tokenizer.convert_ids_to_tokens(ids[0].tolist()),
+        out,
+    )
+    return out

@@ -1,0 +1,115 @@
+"""The table at the end of a run, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minilm.orchestrator.system.text import duration
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One line of the table. `before` and `after`: held-out divergence by term, in nats a query; `before` is empty when
+    nobody measured it, or it was lost with a work directory."""
+
+    name: str
+    role: str
+    layers: int
+    hidden: int
+    parameters: int
+    tokens_per_second: float
+    before: dict[str, float]
+    after: dict[str, float]
+    registered: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished curriculum: its models in order, how long this run took, how to look at the tracked runs."""
+
+    recipe: str
+    models: tuple[ModelEntry, ...]
+    seconds: float
+    look: str
+    workdir: str
+    alias: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        models = tuple(ModelEntry(**model) for model in values["models"])
+        return cls(**values | {"models": models})
+
+    def table(self) -> str:
+        header = (
+            "model", "layers x hidden", "parameters", "held-out divergence (first step → last)",
+            "tokens/s", "registered",
+        )  # fmt: skip
+        rows = [
+            (
+                f"{model.name} ({model.role})",
+                f"{model.layers} x {model.hidden}",
+                f"{model.parameters / 1e6:.1f} M",
+                divergence(model),
+                f"{model.tokens_per_second:,.0f}",
+                model.registered or "-",
+            )
+            for model in self.models
+        ]
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (header, *rows)
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(line.rstrip() for line in lines)
+
+    def next_steps(self) -> str:
+        """Commands that work as they stand, from the current folder."""
+        last = self.models[-1]
+        name = last.registered.split(" ")[0]
+        local = self.look.startswith("mlflow ")  # no server: the work directory's own store
+        look = f"{command('mlflow')}{self.look.removeprefix('mlflow')}" if local else self.look
+        registry = f" --workdir {self.workdir}" if local else ""
+        load = f"import transformers; print(transformers.AutoModel.from_pretrained('{last.folder}'))"
+        return "\n".join(
+            (
+                f"Look further (work directory {self.workdir}; {duration(self.seconds)} for this run):",
+                f"  the tracked runs   {look}",
+                f"  the pictures       {Path(last.folder).parent.parent}/*.png",
+                f'  load the student   {command("python")} -c "{load}"',
+                f"  pull it            {command('minilm')} pull models:/{name}@{self.alias} DIR{registry}",
+                f"  another recipe     {command('minilm')} check recipes/*.yaml",
+            )
+        )
+
+
+def command(name: str) -> str:
+    """How this environment's `name` is called from here: by its name if the PATH finds it, else by its path."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if found and Path(found).parent == own.parent:
+        return name
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
+
+
+def divergence(model: ModelEntry) -> str:
+    """`attention 1.02 → 0.31, value 0.71 → 0.25, sum 1.73 → 0.56 (32 %)`; `-` for a teacher."""
+    if not model.after:
+        return "-"
+    if not model.before:
+        parts = [f"{term} ? → {value:.3f}" for term, value in model.after.items()]
+        return f"{', '.join(parts)}, sum ? → {sum(model.after.values()):.3f}"
+    parts = [f"{term} {model.before[term]:.3f} → {model.after[term]:.3f}" for term in model.before]
+    before, after = sum(model.before.values()), sum(model.after.values())
+    share = f" ({after / before:.0%})" if before else ""
+    return f"{', '.join(parts)}, sum {before:.3f} → {after:.3f}{share}"

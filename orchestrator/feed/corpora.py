@@ -1,0 +1,227 @@
+"""From a `DataSpec` to rows: the one place that opens what a stage reads, for worker, ledger and publishing alike.
+
+A corpus is a folder, a URL (by way of the node's cache), or a `.bin`/`.idx` pair that is read in place. The held-out
+rows of a corpus are its `held-out/` split, or the end of a pair. Whatever is opened must have the fingerprint that the
+job pins, so data that are replaced in the middle of a run are an error, wherever they lie.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import HELD_OUT, MANIFEST, TOKENIZER
+from minilm.data.read.cached_reader import CachedReader
+from minilm.data.read.indexed_dataset import IndexedRows
+from minilm.data.read.quarantine import Quarantine
+from minilm.data.read.reader import RowReader
+from minilm.data.read.remote_reader import RemoteReader
+from minilm.data.read.row_range import RowRange
+from minilm.data.read.rows import Corpus, Rows
+from minilm.data.storage.remote import is_remote
+from minilm.data.stream import Stream
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec
+
+
+class HeldOut(NamedTuple):
+    """One corpus's rows that no step reads, and its weight in the mixture."""
+
+    name: str
+    weight: float
+    rows: Rows
+
+
+def load_quarantine(data: DataSpec) -> Quarantine | None:
+    """The list of damaged blocks to leave out, as it is now; None where damage ends the run."""
+    if data.quarantine is None:
+        return None
+    return Quarantine(Path(data.quarantine.path), max_quarantined_share=data.quarantine.max_share)
+
+
+def open_stream(
+    data: DataSpec,
+    *,
+    seed: int,
+    batch: int,
+    micro_batch: int,
+    pin: bool = False,
+    quarantine: Quarantine | None = None,
+    first: Stream | None = None,
+) -> Stream:
+    """The batches of a stage. Raises `UserError` or `DataError` where data are not those that the stage pins, or
+    damaged beyond what a `quarantine` allows. `first`: a stream of these data that brings shards to the node; then
+    this one fetches none, and reading raises `NotCached` for those that are not there."""
+    corpora = []
+    for number, corpus in enumerate(data.corpora):
+        brought = first.corpora[number].rows if first else None
+        if isinstance(brought, RemoteReader):
+            rows: Rows = CachedReader(brought)
+        else:
+            rows = _train_rows(corpus, data.cache, pin, quarantine)
+        corpora.append(Corpus(rows, corpus.weight))
+    return Stream(corpora, seed=seed, batch=batch, micro_batch=micro_batch, window=data.window)
+
+
+def open_held_out(data: DataSpec) -> list[HeldOut]:
+    """Every corpus's held-out rows. Raises `UserError` for one that has none."""
+    return [
+        HeldOut(corpus.name, corpus.weight, _held_out_rows(corpus, data.cache)) for corpus in data.corpora
+    ]
+
+
+def close(opened: Iterable[Corpus | HeldOut]) -> None:
+    """Let cached shards go and end the threads that fetch them."""
+    for part in opened:
+        if isinstance(part.rows, RemoteReader):
+            part.rows.close()
+
+
+def release(stream: Stream) -> None:
+    """Hold no shard that a `first` stream has brought."""
+    for corpus in stream.corpora:
+        if isinstance(corpus.rows, CachedReader):
+            corpus.rows.release()
+
+
+def describe(
+    corpora: Sequence[CorpusSpec], *, window: int | None = None, cache: CacheSpec | None = None
+) -> DataSpec:
+    """The corpora, opened once: with their fingerprints pinned, and what they have in common.
+
+    Raises `DataError` for corpora that cannot be read or mixed, `UserError` for one without held-out rows and for a
+    cache that cannot hold what is read at a time.
+    """
+    cache = cache or CacheSpec()
+    opened: list[Corpus] = []
+    try:
+        for corpus in corpora:
+            opened.append(Corpus(_train_rows(corpus, cache), corpus.weight))
+            close([HeldOut(corpus.name, corpus.weight, _held_out_rows(corpus, cache))])
+        stream = Stream(opened, seed=0, batch=1, micro_batch=1, window=window)
+        _check_cache([part.rows for part in opened], window, cache)
+        return DataSpec(
+            corpora=tuple(
+                replace(corpus, fingerprint=part.rows.fingerprint)
+                for corpus, part in zip(corpora, opened, strict=True)
+            ),
+            fingerprint=stream.fingerprint,
+            seq_len=opened[0].rows.seq_len,
+            vocabulary=opened[0].rows.tokenizer,
+            tokenizer=_tokenizer_folder(corpora[0], opened[0].rows),
+            window=window,
+            cache=cache,
+        )
+    finally:
+        close(opened)
+
+
+def cache_folder(cache: CacheSpec) -> Path:
+    """On this node."""
+    if cache.folder is not None:
+        return Path(cache.folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilm"
+
+
+def _train_rows(
+    corpus: CorpusSpec, cache: CacheSpec, pin: bool = False, quarantine: Quarantine | None = None
+) -> Rows:
+    if corpus.pair is not None:
+        rows: Rows = _split_pair(corpus)[0]
+    else:
+        rows = _open(corpus.place, cache, corpus.fingerprint, pin, quarantine)
+    if corpus.fingerprint and rows.fingerprint != corpus.fingerprint:
+        raise UserError(
+            f"data set {corpus.place} was replaced: its fingerprint is {rows.fingerprint[:16]}…, this run began with "
+            f"{corpus.fingerprint[:16]}…; put the right one back, or start a new run with another --workdir"
+        )
+    return rows
+
+
+def _held_out_rows(corpus: CorpusSpec, cache: CacheSpec) -> Rows:
+    if corpus.pair is not None:
+        return _split_pair(corpus)[1]
+    advice = (
+        "build it again with `minilm data build --held-out 0.01 …` (a recipe that names text: data.held_out)"
+    )
+    if not is_remote(corpus.place):
+        folder = Path(corpus.place) / HELD_OUT
+        if not (folder / MANIFEST).exists():
+            raise UserError(
+                f"data set {corpus.place} has no held-out split, which every stage is measured on; {advice}"
+            )
+        return RowReader(folder)
+    try:
+        return _open(f"{corpus.place.rstrip('/')}/{HELD_OUT}", cache, "")
+    except DataError as error:
+        raise UserError(
+            f"data set {corpus.place}: its held-out split, which every stage is measured on, cannot be read ({error}); "
+            f"where it has none, {advice}"
+        ) from error
+
+
+def _open(
+    place: str,
+    cache: CacheSpec,
+    fingerprint: str,
+    pin: bool = False,
+    quarantine: Quarantine | None = None,
+) -> RowReader:
+    if not is_remote(place):
+        return RowReader(Path(place), pin=pin, quarantine=quarantine)
+    return RemoteReader(
+        place,
+        cache=cache_folder(cache),
+        max_cache_bytes=round(cache.gigabytes * 1e9),
+        fingerprint=fingerprint or None,
+        pin=pin,
+        quarantine=quarantine,
+    )
+
+
+def _split_pair(corpus: CorpusSpec) -> tuple[RowRange, RowRange]:
+    """The rows of a pair that are trained on, and those at its end that are not."""
+    pair = corpus.pair
+    assert pair is not None
+    rows = IndexedRows(
+        corpus.place,
+        tokenizer=pair.tokenizer,
+        seq_len=pair.seq_len,
+        source_tokenizer=pair.source_tokenizer,
+        fairseq_dict=pair.fairseq_dict,
+        encoder=pair.encoder,
+    )
+    num_held_out = max(1, round(rows.num_rows * pair.held_out))
+    if num_held_out >= rows.num_rows:
+        raise UserError(
+            f"{corpus.place}.bin holds {rows.num_rows} row of {pair.seq_len} tokens, and one is for measuring; "
+            f"give more text, or a smaller data.seq_len"
+        )
+    num_train = rows.num_rows - num_held_out
+    return RowRange(rows, 0, num_train), RowRange(rows, num_train, num_held_out)
+
+
+def _tokenizer_folder(corpus: CorpusSpec, rows: Rows) -> str:
+    if corpus.pair is not None:
+        return corpus.pair.tokenizer
+    assert isinstance(rows, RowReader)
+    return str((rows.folder / TOKENIZER).resolve())
+
+
+def _check_cache(opened: Sequence[Rows], window: int | None, cache: CacheSpec) -> None:
+    """What must lie in the cache at a time: everything, or of a windowed shuffle the current and the next window."""
+    needed = 0
+    for rows in opened:
+        if isinstance(rows, RemoteReader):
+            sizes = [shard.num_bytes for shard in rows.manifest.shards]
+            needed += sum(sizes) if window is None else sum(sorted(sizes)[-2 * window :])
+    if needed > cache.gigabytes * 1e9:
+        way_out = "a smaller data.window" if window else "data.window (a shuffle by so many shards at a time)"
+        raise UserError(
+            f"{needed / 1e9:.3g} GB of shards are read at a time, and data.cache_gigabytes is {cache.gigabytes:g}; "
+            f"give {way_out}, or a larger cache"
+        )

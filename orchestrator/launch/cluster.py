@@ -1,0 +1,148 @@
+"""The Ray cluster of a run: one that it joins, or one of its own on this machine that ends with the driver."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from minilm.data.storage.retry import one_line
+from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
+from minilm.orchestrator.system.files import read_json, write_json
+from minilm.orchestrator.system.processes import Process, descendants, end_all
+from minilm.orchestrator.system.signals import StopRequest
+
+CONNECT_SECONDS = 10
+STOPPED = "stopped while Ray started; the same command goes on from here"
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # between two looks of Ray's controller at its workers
+    # for placing a group, without its processes' start; then Ray counts places again
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_prestart_worker_first_driver": "0",  # actors, all that we start, get processes of their own
+}
+# and for a cluster of the run's own, whose helpers take processor time from its training
+OWN_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its one node goes when the driver gets a SIGTERM
+    "RAY_memory_monitor_refresh_ms": "1000",  # between two looks at the machine's memory
+    "REPORTER_UPDATE_INTERVAL_MS": "30000",  # of statistics for the dashboard that it has not
+}
+
+
+class Cluster:
+    """Connected when it is first needed, left at the end of the context, or before.
+
+    address: of the cluster to join (default: RAY_ADDRESS, else one of its own). places: for workers on its own, which
+    never grows. record: a file for the processes of its own, for the next driver, should this one be killed.
+    """
+
+    def __init__(self, address: str | None, places: int, record: Path):
+        given = address or os.environ.get("RAY_ADDRESS")
+        self.address = None if given in ("", "local") else given
+        self.places, self.record = places, record
+        self.connected = False
+
+    @property
+    def is_joined(self) -> bool:
+        return self.address is not None
+
+    def connect(self, stop: StopRequest) -> None:
+        """Does nothing when connected. In the main thread only: Ray's processes die with the thread that starts them.
+
+        Raises `UserError` where no cluster answers, `InfrastructureError` when Ray does not start, and `Stopped` after
+        a SIGTERM meanwhile.
+        """
+        if self.connected:
+            return
+        for name, value in (ENVIRONMENT if self.is_joined else ENVIRONMENT | OWN_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self.address:
+            check_answers(self.address)
+            options["address"] = self.address
+        else:
+            end_leftovers(self.record)
+            # "local": without it ray.init() would join whatever cluster this machine has
+            options |= {"address": "local", "resources": {"trainer": self.places}, "include_dashboard": False}
+        if stop.requested:  # while Ray was imported
+            raise Stopped(STOPPED)
+        others = descendants()
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            # no cluster, another version, a bad address
+            raise InfrastructureError(
+                f"Ray does not start at {self.address or 'this machine'}: {one_line(error)}"
+            ) from error
+        except SystemExit as error:  # ray.init() replaces the SIGTERM handler by one that exits
+            raise Stopped(STOPPED) from error
+        finally:
+            stop.install()
+            if not self.is_joined:
+                note([process for process in descendants() if process not in others], self.record)
+        self.connected = True
+        if not self.is_joined:
+            end_unused()
+
+    def leave(self) -> None:
+        if self.connected:
+            import ray
+
+            ray.shutdown()
+            self.connected = False
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+
+
+def end_unused() -> None:
+    """End what Ray starts with every cluster and nobody needs in one of the run's own: the collector of log lines for
+    the driver, the autoscaler and a dashboard without pages. They would take 1.1 % of a processor.
+    """
+    from ray._private.worker import _global_node as node
+
+    for end in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):
+        end(check_alive=False)
+
+
+def note(processes: list[Process], record: Path) -> None:
+    """For `end_leftovers`. It stays: a process is named so that a later one is not mistaken for it."""
+    with suppress(OSError):  # storage that is full or away: nothing is lost but 3 s of the next start
+        write_json(record, [asdict(process) for process in processes])
+
+
+def end_leftovers(record: Path) -> None:
+    """End what is left of a killed driver's own cluster: Ray's agents look for their dead head for a minute, on the
+    port that the agents of the next cluster want, which wait 3 s for it.
+    """
+    # of a record that can't be read, is another version's or another user's they end by themselves
+    with suppress(OSError, ValueError, TypeError):
+        end_all(Process(**fields) for fields in read_json(record) or [])
+
+
+def check_answers(address: str) -> None:
+    """Raise `UserError` if nobody listens at HOST:PORT: `ray.init` would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto" and the like: Ray finds out by itself, at once
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}): start one with `ray start --head`, "
+            f"or drop --address and RAY_ADDRESS for a local one"
+        ) from error

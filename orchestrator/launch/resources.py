@@ -1,0 +1,87 @@
+"""What a connected Ray cluster has for the workers of a run, and the wait until enough of it is free."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from minilm.data.storage.retry import one_line
+from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
+from minilm.orchestrator.system.signals import StopRequest
+from minilm.orchestrator.system.text import duration
+
+RELEASE_SECONDS = 10.0  # until Ray has taken back the places of the stage before
+REMEDIES = {
+    "GPU": "add nodes with GPUs, lower compute.workers or use --set compute.device=cpu",
+    "trainer": "lower compute.workers or add nodes (`ray start --resources '{\"trainer\": 1}'` gives a node one)",
+    "CPU": "lower compute.workers or add nodes",
+}
+
+
+def resources(*, free: bool = False) -> dict[str, float]:
+    """Of all nodes, by name: the total, or what nobody has taken. Raises `InfrastructureError` without a head."""
+    import ray
+
+    try:
+        return ray.available_resources() if free else ray.cluster_resources()
+    except Exception as error:  # whatever Ray raises while its head is away
+        raise InfrastructureError(
+            f"the Ray cluster does not answer ({one_line(error)[:200]}); the same command goes on"
+        ) from error
+
+
+def pick_place(device: str, least: int) -> str:
+    """The resource of which every worker takes one: a GPU, the exclusive `trainer`, or where there is none a CPU."""
+    total = resources()
+    gpu = device == "cuda" or (device == "auto" and total.get("GPU", 0) >= least)
+    return "GPU" if gpu else "trainer" if "trainer" in total else "CPU"
+
+
+def lacking(place: str, least: int) -> str:
+    """What the connected cluster has not got for `least` workers with one `place` each; "" if nothing."""
+    total = resources().get(place, 0)
+    if total >= least:
+        return ""
+    return f"the Ray cluster has {total:g} {place}, the recipe asks for {least}, one for each worker"
+
+
+def occupied(place: str, least: int) -> str:
+    """How little of `place` is free for `least` workers; "" if enough. Ray Train counts the total instead, and would
+    wait for ever."""
+    free = resources(free=True).get(place, 0)
+    return "" if free >= least else f"{free:g} of {least} {place} are free, others hold the rest"
+
+
+def wait_for_places(
+    device: str,
+    least: int,
+    *,
+    wait_seconds: float,
+    grows: bool,
+    stop: StopRequest,
+    show: Callable[[str, bool], None],
+) -> str:
+    """The resource a worker takes, once enough of it is free; `show(text, force)` says what is waited for.
+
+    A cluster that never `grows` is not waited for. Raises `UserError` when the cluster hasn't got it in time,
+    `InfrastructureError` when others don't give it back or the cluster does not answer, `Stopped` on request.
+    """
+    began = time.monotonic()
+    while True:
+        place = pick_place(device, least)
+        problem = lacking(place, least)
+        busy = "" if problem else occupied(place, least)
+        if not (problem or busy):
+            return place
+        waited = time.monotonic() - began
+        if problem and (waited >= wait_seconds or not grows):
+            raise UserError(f"{problem}; {REMEDIES[place]}")
+        if busy and waited >= max(wait_seconds, RELEASE_SECONDS):
+            raise InfrastructureError(
+                f"{busy}; compute.wait_seconds is {wait_seconds:g}; the same command tries again"
+            )
+        if stop.requested:
+            raise Stopped("stopped while waiting for the cluster; the same command goes on from here")
+        timer = f"({duration(waited)} of {duration(wait_seconds)})"
+        show(f"waiting for the cluster: {problem or busy} {timer}", waited < 1)
+        time.sleep(1)

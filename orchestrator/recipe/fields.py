@@ -1,0 +1,139 @@
+"""The kinds of single values in a recipe: names, paths, references, bounded numbers.
+
+A validator raises ValueError with the words that follow "allowed:" in the message to the author. Leaves
+out which key is of which kind (recipe_types.py).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.references import check_form
+from minilm.orchestrator.stage.folder import CHECKPOINT_SCHEMES
+
+URL_SCHEMES = ("s3", "gs", "https", "http", "file")  # data.remote reads from these, a test says
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number")  # pydantic would read true as 1
+    return value
+
+
+def _slug(value: Any) -> Any:
+    text = value if isinstance(value, str) else ""
+    words = text.replace("_", "-").split("-")
+    if (
+        len(text) > 63
+        or text.isdecimal()
+        or not all(w.isascii() and w.isalnum() and w == w.lower() for w in words)
+    ):
+        raise ValueError("a name of a-z, 0-9, - and _, not a number alone, 63 characters at most")
+    return value
+
+
+def _reference(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("a reference written as text")
+    try:
+        check_form(value)
+    except UserError as error:
+        raise ValueError(str(error).partition("allowed: ")[2]) from None
+    return value
+
+
+def _local_path(value: Any) -> Any:
+    if not isinstance(value, str) or not value or "://" in value:
+        raise ValueError("a path on this machine")
+    return value
+
+
+def _place(value: Any) -> Any:
+    if not isinstance(value, str) or "://" not in value:
+        return _local_path(value)
+    scheme, _, rest = value.partition("://")
+    if scheme not in URL_SCHEMES or not rest or "::" in rest or "?" in rest:
+        raise ValueError(
+            f"a folder, or a URL of {', '.join(f'{s}://' for s in URL_SCHEMES)} without parameters"
+        )
+    if "@" in rest.partition("/")[0]:
+        raise ValueError("a URL without credentials; they come from the environment (AWS_ACCESS_KEY_ID, …)")
+    return value.rstrip("/")
+
+
+def _checkpoint_place(value: Any) -> Any:
+    text = value if isinstance(value, str) else ""
+    scheme, is_url, path = text.partition("://")
+    sound = path and not set(path) & set("?#@*[] ") and path.startswith("/") == (scheme == "file")
+    if not text or (is_url and not (sound and scheme in ("file", *CHECKPOINT_SCHEMES))):
+        raise ValueError("a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    return text.rstrip("/")
+
+
+def _one_or_several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _last_or_number(value: Any) -> Any:
+    if value == "last" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("last, or a layer's number counted from 1")
+
+
+def _auto_is_none(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def _workers(value: Any) -> Any:
+    least, most = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    numbers = [n for n in (least, most) if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
+    if len(numbers) < 2 or least > most:
+        raise ValueError("a number of at least 1, or [LEAST, MOST] for a run that grows and shrinks")
+    return least, most
+
+
+# A validator stands last, so that the bounds before it reach the JSON Schema.
+_NO_BOOL = BeforeValidator(_not_bool)
+Count = Annotated[int, Field(ge=1), _NO_BOOL]
+NonNegativeInt = Annotated[int, Field(ge=0), _NO_BOOL]
+SequenceLength = Annotated[int, Field(ge=8, le=65_536), _NO_BOOL]
+Seed = Annotated[int, Field(ge=0, lt=2**63), _NO_BOOL]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NO_BOOL]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NO_BOOL]
+Fraction = Annotated[float, Field(ge=0, lt=1), _NO_BOOL]
+HeldOutShare = Annotated[float, Field(gt=0, le=0.5), _NO_BOOL]
+CountOrAuto = Annotated[
+    Count | None,
+    BeforeValidator(_auto_is_none),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+]
+Workers = Annotated[
+    tuple[int, int],
+    BeforeValidator(_workers),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
+            ],
+            "default": 1,
+        }
+    ),
+]
+LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
+ReferenceText = Annotated[str, BeforeValidator(_reference)]
+CheckpointPlace = Annotated[str, BeforeValidator(_checkpoint_place)]
+LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
+LocalPath = Annotated[str, BeforeValidator(_local_path)]
+Place = Annotated[str, BeforeValidator(_place)]
+TextPaths = Annotated[
+    tuple[LocalPath, ...],
+    BeforeValidator(_one_or_several),
+    Field(min_length=1),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    ),
+]

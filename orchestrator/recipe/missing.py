@@ -1,0 +1,79 @@
+"""What a recipe names that this machine lacks."""
+
+import glob
+from pathlib import Path
+
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.references import FolderRef, package_path, parse_reference
+from minilm.orchestrator.recipe.schema import (
+    Corpus,
+    Data,
+    Recipe,
+)
+
+
+def missing_inputs(recipe: Recipe) -> list[str]:
+    """One line for each file or folder that the recipe names and this machine lacks.
+
+    Hub ids and registered models are not looked up: that needs the network.
+    """
+    notes: list[str] = []
+    data = recipe.data
+    for corpus in data.corpora or ():
+        notes += _missing_corpus(corpus, data)
+    for pattern in data.text or ():
+        if absent := _absent_package(pattern):
+            notes.append(f"data.text: {absent}, or give yours: --set data.text=FILES")
+        elif not Path(pattern).exists() and not glob.glob(pattern, recursive=True):  # noqa: PTH207 (absolute)
+            what = "no such file, or none that matches"
+            notes.append(f"data.text: given {pattern!r}, but there is {what}; --set data.text=FILES")
+    references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
+    references += [
+        (f"{_place(corpus, data)}source_tokenizer", corpus.source_tokenizer)
+        for corpus in data.corpora or ()
+        if corpus.source_tokenizer
+    ]
+    references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
+    for key, text in references:
+        if absent := _absent_package(text):
+            notes.append(f"{key}: {absent}, or give another{_override(key)}")
+            continue
+        reference = parse_reference(text, recipe.student_names)
+        if isinstance(reference, FolderRef) and not reference.path.is_dir():
+            notes.append(f"{key}: given {text!r}, but there is no such folder; give yours{_override(key)}")
+    return notes
+
+
+def _place(corpus: Corpus, data: Data) -> str:
+    """What stands before a corpus's key: of several, whose path depends on how the file writes them, the name."""
+    return "data." if len(data.corpora or ()) == 1 else f"corpus {corpus.name}: "
+
+
+def _override(key: str) -> str:
+    return "" if " " in key else f": --set {key}=FOLDER"
+
+
+def _missing_corpus(corpus: Corpus, data: Data) -> list[str]:
+    where, shards = _place(corpus, data), corpus.shards
+    if shards is not None and "://" not in shards and not (Path(shards) / "manifest.json").is_file():
+        return [
+            f"{where}shards: given {shards!r}, but there is no data set (no manifest.json): "
+            f"make one with `minilm data build`, or give another{_override(where + 'shards')}"
+        ]
+    files = [f"{corpus.tokens}.bin", f"{corpus.tokens}.idx"] if corpus.tokens else []
+    files += [file for file in (corpus.fairseq_dict, corpus.encoder) if file]
+    return [
+        f"{where}tokens: given {corpus.tokens!r}, but there is no file {file!r}; give the prefix of a pair"
+        for file in files
+        if not Path(file).is_file()
+    ]
+
+
+def _absent_package(text: str) -> str | None:
+    """What is wrong with `text` if it names a package that is not installed."""
+    try:
+        if text.startswith("package:"):
+            package_path(text)
+    except UserError as error:
+        return str(error)
+    return None

@@ -1,0 +1,446 @@
+"""The types of a recipe: every key that may stand in the YAML, its default and its bounds.
+
+This file is the reference for recipe authors: recipes/schema.json is made from it, descriptions
+included. It leaves out how a file is read (recipe_source.py) and rules that span keys
+(recipe_checks.py).
+
+Invariant: unknown keys are refused, and everything is frozen once read.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from minilm.orchestrator.recipe.fields import (
+    CheckpointPlace,
+    Count,
+    CountOrAuto,
+    Fraction,
+    HeldOutShare,
+    LayerNumber,
+    LocalFolder,
+    LocalPath,
+    NonNegative,
+    NonNegativeInt,
+    Place,
+    Positive,
+    ReferenceText,
+    Seed,
+    SequenceLength,
+    Slug,
+    TextPaths,
+    Workers,
+)
+from minilm.orchestrator.recipe.references import Reference, parse_reference
+
+ObjectiveName = Literal[
+    "minilm",
+    "minilmv2",
+    "attention-only",
+    "value-mse",
+    "layer-to-layer",
+    "soft-label-mlm",
+    "hidden-relation",
+]
+RelationPart = Literal["q", "k", "v", "hidden"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    _as_written: dict[str, str] = PrivateAttr(default_factory=dict)  # absolute path → as the file has it
+
+
+class Corpus(_Section):
+    """One of the data sets that are read, `shards` or `tokens`, with its weight in the mixture."""
+
+    name: Slug = Field(default="corpus")
+    """Under which its own held-out divergence is logged; default: corpus-1, corpus-2, …"""
+    shards: Place | None = None
+    """A built data set (`minilm data build`): a folder, or a URL of s3://, gs://, https://, http:// or file://."""
+    tokens: LocalPath | None = None
+    """Prefix of a .bin/.idx pair of Megatron or fairseq, read in place: no checksums, rows at its end held out."""
+    source_tokenizer: ReferenceText | None = None
+    """The tokenizer that made the ids of `tokens`; they are mapped by the tokens' names."""
+    fairseq_dict: LocalPath | None = None
+    """Or fairseq's dict.txt, for pairs of fairseq …"""
+    encoder: LocalPath | None = None
+    """… and encoder.json, where that dictionary's symbols are numbers."""
+    weight: Positive = 1.0
+    """Share of the rows of a step, relative to the other corpora's weights."""
+
+    @model_validator(mode="after")
+    def _shards_or_tokens(self) -> "Corpus":
+        if (self.shards is None) == (self.tokens is None):
+            raise ValueError("shards: FOLDER or URL, or tokens: PREFIX of a .bin/.idx pair")
+        of_tokens = [key for key in ("source_tokenizer", "fairseq_dict", "encoder") if getattr(self, key)]
+        if self.shards is not None and of_tokens:
+            raise ValueError(f"shards without {', '.join(of_tokens)}, because they hold the teacher's ids")
+        if self.tokens is not None and ("source_tokenizer" in of_tokens) == ("fairseq_dict" in of_tokens):
+            raise ValueError("tokens with either source_tokenizer: REFERENCE or fairseq_dict: FILE")
+        return self
+
+    def result_fields(self) -> dict[str, Any]:
+        """Everything here that determines the result, as JSON values; paths as the file has them."""
+        fields = self.model_dump(mode="json", exclude={"name"})
+        for key in CORPUS_PLACES:
+            fields[key] = self._as_written.get(fields[key], fields[key])
+        return fields
+
+
+NOT_RESULT = {"cache", "cache_gigabytes", "on_corrupt", "max_quarantined_share"}
+CORPUS_PLACES = ("shards", "tokens", "source_tokenizer", "fairseq_dict", "encoder")
+
+
+class Data(_Section):
+    """What the student reads: built data sets, one (`shards` or `tokens`) or a mixture (`corpora`, or a list in
+    place of this section), or `text` that the run builds one from."""
+
+    corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)] | None = None
+    """Data sets that are mixed by weight, each with an order, epochs and held-out rows of its own."""
+    text: TextPaths | None = None
+    """Files, folders or globs: txt, json, jsonl, csv, parquet, plain or gz/xz/zst; `package:NAME/file`
+    for a file of an installed package."""
+    tokenizer: ReferenceText | None = None
+    """Tokenizer with the teacher's vocabulary, for text and tokens: a folder, a hub id, `package:NAME/folder` or a
+    registered model."""
+    seq_len: SequenceLength = 512
+    """Tokens a row."""
+    packing: Literal["full", "document"] = "full"
+    """full: rows filled to the end, no padding; document: a row never crosses documents."""
+    held_out: HeldOutShare = 0.01
+    """Share of the documents (of tokens: of the rows) kept out of training and used to measure the divergence."""
+    text_field: str | None = None
+    """Field or column that holds the text in json, jsonl, csv and parquet; default: found by itself."""
+    window: Count | None = None
+    """Shuffle by windows of so many shards, the next of which is fetched ahead; default: fully."""
+    cache: LocalFolder | None = None
+    """Folder on each node for shards behind URLs; default: ~/.cache/minilm."""
+    cache_gigabytes: Positive = 64.0
+    """Shards that were not used for longest go when the cache is larger; those in use stay."""
+    on_corrupt: Literal["stop", "quarantine"] = "stop"
+    """When a block of rows is damaged. stop: the run ends and says how to repair it; quarantine: all workers leave
+    its rows out of the loss, and count them."""
+    max_quarantined_share: Fraction = 0.001
+    """Of a data set's rows; more damage ends the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_data_set_is_short_for_corpora(cls, given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            return {"corpora": given}
+        if not isinstance(given, dict):
+            return given
+        only = {key: given[key] for key in CORPUS_PLACES if given.get(key) is not None}
+        if not only:
+            return given
+        if given.get("corpora") is not None:
+            raise ValueError(f"corpora: (a list), or {next(iter(only))}: (one), not both")
+        return {k: v for k, v in given.items() if k not in CORPUS_PLACES} | {"corpora": [only]}
+
+    @model_validator(mode="after")
+    def _corpora_or_text(self) -> "Data":
+        given = {key for key in self.model_fields_set if getattr(self, key) is not None}
+        if ("corpora" in given) == ("text" in given):
+            raise ValueError(
+                "either shards: FOLDER, tokens: PREFIX or a list of such, or text: FILES with tokenizer: REFERENCE"
+            )
+        if "text" in given and "tokenizer" not in given:
+            raise ValueError("text: FILES with tokenizer: REFERENCE, the teacher's own")
+        if "corpora" in given:
+            self._check_corpora(given & {"tokenizer", "seq_len", "packing", "held_out", "text_field"})
+        return self
+
+    def _check_corpora(self, built_with: set[str]) -> None:
+        assert self.corpora is not None
+        of_tokens = {"tokenizer", "seq_len", "held_out"}
+        if any(corpus.tokens for corpus in self.corpora):
+            if "tokenizer" not in built_with:
+                raise ValueError("tokens: PREFIX with tokenizer: REFERENCE, the teacher's own")
+            built_with -= of_tokens
+        if built_with:
+            others = ", ".join(sorted(built_with))
+            raise ValueError(f"shards alone, because the data set was built with its own; remove {others}")
+
+    @field_validator("corpora")
+    @classmethod
+    def _name_corpora(cls, given: tuple[Corpus, ...] | None) -> tuple[Corpus, ...] | None:
+        named = [
+            corpus if "name" in corpus.model_fields_set else corpus.model_copy(update={"name": f"corpus-{i}"})
+            for i, corpus in enumerate(given or (), start=1)
+        ]
+        names = [corpus.name for corpus in named]
+        if double := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"a name for each corpus; {double[0]!r} is there twice")
+        return tuple(named) or None
+
+    @property
+    def tokenizer_ref(self) -> Reference:
+        """Of a recipe with text or tokens. Raises UserError when a package that it names is not installed."""
+        assert self.tokenizer is not None, "a recipe with shards names no tokenizer"
+        return parse_reference(self.tokenizer)
+
+    def result_fields(self) -> dict[str, Any]:
+        """Everything here that determines the result, as JSON values; paths as the file has them."""
+        fields = self.model_dump(mode="json", exclude=NOT_RESULT | {"corpora"})
+        fields["tokenizer"] = self._as_written.get(fields["tokenizer"], fields["tokenizer"])
+        fields["text"] = fields["text"] and [self._as_written.get(path, path) for path in fields["text"]]
+        fields["corpora"] = self.corpora and [corpus.result_fields() for corpus in self.corpora]
+        return fields
+
+
+class Student(_Section):
+    """The shape of one student and how it starts."""
+
+    name: Slug
+    """Unique in the recipe: a later stage's `teacher` may be this name. With `student:` the default is
+    the stage's name."""
+    layers: Count
+    """Transformer layers."""
+    hidden: Count
+    """Hidden size."""
+    ffn: Count = Field(default_factory=lambda known: 4 * known["hidden"])
+    """Inner size of the feed-forward part; default: 4 × hidden."""
+    heads: Count | None = None
+    """Attention heads; default: the teacher's."""
+    dropout: Fraction = 0.1
+    """Dropout of the student while it trains."""
+    init: Literal["random", "teacher-layers"] = "random"
+    """How the weights start: random, or teacher-layers: a uniform pick of the teacher's layers, sliced where
+    the student is narrower."""
+
+
+class RelationTerm(_Section):
+    """One term of the loss: softmax(x yᵀ / √d) of teacher and student compared by KL."""
+
+    name: Slug
+    """Under which it is logged."""
+    x: RelationPart
+    """q, k, v, or hidden: the tapped layer's output."""
+    y: RelationPart
+    """Likewise."""
+    weight: Positive = 1.0
+    """Of this term in the loss."""
+
+
+class Stage(_Section):
+    """One teacher and the student, or students, that learn from it."""
+
+    name: Slug
+    """Unique in the recipe."""
+    teacher: ReferenceText
+    """An earlier student's name, a folder, a hub id, `package:NAME/folder`, `models:/NAME@ALIAS` or
+    `models:/NAME/VERSION`."""
+    teacher_layer: LayerNumber = "last"
+    """The teacher's layer that is imitated, counted from 1."""
+    students: Annotated[tuple[Student, ...], Field(min_length=1)]
+    """Students that share the teacher's forward pass; `student:` is the short form for one."""
+    objective: ObjectiveName = "minilm"
+    """minilm: Q-K and V-V relations; minilmv2: Q-Q, K-K and V-V relations; the papers' ablation arms:
+    attention-only, value-mse, layer-to-layer, hidden-relation; soft-label-mlm: the teacher's predictions for masked
+    tokens, of a teacher that has a masked-language-model head."""
+    relations: Annotated[tuple[RelationTerm, ...], Field(min_length=1)] | None = None
+    """A list of terms instead of the objective's own."""
+    relation_heads: Count | None = None
+    """Split both sides into so many heads before they are compared; default: into their own, which must
+    then be equally many."""
+    reduction: Literal["sequence", "token"] = "sequence"
+    """sequence: the mean over sequences of each one's mean (the paper's); token: the mean over all tokens."""
+    batch: Count
+    """Rows a step, over all workers."""
+    micro_batch: Count = Field(default=None)  # type: ignore[assignment]  # a Recipe's stages have it filled in
+    """Rows computed at once; default: compute.micro_batch."""
+    steps: Count
+    """Optimiser updates."""
+    peak_lr: Positive
+    """Learning rate at the end of the warm-up."""
+    warmup_steps: NonNegativeInt
+    """Steps in which the learning rate rises from 0 to its peak."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up; constant: it stays at its peak."""
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of Adam's two averages."""
+    adam_eps: Positive = 1e-6
+    """Adam's epsilon."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay (none on biases and norms)."""
+    max_gradient_norm: Positive | None = None
+    """Gradients of a greater norm are scaled down to it; default: never."""
+    eval_every: Count | None = None
+    """Steps between measurements on held-out rows; default: before and after only."""
+    held_out_rows: Count = 256
+    """Held-out rows that a measurement reads at most."""
+
+    _earlier_students: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _student_is_short_for_students(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "student" not in given:
+            return given
+        if "students" in given:
+            raise ValueError("student: (one) or students: (a list), not both")
+        student, rest = given["student"], {key: value for key, value in given.items() if key != "student"}
+        if isinstance(student, dict) and "name" in given:
+            student = {"name": given["name"], **student}
+        return rest | {"students": [student]}
+
+    @property
+    def teacher_ref(self) -> Reference:
+        """A StudentRef where the teacher is a student of an earlier stage.
+
+        Raises UserError when a package that the reference names is not installed.
+        """
+        return parse_reference(self.teacher, self._earlier_students)
+
+    def objective_fields(self) -> dict[str, Any]:
+        """The objective as plain values, for `Objective.named`."""
+        fields: dict[str, Any] = {
+            "name": self.objective,
+            "reduction": self.reduction,
+            "relation_heads": self.relation_heads,
+        }
+        if self.relations is not None:
+            fields["relations"] = [relation.model_dump() for relation in self.relations]
+        return fields
+
+    def result_fields(self) -> dict[str, Any]:
+        """Everything here that determines the result, as JSON values; paths as the file has them."""
+        fields = self.model_dump(mode="json", exclude={"eval_every"})
+        fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
+        return fields
+
+
+class Compute(_Section):
+    """Where and how it is computed. Only `micro_batch` and `precision` change the result by more than rounding."""
+
+    workers: Workers = (1, 1)
+    """Processes that share a step's micro-batches, one device each: a number, or [LEAST, MOST] for a run that
+    takes the places which the cluster has to give, and gives them back."""
+    micro_batch: Count = 32
+    """Rows computed at once, the unit of determinism; divides every stage's batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and backward pass; auto: bfloat16 where the device computes in it. A stage keeps to what it
+    began with."""
+    threads: CountOrAuto = None
+    """CPU threads a worker; auto (the default): its share of the machine's."""
+    checkpoint_every_steps: Count | None = None
+    """Steps between checkpoints, beside the time between them; default: by time alone."""
+    checkpoint_every_seconds: Positive = 60.0
+    """Seconds between checkpoints."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept for each stage."""
+    checkpoints: CheckpointPlace | None = None
+    """Folder or URL (s3://BUCKET/PREFIX, gs://BUCKET/PREFIX) for checkpoints, under the recipe's and the stage's name;
+    credentials come from the environment. Default: the work directory."""
+    keep_every_steps: Count | None = None
+    """A checkpoint of every so many steps is made, and kept for good; default: none."""
+    reduction: Literal["exact", "fast"] = "exact"
+    """How gradients are added. exact: as 64-bit integers, so that any number of workers gives the same
+    bits; fast: in float32, with less memory."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite. stop: the run ends and names the rows; skip: that update is
+    left out. No weight moves by it either way."""
+    max_skipped_steps: NonNegativeInt = 10
+    """Updates of a student that on_nonfinite: skip may leave out; one more ends the run."""
+    stall_seconds: Positive = 600.0
+    """A worker that makes no step for so long ends itself, with its stacks in its log, to be replaced;
+    start-up, measuring and saving may take ten times as long."""
+    wait_seconds: NonNegative = 600.0
+    """How long a run waits for places for its fewest workers that a cluster hasn't got or others hold, at the
+    start and after it has lost them. 0: not at all."""
+
+
+class Tracking(_Section):
+    """How the run shows in MLflow."""
+
+    experiment: Annotated[str, Field(min_length=1)]
+    """MLflow experiment; default: the recipe's name."""
+    log_every: Count = 10
+    """Steps between points."""
+    per_head: bool = False
+    """Log each relation's divergence by head too, as STUDENT/TERM/head-01 and so on; at the steps of points, that is
+    one forward pass of the loss more."""
+    alias: Slug = "newest"
+    """Alias that the registered students get."""
+
+
+class Recipe(_Section):
+    """What to distil: data, then stages in order, each with one teacher and its students."""
+
+    name: Slug
+    """Registered models are called NAME-STUDENT."""
+    seed: Seed = 0
+    """Fixes the rows of every step, the first weights and dropout."""
+    data: Data
+    compute: Compute = Field(default_factory=Compute)
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    """In order; a stage's student may teacher_forward a later stage."""
+    tracking: Tracking
+
+    @model_validator(mode="before")
+    @classmethod
+    def _experiment_defaults_to_name(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+            return given
+        tracking = given.get("tracking")
+        if not isinstance(tracking, dict | None):
+            return given
+        return given | {"tracking": {"experiment": given["name"], **(tracking or {})}}
+
+    @field_validator("stages")
+    @classmethod
+    def _tell_stages_of_the_recipe(cls, given: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
+        """Each stage gets its micro-batch (`compute` is read before) and the students it may name."""
+        compute: Compute | None = info.data.get("compute")
+        stages: list[Stage] = []
+        names: tuple[str, ...] = ()
+        for stage in given:
+            if stage.micro_batch is None and compute is not None:
+                stage = stage.model_copy(update={"micro_batch": compute.micro_batch})
+            stage._earlier_students = names
+            stages.append(stage)
+            names += tuple(student.name for student in stage.students)
+        return tuple(stages)
+
+    @property
+    def student_names(self) -> tuple[str, ...]:
+        """All students in the order of their stages."""
+        return tuple(student.name for stage in self.stages for student in stage.students)
+
+    def result_fields(self) -> dict[str, Any]:
+        """Everything in the recipe that determines the result, as JSON values in canonical form.
+
+        Two spellings of the same recipe (defaults written out, `student:` for `students:`) give the same
+        value. Left out: workers, device, threads, checkpointing, tracking, how often is measured. Local
+        paths stand as the file has them, so that moving recipe and data together changes nothing.
+        """
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "data": self.data.result_fields(),
+            "compute": {"precision": self.compute.precision},
+            "stages": [stage.result_fields() for stage in self.stages],
+        }
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "": Recipe,
+    "data": Data,
+    "corpora": Corpus,
+    "stages": Stage,
+    "students": Student,
+    "relations": RelationTerm,
+    "compute": Compute,
+    "tracking": Tracking,
+}

@@ -1,0 +1,202 @@
+"""A recipe's YAML as plain Python values, each with the place it came from.
+
+Reads the YAML 1.2 core types rather than PyYAML's 1.1 ones, because the differences bite recipe
+authors: `5e-4` is a number (1.1 reads a string), `on`, `yes` and `no` are words (1.1 reads booleans),
+`1:30` is a word (1.1 reads 90). Python tags never construct anything; a duplicate key is refused, not
+silently won by the last one; aliases work but can't explode. Leaves out what the values mean.
+
+Invariant: every path in `values` has a place, so that any later error can name file and line.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minilm.orchestrator.errors import RecipeErrors
+
+KeyPath = tuple[str | int, ...]
+
+MAX_FILE_BYTES = 1 << 20
+MAX_VALUES = 20_000  # after aliases are followed: a "billion laughs" file stops here
+OVERRIDE = "--set"  # the place of a value that came from the command line
+
+_PREFIX = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?[0-9][0-9_]*$")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")
+_CONSTANTS: dict[str, bool | None] = {
+    **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+
+
+class _Malformed(Exception):
+    """A problem in the YAML itself, at a line of the file (0-based) and a path."""
+
+    def __init__(self, line: int, path: KeyPath, text: str) -> None:
+        super().__init__(text)
+        self.line, self.path, self.text = line, path, text
+
+
+@dataclass(frozen=True)
+class Source:
+    """The values of one recipe file after its overrides.
+
+    `values`: dicts, lists, str, int, float, bool, None. `places`: key path → "FILE:LINE" or "--set".
+    """
+
+    file: str
+    values: Any
+    places: dict[KeyPath, str] = field(repr=False)
+
+    def place(self, path: KeyPath) -> str:
+        """Where the value at `path` was written, or the nearest value around it."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, self.file)
+
+    def came_from_override(self, path: KeyPath) -> bool:
+        return self.place(path) == OVERRIDE
+
+    def problem(self, path: KeyPath, text: str) -> str:
+        """One line: place, path as `--set` would take it, text."""
+        dotted = ".".join(str(key) for key in path)
+        return f"{self.place(path)}: {dotted}: {text}" if dotted else f"{self.place(path)}: {text}"
+
+
+def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
+    """Reads `file` and applies `overrides` (each `path=value`) in order. Raises RecipeErrors."""
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise RecipeErrors([f"{file}: can't read the recipe: {error.strerror}"]) from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise RecipeErrors([f"{file}: given {len(raw)} bytes; allowed: a recipe of at most {MAX_FILE_BYTES}"])
+    try:
+        values, lines = _parse(raw)
+    except _Malformed as error:
+        dotted = ".".join(map(str, error.path))
+        where = f"{file}:{error.line + 1}"
+        raise RecipeErrors(
+            [f"{where}: {dotted}: {error.text}" if dotted else f"{where}: {error.text}"]
+        ) from None
+    source = Source(str(file), values, {path: f"{file}:{line + 1}" for path, line in lines.items()})
+    problems = [text for override in overrides if (text := _apply(source, override)) is not None]
+    if problems:
+        raise RecipeErrors(problems)
+    return source
+
+
+def _parse(raw: bytes | str) -> tuple[Any, dict[KeyPath, int]]:
+    try:
+        root = yaml.compose(raw, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = f"not valid YAML: {error.problem or error.context}"
+        raise _Malformed(mark.line if mark else 0, (), " ".join(what.split())) from None
+    except yaml.YAMLError as error:  # bytes that are no text: the reader's own error has no mark
+        raise _Malformed(0, (), "not valid YAML: " + " ".join(str(error).split())) from None
+    except RecursionError:
+        raise _Malformed(0, (), "nested too deeply to be a recipe") from None
+    lines: dict[KeyPath, int] = {}
+    return (None if root is None else _construct(root, (), lines)), lines
+
+
+def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Any:
+    """The value of `node`; notes the line of every path in `lines` (a key's line, where there is a key)."""
+    line = node.start_mark.line
+    lines.setdefault(path, line)
+    if len(lines) > MAX_VALUES or len(path) > 20:
+        raise _Malformed(line, (), f"more than {MAX_VALUES} values or 20 levels (aliases count each time)")
+    if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
+        return [_construct(item, (*path, i), lines) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            key_line = key_node.start_mark.line
+            if not isinstance(key, str) or key == "":
+                raise _Malformed(key_line, path, "given a key that is not a word; allowed: KEY: VALUE")
+            if key in mapping:
+                first = lines[*path, key] + 1
+                raise _Malformed(key_line, (*path, key), f"given twice (first on line {first}); keep one")
+            lines[*path, key] = key_line
+            mapping[key] = _construct(value_node, (*path, key), lines)
+        return mapping
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node, path)
+    raise _Malformed(line, path, f"given the YAML tag {node.tag!r}; allowed: plain values")
+
+
+def _scalar(node: yaml.ScalarNode, path: KeyPath) -> str | int | float | bool | None:
+    text: str = node.value
+    if node.style in ("'", '"', "|", ">") and node.tag == _PREFIX + "str":
+        return text
+    if node.tag not in {
+        _PREFIX + kind for kind in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")
+    }:
+        raise _Malformed(
+            node.start_mark.line, path, f"given the YAML tag {node.tag!r}; allowed: plain values"
+        )
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INT.match(text):
+        return int(text.replace("_", "")) if len(text) < 40 else text
+    if _FLOAT.match(text):
+        return float(text.replace("_", ""))
+    return text
+
+
+def _apply(source: Source, override: str) -> str | None:
+    """Puts one `path=value` into `source` in place. Returns the problem with it, or None."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in dotted.split(".")):
+        return f"{OVERRIDE} {override}: given no path and value; allowed: PATH=VALUE, as stages.0.steps=100"
+    try:
+        value, lines = _parse(text)
+    except _Malformed as error:
+        return f"{OVERRIDE} {override}: {error.text}; put quotes around a value with : or # in it"
+    parent: Any = source.values
+    path: KeyPath = ()
+    *inner, last = (part.strip() for part in dotted.split("."))
+    for part in inner:
+        key = _child(parent, part)
+        if key is None:
+            return f"{OVERRIDE} {override}: {_no_such(parent, part, path)}"
+        if isinstance(parent, dict):
+            parent.setdefault(key, {})
+        parent, path = parent[key], (*path, key)
+    key = _child(parent, last)
+    if key is None:
+        return f"{OVERRIDE} {override}: {_no_such(parent, last, path)}"
+    parent[key] = value
+    target = (*path, key)
+    for old in [place for place in source.places if place[: len(target)] == target]:
+        del source.places[old]
+    source.places.update({(*target, *below): OVERRIDE for below in lines} | {target: OVERRIDE})
+    return None
+
+
+def _child(parent: Any, part: str) -> Any:
+    """The key of `part` in a mapping, or the index in a list (by number, or by the item's name)."""
+    if isinstance(parent, dict):
+        return part
+    if isinstance(parent, list):
+        if part.isdecimal():
+            return int(part) if int(part) < len(parent) else None
+        named = [i for i, item in enumerate(parent) if isinstance(item, dict) and item.get("name") == part]
+        return named[0] if len(named) == 1 else None
+    return None
+
+
+def _no_such(parent: Any, part: str, path: KeyPath) -> str:
+    above = ".".join(map(str, path)) or "the recipe"
+    if not isinstance(parent, list):
+        return f"{above} holds a single value, so it has no {part!r}"
+    names = [str(item["name"]) for item in parent if isinstance(item, dict) and "name" in item]
+    numbers = f"0 to {len(parent) - 1}" if parent else "nothing, the list is empty"
+    return f"given {part!r}; allowed in {above}: {', '.join([numbers, *names])}"

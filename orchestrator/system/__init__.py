@@ -1,0 +1,4 @@
+"""What the machine gives: atomic files, processes, signals, the lease, timers, text. Knows nothing of training.
+
+May import: errors.
+"""

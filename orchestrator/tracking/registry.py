@@ -1,0 +1,213 @@
+"""The model registry: a student's folder goes in, gets a version and an alias, and comes down again
+unchanged.
+
+A model is a plain transformers folder (config, safetensors, tokenizer, model card), stored in MLflow 3 as a
+LoggedModel without any flavour, so that nothing but files is ever read from it. Folders with anything that
+could hold a pickle are refused both ways. Every version carries the digest of its folder as a tag, and
+`pull` checks it. An alias moves: `resolve` it once, keep `RegisteredModel.uri`, which names the version.
+
+Every function takes `store`, a tracking URI (`mlflow_server.tracking_uri`), and can be called again after any
+death or with any server that was away for a while: registering is idempotent for the same run and the same
+folder.
+"""
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.tracking.client import connect, is_missing, patiently
+from minilm.orchestrator.tracking.model_files import folder_digest, model_files
+
+# isort: split
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+logger = logging.getLogger(__name__)
+
+
+DIGEST_TAG = "minilm.digest"
+
+
+_RUN_TAG = "minilm.run_id"
+
+
+_ALIASED_TAG = "minilm.aliased"
+
+
+_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """One version in the registry.
+
+    alias: the one it was asked for or registered with, None if it was asked for by number. uri: names the
+    version, so it never moves. digest: of the folder, None for a model that this project did not register.
+    """
+
+    name: str
+    version: int
+    alias: str | None
+    uri: str
+    digest: str | None
+
+
+def register(
+    store: str,
+    name: str,
+    folder: Path,
+    *,
+    run_id: str,
+    alias: str,
+    tags: Mapping[str, str] | None = None,
+    patience_seconds: float = 60.0,
+) -> RegisteredModel:
+    """Stores a transformers folder as a new version of `name` and points the alias to it.
+
+    The same folder from the same run (run_id: the stage's) gets the version it has already; then the alias
+    is left where somebody may have moved it since. Identical folders of two runs are two versions: each run
+    has its own. UserError: a file that does not belong in such a folder, a bad name or alias. InfrastructureError:
+    the store was away for `patience_seconds`; here as in every function below.
+    """
+    files = model_files(folder)
+    if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
+        raise UserError(
+            f"{folder} is no model: it has no config.json or no safetensors weights; export one there"
+        )
+    digest = folder_digest(folder)
+
+    def attempt(client: MlflowClient) -> RegisteredModel:
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = _find_version(client, name, digest, run_id)
+        if version is None:
+            model = _logged_model(client, name, folder, digest, run_id, tags or {})
+            all_tags = {**(tags or {}), DIGEST_TAG: digest}
+            version = client.create_model_version(
+                name,
+                model.artifact_location,
+                run_id,
+                tags=all_tags,
+                model_id=model.model_id,
+                await_creation_for=0,  # MLflow's own stores have it ready at once
+            )
+            link = json.dumps([{"name": name, "version": int(version.version)}])
+            client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})  # as MLflow does
+        if version.tags.get(_ALIASED_TAG) != alias:
+            client.set_registered_model_alias(name, alias, str(version.version))
+            client.set_model_version_tag(name, str(version.version), _ALIASED_TAG, alias)
+        return _registered(version, alias)
+
+    return _patiently(store, attempt, patience_seconds)
+
+
+def resolve(store: str, uri: str, *, patience_seconds: float = 10.0) -> RegisteredModel:
+    """What models:/NAME@ALIAS or models:/NAME/VERSION is now; UserError names what there is instead."""
+    return _patiently(store, lambda client: _resolve(client, uri), patience_seconds)
+
+
+def promote(
+    store: str, name: str, version: int, alias: str, *, patience_seconds: float = 10.0
+) -> RegisteredModel:
+    """Points an alias to a version that exists; UserError names what there is instead."""
+
+    def attempt(client: MlflowClient) -> RegisteredModel:
+        found = _resolve(client, f"models:/{name}/{version}")
+        client.set_registered_model_alias(name, alias, str(version))
+        return RegisteredModel(name, version, alias, found.uri, found.digest)
+
+    return _patiently(store, attempt, patience_seconds)
+
+
+def _find_version(client: MlflowClient, name: str, digest: str, run_id: str) -> ModelVersion | None:
+    found = client.search_model_versions(
+        f"name = '{name}' and run_id = '{run_id}' and tags.`{DIGEST_TAG}` = '{digest}'"
+    )
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def _logged_model(
+    client: MlflowClient, name: str, folder: Path, digest: str, run_id: str, tags: Mapping[str, str]
+) -> LoggedModel:
+    """The LoggedModel with these files, one that a dead driver completed or a new one."""
+    experiment_id = client.get_run(run_id).info.experiment_id
+    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{_RUN_TAG}` = '{run_id}'"
+    for model in client.search_logged_models([experiment_id], query):
+        if model.status == LoggedModelStatus.READY:
+            return model
+        client.delete_logged_model(model.model_id)  # its upload was cut short
+    model = client.create_logged_model(
+        experiment_id,
+        re.sub(r"[^\w-]", "-", name),
+        run_id,
+        tags={**tags, DIGEST_TAG: digest, _RUN_TAG: run_id},
+        model_type="transformers-folder",
+    )
+    client.log_model_artifacts(model.model_id, str(folder))
+    model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])  # shown on the run's page
+    return model
+
+
+def _resolve(client: MlflowClient, uri: str) -> RegisteredModel:
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise UserError(
+            f"{uri!r} names no registered model: write models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    name, alias, number = match["name"], match["alias"], match["version"]
+    try:
+        aliases = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = [model.name for model in client.search_registered_models(max_results=100)]
+        raise UserError(f"no model {name!r} is registered; {_instead(name, names, 'registered')}") from error
+    if alias is not None:
+        if alias not in aliases:
+            raise UserError(f"model {name!r} has no alias {alias!r}; {_instead(alias, aliases, 'aliases')}")
+        number = aliases[alias]
+    try:
+        return _registered(client.get_model_version(name, str(number)), alias)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        found = client.search_model_versions(f"name = '{name}'")
+        versions = sorted(int(version.version) for version in found)
+        there = f"its versions: {', '.join(map(str, versions)) or 'none'}"
+        raise UserError(f"model {name!r} has no version {number}; {there}") from error
+
+
+def _instead(given: str, there: Iterable[str], what: str) -> str:
+    names = sorted(there)
+    close = difflib.get_close_matches(given, names, n=1)
+    listed = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+    return f"did you mean {close[0]!r}? ({what}: {listed})" if close else f"{what}: {listed or 'none'}"
+
+
+def _registered(version: ModelVersion, alias: str | None) -> RegisteredModel:
+    uri = f"models:/{version.name}/{version.version}"
+    return RegisteredModel(version.name, int(version.version), alias, uri, version.tags.get(DIGEST_TAG))
+
+
+def _patiently(store: str, attempt: Callable[[MlflowClient], Result], patience_seconds: float) -> Result:
+    if is_missing(store):
+        database = store.removeprefix("sqlite:///")
+        raise UserError(
+            f"there is no {database}: name the work directory of a run, or set MLFLOW_TRACKING_URI"
+        )
+    return patiently(store, lambda: attempt(connect(store)), patience_seconds)

@@ -1,0 +1,89 @@
+"""From a stage's plain values to the modules that are trained: the frozen teacher, its students, their optimisers.
+
+The order of initialisation is here: random weights from the run's seed, then, where the recipe asks for it, the
+teacher's layers copied over them. A checkpoint, if there is one, replaces both (`worker.StageRun.resume`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from minilm.model.distiller import Distiller
+from minilm.model.encoder.build import build_student, load_encoder
+from minilm.model.encoder.initialize import from_teacher
+from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.loss.objective import Objective
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.train.step import StudentState, derive_seed, num_values
+
+
+def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
+    """The frozen teacher and the freshly initialised students of a stage, on the device.
+
+    Raises `ModelError` for a teacher without the head that the objective needs, or that does not fit otherwise.
+    """
+    objective = build_objective(spec)
+    teacher = load_encoder(spec.teacher, layer=spec.teacher_layer, head=objective.needs_head).to(device)
+    students = {}
+    for student in spec.students:
+        model = build_student(
+            teacher.model.config,
+            layers=student.layers,
+            hidden=student.hidden,
+            heads=student.heads,
+            ffn=student.ffn,
+            dropout=student.dropout,
+            seed=derive_seed(spec.seed, "init", student.name),
+            head=objective.needs_head,
+        )
+        if student.init == "teacher-layers":
+            from_teacher(model, teacher.model)
+        students[student.name] = TappedEncoder(model, student.layers).to(device)
+    distiller = Distiller(teacher, students, objective)
+    distiller.train()
+    return distiller
+
+
+def build_objective(spec: StageSpec) -> Objective:
+    """The job's objective; for soft labels with the mask token and special tokens of the data set's tokenizer."""
+    objective = Objective.named(**spec.objective)
+    if not objective.needs_head:
+        return objective
+    tokens = spec.data.vocabulary
+    if tokens.mask_id < 0:
+        raise UserError(
+            f"stage {spec.stage}: objective {spec.objective['name']} masks tokens, and the tokenizer of the data "
+            f"({spec.data.places}) has no mask token; choose an objective of relations, such as minilm"
+        )
+    special = (tokens.mask_id, tokens.cls_id, tokens.sep_id, tokens.pad_id, tokens.unk_id)
+    present = tuple(sorted({token for token in special if token >= 0}))
+    return replace(objective, mask_token_id=tokens.mask_id, special_ids=present)
+
+
+def make_states(spec: StageSpec, distiller: Distiller) -> list[StudentState]:
+    """Gradient sums and optimiser of every student, in the stage's order."""
+    return [
+        StudentState(
+            student.name,
+            distiller.trained_parameters(student.name),
+            betas=spec.adam_betas,
+            eps=spec.adam_eps,
+            weight_decay=spec.weight_decay,
+            reduction=spec.reduction,
+            num_micro_batches=spec.batch // spec.micro_batch,
+            num_terms=num_values(distiller),
+            on_nonfinite=spec.on_nonfinite,
+        )
+        for student in spec.students
+    ]
+
+
+def compute_deterministically() -> None:
+    """Before the first kernel on a GPU: let torch pick those that add in a fixed order; it warns where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

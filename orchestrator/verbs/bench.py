@@ -1,0 +1,229 @@
+"""The verbs of `minilm bench`: arguments in, a table or JSON lines out.
+
+What is measured, and how, is in `bench/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from minilm.orchestrator.verbs.arguments import add_json, add_overrides, positive_whole, print_report
+
+
+def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
+    """Add the verbs; each sets `run`, a function of the parsed options."""
+    verbs = bench.add_subparsers(title="verbs", required=True, metavar="VERB")
+    _add_stream(verbs.add_parser("stream", help="rows a second, against memcpy and other readers"))
+    loss = verbs.add_parser("loss", help="one relation's divergence: whole maps, tiles, fused kernels")
+    loss.add_argument("--heads-of", default="64,32", metavar="T,S", help="head sizes of teacher and student")
+    _add_common(loss)
+    loss.set_defaults(run=bench_loss)
+    step = verbs.add_parser("step", help="whole training steps, against the way they are written by hand")
+    step.add_argument("--teacher", default="12x768", metavar="LxH", help="layers x hidden size")
+    step.add_argument(
+        "--students", default="6x384", metavar="LxH,…", help="several share one teacher pass too"
+    )
+    step.add_argument(
+        "--micro-batches", type=positive_whole, default=1, help="of --batch rows, before an update"
+    )
+    step.add_argument("--ways", default="by-hand,ours", help="of by-hand, ours, ours-compiled")
+    step.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="with the kernels that reduction: exact asks for on a GPU; run it with and without",
+    )
+    _add_common(step)
+    step.set_defaults(run=bench_step)
+    reduction = verbs.add_parser("reduction", help="sums of gradients: exact against fast, time and error")
+    reduction.description = "Under torchrun (-m minilm bench reduction …) the sum over workers is in it."
+    reduction.add_argument("--parameters", type=positive_whole, default=33_000_000)
+    reduction.add_argument("--micro-batches", type=positive_whole, default=8, help="of a worker's step")
+    reduction.add_argument("--rounds", type=positive_whole, default=5)
+    _add_machine(reduction)
+    reduction.set_defaults(run=bench_reduction)
+    save = verbs.add_parser("save", help="how long a checkpoint holds the loop up, and what writing it takes")
+    save.add_argument("stage", type=Path, metavar="STAGE.json", help="of a stage that has been begun")
+    save.add_argument("--rounds", type=positive_whole, default=5)
+    _add_machine(save)
+    save.set_defaults(run=bench_save)
+    overhead = verbs.add_parser("overhead", help="what Ray and tracking add to the loop alone")
+    overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
+    add_overrides(overhead)
+    overhead.add_argument(
+        "--steps", type=positive_whole, default=10, help="of a turn, which should take some seconds"
+    )
+    overhead.add_argument(
+        "--starts", type=positive_whole, default=2, help="of each way: two processes of one way differ too"
+    )
+    overhead.add_argument("--rounds", type=positive_whole, default=10, help="in each every way has a turn")
+    overhead.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+    overhead.set_defaults(run=bench_overhead)
+
+
+def _add_stream(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--rows", type=positive_whole, default=200_000)
+    bench.add_argument("--seq-len", type=positive_whole, default=512)
+    bench.add_argument("--micro-batch", type=positive_whole, default=256)
+    bench.add_argument("--seconds", type=float, default=1.0, help="for each reader and repeat")
+    bench.add_argument("--repeats", type=positive_whole, default=3)
+    add_json(bench)
+    bench.set_defaults(run=bench_stream_verb)
+
+
+def bench_stream_verb(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.bench.stream import bench_stream
+
+    print("making rows and timing every reader …", file=sys.stderr)
+    report = bench_stream(
+        rows=options.rows,
+        seq_len=options.seq_len,
+        micro_batch=options.micro_batch,
+        seconds=options.seconds,
+        repeats=options.repeats,
+    )
+    print_report(report, options)
+    return 0
+
+
+def bench_loss(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.bench.loss import bench_loss
+
+    teacher_size, student_size = (int(size) for size in options.heads_of.split(","))
+    rows = bench_loss(teacher_size=teacher_size, student_size=student_size, **_common(options))
+    return _print(rows, options.json)
+
+
+def bench_step(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.bench.step import Size, bench_step
+    from minilm.orchestrator.train.build import compute_deterministically
+
+    if options.deterministic:  # before the first kernel
+        compute_deterministically()
+    students = [Size.parse(size) for size in options.students.split(",")]
+    teacher, ways = Size.parse(options.teacher), options.ways.split(",")
+    sizes = {"teacher": teacher, "students": students, "micro_batches": options.micro_batches}
+    rows = bench_step(**sizes, ways=ways, **_common(options))
+    return _print(rows, options.json)
+
+
+def bench_reduction(options: argparse.Namespace) -> int:
+    """Alone or, under torchrun, one worker of several."""
+    from minilm.orchestrator.bench.loop_parts import reduction_rows
+    from minilm.orchestrator.train.distributed import join_world
+
+    with join_world(_device(options), options.threads) as world:
+        rows = reduction_rows(
+            world, parameters=options.parameters, micro_batches=options.micro_batches, rounds=options.rounds
+        )
+    if not world.is_rank_zero:
+        return 0
+    if options.json:
+        print("\n".join(json.dumps(asdict(row)) for row in rows))
+        return 0
+    print(f"{'sum':7}{'ms a micro-batch':>18}{'ms to finish':>14}{'bytes a parameter':>19}{'error':>10}")
+    for row in rows:
+        print(
+            f"{row.reduction:7}{row.add_ms:>18.2f}{row.finish_ms:>14.2f}{row.bytes_a_parameter:>19.1f}{row.error:>10.1e}"
+        )
+    return 0
+
+
+def bench_save(options: argparse.Namespace) -> int:
+    import tempfile
+
+    import torch
+
+    from minilm.orchestrator.bench.loop_parts import save_row
+    from minilm.orchestrator.stage.spec import StageSpec
+
+    spec = StageSpec.from_json(options.stage.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(dir=options.stage.parent, prefix=".bench-") as room:
+        row = save_row(spec, Path(room), torch.device(_device(options)), rounds=options.rounds)
+    if options.json:
+        print(json.dumps(asdict(row)))
+        return 0
+    print(
+        f"{row.megabytes:,.0f} MB ({row.parameters:,} trained parameters): the loop stands still for "
+        f"{row.stall_ms:.0f} ms ({row.stall_cpu_ms:.0f} ms of processor time), "
+        f"the thread writes for {row.write_seconds:.1f} s "
+        f"({row.write_cpu_seconds:.2f} s of processor time)\n"
+        f"of a loop that saves every {row.every_seconds:g} s: {row.share:.2%}; "
+        f"{row.share_at_most:.2%} if no core is idle"
+    )
+    return 0
+
+
+def bench_overhead(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.bench.overhead import overhead_rows
+    from minilm.orchestrator.recipe.load import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or runs that stand still would stay behind
+    times = {"starts": options.starts, "rounds": options.rounds, "steps": options.steps}
+    rows = overhead_rows(recipe, options.recipe, options.set, **times)
+    if options.json:
+        print("\n".join(json.dumps(asdict(row)) for row in rows))
+        return 0
+    print(
+        f"{'':8}{'by the clock':>12}{'over worker (quartiles)':>30}{'processor':>14}{'over worker (quartiles)':>30}"
+    )
+    for row in rows:
+        clock = f"{row.wall_ms:>9.1f} ms{spread(row.wall_over, row.wall_quartiles):>30}"
+        print(f"{row.way:8}{clock}{row.cpu_ms:>11.1f} ms{spread(row.cpu_over, row.cpu_quartiles):>30}")
+    return 0
+
+
+def spread(median: float, quartiles: tuple[float, float]) -> str:
+    return f"{median:+.1%} ({quartiles[0]:+.1%} to {quartiles[1]:+.1%})"
+
+
+def _add_common(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--batch", type=positive_whole, default=8)
+    verb.add_argument("--tokens", type=positive_whole, default=512)
+    verb.add_argument("--heads", type=positive_whole, default=12)
+    verb.add_argument("--repeats", type=positive_whole, default=5)
+    verb.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
+    )
+    _add_machine(verb)
+
+
+def _add_machine(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--threads", type=positive_whole, help="of the CPU (default: PyTorch's)")
+    verb.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    verb.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+
+
+def _device(options: argparse.Namespace) -> str:
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _common(options: argparse.Namespace) -> dict:
+    import torch
+
+    device = _device(options)
+    dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
+    return {
+        "batch": options.batch,
+        "tokens": options.tokens,
+        "heads": options.heads,
+        "repeats": options.repeats,
+        "device": device,
+        "dtype": getattr(torch, dtype),
+    }
+
+
+def _print(rows: list, as_json: bool) -> int:
+    from minilm.orchestrator.bench.loss import json_lines, table
+
+    print(json_lines(rows) if as_json else table(rows))
+    return 0

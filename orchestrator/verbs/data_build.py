@@ -1,0 +1,101 @@
+"""`minilm data build` and `minilm data import`: text, or token files of other programs, into shards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_build(verbs: Any) -> None:
+    build = verbs.add_parser("build", help="turn text into shards of token rows")
+    build.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, parquet; also .gz .xz .zst"
+    )
+    build.add_argument("--text-field", help="the field that holds the text (default: the longest)")
+    _add_building(build)
+    build.set_defaults(run=build_data)
+
+
+def add_import(verbs: Any) -> None:
+    imported = verbs.add_parser("import", help="turn token files of other programs into shards")
+    imported.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="prefix of a .bin/.idx pair, or a tar or its URL"
+    )
+    imported.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        help="megatron, fairseq, fairseq-legacy, webdataset, or an installed plug-in",
+    )
+    imported.add_argument(
+        "--source-tokenizer", help="the tokenizer that made the token ids (megatron, webdataset)"
+    )
+    imported.add_argument("--dict", help="fairseq's dict.txt")
+    imported.add_argument(
+        "--encoder", help="encoder.json, where the dictionary's symbols are numbers (fairseq)"
+    )
+    imported.add_argument(
+        "--field", help="part of a sample that is read, as txt, json or tokens.npy (webdataset)"
+    )
+    imported.add_argument("--text-field", help="field of a json part (webdataset)")
+    _add_building(imported)
+    imported.set_defaults(run=import_tokens)
+
+
+def _add_building(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--tokenizer", required=True, help="the teacher's: a folder, package:NAME/PATH or a hub id"
+    )
+    verb.add_argument("--out", type=Path, required=True)
+    verb.add_argument("--seq-len", type=int, default=512)
+    verb.add_argument("--packing", choices=("full", "document"), default="full")
+    verb.add_argument("--held-out", type=float, default=0.01, help="share of documents kept for measuring")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--processes", type=int, help="default: the number of cores")
+    verb.add_argument(
+        "--ray", action="store_true", help="on the Ray cluster that RAY_ADDRESS names or runs here"
+    )
+
+
+def build_data(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.resolve.folders import text_inputs
+
+    return _import(options, text_inputs(options.inputs), "text", {"text_field": options.text_field})
+
+
+def import_tokens(options: argparse.Namespace) -> int:
+    names = ("source_tokenizer", "dict", "encoder", "field", "text_field")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if "source_tokenizer" in given:
+        from minilm.orchestrator.resolve.folders import tokenizer_name
+
+        given["source_tokenizer"] = tokenizer_name(given["source_tokenizer"])
+    return _import(options, options.inputs, options.source, given)
+
+
+def _import(options: argparse.Namespace, inputs: Any, source: str, given: dict[str, Any]) -> int:
+    from minilm.data.builder.build import import_data
+    from minilm.orchestrator.driver.status_line import Line, build_reporter
+    from minilm.orchestrator.resolve.folders import tokenizer_name
+    from minilm.orchestrator.system.signals import StopRequest
+
+    line = Line()
+    with StopRequest() as stop:
+        report = import_data(
+            inputs,
+            tokenizer_name(options.tokenizer),
+            options.out,
+            source=source,
+            options=given,
+            seq_len=options.seq_len,
+            packing=options.packing,
+            held_out=options.held_out,
+            seed=options.seed,
+            processes=options.processes,
+            progress=build_reporter(line, stop),
+            on_ray=options.ray,
+        )
+    line.close()
+    print(report.text())
+    return 0

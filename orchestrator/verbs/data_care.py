@@ -1,0 +1,84 @@
+"""`minilm data verify`, `repair`, `inspect` and `convert`: what can be done with a built data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.verbs.arguments import add_json, positive_whole, print_report
+
+
+def add_verify(verbs: Any) -> None:
+    verify = verbs.add_parser("verify", help="compare every byte with the manifest")
+    verify.add_argument("data", metavar="DIR|URL")
+    verify.add_argument("--threads", type=positive_whole)
+    add_json(verify)
+    verify.set_defaults(run=verify_data)
+
+
+def add_repair(verbs: Any) -> None:
+    repair = verbs.add_parser("repair", help="replace damaged files, from a mirror or a new build")
+    repair.add_argument("data", type=Path, metavar="DIR")
+    repair.add_argument(
+        "--mirror", metavar="DIR|URL", help="another copy of the data set (default: build it again)"
+    )
+    repair.add_argument("--text", nargs="+", help="where the text is now (default: where it was)")
+    add_json(repair)
+    repair.set_defaults(run=repair_data)
+
+
+def add_inspect(verbs: Any) -> None:
+    inspect = verbs.add_parser("inspect", help="a page of rows decoded, and what the tokens are like")
+    inspect.add_argument("data", type=Path, metavar="DIR")
+    inspect.add_argument("--page", type=int, default=0)
+    inspect.add_argument("--rows-per-page", type=positive_whole, default=10)
+    add_json(inspect)
+    inspect.set_defaults(run=inspect_data)
+
+
+def add_convert(verbs: Any) -> None:
+    convert = verbs.add_parser("convert", help="write tars with one record a row")
+    convert.add_argument("data", type=Path, metavar="DIR")
+    convert.add_argument("out", type=Path, metavar="OUT")
+    convert.add_argument("--to", default="rows", help="rows")
+    convert.set_defaults(run=convert_data)
+
+
+def verify_data(options: argparse.Namespace) -> int:
+    from minilm.data.tools.verify import verify
+    from minilm.orchestrator.driver.status_line import Line
+
+    line = Line()
+    report = verify(
+        options.data,
+        threads=options.threads,
+        progress=lambda done, total: line.show(f"verifying  {done / max(total, 1):.0%}"),
+    )
+    line.close()
+    print_report(report, options)
+    return 0 if report.whole else UserError.exit_code
+
+
+def repair_data(options: argparse.Namespace) -> int:
+    from minilm.data.tools.repair import repair
+    from minilm.orchestrator.resolve.folders import text_inputs
+
+    inputs = text_inputs(options.text) if options.text else None
+    print_report(repair(options.data, mirror=options.mirror, inputs=inputs), options)
+    return 0
+
+
+def inspect_data(options: argparse.Namespace) -> int:
+    from minilm.data.tools.explain import inspect
+
+    print_report(inspect(options.data, page=options.page, rows_per_page=options.rows_per_page), options)
+    return 0
+
+
+def convert_data(options: argparse.Namespace) -> int:
+    from minilm.data.tools.convert import convert
+
+    print(convert(options.data, options.out, to=options.to).text())
+    return 0

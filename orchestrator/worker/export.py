@@ -1,0 +1,37 @@
+"""The end of a stage's training: every student as a `transformers` folder, and a record that says so, written last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minilm.model.distiller import Distiller
+from minilm.model.export import export_student, model_card, weights_digest
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.system.files import write_json
+
+
+def finish_stage(spec: StageSpec, distiller: Distiller, *, data: str, ledger: str) -> None:
+    """Export every student and write `done.json`. `data`: fingerprint; `ledger`: running digest (hex)."""
+    stage = StageFolder(Path(spec.folder))
+    digests = {}
+    for student in spec.students:
+        encoder = distiller.students[student.name]
+        folder = stage.student(student.name)
+        card = model_card(
+            student.name,
+            encoder.model,
+            trained=encoder.trained_parameters(),
+            teacher=f"{spec.teacher_name}, layer {spec.teacher_layer}",
+            facts={
+                "Objective": spec.objective["name"],
+                "Steps": f"{spec.steps:,} of {spec.batch} rows x {spec.data.seq_len} tokens",
+                "Peak learning rate": f"{spec.peak_lr:g}",
+            },
+        )
+        export_student(encoder.model, Path(spec.data.tokenizer), folder, card)
+        digests[student.name] = weights_digest(folder)
+    write_json(
+        stage.done,
+        {"digest": spec.digest, "data": data, "students": digests, "steps": spec.steps, "ledger": ledger},
+    )

@@ -1,0 +1,57 @@
+"""Errors that name the rows they are about: a step that is not finite, a step that keeps failing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minilm.data.stream import Stream
+from minilm.orchestrator.errors import NoProgress, UserError
+from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.write_errors import writing
+from minilm.orchestrator.worker.crash_loop import MAX_FAILURES
+
+NAMED_ROWS = 8
+
+
+def name_rows(stream: Stream, step: int, record: Path) -> str:
+    """The rows of a step (from 0), in words; all of them go into the file `record`."""
+    rows = [int(row) for i in range(stream.num_micro_batches) for row in stream.row_ids(step, i)]
+    with writing(record.parent):
+        write_json(record, {"step": step, "row_ids": rows})
+    named = ", ".join(map(str, rows[:NAMED_ROWS]))
+    return f"rows {named}" + (f", … ({len(rows)} rows, all in {record})" if len(rows) > NAMED_ROWS else "")
+
+
+def check_finite(spec: StageSpec, stream: Stream, student: str, refused: list[int]) -> None:
+    """Raise `UserError` when a student has come to a stop, or skipped more updates than it may.
+
+    `refused`: see `StudentState`, read from the device by the caller.
+    """
+    count, step, stopped = refused
+    if not stopped and count <= spec.max_skipped_steps:
+        return
+    what = f"stage {spec.stage}: the loss or gradient of student {student} is not finite at step {step}"
+    if not stopped:
+        what += f", and {count} updates were skipped (compute.max_skipped_steps is {spec.max_skipped_steps})"
+    raise UserError(
+        f"{what}, of {name_rows(stream, step, StageFolder(Path(spec.folder)).failed_step)}; no weight has moved by it; "
+        f"lower peak_lr (now {spec.peak_lr}) or set max_gradient_norm; where only these rows are at fault, "
+        f"compute.on_nonfinite=skip leaves such updates out; the same command goes on from the last checkpoint"
+    )
+
+
+def no_progress(spec: StageSpec, stream: Stream, step: int) -> NoProgress:
+    """`step`: the one at which the attempts died; `spec.steps` where none was left and only the export was."""
+    folder = StageFolder(Path(spec.folder))
+    if step >= spec.steps:
+        return NoProgress(
+            f"stage {spec.stage}: {MAX_FAILURES} attempts in a row ended while they exported the students, all "
+            f"{spec.steps} steps being made; look at worker-*.log in {folder.root}; the same command tries again"
+        )
+    return NoProgress(
+        f"stage {spec.stage}: {MAX_FAILURES} attempts in a row ended while they computed step {step}, of "
+        f"{name_rows(stream, step, folder.failed_step)}; look at worker-*.log in {folder.root}; the same command "
+        f"tries again"
+    )

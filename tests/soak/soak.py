@@ -1,0 +1,197 @@
+"""`python -m tests.soak`: run a recipe again and again while it is struck, and compare it with an undisturbed run.
+
+    WORKDIR/reference/     the undisturbed run: one worker, no Ray
+    WORKDIR/disk/round-N/  the work directory of a round; removed when every check holds, else kept as WORKDIR/round-N
+    WORKDIR/round-N.log    what `minilm run` said; WORKDIR/soak.json, the tally so far
+
+The strikes are `soak_plan`'s, what they do is in `soak_arena`, how a run is led through them in `soak_round`, what must
+be true afterwards in `soak_checks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minilm.orchestrator.cli import run_verb
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.system.files import write_json
+from tests.soak.faults import WEIGHTS, plan
+from tests.soak.report import Tally, last_line, say
+
+if TYPE_CHECKING:
+    from minilm.orchestrator.recipe.schema import Recipe
+    from tests.soak.testbed import Arena
+
+
+def main(arguments: list[str] | None = None) -> int:
+    soak = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.partition("\n")[0])
+    soak.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    soak.add_argument("--minutes", type=float, default=10.0, help="for how long it is struck (default: 10)")
+    soak.add_argument("--seed", type=int, default=0, help="of the strikes; a round takes the next one")
+    soak.add_argument("--workdir", type=Path, help="a new folder (default: runs/soak-NAME)")
+    soak.add_argument("--only", help=f"strikes to choose from, of {','.join(WEIGHTS)}")
+    soak.add_argument("--hang-seconds", type=float, default=300.0, help="no step for so long is a hang")
+    soak.add_argument(
+        "--disk-mb", type=int, default=256, help="the disk that is filled, in memory (default: 256)"
+    )
+    soak.add_argument("--json", action="store_true", help="for programs")
+    soak.set_defaults(run=soak_verb)
+    return run_verb(soak.parse_args(arguments))
+
+
+def soak_verb(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.recipe.load import load_recipe
+
+    for name in ("minutes", "hang_seconds", "disk_mb"):
+        if not 0 < (value := getattr(options, name)) < float("inf"):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option}: given {value:g}; allowed: a number above 0")
+
+    recipe = load_recipe(options.recipe)
+    folder = (options.workdir or Path("runs") / f"soak-{recipe.name}").resolve()
+    kinds = check_options(recipe, folder, options.only)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)  # so that nothing is left behind
+    try:
+        tally = soak(
+            recipe,
+            options.recipe.resolve(),
+            folder,
+            kinds,
+            seed=options.seed,
+            seconds=60 * options.minutes,
+            hang_seconds=options.hang_seconds,
+            disk_mb=options.disk_mb,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(json.dumps(tally.as_dict(), indent=2) if options.json else tally.text())
+    return 0 if tally.sound else 1
+
+
+def check_options(recipe: Recipe, folder: Path, only: str | None) -> list[str]:
+    """The kinds of strikes asked for. Raises `UserError` for what can't be soaked."""
+    if recipe.compute.reduction != "exact" or recipe.compute.threads is None:
+        raise UserError(
+            f"recipe {recipe.name} cannot be soaked: weights are compared bit for bit, so it needs compute.reduction: "
+            f"exact (now {recipe.compute.reduction}) and a number of compute.threads (now {recipe.compute.threads})"
+        )
+    if recipe.compute.checkpoints is not None:
+        raise UserError(
+            f"recipe {recipe.name} cannot be soaked: every round needs checkpoints of its own, so leave "
+            f"compute.checkpoints out (now {recipe.compute.checkpoints})"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give a new --workdir, or delete it")
+    kinds = only.split(",") if only else list(WEIGHTS)
+    if unknown := [kind for kind in kinds if kind not in WEIGHTS]:
+        raise UserError(f"--only {only}: {', '.join(unknown)} is none of {','.join(WEIGHTS)}")
+    return kinds
+
+
+def soak(
+    recipe: Recipe,
+    recipe_file: Path,
+    folder: Path,
+    kinds: list[str],
+    *,
+    seed: int,
+    seconds: float,
+    hang_seconds: float,
+    disk_mb: int,
+) -> Tally:
+    """Rounds until `seconds` are over; the last one is let to its end. Ctrl-C gives the tally so far."""
+    from minilm.orchestrator.driver.workdir import Workdir
+    from tests.soak.invariants import check_round
+    from tests.soak.round import Round
+    from tests.soak.testbed import Arena
+
+    tally = Tally(seed)
+    reference = Workdir(folder / "reference")
+    folder.mkdir(parents=True, exist_ok=True)
+    say("the undisturbed run, on one worker")
+    run_undisturbed(recipe_file, reference.root, folder / "reference.log")
+    try:
+        check_room(reference.root, disk_mb)
+        with Arena(folder, *recipe.compute.workers, disk_mb) as arena:
+            kinds = possible(kinds, recipe, arena)
+            deadline = time.monotonic() + seconds
+            number = 0
+            while time.monotonic() < deadline:
+                number += 1
+                work = Workdir(arena.disk / f"round-{number}")
+                say(f"round {number}: strikes of seed {seed + number - 1}: {', '.join(kinds)}")
+                overrides = [f"tracking.experiment=soak-round-{number}"]
+                arena.begin(recipe_file, work.root, folder / f"round-{number}.log", overrides)
+                game = Round(
+                    recipe, work, arena, plan(seed + number - 1, kinds), tally, reference, hang_seconds
+                )
+                finished = game.play(deadline)
+                found = check_round(recipe, work, reference, arena.server_uri) if finished else {}
+                for name, problems in found.items():
+                    tally.problems[name] += [f"round {number}: {problem}" for problem in problems]
+                if not finished or any(found.values()):
+                    shutil.copytree(work.root, folder / f"round-{number}")
+                    say(f"round {number} is kept in {folder}/round-{number}")
+                shutil.rmtree(work.root)
+                tally.rounds += finished
+                write_json(folder / "soak.json", tally.as_dict())
+                say(
+                    f"round {number} is over: {tally.kills} kills, {'sound' if tally.sound else 'NOT sound'} so far"
+                )
+                if not finished:
+                    break
+    except KeyboardInterrupt:
+        say("interrupted")
+    write_json(folder / "soak.json", tally.as_dict())
+    return tally
+
+
+def run_undisturbed(recipe: Path, work: Path, log: Path) -> None:
+    command = [sys.executable, "-m", "minilm", "run", str(recipe), "--workdir", str(work)]
+    environment = dict(os.environ) | {"MLFLOW_TRACKING_URI": ""}
+    with log.open("ab") as out:
+        code = subprocess.run(
+            [*command, "--launcher", "inline"], stdout=out, stderr=out, env=environment, check=False
+        ).returncode
+    if code:
+        raise UserError(f"the undisturbed run ended with exit code {code}; {last_line(log)}")
+
+
+def check_room(reference: Path, disk_mb: int) -> None:
+    """Raises `UserError` when a round would fill the disk by itself: saves pass through it, logs of several workers."""
+    taken = sum(path.stat().st_size for path in reference.rglob("*") if path.is_file()) / 2**20
+    least = math.ceil(1.5 * taken)
+    if disk_mb < least:
+        raise UserError(
+            f"--disk-mb: given {disk_mb}; allowed: at least {least}, half as much again as the undisturbed run has "
+            f"taken ({taken:.1f} MB)"
+        )
+
+
+def possible(kinds: list[str], recipe: Recipe, arena: Arena) -> list[str]:
+    """Without the strikes that this machine or recipe leaves no room for, said once."""
+    impossible = {
+        "full": ""
+        if arena.has_own_disk
+        else "mounting a small tmpfs is not allowed; try `unshare -Urm python -m tests.soak …`",
+        "node": "" if arena.most > arena.least else "compute.workers is not a range",
+        "cache": "" if recipe.data.cache else "the recipe has no data.cache, with shards behind a URL",
+    }
+    for kind in kinds:
+        if impossible.get(kind):
+            say(f"no strike {kind!r}: {impossible[kind]}")
+    return [kind for kind in kinds if not impossible.get(kind)]
