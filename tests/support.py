@@ -13,6 +13,24 @@ from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec
 from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
 
 
+def crowded_folder(folder: Path) -> Path:
+    """A user's folder whose files have the names of our top-level folders; to import any of them is an error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (
+        "data.py",
+        "model.py",
+        "orchestrator.py",
+        "recipes.py",
+        "utils.py",
+        "tests.py",
+        "data/__init__.py",
+    ):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('raise ImportError("a file of the user\'s was imported")\n')
+    return folder
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of the checkpoints in a local store, oldest first."""
     return [folder / name for name in LocalStore(folder).names()]

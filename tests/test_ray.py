@@ -22,7 +22,7 @@ from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.system.files import read_json
 from minilm.orchestrator.system.processes import Process, family
 from tests.ports import free_port
-from tests.support import has_checkpoint
+from tests.support import crowded_folder, has_checkpoint
 from tests.test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
 
 # the first one also starts the head and makes the run that is left alone
@@ -94,16 +94,14 @@ def command_lines(root: int) -> str:
     return lines
 
 
-def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path, text, teacher):  # noqa: F811
-    """`ray job submit --working-dir . -- minilm run RECIPE`; the losses are the one-worker run's."""
-    compute = {"micro_batch": 4, "threads": 1, "workers": 2, "checkpoint_every_steps": 4}
-    recipe = write_recipe(tmp_path, text, teacher, compute=compute)
-    command = ["ray", "job", "submit", "--working-dir", ".", "--", "minilm", "run", str(recipe)]
+def submit(head: dict[str, str], folder: Path, *entrypoint: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit --working-dir . -- ENTRYPOINT`, typed in `folder`."""
+    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *entrypoint]
     for _ in range(20):
         done = subprocess.run(
-            [BIN / command[0], *command[1:]],
+            command,
             env=os.environ | head,
-            cwd=ROOT,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=240,
@@ -113,6 +111,24 @@ def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path
             break
         time.sleep(3)  # the head answers before its job agent does
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_a_checkout_as_working_directory_brings_the_package_along(head):
+    """Its links arrive as folders, so that a cluster without the package runs what was submitted."""
+    code = (
+        "import minilm.orchestrator.cli, minilm.data.stream, minilm.model.distiller as m; print(m.__file__)"
+    )
+    done = submit(head, ROOT, "python", "-c", code)
+    assert re.search(r"working_dir_files/\S+/minilm/model/distiller.py", done.stdout), done.stdout
+
+
+def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path, text, teacher):  # noqa: F811
+    """`ray job submit --working-dir . -- minilm run RECIPE`; the losses are the one-worker run's."""
+    compute = {"micro_batch": 4, "threads": 1, "workers": 2, "checkpoint_every_steps": 4}
+    folder = crowded_folder(tmp_path / "user")
+    write_recipe(folder, text, teacher, compute=compute)
+    done = submit(head, folder, "minilm", "run", "tiny.yaml")
     assert re.search(r"Job 'raysubmit_\w+' succeeded", done.stdout)
     assert "tiny-small v1" in done.stdout
     work = Path(head["HOME"]) / "minilm-runs" / "tiny"
@@ -131,7 +147,7 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
     """A local cluster of `minilm run` itself: SIGKILL the worker in the first stage, both in the second."""
     recipe, work = finished / "tiny.yaml", tmp_path / "work"
     first, second = (StageFolder(work / "stages" / name) for name in ("assistant", "small"))
-    process = minilm("run", recipe, "--workdir", work)
+    process = minilm("run", recipe, "--workdir", work, cwd=finished / "user")
     wait_for(lambda: has_checkpoint(first.checkpoints, 8), process)
     beat = read_json(first.heartbeat)
     assert beat["pid"] != process.pid
