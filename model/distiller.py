@@ -15,8 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from minilm.model.encoder.initialize import picked_layers
-from minilm.model.encoder.shape import tapped_layer
+from minilm.model.encoder.shape import picked_layers, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.encoder.taps import Taps
 from minilm.model.errors import ModelError

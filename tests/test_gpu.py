@@ -73,12 +73,12 @@ def test_the_watch_sees_a_sync(no_sync):
 @pytest.mark.parametrize("objective", ["minilm", "value-mse", "layer-to-layer", "hidden-relation"])
 @pytest.mark.parametrize("data", ["shards", "documents"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("reduction", ["exact", "fast"])
+@pytest.mark.parametrize("gradient_sum", ["exact", "fast"])
 def test_a_step_never_waits_for_the_device(
-    request, teacher, tmp_path, no_sync, objective, data, autocast, reduction
+    request, teacher, tmp_path, no_sync, objective, data, autocast, gradient_sum
 ):
     rows = request.getfixturevalue(data)
-    spec = gpu_job(rows, teacher, tmp_path, reduction=reduction, objective={"name": objective})
+    spec = gpu_job(rows, teacher, tmp_path, gradient_sum=gradient_sum, objective={"name": objective})
     options = {"world": GPU, "autocast": autocast, "max_gradient_norm": 1.0, "by_head": True}
     distiller, states, _ = one_step(spec, **options)  # compiles kernels, allocates
     with no_sync:

@@ -26,7 +26,7 @@ from minilm.orchestrator.worker.error_file import log_to_file, run_reporting
 from minilm.orchestrator.worker.errors import PeerFailed
 from minilm.orchestrator.worker.watchdog import Watchdog
 from tests import worker_pool
-from tests.support import NO_DATA, make_spec
+from tests.support import NO_DATA, change, make_spec
 
 
 def test_a_worker_that_makes_no_step_ends_itself_and_leaves_its_stack(shards, teacher, tmp_path):
@@ -35,7 +35,7 @@ def test_a_worker_that_makes_no_step_ends_itself_and_leaves_its_stack(shards, te
     log = StageFolder(tmp_path).worker_log(0).read_text()
     assert "Timeout (0:00:02)!" in log
     assert "in hang_here" in log
-    assert run_reporting(replace(spec, stall_seconds=300.0))  # what a supervisor starts in its place goes on
+    assert run_reporting(change(spec, stall_seconds=300.0))  # what a supervisor starts in its place goes on
 
 
 def test_a_step_has_most_of_the_time_that_it_was_given(tmp_path, monkeypatch):

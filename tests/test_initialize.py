@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig
 
 from minilm.model.encoder.build import build_student
-from minilm.model.encoder.initialize import from_teacher, initialize, picked_layers
-from minilm.model.encoder.shape import FAMILIES
+from minilm.model.encoder.initialize import from_teacher, initialize
+from minilm.model.encoder.shape import FAMILIES, picked_layers
 from minilm.model.errors import ModelError
 
 

@@ -86,7 +86,7 @@ def test_several_students_share_a_stage_and_may_teach_later(tmp_path: Path) -> N
     first_of_last = last.partition("  - name: student")[0].replace("hidden: 48", "hidden: 24")
     recipe = load(tmp_path, FAMILY + first_of_last)
     assert [s.name for s in recipe.stages[1].students] == ["wide", "thin"]
-    assert recipe.stages[2].teacher_ref == StudentRef("thin")
+    assert recipe.teacher_ref(recipe.stages[2]) == StudentRef("thin")
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,10 @@ def test_paths_count_from_where_they_are_written(tmp_path: Path, monkeypatch: py
     recipe = load(tmp_path / "here", BASE, "stages.0.teacher=./teacher")
     assert recipe.data.text == (str(tmp_path / "here" / "corpus.txt"),)
     assert recipe.data.tokenizer_ref == FolderRef(tmp_path / "here" / "tokenizer")
-    assert recipe.stages[0].teacher_ref == FolderRef(tmp_path / "elsewhere" / "teacher")
+    assert recipe.teacher_ref(recipe.stages[0]) == FolderRef(tmp_path / "elsewhere" / "teacher")
     home = load(tmp_path / "here", BASE, "data.text=~/*.txt", "stages.0.teacher=../here/model")
     assert home.data.text == (str(tmp_path / "home" / "*.txt"),)
-    assert home.stages[0].teacher_ref == FolderRef(tmp_path / "here" / "model")
+    assert home.teacher_ref(home.stages[0]) == FolderRef(tmp_path / "here" / "model")
     shards = load(
         tmp_path / "here", BASE.replace("text: corpus.txt\n  tokenizer: ./tokenizer", "shards: rows")
     )
@@ -177,10 +177,10 @@ def test_paths_count_from_where_they_are_written(tmp_path: Path, monkeypatch: py
 
 
 def test_what_could_be_hub_id_or_folder_is_a_folder_if_there_is_one(tmp_path: Path) -> None:
-    assert load(tmp_path).stages[0].teacher_ref == HubRef("owner/teacher")
+    assert load(tmp_path).teacher_ref(load(tmp_path).stages[0]) == HubRef("owner/teacher")
     (tmp_path / "owner" / "teacher").mkdir(parents=True)
-    assert load(tmp_path).stages[0].teacher_ref == FolderRef(tmp_path / "owner" / "teacher")
-    assert load(tmp_path).stages[1].teacher_ref == StudentRef("assistant")
+    assert load(tmp_path).teacher_ref(load(tmp_path).stages[0]) == FolderRef(tmp_path / "owner" / "teacher")
+    assert load(tmp_path).teacher_ref(load(tmp_path).stages[1]) == StudentRef("assistant")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_package_is_found_and_never_imported(tmp_path: Path, monkeypatch: pyte
     (model.parent / "__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path / "site")
     recipe = load(tmp_path, BASE.replace("owner/teacher", "package:carries_a_model/model"))
-    assert recipe.stages[0].teacher_ref == FolderRef(model)
+    assert recipe.teacher_ref(recipe.stages[0]) == FolderRef(model)
     assert recipe.result_fields()["stages"][0]["teacher"] == "package:carries_a_model/model"
     assert "carries_a_model" not in sys.modules
 
@@ -238,7 +238,7 @@ def test_an_absent_package_is_named_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no package 'no_such_package' is installed in this Python: .*pip install"
     ):
-        _ = recipe.stages[0].teacher_ref
+        _ = recipe.teacher_ref(recipe.stages[0])
 
 
 def test_missing_inputs_are_notes_and_no_errors(tmp_path: Path) -> None:

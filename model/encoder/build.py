@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from minilm.model.encoder.quiet import quiet_transformers
-from minilm.model.encoder.shape import FAMILIES, family_of, load_config, tapped_layer
+from minilm.model.encoder.shape import FAMILIES, load_config, student_config, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
 
@@ -69,60 +69,17 @@ def build_student(
     """A randomly initialised encoder of the teacher's architecture and vocabulary, on CPU, float32, in train
     mode.
 
-    heads: the teacher's unless given. ffn: 4 x hidden unless given. dropout: of hidden states and attention
-    alike.
+    The sizes are those of `student_config`.
     """
-    family = family_of(teacher_config)
-    heads = heads or teacher_config.num_attention_heads
-    if layers < 1 or hidden < 1:
-        raise ModelError(
-            f"a student needs at least 1 layer and a hidden size of 1, not {layers} and {hidden}"
-        )
-    if hidden % heads:
-        raise ModelError(
-            f"{heads} heads do not divide hidden size {hidden}; choose a hidden size that is a multiple"
-        )
-    config = _resize(teacher_config, layers, hidden, heads, ffn or 4 * hidden, dropout)
+    config = student_config(
+        teacher_config, layers=layers, hidden=hidden, heads=heads, ffn=ffn, dropout=dropout
+    )
+    attention = FAMILIES[config.model_type].attention
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         build = AutoModelForMaskedLM if head else AutoModel
-        model = build.from_config(config, attn_implementation=family.attention, dtype=torch.float32)
+        model = build.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.train()
-
-
-def _resize(
-    teacher: PreTrainedConfig, layers: int, hidden: int, heads: int, ffn: int, dropout: float
-) -> PreTrainedConfig:
-    family = FAMILIES[teacher.model_type]
-    values = teacher.to_dict()
-    for stale in (
-        "head_dim",
-        "num_key_value_heads",
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "dtype",
-    ):
-        values.pop(stale, None)
-    aliases = teacher.attribute_map
-    for name, value in (
-        ("num_hidden_layers", layers),
-        ("hidden_size", hidden),
-        ("num_attention_heads", heads),
-        (family.ffn, ffn),
-        *((rate, dropout) for rate in family.dropout),
-    ):
-        values[aliases.get(name, name)] = value
-    if values.get("embedding_size") == teacher.hidden_size:
-        values["embedding_size"] = hidden
-    if values.get("layer_types"):  # the last layer stays as global as the teacher's
-        if layers > len(values["layer_types"]):
-            raise ModelError(
-                f"a {teacher.model_type} student has at most the layers of its teacher,"
-                f" {len(values['layer_types'])}, not {layers}"
-            )
-        values["layer_types"] = values["layer_types"][-layers:]
-    return type(teacher)(**values)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

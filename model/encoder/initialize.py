@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minilm.model.encoder.shape import picked_layers
 from minilm.model.errors import ModelError
 
 _LAYER = re.compile(r"^(.*?\blayers?\.)(\d+)(\..*)$")
@@ -30,13 +31,6 @@ def initialize(student: PreTrainedModel, teacher: PreTrainedModel, how: str) -> 
         raise ModelError(f"initialisation {how!r} is not known; use one of {', '.join(INITIALIZATIONS)}")
     if how == "teacher-layers":
         from_teacher(student, teacher)
-
-
-def picked_layers(teacher_layers: int, student_layers: int) -> list[int]:
-    """The teacher layer (1-based) that each student layer starts from: 12 -> 6 gives 2, 4, 6, 8, 10, 12."""
-    if student_layers > teacher_layers:
-        raise ModelError(f"{student_layers} student layers cannot start from {teacher_layers} teacher layers")
-    return [-(-i * teacher_layers // student_layers) for i in range(1, student_layers + 1)]
 
 
 @torch.no_grad()

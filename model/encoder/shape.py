@@ -20,6 +20,7 @@ class Family:
     ffn: str = "intermediate_size"
     dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     positions_after_padding: bool = False  # position ids begin at pad_token_id + 1 (RoBERTa and its kin)
+    rotary: bool = False  # positions are rotations of pairs: head sizes must be even
     attention: str = "sdpa"  # what transformers can build it with; the tap makes SDPA of either
 
 
@@ -31,9 +32,9 @@ FAMILIES: dict[str, Family] = {
     "camembert": _ROBERTA,
     "electra": Family(),
     "distilbert": Family(ffn="hidden_dim", dropout=("dropout", "attention_dropout")),
-    "modernbert": Family(dropout=("embedding_dropout", "mlp_dropout", "attention_dropout")),
-    "eurobert": Family(dropout=("attention_dropout",)),
-    "nomic_bert": Family(),
+    "modernbert": Family(dropout=("embedding_dropout", "mlp_dropout", "attention_dropout"), rotary=True),
+    "eurobert": Family(dropout=("attention_dropout",), rotary=True),
+    "nomic_bert": Family(rotary=True),
     "mpnet": Family(positions_after_padding=True, attention="eager"),
 }
 
@@ -57,7 +58,11 @@ def load_config(path_or_hub_id: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the config of {name}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).partition("\n")[0].split())
+        raise ModelError(
+            f"cannot read the config of {name} ({reason}); give a folder with a config.json, or a hub id that this "
+            f"machine can reach"
+        ) from error
     family_of(config)
     return config
 
@@ -89,6 +94,66 @@ def shape_of(config: PreTrainedConfig) -> EncoderShape:
     )
 
 
+def student_config(
+    teacher: PreTrainedConfig,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int | None = None,
+    ffn: int | None = None,
+    dropout: float = 0.1,
+) -> PreTrainedConfig:
+    """The config of a student of the teacher's architecture and vocabulary.
+
+    heads: the teacher's unless given. ffn: 4 x hidden unless given. dropout: of hidden states and attention alike.
+    ModelError for sizes that make no encoder.
+    """
+    family = family_of(teacher)
+    heads = heads or teacher.num_attention_heads
+    if layers < 1 or hidden < 1:
+        raise ModelError(
+            f"a student needs at least 1 layer and a hidden size of 1, not {layers} and {hidden}"
+        )
+    if hidden % heads:
+        raise ModelError(
+            f"{heads} heads do not divide hidden size {hidden}; choose a hidden size that is a multiple"
+        )
+    if family.rotary and hidden // heads % 2:
+        raise ModelError(
+            f"{teacher.model_type} turns pairs of numbers in every head, and {hidden} / {heads} = {hidden // heads} is "
+            f"odd; choose a hidden size that is a multiple of {2 * heads}"
+        )
+    values = teacher.to_dict()
+    for stale in (
+        "head_dim",
+        "num_key_value_heads",
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+    ):
+        values.pop(stale, None)
+    aliases = teacher.attribute_map
+    for name, value in (
+        ("num_hidden_layers", layers),
+        ("hidden_size", hidden),
+        ("num_attention_heads", heads),
+        (family.ffn, ffn or 4 * hidden),
+        *((rate, dropout) for rate in family.dropout),
+    ):
+        values[aliases.get(name, name)] = value
+    if values.get("embedding_size") == teacher.hidden_size:
+        values["embedding_size"] = hidden
+    if values.get("layer_types"):  # the last layer stays as global as the teacher's
+        if layers > len(values["layer_types"]):
+            raise ModelError(
+                f"a {teacher.model_type} student has at most the layers of its teacher,"
+                f" {len(values['layer_types'])}, not {layers}"
+            )
+        values["layer_types"] = values["layer_types"][-layers:]
+    return type(teacher)(**values)
+
+
 def tapped_layer(config: PreTrainedConfig, layer: int | str) -> int:
     """`layer` as a number from 1 to the number of layers; ModelError when it does not exist or sees a window
     only."""
@@ -106,3 +171,10 @@ def tapped_layer(config: PreTrainedConfig, layer: int | str) -> int:
             f" tap one that sees all: {whole}"
         )
     return number
+
+
+def picked_layers(teacher_layers: int, student_layers: int) -> list[int]:
+    """The teacher layer (1-based) that each student layer starts from: 12 -> 6 gives 2, 4, 6, 8, 10, 12."""
+    if student_layers > teacher_layers:
+        raise ModelError(f"{student_layers} student layers cannot start from {teacher_layers} teacher layers")
+    return [-(-i * teacher_layers // student_layers) for i in range(1, student_layers + 1)]

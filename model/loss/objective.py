@@ -96,6 +96,11 @@ class Objective:
         """Whether teacher and student must be loaded and built with a masked-language-model head."""
         return "logits" in self.parts
 
+    @property
+    def needs_bias(self) -> bool:
+        """Whether a term reads the attention scores, to which some encoders add a position bias."""
+        return "bias" in self.parts
+
     def mask_tokens(self, input_ids: Tensor, mask: Tensor | None) -> Masked | None:
         """The masked rows that soft labels are read from, the same for teacher and student; None without
         such."""

@@ -131,7 +131,7 @@ def save_row(spec: StageSpec, folder: Path, device: torch.device, *, rounds: int
     stall, stall_cpu, write, write_cpu = (
         statistics.median(column) for column in zip(*times[1:], strict=True)
     )
-    every = spec.checkpoint_every_seconds
+    every = spec.checkpoint_policy.checkpoint_every_seconds
     return SaveRow(
         parameters=sum(s.gradient.numel() for s in students),
         megabytes=size / 1e6,

@@ -164,10 +164,10 @@ class Bare:
 
     def __init__(self, spec: StageSpec):
         keep_freed_memory()  # as the loop alone does
-        if spec.threads:
-            torch.set_num_threads(spec.threads)
+        if spec.runtime.threads:
+            torch.set_num_threads(spec.runtime.threads)
         self.spec = spec
-        self.world = World(rank=0, size=1, device=torch.device(spec.device), control=None)
+        self.world = World(rank=0, size=1, device=torch.device(spec.runtime.device), control=None)
         self.distiller = build_distiller(spec, self.world.device)
         self.students = make_states(spec, self.distiller)
         stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.micro_batch)
@@ -191,9 +191,9 @@ class Bare:
             self.rows,
             step=self.made,
             seed=spec.seed,
-            learning_rate=spec.peak_lr,
-            max_gradient_norm=spec.max_gradient_norm,
-            autocast=AUTOCAST[choose_precision(spec.precision, None, device)],
+            learning_rate=spec.learning_rate.peak_lr,
+            max_gradient_norm=spec.optimizer.max_gradient_norm,
+            autocast=AUTOCAST[choose_precision(spec.runtime.precision, None, device)],
             world=self.world,
             seq_len=spec.data.seq_len,
         )

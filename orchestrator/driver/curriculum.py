@@ -19,18 +19,19 @@ from minilm.orchestrator.driver.prepare_data import prepare_data
 from minilm.orchestrator.driver.status_line import Line, StageProgress, build_reporter
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
-from minilm.orchestrator.errors import Stopped, UserError
+from minilm.orchestrator.errors import RecipeErrors, Stopped, UserError
 from minilm.orchestrator.launch import resources as places
 from minilm.orchestrator.launch import trainer as launch
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
 from minilm.orchestrator.launch.cluster import Cluster
 from minilm.orchestrator.launch.liveness import Heartbeats, Supervisor
-from minilm.orchestrator.recipe.schema import Recipe, Stage
-from minilm.orchestrator.resolve.compatibility import check_stage, check_stages
+from minilm.orchestrator.recipe.references import parse_reference
+from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.folders import model_folder
+from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, known_data, resolve_stages
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
-from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
+from minilm.orchestrator.stage.spec import StageSpec, StudentSpec, grouped
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.lease import Lease
 from minilm.orchestrator.system.signals import StopRequest
@@ -57,8 +58,19 @@ def run_recipe(
     """
     began = time.monotonic()
     with closing(Line()) as line:
-        data = prepare_data(recipe, workdir, build_reporter(line, stop))
-        check_stages(recipe, workdir, data)
+        line.show("looking at teachers and data", force=True)
+
+        def fetch(reference: str) -> str:
+            return str(model_folder(parse_reference(reference), recipe, workdir))
+
+        stages, problems = resolve_stages(recipe, fetch)
+        if not problems and (known := known_data(recipe, fetch)):
+            problems = check_data(stages, *known)
+        if not problems:
+            data = prepare_data(recipe, workdir, build_reporter(line, stop))
+            problems = check_data(stages, data.seq_len, data.vocabulary)
+        if problems:
+            raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
         workdir.adopt(recipe, recipe_file, data, redo_from)
         line.show("opening the tracking store", force=True)
         tracking = Tracking.open(
@@ -73,7 +85,7 @@ def run_recipe(
             },
             recipe_file=recipe_file,
         )
-        driver = Driver(recipe, workdir, lease, data, tracking, cluster, line, stop)
+        driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, cluster, line, stop)
         try:
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
             driver.withdraw_reservations()
@@ -106,6 +118,7 @@ class Driver:
     workdir: Workdir
     lease: Lease
     data: DataSpec
+    stages: tuple[ResolvedStage, ...]
     tracking: Tracking
     cluster: Cluster | None
     line: Line
@@ -115,7 +128,7 @@ class Driver:
         """Train and publish stage `number` (0-based) unless that is done; its teacher and students for the summary."""
         stage = self.recipe.stages[number]
         label = f"[{number + 1}/{len(self.recipe.stages)}] {stage.name}"
-        spec = self.make_spec(stage)
+        spec = self.make_spec(self.stages[number])
         folder = self.workdir.stage(stage.name)
         published = read_json(folder.published)
         if published is not None and published["digest"] == spec.digest:
@@ -137,11 +150,10 @@ class Driver:
             run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
 
-    def make_spec(self, stage: Stage) -> StageSpec:
+    def make_spec(self, resolved: ResolvedStage) -> StageSpec:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
-        recipe, compute = self.recipe, self.recipe.compute
-        teacher = model_folder(stage.teacher_ref, recipe, self.workdir)
-        shape = check_stage(stage, teacher, self.data)
+        recipe, compute, stage = self.recipe, self.recipe.compute, resolved.stage
+        teacher = model_folder(recipe.teacher_ref(stage), recipe, self.workdir)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
         inputs = {
@@ -159,37 +171,24 @@ class Driver:
             teacher_digest=teacher_digest,
             teacher_layer=stage.teacher_layer,
             students=tuple(
-                StudentSpec(s.name, s.layers, s.hidden, s.heads or shape.heads, s.ffn, s.dropout, s.init)
-                for s in stage.students
+                StudentSpec(
+                    name=student.name,
+                    layers=student.layers,
+                    hidden=student.hidden,
+                    heads=resolved.students[student.name].num_attention_heads,
+                    ffn=student.ffn,
+                    dropout=student.dropout,
+                    init=student.init,
+                )
+                for student in stage.students
             ),
             objective=stage.objective_fields(),
             seed=recipe.seed,
             batch=stage.batch,
             micro_batch=stage.micro_batch,
             steps=stage.steps,
-            peak_lr=stage.peak_lr,
-            warmup_steps=stage.warmup_steps,
-            schedule=stage.schedule,
-            adam_betas=stage.adam_betas,
-            adam_eps=stage.adam_eps,
-            weight_decay=stage.weight_decay,
-            max_gradient_norm=stage.max_gradient_norm,
-            eval_every=stage.eval_every,
-            held_out_rows=stage.held_out_rows,
-            log_every=recipe.tracking.log_every,
-            per_head=recipe.tracking.per_head,
-            device=compute.device,
-            precision=compute.precision,
-            threads=compute.threads,
-            checkpoint_every_steps=compute.checkpoint_every_steps,
-            checkpoint_every_seconds=compute.checkpoint_every_seconds,
-            keep_checkpoints=compute.keep_checkpoints,
-            keep_every_steps=compute.keep_every_steps,
             checkpoints=compute.checkpoints and f"{compute.checkpoints}/{recipe.name}/{stage.name}",
-            reduction=compute.reduction,
-            on_nonfinite=compute.on_nonfinite,
-            max_skipped_steps=compute.max_skipped_steps,
-            stall_seconds=compute.stall_seconds,
+            **grouped(recipe.tracking.model_dump() | compute.model_dump() | stage.model_dump()),
             digest=sha256_json(inputs),
         )
 
@@ -209,7 +208,8 @@ class Driver:
                 show=lambda text, force: self.line.show(f"{label}  {text}", force=force),
             )
         if place:  # decided once, so that no worker takes a GPU that Ray has not given it
-            spec = replace(spec, device="cuda" if place == "GPU" else "cpu")
+            device = "cuda" if place == "GPU" else "cpu"
+            spec = replace(spec, runtime=replace(spec.runtime, device=device))
         begin_attempt(spec, folder)
         with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
             if self.cluster:

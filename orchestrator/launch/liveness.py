@@ -100,7 +100,7 @@ class Supervisor:
     def _begin_silence(self) -> None:
         beat = self.beats.newest
         ordinary = beat is not None and beat["doing"] == "training"
-        self.allowed = self.spec.stall_seconds * (1 if ordinary else LONG) + GRACE_SECONDS
+        self.allowed = self.spec.runtime.stall_seconds * (1 if ordinary else LONG) + GRACE_SECONDS
         self.lacks, self.judged = "", ""
 
     def _look_at_cluster(self) -> None:
@@ -128,4 +128,6 @@ class Supervisor:
                 f"goes on from the last checkpoint"
             )
         self.judged = str(process)
-        self.allowed = silent + self.spec.stall_seconds * LONG  # for whoever comes in its place to start
+        self.allowed = (
+            silent + self.spec.runtime.stall_seconds * LONG
+        )  # for whoever comes in its place to start

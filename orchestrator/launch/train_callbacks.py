@@ -143,7 +143,7 @@ class Callback(ControllerCallback, WorkerGroupCallback):
         """
         if not isinstance(current_state, ResizingState):
             return
-        seconds = self.spec.stall_seconds  # and not longer: Ray looks at no worker meanwhile
+        seconds = self.spec.runtime.stall_seconds  # and not longer: Ray looks at no worker meanwhile
         try:
             answer = self.group.execute_single_async(0, leave, seconds)
             if not ray.get(answer, timeout=seconds):

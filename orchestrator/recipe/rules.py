@@ -156,10 +156,15 @@ def _meaning(path: tuple[int | str, ...]) -> str:
     return f" ({' '.join(known.description.split()).rstrip('.')})" if known and known.description else ""
 
 
+RENAMED = {("compute", "reduction"): "gradient_sum"}  # (section, key of before): key
+
+
 def _unknown_key(path: tuple[int | str, ...]) -> str:
     above = [key for key in path[:-1] if isinstance(key, str)]
     here = above[-1] if above else ""
     key, allowed = str(path[-1]), list(SECTIONS[here].model_fields)
+    if new := RENAMED.get((here, key)):
+        return f"this key is called {new} now, with the same values; rename it"
     if here == "stages":
         allowed.insert(allowed.index("students"), "student")
     if here == "data":

@@ -12,6 +12,7 @@ from minilm.orchestrator.recipe.references import (
     Reference,
     RegistryRef,
     StudentRef,
+    absent_package,
     package_path,
     parse_reference,
 )
@@ -25,12 +26,7 @@ def model_folder(ref: Reference, recipe: Recipe, workdir: RunFolder) -> Path:
     """The folder of a teacher or tokenizer. Raises `UserError` when it can't be had."""
     match ref:
         case FolderRef(path):
-            if not (path / "config.json").exists() and not (path / "tokenizer.json").exists():
-                raise UserError(
-                    f"{path} is not a model folder (no config.json in it); give a transformers folder, a hub id, "
-                    f"models:/NAME@ALIAS, package:NAME/PATH or an earlier student's name"
-                )
-            return path.resolve()
+            return _checked(path)
         case StudentRef(name):
             stage = next(s for s in recipe.stages if any(student.name == name for student in s.students))
             return workdir.stage(stage.name).student(name).resolve()
@@ -51,6 +47,24 @@ def model_folder(ref: Reference, recipe: Recipe, workdir: RunFolder) -> Path:
                 ) from error
         case HubRef(hub_id):
             return download(hub_id, workdir.teachers)
+
+
+def folder_here(text: str) -> str | None:
+    """The folder of the teacher or tokenizer that `text` refers to, where it is on this machine; None for one that a
+    run would fetch, or that is missing. Raises `UserError` for a folder that holds no model."""
+    if absent_package(text):
+        return None
+    ref = parse_reference(text)
+    return str(_checked(ref.path)) if isinstance(ref, FolderRef) and ref.path.is_dir() else None
+
+
+def _checked(path: Path) -> Path:
+    if not (path / "config.json").exists() and not (path / "tokenizer.json").exists():
+        raise UserError(
+            f"{path} is not a model folder (no config.json in it); give a transformers folder, a hub id, "
+            f"models:/NAME@ALIAS, package:NAME/PATH or an earlier student's name"
+        )
+    return path.resolve()
 
 
 def text_inputs(patterns: Sequence[str]) -> list[str | Path]:

@@ -118,9 +118,9 @@ class ExactSum:
 
 
 def make_sum(
-    reduction: str, size: int, num_terms: int, device: torch.device, num_micro_batches: int
+    kind: str, size: int, num_terms: int, device: torch.device, num_micro_batches: int
 ) -> GradientSum:
-    """`reduction`: "exact" or "fast"; `size`: elements of the gradient; `num_micro_batches`: of a whole step."""
-    if reduction == "exact":
+    """`kind`: "exact" or "fast"; `size`: elements of the gradient; `num_micro_batches`: of a whole step."""
+    if kind == "exact":
         return ExactSum(size, num_terms, device, num_micro_batches)
     return FastSum(size, num_terms, device)

@@ -25,7 +25,7 @@ def choose_threads(asked: int | None, before: int | None, *, exact: bool) -> int
     if not exact or before in (None, wanted):
         return wanted
     if asked is None:
-        log.info("goes on with %d CPU threads a worker, as it began: reduction is exact", before)
+        log.info("goes on with %d CPU threads a worker, as it began: gradient_sum is exact", before)
         return before
     log.warning(
         "compute.threads is %d and was %d before: the weights will not be bit-identical to those of a run "

@@ -48,7 +48,7 @@ class StudentState:
     norm are single operations. AdamW is Adam with decoupled weight decay (MiniLM, section 4.1); biases and
     normalisation weights, the parameters with fewer than two dimensions, are not decayed.
 
-    `reduction`: "exact" or "fast" (see `reduction`), for steps of `num_micro_batches` and `num_terms` values.
+    `gradient_sum`: "exact" or "fast" (see there), for steps of `num_micro_batches` and `num_terms` values.
     `on_nonfinite`: after an update that was not finite, "stop" leaves all later ones out too, "skip" goes on.
     `refused` int64 [3], on the device: how many updates were not finite and so left out; the first ("stop") or last
     ("skip") step of them, -1 for none; 1 when it has come to a stop.
@@ -62,7 +62,7 @@ class StudentState:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
-        reduction: str = "fast",
+        gradient_sum: str = "fast",
         num_micro_batches: int = 1,
         num_terms: int = 1,
         on_nonfinite: str = "stop",
@@ -72,7 +72,7 @@ class StudentState:
         self.on_nonfinite = on_nonfinite
         device = next(iter(parameters.values())).device
         size = sum(p.numel() for p in parameters.values())
-        self.sums = make_sum(reduction, size, num_terms, device, num_micro_batches)
+        self.sums = make_sum(gradient_sum, size, num_terms, device, num_micro_batches)
         self.refused = torch.tensor([0, -1, 0], dtype=torch.int64, device=device)
         offset = 0
         for parameter in parameters.values():
@@ -196,7 +196,7 @@ class Share:
     """What one worker computes of one step: forward and backward of its micro-batches, into the students' sums.
 
     `unit`: a power of two by which losses are multiplied, so that a row's weighs about 1 whatever the objective's
-    reduction counts (rows or tokens), and gradients have the magnitude that `reduction.ExactSum` is made for.
+    reduction counts (rows or tokens), and gradients have the magnitude that `gradient_sum.ExactSum` is made for.
     """
 
     def __init__(

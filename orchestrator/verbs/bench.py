@@ -35,7 +35,7 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--deterministic",
         action="store_true",
-        help="with the kernels that reduction: exact asks for on a GPU; run it with and without",
+        help="with the kernels that gradient_sum: exact asks for on a GPU; run it with and without",
     )
     _add_common(step)
     step.set_defaults(run=bench_step)

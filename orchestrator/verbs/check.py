@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minilm.orchestrator.errors import RecipeErrors
+from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.verbs.arguments import add_overrides
+
+if TYPE_CHECKING:
+    from minilm.orchestrator.recipe.schema import Recipe
 
 
 def add_check(verbs: Any) -> None:
@@ -28,12 +31,9 @@ def check_recipes(options: argparse.Namespace) -> int:
         except RecipeErrors as error:
             problems += error.problems
             continue
-        if any(Path(stage.teacher).is_dir() for stage in recipe.stages):
-            from minilm.orchestrator.resolve.compatibility import config_problems
-
-            if wrong := config_problems(recipe):
-                problems += [f"{path}: {problem}" for problem in wrong]
-                continue
+        if wrong := problems_here(recipe):
+            problems += [f"{path}: {problem}" for problem in wrong]
+            continue
         stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
         print(f"{path}: sound; stages: {stages}")
         for note in missing_inputs(recipe):
@@ -41,3 +41,26 @@ def check_recipes(options: argparse.Namespace) -> int:
     if problems:
         raise RecipeErrors(problems)
     return 0
+
+
+def problems_here(recipe: Recipe) -> list[str]:
+    """Whatever a run would refuse that can be told from what is on this machine: configs, tokenizers, manifests."""
+    from minilm.orchestrator.resolve.folders import folder_here
+
+    references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
+    references |= {recipe.data.tokenizer} if recipe.data.tokenizer else set()
+    try:
+        if not any(folder_here(reference) for reference in references):
+            return []  # nothing to compare, and torch takes seconds to import
+    except UserError as error:
+        return [str(error)]
+    from minilm.data.errors import DataError
+    from minilm.orchestrator.resolve.stages import check_data, known_data, resolve_stages
+
+    stages, problems = resolve_stages(recipe, folder_here)
+    try:
+        if known := known_data(recipe, folder_here):
+            problems += check_data(stages, *known)
+    except (UserError, DataError) as error:
+        problems.append(str(error))
+    return problems

@@ -30,15 +30,15 @@ def check_finite(spec: StageSpec, stream: Stream, student: str, refused: list[in
     `refused`: see `StudentState`, read from the device by the caller.
     """
     count, step, stopped = refused
-    if not stopped and count <= spec.max_skipped_steps:
+    if not stopped and count <= spec.runtime.max_skipped_steps:
         return
     what = f"stage {spec.stage}: the loss or gradient of student {student} is not finite at step {step}"
     if not stopped:
-        what += f", and {count} updates were skipped (compute.max_skipped_steps is {spec.max_skipped_steps})"
+        what += f", and {count} updates were skipped (compute.max_skipped_steps is {spec.runtime.max_skipped_steps})"
     raise UserError(
         f"{what}, of {name_rows(stream, step, StageFolder(Path(spec.folder)).failed_step)}; no weight has moved by it; "
-        f"lower peak_lr (now {spec.peak_lr}) or set max_gradient_norm; where only these rows are at fault, "
-        f"compute.on_nonfinite=skip leaves such updates out; the same command goes on from the last checkpoint"
+        f"lower peak_lr (now {spec.learning_rate.peak_lr}) or set max_gradient_norm; where only these rows are at "
+        f"fault, compute.on_nonfinite=skip leaves such updates out; the same command goes on from the last checkpoint"
     )
 
 

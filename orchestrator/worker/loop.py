@@ -59,10 +59,10 @@ def run_stage(
     update: once one rank is told so, all save at the next step boundary and raise `Evicted`. Raises `UserError`,
     `DataError` or `ModelError` for what a retry can't cure.
     """
-    with join_world(spec.device, spec.threads, peer_timeout(spec)) as world:
+    with join_world(spec.runtime.device, spec.runtime.threads, peer_timeout(spec)) as world:
         folder = StageFolder(Path(spec.folder))
         with writing(folder.root):
-            watchdog = Watchdog(folder.worker_log(world.rank), spec.stall_seconds)
+            watchdog = Watchdog(folder.worker_log(world.rank), spec.runtime.stall_seconds)
         try:
             run = StageRun(spec, world, watchdog, eviction_announced)
             try:
@@ -86,10 +86,10 @@ class StageRun:
         self.spec, self.world, self.watchdog = spec, world, watchdog
         self.eviction_announced = eviction_announced
         self.folder = StageFolder(Path(spec.folder))
-        self.precision = spec.precision  # for good from `resume` on
-        if spec.reduction == "exact" and world.device.type == "cuda":
+        self.precision = spec.runtime.precision  # for good from `resume` on
+        if spec.runtime.gradient_sum == "exact" and world.device.type == "cuda":
             compute_deterministically()
-        self.fixed_threads = spec.reduction == "exact" and world.device.type == "cpu"
+        self.fixed_threads = spec.runtime.gradient_sum == "exact" and world.device.type == "cpu"
         self.intake = RowLoader(spec, world)
         self.heldout = open_held_out(spec.data)
         self.distiller = build_distiller(spec, world.device)
@@ -140,7 +140,9 @@ class StageRun:
                     point = step_metrics(spec, self.distiller, self.students, self.intake, step, outcome)
                     with self.writing():
                         self.journal.step(done, point)
-                if done == spec.steps or (spec.eval_every and done % spec.eval_every == 0):
+                if done == spec.steps or (
+                    spec.measuring.eval_every and done % spec.measuring.eval_every == 0
+                ):
                     self.evaluate(done)
                 with self.writing():
                     self.journal.beat("training", done)
@@ -182,8 +184,8 @@ class StageRun:
             except Exception as problem:  # the others must hear of it before it is raised
                 error = problem
         before = (found[1].threads, found[1].precision) if found else (None, None)
-        threads = choose_threads(spec.threads, before[0], exact=self.fixed_threads)
-        precision = choose_precision(spec.precision, before[1], self.world.device)
+        threads = choose_threads(spec.runtime.threads, before[0], exact=self.fixed_threads)
+        precision = choose_precision(spec.runtime.precision, before[1], self.world.device)
         chosen = [first, threads, PRECISIONS.index(precision), self.intake.masking.digest]
         failed, first, threads, number, masked = self.world.broadcast([error is not None, *chosen])
         if error is not None:
@@ -237,13 +239,13 @@ class StageRun:
                 step=step,
                 seed=self.spec.seed,
                 learning_rate=rate(self.spec, step),
-                max_gradient_norm=self.spec.max_gradient_norm,
+                max_gradient_norm=self.spec.optimizer.max_gradient_norm,
                 autocast=AUTOCAST[self.precision],
                 world=self.world,
                 seq_len=self.spec.data.seq_len,
                 tell=self.tell,
                 parts=self.parts,
-                by_head=self.spec.per_head and is_logged(self.spec, step + 1),
+                by_head=self.spec.measuring.per_head and is_logged(self.spec, step + 1),
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -271,7 +273,7 @@ class StageRun:
         divergence = heldout_divergence(
             self.distiller,
             self.heldout,
-            rows=self.spec.held_out_rows,
+            rows=self.spec.measuring.held_out_rows,
             micro_batch=self.spec.micro_batch,
             autocast=AUTOCAST[self.precision],
             world=self.world,

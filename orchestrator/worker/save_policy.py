@@ -42,19 +42,19 @@ class SavePolicy:
             models,
             students,
             fingerprints,
-            keep=spec.keep_checkpoints,
-            keep_every=spec.keep_every_steps,
+            keep=spec.checkpoint_policy.keep_checkpoints,
+            keep_every=spec.checkpoint_policy.keep_every_steps,
             guard=guard,
         )
         self.overdue = False
-        self.clock = Timer(spec.checkpoint_every_seconds)
+        self.clock = Timer(spec.checkpoint_policy.checkpoint_every_seconds)
 
     def is_due(self, done: int, stop: bool) -> bool:
         """After `done` steps, before a `stop` or not.
 
         By step count it waits for the save in flight a little, once: behind a store that is slower, it comes later.
         """
-        every = self.spec.checkpoint_every_steps
+        every = self.spec.checkpoint_policy.checkpoint_every_steps
         if every is not None and done % every == 0 and not self.overdue:
             self.saver.wait_a_little(WAIT_SECONDS)
             self.overdue = True
@@ -84,4 +84,7 @@ class SavePolicy:
 
 def is_kept(spec: StageSpec, done: int) -> bool:
     """Is the checkpoint after `done` steps one to be kept for good, and waited for?"""
-    return spec.keep_every_steps is not None and done % spec.keep_every_steps == 0
+    return (
+        spec.checkpoint_policy.keep_every_steps is not None
+        and done % spec.checkpoint_policy.keep_every_steps == 0
+    )

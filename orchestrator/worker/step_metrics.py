@@ -14,17 +14,17 @@ from minilm.orchestrator.worker.failures import check_finite
 
 def is_logged(spec: StageSpec, done: int) -> bool:
     """Is there a point after `done` steps?"""
-    return done % spec.log_every == 0 or done == spec.steps
+    return done % spec.measuring.log_every == 0 or done == spec.steps
 
 
 def rate(spec: StageSpec, step: int) -> float:
     """The learning rate of step `step` (from 0)."""
     return learning_rate(
         step,
-        peak=spec.peak_lr,
-        warmup_steps=spec.warmup_steps,
+        peak=spec.learning_rate.peak_lr,
+        warmup_steps=spec.learning_rate.warmup_steps,
         num_steps=spec.steps,
-        schedule=spec.schedule,
+        schedule=spec.learning_rate.schedule,
     )
 
 
@@ -42,7 +42,7 @@ def step_metrics(
     """
     weights = distiller.weights.tolist()
     metrics = {"learning_rate": rate(spec, step)} | intake.metrics()
-    heads = outcome.heads.tolist() if spec.per_head else []
+    heads = outcome.heads.tolist() if spec.measuring.per_head else []
     for student, values in zip(students, heads, strict=False):
         metrics |= head_metrics(student.name, distiller.objective.relation_names, values)
     rows = zip(students, outcome.terms.tolist(), outcome.norms.tolist(), strict=True)
@@ -50,7 +50,7 @@ def step_metrics(
         refused = student.refused.tolist()
         check_finite(spec, intake.stream, student.name, refused)
         metrics |= student_metrics(student.name, distiller.term_names, weights, means, norm)
-        if spec.on_nonfinite == "skip":
+        if spec.runtime.on_nonfinite == "skip":
             metrics[f"{student.name}/skipped_steps"] = refused[0]
     return metrics
 

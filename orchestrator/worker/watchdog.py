@@ -22,7 +22,7 @@ REARM_SECONDS = 1.0
 
 def peer_timeout(spec: StageSpec) -> timedelta:
     """How long a worker waits for the others: as long as one of them may be busy with what takes long."""
-    return max(PEER_TIMEOUT, timedelta(seconds=LONG * spec.stall_seconds))
+    return max(PEER_TIMEOUT, timedelta(seconds=LONG * spec.runtime.stall_seconds))
 
 
 class Watchdog:

@@ -1,0 +1,174 @@
+"""A recipe's stages with everything they refer to, checked against each other from configs alone: no weight is read.
+
+`minilm check`, `plan` and `run` all go through `resolve_stages` and `check_data`, so that none of them refuses what
+another one takes. They differ in `find`: `run` fetches a teacher that is elsewhere, the others take what is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import MANIFEST, TokenizerInfo, load_manifest
+from minilm.data.storage.remote import is_remote
+from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
+from minilm.model.compatibility import check_student, has_head
+from minilm.model.encoder.shape import load_config, shape_of, student_config, tapped_layer
+from minilm.model.errors import ModelError
+from minilm.model.loss.objective import Objective
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.schema import Recipe, Stage
+
+Find = Callable[
+    [str], str | None
+]  # of a reference in the recipe: a folder or hub id; None where it is not here
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage, its teacher and the configs that follow.
+
+    source: the teacher's folder or hub id; None for an earlier student, and for a teacher that is not here.
+    teacher: its config; None where that is not known here. students: a config for each student, empty without one.
+    needs_head: whether teacher and students have a masked-language-model head.
+    """
+
+    stage: Stage
+    source: str | None
+    teacher: PreTrainedConfig | None
+    students: Mapping[str, PreTrainedConfig]
+    needs_head: bool
+
+
+def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
+    """The stages in order, and a line for each reason why a run of them would be refused.
+
+    `find` is asked for every teacher that is no earlier student.
+    """
+    resolved: list[ResolvedStage] = []
+    problems: list[str] = []
+    students: dict[str, PreTrainedConfig | None] = {}
+    heads: dict[str, bool] = {}
+    for stage in recipe.stages:
+        source = config = head = None
+        found: dict[str, PreTrainedConfig] = {}
+        needs_head = False
+        try:
+            if stage.teacher in students:
+                config, head = students[stage.teacher], heads[stage.teacher]
+            else:
+                source = find(stage.teacher)
+                config = load_config(source) if source else None
+                head = has_head(config) if config else None
+            objective = Objective.named(**stage.objective_fields())
+            needs_head = objective.needs_head
+            if config is not None:
+                found = _students(stage, config, objective, head)
+        except (UserError, ModelError) as error:
+            if isinstance(error, UserError) and error.exit_code != UserError.exit_code:
+                raise  # a hub or registry that is away
+            problems.append(f"stage {stage.name}: {error}")
+        resolved.append(ResolvedStage(stage, source, config, found, needs_head))
+        for student in stage.students:
+            students[student.name] = found.get(student.name)
+            heads[student.name] = needs_head
+    return resolved, problems
+
+
+def _students(
+    stage: Stage, teacher: PreTrainedConfig, objective: Objective, head: bool | None
+) -> dict[str, PreTrainedConfig]:
+    """The students' configs. Raises `ModelError` for a teacher or student that the objective can't be used with."""
+    tapped_layer(teacher, stage.teacher_layer)
+    if objective.needs_head and head is False:
+        raise ModelError(
+            f"objective {stage.objective} needs a teacher with a masked-language-model head, and {stage.teacher} has "
+            f"none; choose an objective of relations, such as minilm, or a teacher that was saved with its head"
+        )
+    found = {}
+    for student in stage.students:
+        try:
+            config = student_config(
+                teacher,
+                layers=student.layers,
+                hidden=student.hidden,
+                heads=student.heads,
+                ffn=student.ffn,
+                dropout=student.dropout,
+            )
+            check_student(objective, teacher, config, layer=stage.teacher_layer, init=student.init)
+        except ModelError as error:
+            raise ModelError(f"student {student.name}: {error}") from None
+        found[student.name] = config
+    return found
+
+
+def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None] | None:
+    """Tokens a row and the tokenizer's identity, before any text is tokenized and any row is read.
+
+    From the tokenizer where text or tokens are read, else from the first data set on this machine; None without
+    either. Raises `DataError` for a tokenizer or manifest that can't be used.
+    """
+    data = recipe.data
+    if data.tokenizer is not None:
+        folder = find(data.tokenizer)
+        if folder is None or not Path(folder).is_dir():
+            return data.seq_len, None
+        loaded = load_tokenizer(folder)
+        size = max(loaded.get_vocab().values()) + 1
+        return data.seq_len, TokenizerInfo(vocabulary_fingerprint(loaded), size, *special_ids(loaded))
+    for corpus in data.corpora or ():
+        if corpus.shards and not is_remote(corpus.shards) and (Path(corpus.shards) / MANIFEST).is_file():
+            manifest = load_manifest(Path(corpus.shards))
+            return manifest.seq_len, manifest.tokenizer
+    return None
+
+
+def check_data(stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerInfo | None) -> list[str]:
+    """A line for each stage whose teacher can't read rows of `seq_len` tokens, or means other tokens by their ids.
+
+    `tokenizer`: the data's, None where that is not known yet.
+    """
+    problems = []
+    for resolved in stages:
+        if resolved.teacher is None:
+            continue
+        where, shape = f"stage {resolved.stage.name}", shape_of(resolved.teacher)
+        if seq_len > shape.max_tokens:
+            problems.append(
+                f"{where}: rows are {seq_len} tokens long, the teacher takes at most {shape.max_tokens}; "
+                f"give a smaller seq_len"
+            )
+        if tokenizer is None:
+            continue
+        if tokenizer.vocab_size > shape.vocab_size:
+            problems.append(
+                f"{where}: the data's vocabulary has {tokenizer.vocab_size} tokens, the teacher knows "
+                f"{shape.vocab_size}; make the data with the teacher's tokenizer"
+            )
+        elif resolved.source is not None and _differs(tokenizer, resolved.source):
+            problems.append(
+                f"{where}: the data's tokenizer is another one than the teacher's in {resolved.source} (the same ids "
+                f"would mean other tokens); make the data with `--tokenizer {resolved.source}`"
+            )
+        if resolved.needs_head and tokenizer.mask_id < 0:
+            problems.append(
+                f"{where}: objective {resolved.stage.objective} masks tokens, and the tokenizer of the data has no "
+                f"mask token; choose an objective of relations, such as minilm"
+            )
+    return problems
+
+
+def _differs(tokenizer: TokenizerInfo, teacher: str) -> bool:
+    """Token ids must mean the same to data and teacher. A teacher without tokenizer files can't be compared."""
+    if not Path(teacher).is_dir():
+        return False
+    try:
+        own = load_tokenizer(teacher)
+    except DataError:
+        return False
+    return vocabulary_fingerprint(own) != tokenizer.vocabulary_fingerprint
