@@ -433,7 +433,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         "peak_lr, warmup_steps, schedule, adam_betas, adam_eps, weight_decay, max_gradient_norm, "
         "eval_every, held_out_rows",
         "recipe.yaml:15: stages.1.student.heads: given 12; allowed: heads that divide hidden "
-        "(25 / 12 is not whole); hidden: 24 would do",
+        "(25 / 12 is not whole); heads: 5 would do",
         "recipe.yaml:20: workers: unknown key; it belongs under compute; allowed: name, seed, data, "
         "compute, stages, tracking",
         "--set: compute.device: given 'gpu'; allowed: 'auto', 'cpu' or 'cuda'",
@@ -492,7 +492,7 @@ def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, expected: str)
         (["stages.0.student.name=first"], "given 'assistant', a stage whose students have other names; "
                                           "allowed: a student's name: first"),
         (["stages.0.student.heads=10", "stages.1.student.heads=10", "stages.1.student.hidden=20"],
-         "stages.0.student.heads: given 10; allowed: heads that divide hidden (48 / 10 is not whole); hid"),
+         "stages.0.student.heads: given 10; allowed: heads that divide hidden (48 / 10 is not whole); heads: 8"),
         (["stages.1.student.hidden=32"], "given 32; allowed: heads that divide hidden (32 / 12 is not"),
         (["stages.1.student.heads=6"], "given 6; allowed: 12, the heads of the teacher 'assistant'"),
         (["stages.1.relation_heads=9"], "given 9; allowed: a divisor of the teacher's hidden size 48"),

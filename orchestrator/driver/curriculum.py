@@ -28,7 +28,7 @@ from minilm.orchestrator.launch.liveness import Heartbeats, Supervisor
 from minilm.orchestrator.recipe.references import parse_reference
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.folders import model_folder
-from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, known_data, resolve_stages
+from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, resolve
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec, StudentSpec, grouped
@@ -63,9 +63,7 @@ def run_recipe(
         def fetch(reference: str) -> str:
             return str(model_folder(parse_reference(reference), recipe, workdir))
 
-        stages, problems = resolve_stages(recipe, fetch)
-        if not problems and (known := known_data(recipe, fetch)):
-            problems = check_data(stages, *known)
+        stages, problems = resolve(recipe, fetch)
         if not problems:
             data = prepare_data(recipe, workdir, build_reporter(line, stop))
             problems = check_data(stages, data.seq_len, data.vocabulary)

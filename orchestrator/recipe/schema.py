@@ -386,12 +386,11 @@ class Recipe(_Section):
     @model_validator(mode="before")
     @classmethod
     def _experiment_defaults_to_name(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        tracking = given.get("tracking") if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(tracking, dict | None):
             return given
-        tracking = given.get("tracking")
-        if not isinstance(tracking, dict | None):
-            return given
-        return given | {"tracking": {"experiment": given["name"], **(tracking or {})}}
+        experiment = str(given.get("name") or "unnamed")  # a name that is wrong is complained about by itself
+        return given | {"tracking": {"experiment": experiment, **(tracking or {})}}
 
     @field_validator("stages")
     @classmethod

@@ -1,6 +1,6 @@
 """A recipe's stages with everything they refer to, checked against each other from configs alone: no weight is read.
 
-`minilm check`, `plan` and `run` all go through `resolve_stages` and `check_data`, so that none of them refuses what
+`minilm check`, `plan` and `run` all go through `resolve`, or its parts, so that none of them refuses what
 another one takes. They differ in `find`: `run` fetches a teacher that is elsewhere, the others take what is here.
 """
 
@@ -44,6 +44,24 @@ class ResolvedStage:
     needs_head: bool
 
 
+def resolve(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
+    """The stages, and a line for each reason why a run is refused before any text is tokenized."""
+    stages, problems = resolve_stages(recipe, find)
+    try:
+        if known := known_data(recipe, find):
+            problems += check_data(stages, *known)
+    except (UserError, DataError) as error:
+        raise_unless_final(error)
+        problems.append(f"data: {error}")
+    return stages, problems
+
+
+def raise_unless_final(error: Exception) -> None:
+    """Raise an error that may pass, such as a hub or a registry that is away: it says nothing about the recipe."""
+    if isinstance(error, UserError) and error.exit_code != UserError.exit_code:
+        raise error
+
+
 def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
     """The stages in order, and a line for each reason why a run of them would be refused.
 
@@ -69,8 +87,7 @@ def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], lis
             if config is not None:
                 found = _students(stage, config, objective, head)
         except (UserError, ModelError) as error:
-            if isinstance(error, UserError) and error.exit_code != UserError.exit_code:
-                raise  # a hub or registry that is away
+            raise_unless_final(error)
             problems.append(f"stage {stage.name}: {error}")
         resolved.append(ResolvedStage(stage, source, config, found, needs_head))
         for student in stage.students:

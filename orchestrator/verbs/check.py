@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,18 +50,9 @@ def problems_here(recipe: Recipe) -> list[str]:
 
     references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
     references |= {recipe.data.tokenizer} if recipe.data.tokenizer else set()
-    try:
+    with suppress(UserError):  # a folder without a model: `resolve` says so
         if not any(folder_here(reference) for reference in references):
             return []  # nothing to compare, and torch takes seconds to import
-    except UserError as error:
-        return [str(error)]
-    from minilm.data.errors import DataError
-    from minilm.orchestrator.resolve.stages import check_data, known_data, resolve_stages
+    from minilm.orchestrator.resolve.stages import resolve
 
-    stages, problems = resolve_stages(recipe, folder_here)
-    try:
-        if known := known_data(recipe, folder_here):
-            problems += check_data(stages, *known)
-    except (UserError, DataError) as error:
-        problems.append(str(error))
-    return problems
+    return resolve(recipe, folder_here)[1]
