@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from minilm.data.errors import DamageError, DataError, OriginError
+from minilm.data.format.files import write_whole
 from minilm.data.format.manifest import MANIFEST, Shard, parse_manifest
 from minilm.data.read.quarantine import Quarantine
 from minilm.data.read.reader import RowReader
 from minilm.data.read.rows import Counters
 from minilm.data.storage.cache import Cache, Lease
-from minilm.data.storage.remote import Store, fetch_small_files, write_whole
+from minilm.data.storage.remote import Store, fetch_small_files
 from minilm.data.storage.retry import RetryPolicy
 
 

@@ -10,7 +10,6 @@ hash twice was replaced, which is said at once.
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 
 from minilm.data.errors import DataError, OriginError
+from minilm.data.format.files import write_whole
 from minilm.data.format.manifest import CHECKSUMS, TOKENIZER
 from minilm.data.storage.retry import RetryPolicy, TransientError, one_line
 
@@ -209,12 +209,6 @@ def fetch_small_files(store: Store, split: str, into: Path) -> None:
     (into / TOKENIZER).mkdir(parents=True, exist_ok=True)
     for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
         write_whole(into / name, store.read(split + name))
-
-
-def write_whole(path: Path, raw: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(raw)
-    temporary.replace(path)
 
 
 def split_url(url: str | Path) -> tuple[str, str]:

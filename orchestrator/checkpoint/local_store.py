@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from minilm.data.format.files import fsync_path
 from minilm.orchestrator.checkpoint.store import META, NAME, OWNER, staging_folder, sweep_staging_folders
-from minilm.orchestrator.system.files import fsync_folder, read_json, write_json
+from minilm.orchestrator.system.files import read_json, write_json
 
 
 class LocalStore:
@@ -27,10 +28,10 @@ class LocalStore:
 
     def commit(self, folder: Path, guard: Callable[[], None]) -> str:
         name = folder.name.split(".")[1]
-        fsync_folder(folder)
+        fsync_path(folder)
         guard()
         folder.rename(self.folder / name)
-        fsync_folder(self.folder)
+        fsync_path(self.folder)
         return name
 
     @contextmanager
