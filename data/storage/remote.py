@@ -20,10 +20,10 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 
-from minilm.data.errors import DataError, OriginError
+from minilm.data.errors import DataError, OriginError, one_line
 from minilm.data.format.files import write_whole
 from minilm.data.format.manifest import CHECKSUMS, TOKENIZER
-from minilm.data.storage.retry import RetryPolicy, TransientError, one_line
+from minilm.data.storage.retry import RetryPolicy, TransientError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SCHEMES = ("file", "http", "https", "s3", "gs")

@@ -43,7 +43,3 @@ class RetryPolicy(NamedTuple):
             on_retry()
             log.warning("%s: %s; try %d in %.1f s", what, cause, tried + 1, wait)
             time.sleep(wait)
-
-
-def one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minilm.data.storage.retry import one_line
 from minilm.orchestrator.checkpoint.safetensors_file import write_tensors
 from minilm.orchestrator.checkpoint.store import META, CheckpointStore, step_of
 from minilm.orchestrator.errors import InfrastructureError, UserError
 from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.text import one_line
 from minilm.orchestrator.system.versions import code_version
 
 if TYPE_CHECKING:  # the driver imports this, and no modelling code
@@ -113,7 +113,7 @@ def restore_newest(
             log.warning(
                 "checkpoint %s/%s is damaged (%s): falling back to the one before", store.where, name, error
             )
-            damaged[name] = one_line(error)[:200]
+            damaged[name] = one_line(error)
             continue
         check_fingerprints(f"{store.where}/{name}", meta, fingerprints)
         if changes := changed_code(meta["code"]):

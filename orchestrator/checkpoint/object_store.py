@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 from fsspec.asyn import sync
 
-from minilm.data.storage.retry import RetryPolicy, TransientError, one_line
+from minilm.data.storage.retry import RetryPolicy, TransientError
 from minilm.orchestrator.checkpoint.store import (
     META,
     NAME,
@@ -33,6 +33,7 @@ from minilm.orchestrator.checkpoint.store import (
     sweep_staging_folders,
 )
 from minilm.orchestrator.errors import InfrastructureError, UserError
+from minilm.orchestrator.system.text import one_line
 from minilm.orchestrator.system.write_errors import NO_SPACE
 
 DAMAGED = "damaged.json"

@@ -22,6 +22,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.plan.cost import Body, Work
 from minilm.orchestrator.recipe.references import FolderRef, HubRef, StudentRef
 from minilm.orchestrator.recipe.schema import Recipe, Stage
+from minilm.orchestrator.system.text import one_line
 
 
 def works(recipe: Recipe, seq_len: int | None) -> list[Work]:
@@ -121,9 +122,8 @@ def teacher_config(stage: Stage, configs: dict[str, PreTrainedConfig]) -> PreTra
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"stage {stage.name}: no config of teacher {stage.teacher} here ({reason}); "
+            f"stage {stage.name}: no config of teacher {stage.teacher} here ({one_line(error)}); "
             f"give a folder: --set stages.{stage.name}.teacher=FOLDER"
         ) from error
     if config.model_type not in FAMILIES:
