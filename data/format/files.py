@@ -5,6 +5,7 @@ writer has left from what is being written, and the next durable write into the 
 system knows no locks, leftovers stay; they disturb nobody.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 

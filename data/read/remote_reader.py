@@ -33,13 +33,13 @@ class RemoteReader(RowReader):
         cache: Path,
         max_cache_bytes: int = 64 << 30,
         fingerprint: str | None = None,
-        patience: RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
         options: dict[str, Any] | None = None,
         num_fetchers: int = 4,
         pin: bool = False,
         quarantine: Quarantine | None = None,
     ):
-        self.store = Store(url, patience=patience, options=options)
+        self.store = Store(url, retry=retry, options=options)
         self.cache = Cache(Path(cache) / "shards", max_cache_bytes)
         self._leases: dict[int, Future[Lease]] = {}
         self._pool = ThreadPoolExecutor(num_fetchers, thread_name_prefix="minilm-fetch")

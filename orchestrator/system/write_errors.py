@@ -6,16 +6,14 @@ the same write again, so these errors end the run (`reporting`); errors of readi
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from minilm.data.errors import DataError
+from minilm.data.format.files import NO_SPACE
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import InfrastructureError, UserError
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
