@@ -25,7 +25,7 @@ _PIECE_BYTES = 8 << 20
 
 
 class Identity(NamedTuple):
-    """What tells a remote file from a replaced one without reading it; `tag`: the server's hash or time of it."""
+    """What tells that a remote file was replaced, without reading it. tag: the server's hash of it, or its time."""
 
     num_bytes: int
     tag: str
@@ -52,9 +52,7 @@ class Store:
         """Size of a file, and what the server says to tell its versions apart."""
 
         def once() -> Identity:
-            self._request(
-                name, 0, 1
-            )  # says properly what is wrong; what follows calls everything "not found"
+            self._request(name, 0, 1)  # first, because `info` calls every failure "not found"
             try:
                 info = self._client.request("info", self._client.path(name))
             except (FileNotFoundError, RefusedError, TransientError) as error:
@@ -116,7 +114,7 @@ class Store:
         return found
 
     def _request(self, name: str, start: int | None, end: int | None) -> bytes:
-        """One request. TransientError for what may pass, DataError for what will not."""
+        """One request. Raises TransientError for a failure that may pass, DataError for one that will not."""
         path = f"{self.url}/{name}"
         try:
             return bytes(self._client.request("cat_file", self._client.path(name), start=start, end=end))
@@ -165,7 +163,7 @@ class _Sequential(io.RawIOBase):
 
 
 def fetch_small_files(store: Store, split: str, into: Path) -> None:
-    """Everything of a data set but its manifest and shards; `split` is "" or "held-out/"."""
+    """Fetch all files of a data set except its manifest and shards; `split` is "" or "held-out/"."""
     (into / TOKENIZER).mkdir(parents=True, exist_ok=True)
     for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
         write_whole(into / name, store.read(split + name))

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: a rename commits them."""
+"""Checkpoints in a folder of this machine's file system: a rename commits one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minilm.orchestrator.system.files import read_json, write_json
 
 
 class LocalStore:
-    """Checkpoints as sub-folders; a rename commits them and un-commits them."""
+    """Checkpoints as sub-folders of `folder`; a rename commits one, and another one withdraws it."""
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder)

@@ -4,10 +4,9 @@
     URL/step-000000120-1f3a5b7c/checkpoint.json     put last: this one small object is the commit
     URL/owner.json                                  the attempt that may write
 
-A put of one object is atomic on these stores, and a listing shows it at once. Every request is retried with
-exponential back-off and jitter; what is still wrong after the last try is `StoreUnavailable`, which a later save may
-find cured. A refusal (credentials, no such bucket) is final. Files travel through a folder on this machine, so that a
-checkpoint needs its own size of room there while it is written or read.
+A put of one object is atomic on these stores, and a listing shows it at once. Every request is retried; what still
+fails at the last try is `StoreUnavailable`, and a later save may succeed. A refusal (credentials, no such bucket) is
+final. Files pass through a folder on this machine, which needs room for one checkpoint while it is written or read.
 """
 
 from __future__ import annotations
@@ -114,10 +113,10 @@ class ObjectStore:
             return None
 
     def _list(self) -> dict[str, dict[str, int]]:
-        """Sizes of the files by folder and name, of every folder that is named like a checkpoint, committed or not."""
+        """Sizes of files by folder and name, for every folder that is named like a checkpoint, committed or not."""
         found: dict[str, dict[str, int]] = {}
         root = self._client.fs._strip_protocol(self._client.url)
-        with suppress(FileNotFoundError):  # some stores say so of a prefix under which nothing lies
+        with suppress(FileNotFoundError):  # some stores answer so for a prefix without objects
             for path, info in self._call("list", "", "find", self._client.path(""), detail=True).items():
                 folder, _, file = path.removeprefix(f"{root}/").partition("/")
                 if NAME.fullmatch(folder):
@@ -135,7 +134,7 @@ class ObjectStore:
             self._call("delete", name, "rm_file", self._client.path(name))
 
     def _call(self, what: str, name: str, method: str, *arguments: Any, **options: Any) -> Any:
-        """What a request (see `ObjectClient.request`) about the object `name` answers, tried again and again.
+        """The answer to a request (see `ObjectClient.request`) for the object `name`, with retries.
 
         Raises `FileNotFoundError` when there is no such object, `OSError` when this machine's disk is full,
         `InfrastructureError` when the store refuses, `StoreUnavailable` after the last try.

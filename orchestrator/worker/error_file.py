@@ -23,7 +23,6 @@ from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import read_json, write_json
 from minilm.orchestrator.system.lease import Superseded, check_writer
 from minilm.orchestrator.system.processes import Process
-from minilm.orchestrator.system.text import one_line
 from minilm.orchestrator.system.write_errors import is_final
 from minilm.orchestrator.train.distributed import own_rank
 from minilm.orchestrator.worker.crash_loop import MAX_FAILURES, count_start_failure
@@ -95,7 +94,9 @@ def run_reporting(
         else:
             if reported_soon(spec, error):  # a peer's error has ended this rank too
                 return False
-            text = f"{type(error).__name__}: {one_line(error)}"
+            text = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            )
             log.exception("stage %s: %s", spec.stage, text)
             if count_start_failure(folder.root, own_rank(), text) < MAX_FAILURES:
                 raise
