@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent, whoever dies, and what a killed writer leaves."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -89,6 +90,29 @@ def test_a_durable_file_is_flushed_before_it_has_its_name_and_its_folder_after(t
     assert done == ["file of 4 bytes", "rename", "folder"]
     write_whole(tmp_path / "a", b"five!", durable=False)
     assert done[3:] == ["rename"] and (tmp_path / "a").read_bytes() == b"five!"
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_bytes_that_storage_refuses_when_the_file_is_closed_change_nothing(tmp_path, monkeypatch, durable):
+    """As NFS does."""
+    (tmp_path / "a").write_bytes(b"old")
+    fdopen = os.fdopen
+
+    class Refusing:
+        def __init__(self, *arguments):
+            self.file = fdopen(*arguments)
+
+        def __enter__(self):
+            return self.file
+
+        def __exit__(self, *_):
+            self.file.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", Refusing)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a", b"new", durable=durable)
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_one_that_is_swept_before_it_is_locked_is_begun_again(tmp_path, monkeypatch):

@@ -29,17 +29,21 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """
     if durable:
         sweep(path.parent)
-    temporary, descriptor = _begin(path, folder=False)
+    temporary, lock = _begin(path, folder=False)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(
+            os.dup(lock), "wb"
+        ) as file:  # closed before the rename: NFS may refuse bytes only then
             yield file
-            file.flush()
             if durable:
-                os.fsync(descriptor)
-            temporary.replace(path)  # still locked: nobody sweeps it
+                file.flush()
+                os.fsync(lock)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
     if durable:
         fsync_path(path.parent)
 
@@ -51,7 +55,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     After an error in the block `path` is what it was.
     """
     sweep(path.parent)
-    temporary, descriptor = _begin(path, folder=True)
+    temporary, lock = _begin(path, folder=True)
     try:
         yield temporary
         for entry in temporary.rglob("*"):
@@ -64,7 +68,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
-        os.close(descriptor)
+        os.close(lock)
     fsync_path(path.parent)
 
 
