@@ -145,14 +145,20 @@ def _temporary_folder(out: Path) -> tuple[Path, int]:
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:
+    aside = None
     if out.exists():  # a folder that is not empty cannot be renamed over
-        out.rename(Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent)) / "old")
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        out.rename(aside / "old")
     temporary.rename(out)
     _sync(out.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
 
 
 def _remove_leftovers(out: Path) -> None:
-    for left in out.parent.glob(f".{out.name}.*.tmp"):
+    for left in out.parent.iterdir():
+        if not (left.name.startswith(f".{out.name}.") and left.suffix == ".tmp"):
+            continue
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
             try:

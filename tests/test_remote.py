@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilm.data.errors import DataError
+from minilm.data.errors import DataError, one_line
 from minilm.data.format.manifest import load_manifest
 from minilm.data.read.remote_reader import RemoteReader
 from minilm.data.storage import retry
@@ -366,6 +366,19 @@ def test_the_password_of_an_address_is_never_said(server, caplog):
     assert "; try 2 in" in caplog.text and "s3cret" not in caplog.text
     with pytest.raises(DataError, match="^'ftp://host/x' cannot be read from"):
         Store("ftp://user:s3cret@host/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("two\n lines ", "two lines"),
+        ("", "ValueError"),
+        ("é" * 30, "é" * 20 + "…"),
+        ("http://u:p@h/x", "http://h/x"),
+    ],
+)
+def test_an_error_becomes_one_short_line(text, expected):
+    assert one_line(ValueError(text), 20) == expected
 
 
 def test_verify_reads_a_url(server):

@@ -31,9 +31,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         sweep(path.parent)
     temporary, lock = _begin(path, folder=False)
     try:
-        with os.fdopen(
-            os.dup(lock), "wb"
-        ) as file:  # closed before the rename: NFS may refuse bytes only then
+        # closed before the rename, because NFS may refuse bytes only then
+        with os.fdopen(os.dup(lock), "wb") as file:
             yield file
             if durable:
                 file.flush()
