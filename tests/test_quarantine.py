@@ -275,7 +275,7 @@ def server(data, tmp_path):
 
 
 def remote(server, tmp_path, quarantine):
-    return RemoteReader(server.url, cache=tmp_path / "cache", patience=QUICK, quarantine=quarantine)
+    return RemoteReader(server.url, cache=tmp_path / "cache", retry=QUICK, quarantine=quarantine)
 
 
 @pytest.mark.parametrize("opt_in", [False, True])

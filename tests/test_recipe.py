@@ -347,7 +347,7 @@ def test_data_sets_that_can_not_be(tmp_path: Path, text: str, overrides: list[st
 
 
 def test_urls_are_of_the_schemes_that_are_read() -> None:
-    from minilm.data.storage.remote import SCHEMES
+    from minilm.data.storage.client import SCHEMES
     from minilm.orchestrator.recipe.fields import URL_SCHEMES
 
     assert set(URL_SCHEMES) == set(SCHEMES)

@@ -9,7 +9,6 @@ JSON, therefore pins everything; it goes into every checkpoint and every tracked
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from minilm.data.errors import DataError
+from minilm.data.format.files import write_whole
 from minilm.data.format.shard import Layout
 
 FORMAT_VERSION = 1
@@ -145,17 +145,9 @@ def pin_of(checksums: npt.NDArray) -> str:
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
-    """Write the manifest under a temporary name, flush it to disk, rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            fingerprint = manifest.fingerprint.encode()
-            file.write(b'{"fingerprint":"' + fingerprint + b'",\n"manifest":' + manifest._canonical + b"}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the manifest to `path`, whole or not at all."""
+    fingerprint = manifest.fingerprint.encode()
+    write_whole(path, b'{"fingerprint":"' + fingerprint + b'",\n"manifest":' + manifest._canonical + b"}\n")
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -14,7 +14,6 @@ reader reads the rest.
 """
 
 import hashlib
-import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from minilm.data.format.files import replacing
 
 ALIGNMENT = 4096
 _RECORD = 512
@@ -100,32 +101,23 @@ def write_shard(
 ) -> WrittenShard:
     """Write blocks of (tokens [rows, seq_len], lengths [rows] or None) as a shard; whole at `path`, or
     absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     digest, checksums, at = hashlib.sha256(), [], 0
-    try:
-        with temporary.open("wb") as file:
-            for number, (tokens, lengths) in enumerate(blocks):
-                pieces = _member(
-                    f"{first_block + number:09d}.tokens.npy", tokens, layout.tokens_at(number) - at
-                )
-                if lengths is not None:
-                    lengths = lengths.astype(layout.lengths_dtype)
-                    name = f"{first_block + number:09d}.lengths.npy"
-                    pieces += _member(name, lengths, _RECORD + _MIN_NPY_HEADER)
-                checksum = xxhash.xxh3_64()
-                for piece in pieces:
-                    file.write(piece)
-                    digest.update(piece)
-                    checksum.update(piece)
-                    at += len(piece)
-                checksums.append(checksum.intdigest())
-            file.write(bytes(TRAILER_BYTES))
-            digest.update(bytes(TRAILER_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for number, (tokens, lengths) in enumerate(blocks):
+            pieces = _member(f"{first_block + number:09d}.tokens.npy", tokens, layout.tokens_at(number) - at)
+            if lengths is not None:
+                lengths = lengths.astype(layout.lengths_dtype)
+                name = f"{first_block + number:09d}.lengths.npy"
+                pieces += _member(name, lengths, _RECORD + _MIN_NPY_HEADER)
+            checksum = xxhash.xxh3_64()
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                checksum.update(piece)
+                at += len(piece)
+            checksums.append(checksum.intdigest())
+        file.write(bytes(TRAILER_BYTES))
+        digest.update(bytes(TRAILER_BYTES))
     return WrittenShard(at + TRAILER_BYTES, digest.hexdigest(), checksums)
 
 

@@ -29,6 +29,7 @@ import numpy.typing as npt
 import xxhash
 
 from minilm.data.errors import DataError
+from minilm.data.format.files import write_whole
 from minilm.data.format.manifest import Manifest, Shard, block_checksums
 from minilm.data.format.shard import TRAILER_BYTES
 
@@ -176,13 +177,5 @@ def _load(path: Path) -> Blocks:
 
 
 def _save(path: Path, blocks: Blocks) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     saved = {"changed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "blocks": blocks}
-    try:
-        with temporary.open("w") as file:
-            file.write(json.dumps(saved, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, f"{json.dumps(saved, indent=1)}\n".encode())

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from minilm.data.errors import DamageError, DataError, OriginError
+from minilm.data.format.files import write_whole
 from minilm.data.format.manifest import MANIFEST, Shard, parse_manifest
 from minilm.data.read.quarantine import Quarantine
 from minilm.data.read.reader import RowReader
 from minilm.data.read.rows import Counters
 from minilm.data.storage.cache import Cache, Lease
-from minilm.data.storage.remote import Store, fetch_small_files, write_whole
+from minilm.data.storage.remote import Store, fetch_small_files
 from minilm.data.storage.retry import RetryPolicy
 
 
@@ -32,13 +33,13 @@ class RemoteReader(RowReader):
         cache: Path,
         max_cache_bytes: int = 64 << 30,
         fingerprint: str | None = None,
-        patience: RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
         options: dict[str, Any] | None = None,
         num_fetchers: int = 4,
         pin: bool = False,
         quarantine: Quarantine | None = None,
     ):
-        self.store = Store(url, patience=patience, options=options)
+        self.store = Store(url, retry=retry, options=options)
         self.cache = Cache(Path(cache) / "shards", max_cache_bytes)
         self._leases: dict[int, Future[Lease]] = {}
         self._pool = ThreadPoolExecutor(num_fetchers, thread_name_prefix="minilm-fetch")

@@ -5,7 +5,6 @@ object with `.text()` for a person and `.as_dict()` for a program.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from minilm.data.builder.build import import_data
 from minilm.data.builder.fingerprint import BUILD_FILE
 from minilm.data.errors import DataError
+from minilm.data.format.files import replacing, replacing_folder
 from minilm.data.format.manifest import HELD_OUT, MANIFEST, TOKENIZER, load_manifest
 from minilm.data.storage.remote import TOKENIZER_FILES, Store, is_remote
 from minilm.data.tools.verify import verify
@@ -124,17 +124,12 @@ def _same_data(folder: Path, source: Path) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         if source.is_dir():
-            shutil.copytree(source, temporary)
-            shutil.rmtree(target, ignore_errors=True)
+            with replacing_folder(target) as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
         else:
-            shutil.copyfile(source, temporary)
-        temporary.replace(target)
+            with source.open("rb") as there, replacing(target) as file:
+                shutil.copyfileobj(there, file, 1 << 20)
     except FileNotFoundError as error:
         raise DataError(f"{str(source)!r} is missing there too; name another mirror") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)

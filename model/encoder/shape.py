@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from minilm.model.errors import ModelError
+from minilm.model.errors import ModelError, one_line
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ def load_config(path_or_hub_id: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).partition("\n")[0].split())
         raise ModelError(
-            f"cannot read the config of {name} ({reason}); give a folder with a config.json, or a hub id that this "
+            f"cannot read the config of {name} ({one_line(error)}); give a folder with a config.json, or a hub id that this "
             f"machine can reach"
         ) from error
     family_of(config)

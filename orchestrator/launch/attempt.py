@@ -13,6 +13,7 @@ from minilm.orchestrator.errors import InfrastructureError, LeaseHeld, NoProgres
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import read_json, write_atomic
+from minilm.orchestrator.system.text import one_line
 from minilm.orchestrator.system.write_errors import writing
 
 FAILURES = {error.exit_code: error for error in (UserError, NoProgress, LeaseHeld, InfrastructureError)}
@@ -62,11 +63,8 @@ def check_outcome(spec: StageSpec, folder: StageFolder, future: Future[None], *,
             ) from error
         if inline:  # a defect of ours: it keeps its traceback
             raise error
-        why = " ".join(str(error).split())
-        if len(why) > 200:
-            why = "… " + (why[-200:].partition(" ")[2] or why[-200:])
         raise InfrastructureError(
-            f"stage {spec.stage}: Ray gave up ({why}); the workers' logs are "
+            f"stage {spec.stage}: Ray gave up ({one_line(error, keep_end=True)}); the workers' logs are "
             f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
         ) from error
     if not folder.done.exists():

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from minilm.data.storage.retry import one_line
 from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
 from minilm.orchestrator.system.files import read_json, write_json
 from minilm.orchestrator.system.processes import Process, descendants, end_all
 from minilm.orchestrator.system.signals import StopRequest
+from minilm.orchestrator.system.text import one_line
 
 CONNECT_SECONDS = 10
 STOPPED = "stopped while Ray started; the same command goes on from here"

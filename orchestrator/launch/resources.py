@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from minilm.data.storage.retry import one_line
 from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
 from minilm.orchestrator.system.signals import StopRequest
-from minilm.orchestrator.system.text import duration
+from minilm.orchestrator.system.text import duration, one_line
 
 RELEASE_SECONDS = 10.0  # until Ray has taken back the places of the stage before
 REMEDIES = {
@@ -26,7 +25,7 @@ def resources(*, free: bool = False) -> dict[str, float]:
         return ray.available_resources() if free else ray.cluster_resources()
     except Exception as error:  # whatever Ray raises while its head is away
         raise InfrastructureError(
-            f"the Ray cluster does not answer ({one_line(error)[:200]}); the same command goes on"
+            f"the Ray cluster does not answer ({one_line(error)}); the same command goes on"
         ) from error
 
 

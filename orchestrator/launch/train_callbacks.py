@@ -34,6 +34,7 @@ from minilm.orchestrator.errors import InfrastructureError
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import read_json
+from minilm.orchestrator.system.text import one_line
 from minilm.orchestrator.worker.error_file import log_to_file, run_reporting
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Callback(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         for error in worker_group_status.errors.values():
             cause = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", error)
-            self.reason = " ".join(str(cause).split())[:500]
+            self.reason = one_line(cause, 500)
             break
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:

@@ -18,6 +18,7 @@ from minilm.orchestrator.recipe.references import (
 )
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.stage.folder import RunFolder
+from minilm.orchestrator.system.text import one_line
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -106,11 +107,11 @@ def download(hub_id: str, teachers: Path) -> Path:
         HFValidationError,
         OSError,
     ) as error:
-        problem = " ".join(str(error).split()) or type(error).__name__
+        problem = one_line(error)
     except Exception as error:  # the hub's HTTP client has exceptions of its own for a lost connection
         if "http" not in type(error).__module__:
             raise
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        problem = f"{type(error).__name__}: {one_line(error)}"
     if not problem and not ((part / "config.json").exists() and any(part.glob("*.safetensors"))):
         problem = "it has no config.json with a model.safetensors"
     if problem:

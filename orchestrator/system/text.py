@@ -1,11 +1,10 @@
-"""Text for people: durations, one line of an error, nothing secret."""
+"""Text for people: durations; one line of an error, and nothing secret (both from the data layer)."""
 
 from __future__ import annotations
 
-import re
+from minilm.data.errors import one_line, shown
 
-_USERINFO = re.compile(r"(?<=://)(?:[^\s/?#:@]*:\S*|[^\s/?#]*)@")  # user:password@ or user@
-_PASSWORD = re.compile(r"((?:password|passwd|pwd)=)[^&\s'\"]*", re.IGNORECASE)  # as SQL drivers take it
+__all__ = ["duration", "one_line", "shown"]
 
 
 def duration(seconds: float) -> str:
@@ -13,17 +12,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
-def one_line(error: Exception) -> str:
-    """An error's text for a log line: no newlines, no passwords of addresses, at most 200 characters."""
-    text = shown(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"
-
-
-def shown(text: str) -> str:
-    """An address, or a text with addresses in it, as it may be printed and stored: without user and password.
-
-    Takes too much rather than too little: `http://host:80/a@b` loses its host, since a password may hold a "/".
-    """
-    return _PASSWORD.sub(r"\1…", _USERINFO.sub("", text))

@@ -128,7 +128,10 @@ def reported(spec: StageSpec) -> bool:
 
 
 def reported_soon(spec: StageSpec, error: Exception) -> bool:
-    """`reported`, given a peer the time to do so: a slow disk's where `error` says that it will."""
+    """Wait for a peer's report, longer where `error` says that there will be one, as its disk may be slow.
+
+    This waits for an event and tries no call again, so it is no `RetryPolicy`.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     promised = isinstance(error, PeerFailed)

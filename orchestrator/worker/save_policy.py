@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from minilm.orchestrator.checkpoint.async_saver import AsyncSaver, Parts
+from minilm.orchestrator.checkpoint.async_saver import AsyncSaver, TensorsByFile
 from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState
 from minilm.orchestrator.checkpoint.store import CheckpointStore
 from minilm.orchestrator.feed.loader import RowLoader
@@ -66,7 +66,7 @@ class SavePolicy:
         self.clock.restart()
         steps = self.intake.ledger.cut()
 
-        def check(copy: Parts) -> None:
+        def check(copy: TensorsByFile) -> None:
             for student in self.students:
                 refused = copy[f"{student.name}.optimizer"]["refused"].tolist()
                 check_finite(self.spec, self.intake.stream, student.name, refused)
