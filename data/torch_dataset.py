@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from minilm.data.errors import DataError
 from minilm.data.read.rows import Corpus, Rows
-from minilm.data.stream import Stream, share
+from minilm.data.stream import Stream, partition
 
 
 class StreamDataset(IterableDataset[dict[str, Tensor]]):
@@ -41,7 +41,7 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
         pin: bool = False,
     ):
         self._stream = Stream(source, seed=seed, batch=batch, micro_batch=micro_batch, window=window, pin=pin)
-        self._mine = share(self._stream.num_micro_batches, rank, world_size)
+        self._mine = partition(self._stream.num_micro_batches, rank, world_size)
         self._seed, self._num_steps = seed, num_steps
         self._identity = {
             "seed": seed,

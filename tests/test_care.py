@@ -80,7 +80,7 @@ def test_every_damage_is_listed_with_its_place(data):
         ("shard-000000.tar", 4, layout.begin_of_block(4)),
         ("shard-000001.tar", None, None),
     ]
-    assert f"mend it with: minilm data repair {data}" in report.text()
+    assert f"repair it with: minilm data repair {data}" in report.text()
     assert "the file has 5000 bytes instead of" in report.text()
 
 

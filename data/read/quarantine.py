@@ -26,11 +26,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from minilm.data.errors import DataError
-from minilm.data.format.manifest import Manifest, Shard, block_checksums
-from minilm.data.format.shard import TRAILER_BYTES
+from minilm.data.format.manifest import Manifest
 
 Blocks = dict[str, list[int]]
 
@@ -111,39 +109,6 @@ class Quarantine:
             f"max_quarantined_share allows ({self.max_quarantined_share:.2%}): {_shards(manifest, blocks)}; mend "
             f"them: {mend}, delete {self.path} if it exists{spare}; then run the same command again"
         )
-
-
-def damaged_blocks(path: Path, folder: Path, manifest: Manifest, shard: Shard) -> list[int]:
-    """The blocks of a shard's file that are not what the manifest pins, read from the disk as far as the system
-    allows. A wrong end of the file counts as its last block. DataError when the checksums themselves are damaged."""
-    pinned, layout = block_checksums(folder, manifest, shard.number), manifest.layout
-    blocks = range(shard.first_block, shard.first_block + shard.num_blocks)
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return list(blocks)
-    try:
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        bad = []
-        for inner, block in enumerate(blocks):
-            begin = layout.begin_of_block(inner)
-            end = layout.end_of_block(inner, manifest.rows_in_block(block))
-            raw = _read(file, begin, end)
-            if len(raw) != end - begin or xxhash.xxh3_64_intdigest(raw) != pinned[inner]:
-                bad.append(block)
-        if _read(file, shard.num_bytes - TRAILER_BYTES, shard.num_bytes + 1) != bytes(TRAILER_BYTES):
-            bad.append(blocks[-1])
-        return sorted(set(bad))
-    finally:
-        os.close(file)
-
-
-def _read(file: int, begin: int, end: int) -> bytes:
-    """Bytes of an open file; fewer where it ends, none where the disk cannot read them."""
-    try:
-        return os.pread(file, end - begin, begin)
-    except OSError:
-        return b""
 
 
 def _num_rows(manifest: Manifest, blocks: Sequence[int]) -> int:
