@@ -140,7 +140,10 @@ def test_a_mirror_with_other_data_or_damage_is_refused_and_nothing_bad_is_taken(
     assert files_of(data) == before
     bad = shutil.copytree(original, tmp_path / "bad")
     flip(bad / "shard-000001.tar", 6000)
-    with pytest.raises(DataError, match="has damage of its own"):
+    with pytest.raises(
+        DataError,
+        match="is damaged too: shard-000001.tar, block .*; its undamaged files were taken; name another mirror",
+    ):
         repair(data, mirror=bad)
     (bad / "shard-000001.tar").unlink()
     with pytest.raises(DataError, match="is missing there too"):

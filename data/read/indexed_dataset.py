@@ -25,7 +25,7 @@ from minilm.data.sources.indexed import read_index
 from minilm.data.sources.vocabulary import DROPPED, Mapper, from_fairseq_dict, from_tokenizer, needs_tokenizer
 from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
 
-_SHARD_ROWS = 1 << 16  # what a window counts in
+_SHARD_ROWS = 1 << 16  # the unit of a window
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
