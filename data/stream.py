@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from minilm.data.errors import DataError
-from minilm.data.format.manifest import Manifest
 from minilm.data.order.mixture import make_schedule
 from minilm.data.order.permutation import Order, derive, make_order
 from minilm.data.order.windowed import WindowedOrder, make_windowed_order
@@ -27,9 +26,6 @@ from minilm.data.read.prefetch import prefetch
 from minilm.data.read.quarantine import Quarantine
 from minilm.data.read.reader import RowReader
 from minilm.data.read.rows import I64, Batch, Corpus, Counters, Rows
-
-__all__ = ["Address", "Batch", "Corpus", "Counters", "RowReader", "Rows", "Stream", "partition"]
-
 
 _DEPTH = 4  # micro-batches that are read ahead
 
@@ -89,18 +85,6 @@ class Stream:
         self._windows: dict[int, tuple[int, int]] = {}
         ends = np.cumsum([corpus.rows.num_rows for corpus in self.corpora])
         self._first_rows = np.concatenate([[0], ends[:-1]])
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of the (first) corpus, which must be a data set."""
-        rows = self.corpora[0].rows
-        assert isinstance(rows, RowReader), "rows that are read in place have no manifest"
-        return rows.manifest
-
-    @property
-    def manifests(self) -> list[Manifest]:
-        """The manifests of all corpora that are data sets, in order."""
-        return [corpus.rows.manifest for corpus in self.corpora if isinstance(corpus.rows, RowReader)]
 
     @property
     def fingerprint(self) -> str:

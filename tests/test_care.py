@@ -1,5 +1,8 @@
 """Care: every damage is listed, repair gives back the same bytes, conversion keeps every row."""
 
+import errno
+import hashlib
+import os
 import shutil
 
 import numpy as np
@@ -82,6 +85,17 @@ def test_every_damage_is_listed_with_its_place(data):
     ]
     assert f"repair it with: minilm data repair {data}" in report.text()
     assert "the file has 5000 bytes instead of" in report.text()
+
+
+def test_a_disk_that_fails_is_listed_and_ends_nothing(data, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    assert {d.what for d in verify(data).damage} == {"its bytes do not have the pinned sha256"}
+    monkeypatch.setattr(os, "preadv", fail)
+    blocks = [d.block for d in verify(data).damage if d.file.startswith("shard-")]
+    assert blocks == list(range(load_manifest(data).num_blocks))
 
 
 def test_damage_of_every_kind_is_repaired_from_a_mirror(data, original):

@@ -234,5 +234,5 @@ def test_random_shapes_and_schedules(tmp_path):
                 worker = Stream(folder, **options)
                 found += [worker.row_ids(step, i) for i in partition(worker.num_micro_batches, rank, world)]
         assert np.array_equal(np.concatenate(found), np.concatenate(wanted))
-        epoch = np.concatenate(wanted)[: alone.manifest.rows]
+        epoch = np.concatenate(wanted)[: load_manifest(folder).rows]
         assert len(np.unique(epoch)) == len(epoch)

@@ -76,10 +76,9 @@ class ShardFiles:
             self._read(shard, offset, out[number * size : (number + 1) * size])
 
     def _read(self, number: int, offset: int, into: memoryview) -> None:
-        if number not in self._files:
-            self._open(number)
+        file = self._file(number)
         try:
-            read_at(self._files[number], offset, into)
+            read_at(file, offset, into)
         except OSError as error:
             info = self._manifest.shard(number)
             self._verified[info.first_block : info.first_block + info.num_blocks] = False
@@ -107,22 +106,26 @@ class ShardFiles:
             raise self._damage(number, *found)
 
     def _wrong_end(self, info: Shard) -> tuple[int, str] | None:
-        """The first wrong byte at the end of an open file and what is wrong with it."""
-        size, offset = os.fstat(self._files[info.number]).st_size, info.num_bytes - TRAILER_BYTES
+        """The first wrong byte at the end of a shard's file and what is wrong with it."""
+        file, offset = self._file(info.number), info.num_bytes - TRAILER_BYTES
+        size = os.fstat(file).st_size
         if size != info.num_bytes:
             return min(size, info.num_bytes), f"the file has {size} bytes instead of {info.num_bytes}"
         trailer = bytearray(TRAILER_BYTES)
         try:
-            read_at(self._files[info.number], offset, memoryview(trailer))
+            read_at(file, offset, memoryview(trailer))
         except OSError as error:
             return offset, f"its bytes cannot be read ({error.strerror})"
         return (offset, "the end of the archive is not zero") if any(trailer) else None
 
     def drop_page_cache(self, number: int) -> None:
         """Ask the system to read this shard from the disk again, as far as no other process has it mapped."""
+        os.posix_fadvise(self._file(number), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _file(self, number: int) -> int:
         if number not in self._files:
             self._open(number)
-        os.posix_fadvise(self._files[number], 0, 0, os.POSIX_FADV_DONTNEED)
+        return self._files[number]
 
     def _open(self, number: int) -> None:
         info = self._manifest.shard(number)
