@@ -76,7 +76,7 @@ def test_rows_are_those_of_the_first_reader_and_nothing_is_asked_for(first, serv
     assert server.requests == before
 
 
-def test_what_it_let_go_of_is_evicted_and_takes_no_room(first):
+def test_released_shards_are_evicted_and_take_no_room(first):
     again = CachedReader(first)
     again.read(range(20))
     path = again.shard_path(first.manifest.shard(0))

@@ -174,9 +174,7 @@ def _close_all(files: dict[int, int]) -> None:
 def damaged_blocks(path: Path, folder: Path, manifest: Manifest, shard: Shard) -> list[int]:
     """The blocks of a shard's file that differ from what the manifest pins, read from the disk as far as the system
     allows. A wrong end of the file counts as its last block. DataError if the checksums themselves are damaged."""
-    every = np.ones(
-        manifest.num_blocks, dtype=bool
-    )  # so that a wrong end does not keep the file from being opened
+    every = np.ones(manifest.num_blocks, dtype=bool)  # a file with a wrong end is opened all the same
     files = ShardFiles(folder, manifest, lambda _: path, masked=every)
     blocks = range(shard.first_block, shard.first_block + shard.num_blocks)
     bad = []

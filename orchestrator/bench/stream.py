@@ -6,7 +6,7 @@
     and others    see other_readers
 
 N is the size that was asked for, a quarter of it, and four times it. Files are read once before anything is timed, so
-they lie in the page cache: this measures readers, not disks. Every figure is the best of `repeats` runs of about
+they are in the page cache: this measures readers, not disks. Every figure is the best of `repeats` runs of about
 `seconds` each: by the clock, and by the processor time of the whole process, which other programs disturb less.
 """
 
@@ -110,8 +110,8 @@ def bench_stream(
 
 
 def _rows_per_second(make: Passes, seconds: float) -> tuple[float, float]:
-    """Rows that an endless iterator of row counts delivers in about `seconds`, a second of the clock and of processor
-    time; its first item is warm-up."""
+    """Rows a second of the clock, and a second of processor time, that an endless iterator of row counts delivers in
+    about `seconds`. Its first item is warm-up."""
     counts = make()
     next(counts)
     done, begin, used = 0, time.perf_counter(), time.process_time()
