@@ -11,7 +11,7 @@ from threading import Thread
 from typing import Any
 
 from minilm.orchestrator.launch.base import LAUNCHERS, LaunchOptions, load_launcher
-from minilm.orchestrator.tracking.pending import num_pending
+from minilm.orchestrator.tracking.pending import has_pending
 from minilm.orchestrator.verbs.arguments import add_overrides, add_recipe
 
 
@@ -42,7 +42,7 @@ def run_recipe(options: argparse.Namespace) -> int:
     if options.redo_from is None and workdir.is_finished(recipe):
         summary = Summary.read(workdir.summary)
         print(f"every stage of {recipe.name} is done already in {workdir.root}", file=sys.stderr)
-        if num_pending(workdir.root):
+        if has_pending(workdir.root):
             with workdir.claim(recipe):
                 from minilm.orchestrator.tracking.tracking import flush_pending
 
