@@ -142,8 +142,7 @@ def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path): 
     os.kill(worker, signal.SIGSTOP)  # else it would make its few steps meanwhile
     titles = command_lines(process.pid)
     assert "gcs_server" in titles and "ray::TrainController" in titles
-    for unused in ("log_monitor.py", "monitor.py", "dashboard.py", "Cleaner", "Preemption"):
-        assert unused not in titles
+    assert "Preemption" not in titles, "a run of one node of its own is not told of other nodes' end"
     environment = Path(f"/proc/{worker}/environ").read_text().split("\0")
     assert {f"{name}={value}" for name, value in worker_environment().items()} <= set(environment)
     niceness = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (worker, process.pid)]
