@@ -154,8 +154,7 @@ class RayLauncher(Launcher):
         ) from error
 
     def close(self) -> None:
-        """Leave the cluster. What a dead driver had reserved there is withdrawn even where no stage was left to run:
-        another run would wait for it."""
+        """Withdraw what a dead driver had reserved, even where no stage was left to run, and leave the cluster."""
         try:
             if self.cluster.is_joined and noted_reservations(self.options.run) and not self.stop.requested:
                 with suppress(UserError, InfrastructureError, Stopped):  # a cluster that is gone has none

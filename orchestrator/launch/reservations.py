@@ -22,7 +22,7 @@ def note_reservation(folder: StageFolder, requester: str) -> None:
 
 
 def forget_reservation(folder: StageFolder) -> None:
-    """For a stage whose workers have ended: Ray has withdrawn it itself."""
+    """Remove the note of a stage whose workers have ended: Ray has withdrawn the reservation itself."""
     (folder.root / RESERVATION).unlink(missing_ok=True)
 
 

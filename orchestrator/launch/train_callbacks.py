@@ -102,10 +102,8 @@ class StageCallback(TrainCallback):
                 f"last because of {self.reason}; the same command goes on from the last checkpoint"
             )
 
-    def after_worker_group_start(
-        self, worker_group: Any
-    ) -> None:  # not before it: a group may wait for resources
-        self.starts += 1
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.starts += 1  # counted afterwards: a group may wait for resources before it starts
         self.group = worker_group
         if self.silent_nodes:  # Ray still counts them, and would resize the group to them
             delay_resize(worker_group, BELIEF_SECONDS)
@@ -118,8 +116,8 @@ class StageCallback(TrainCallback):
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Have healthy workers leave before they are replaced; whatever goes wrong with that, Ray goes on.
 
-        The main rank alone is asked, as the ranks agree on it and it saves. No heartbeats are looked at: the answer
-        comes as well when its process ends, which its watchdog and the driver see to where it stands still.
+        Only rank 0 is asked: the ranks agree on leaving, and rank 0 saves. The answer comes as well when its process
+        ends; its watchdog and the driver end it where it stands still.
         """
         if not is_resizing(current_state):
             return
@@ -131,7 +129,7 @@ class StageCallback(TrainCallback):
             log.warning("stage %s: the workers could not save before the resize: %s", self.spec.stage, error)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Make do with the nodes that answer, if the run may have so few workers; else Ray's count stands."""
+        """Lower the number of workers to the nodes that answer, unless the run would then have too few."""
         try:
             nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(self.resource)]
         except Exception as error:  # whatever Ray raises while its head is away

@@ -98,7 +98,7 @@ class MlflowRuns:
             return None
 
     def _find_experiment(self) -> str:
-        """Of the experiment the parent run is in, whatever the recipe calls it by now; made if it is new."""
+        """The id of the experiment of the parent run, whatever the recipe calls it by now; made if it is new."""
         if self.state.experiment_id is not None:
             return str(self.state.experiment_id)
         found = self.client.get_experiment_by_name(self._experiment)

@@ -120,7 +120,7 @@ class Tracking:
 
     @property
     def run_id(self) -> str:
-        """Of the parent run, which `open` made or found."""
+        """The id of the parent run, which `open` made or found."""
         return str(self.runs.state.runs[""])
 
     def stage(self, name: str, params: Mapping[str, Any]) -> "StageRun":
