@@ -17,6 +17,7 @@ from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
 from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState
 from minilm.orchestrator.checkpoint.local_store import LocalStore
 from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.train.build import build_distiller, make_states
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.gradient_sum import make_sum
@@ -117,7 +118,7 @@ def save_row(spec: StageSpec, folder: Path, device: torch.device, *, rounds: int
         Fingerprints("", ""),
         keep=1,
         keep_every=None,
-        guard=lambda: None,
+        fence=Fence(""),
     )
     facts = ResumeState({"digest": "0", "seed": 0, "batch": 1}, 1, 1, "float32")
     times = []
