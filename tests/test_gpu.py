@@ -24,6 +24,7 @@ from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState, rea
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.train.build import build_distiller, compute_deterministically, make_states
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.worker.loop import run_stage
@@ -150,7 +151,7 @@ def test_a_save_holds_the_moment_it_was_asked_for(shards, teacher, tmp_path):
     states = make_states(spec, distiller)
     models = {"small": distiller.state_module("small")}
     saver = AsyncSaver(
-        tmp_path, models, states, Fingerprints("", ""), keep=9, keep_every=None, guard=lambda: None
+        tmp_path, models, states, Fingerprints("", ""), keep=9, keep_every=None, fence=Fence("")
     )
     truths = []
     for step in range(4):

@@ -58,7 +58,7 @@ def test_a_step_has_most_of_the_time_that_it_was_given(tmp_path, monkeypatch):
 def test_ranks_that_do_not_save_expect_to_wait_for_a_checkpoint_that_is_kept(
     tmp_path, monkeypatch, is_rank_zero, expected
 ):
-    """After step 3, behind a slow store: the main rank, which waits for the save before, says so itself."""
+    """After step 3, with a slow store. Rank 0 waits for the save before and allows for that itself."""
     armed = ""
 
     def arm(self, seconds):
@@ -74,6 +74,7 @@ def test_ranks_that_do_not_save_expect_to_wait_for_a_checkpoint_that_is_kept(
         spec=make_spec(NO_DATA, tmp_path, tmp_path, keep_every_steps=3),
         world=SimpleNamespace(is_rank_zero=is_rank_zero),
         watchdog=watchdog,
+        crash_loop_guard=None,
     )
     for step in (2, 3, 4):
         worker.StageRun.begin_step(run, step)
@@ -176,7 +177,7 @@ def test_reaching_the_loop_forgets_failed_starts(shards, teacher, tmp_path, monk
     assert run_reporting(spec)
 
 
-@pytest.mark.parametrize("error", [PeerFailed("the main rank could not save"), RuntimeError("closed")])
+@pytest.mark.parametrize("error", [PeerFailed("rank 0 failed to save"), RuntimeError("closed")])
 def test_a_rank_waits_for_the_report_that_a_peer_has_promised(tmp_path, monkeypatch, error):
     """Five seconds, of a disk that is slow; whoever has only lost a connection does not wait so long."""
     spec, now = make_spec(NO_DATA, tmp_path, tmp_path), 0.0
@@ -210,7 +211,7 @@ def test_students_start_from_the_teachers_layers_where_the_recipe_says_so(shards
         assert torch.equal(model.get_input_embeddings().weight, expected) is same
 
 
-def test_a_save_that_fails_on_the_main_rank_ends_all_ranks_at_their_next_step(shards, teacher, tmp_path):
+def test_a_save_that_fails_on_rank_zero_ends_all_ranks_at_their_next_step(shards, teacher, tmp_path):
     spec = make_spec(shards, teacher, tmp_path, steps=2000)
     (tmp_path / "checkpoints").write_text("not a folder")
     assert worker_pool.join(worker_pool.start(spec, 2)) == [3, 3]

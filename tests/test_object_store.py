@@ -26,6 +26,7 @@ from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.checkpoint.store import StoreUnavailable, step_of
 from minilm.orchestrator.errors import InfrastructureError, LeaseHeld, UserError
 from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.worker.error_file import run_reporting
 from minilm.orchestrator.worker.loop import run_stage
 from tests.support import make_spec
@@ -318,7 +319,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
 
 def test_a_store_that_is_down_costs_a_save_but_not_the_run(store, server, caplog):
     models, states = make(0)
-    saver = AsyncSaver(store, models, states, MINE, keep=2, keep_every=None, guard=lambda: None)
+    saver = AsyncSaver(store, models, states, MINE, keep=2, keep_every=None, fence=Fence(""))
     server.fault = lambda method, path: "500"
     saver.save(1, FACTS, lambda copy: None, must=False)
     saver.wait()

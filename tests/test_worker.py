@@ -137,9 +137,9 @@ def test_held_out_divergence_falls(shards, teacher, tmp_path):
     assert set(points[0].metrics) == {"small/heldout/attention", "small/heldout/value"}
 
 
-def test_values_by_head_are_logged_at_points_and_change_no_bit(shards, teacher, tmp_path):
+def test_values_by_head_are_logged_and_change_no_bit(shards, teacher, tmp_path):
     plain = make_spec(shards, teacher, tmp_path / "plain", steps=5)
-    spec = replace(plain, folder=str(tmp_path / "heads"), per_head=True)
+    spec = change(replace(plain, folder=str(tmp_path / "heads")), per_head=True)
     both = replace(spec, folder=str(tmp_path / "both"))
     assert run_stage(plain) and run_stage(spec)
     assert worker_pool.join(worker_pool.start(both, 2)) == [0, 0], worker_pool.log(both)

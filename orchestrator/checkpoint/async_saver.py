@@ -19,6 +19,7 @@ from minilm.orchestrator.checkpoint import checkpoint
 from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState
 from minilm.orchestrator.checkpoint.state import capture
 from minilm.orchestrator.checkpoint.store import CheckpointStore, StoreUnavailable
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.system.write_errors import writing
 from minilm.orchestrator.train.step import StudentState
 
@@ -28,8 +29,9 @@ TensorsByFile = dict[str, dict[str, Tensor]]  # what `capture` returns
 
 
 class AsyncSaver:
-    """Saves `models` and `students` into `store`; `keep`, `keep_every`, `guard` as for `checkpoint.write`.
+    """Saves `models` and `students` into `store`; `keep` and `keep_every` as for `checkpoint.write`.
 
+    fence: checked before a save is written and again right before it is committed.
     given_up: the number of saves that were lost because the store did not answer.
     """
 
@@ -42,10 +44,10 @@ class AsyncSaver:
         *,
         keep: int,
         keep_every: int | None,
-        guard: Callable[[], None],
+        fence: Fence,
     ):
         self.store, self.models, self.students, self.fingerprints = store, models, students, fingerprints
-        self.keep, self.keep_every, self.guard = keep, keep_every, guard
+        self.keep, self.keep_every, self.fence = keep, keep_every, fence
         self.given_up = 0
         self._host: TensorsByFile = {}
         self._thread: threading.Thread | None = None
@@ -73,6 +75,7 @@ class AsyncSaver:
         def work() -> None:
             try:
                 copied()
+                self.fence.check()
                 check(self._host)
                 with writing(self.store.where):
                     checkpoint.write(
@@ -83,7 +86,7 @@ class AsyncSaver:
                         state,
                         keep=self.keep,
                         keep_every=self.keep_every,
-                        guard=self.guard,
+                        guard=self.fence.check,
                     )
             except StoreUnavailable as error:
                 if must:

@@ -151,7 +151,7 @@ def restore_step(
     name = next((name for name in reversed(store.names()) if step_of(name) == step), None)
     if name is None:
         raise FileNotFoundError(
-            f"the checkpoint of step {step}, which the main rank goes on from, is not in {store.where} as this worker "
+            f"the checkpoint of step {step}, which rank 0 resumes from, is not in {store.where} as this worker "
             f"sees it; every node must see the same storage"
         )
     with store.opened(name) as folder:

@@ -1,4 +1,4 @@
-"""What a student has learned: the divergence from its teacher on held-out rows, and the speed of an encoder."""
+"""The students' divergence from their teacher on held-out rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def heldout_divergence(
     autocast: torch.dtype | None,
     world: World,
 ) -> dict[str, dict[str, float]]:
-    """Per student, per term: the objective's mean over about `rows` held-out rows, without dropout.
+    """The objective's mean over about `rows` held-out rows, without dropout, by student and term.
 
-    Nats a query (the objective's unit). Of a mixture, each corpus gives its first held-out rows, as many as its weight
-    says (at least one); the mean over corpora is weighted likewise, and beside TERM each corpus's own stands as
-    TERM/CORPUS. Leaves the students in training mode.
+    Values are in the objective's unit (nats a query). In a mixture each corpus gives its first held-out rows, in
+    proportion to its weight (at least one row), and the mean over corpora is weighted in the same way; each corpus's
+    own mean is under TERM/CORPUS. Leaves the students in training mode.
     """
     total = sum(corpus.weight for corpus in corpora)
     found: dict[str, dict[str, float]] = {name: {} for name in distiller.students}
@@ -52,7 +52,8 @@ def _divergence(
     autocast: torch.dtype | None,
     world: World,
 ) -> dict[str, dict[str, float]]:
-    """Means over the first `rows` rows. Workers share out the micro-batches; sums are float64, all get the result."""
+    """Means over the first `rows` rows. Each worker takes a part of the micro-batches and all get the same result;
+    sums are float64."""
     rows = min(rows, held_out.num_rows)
     device = world.device
     students = list(distiller.students)

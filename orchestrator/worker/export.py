@@ -1,4 +1,4 @@
-"""The end of a stage's training: every student as a `transformers` folder, and a record that says so, written last."""
+"""The end of a stage: exports every student as a `transformers` folder; `done.json`, written last, says so."""
 
 from __future__ import annotations
 

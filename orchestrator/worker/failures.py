@@ -1,4 +1,4 @@
-"""Errors that name the rows they are about: a step that is not finite, a step that keeps failing."""
+"""Errors that name the rows of the step they are about: a step that is not finite, a step at which attempts die."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMED_ROWS = 8
 
 
 def name_rows(stream: Stream, step: int, record: Path) -> str:
-    """The rows of a step (from 0), in words; all of them go into the file `record`."""
+    """Describes the rows of a step (from 0): the first few by number. All of them are written to the file `record`."""
     rows = [int(row) for i in range(stream.num_micro_batches) for row in stream.row_ids(step, i)]
     with writing(record.parent):
         write_json(record, {"step": step, "row_ids": rows})
@@ -25,9 +25,9 @@ def name_rows(stream: Stream, step: int, record: Path) -> str:
 
 
 def check_finite(spec: StageSpec, stream: Stream, student: str, refused: list[int]) -> None:
-    """Raise `UserError` when a student has come to a stop, or skipped more updates than it may.
+    """Raises `UserError` if a student has stopped, or skipped more updates than compute.max_skipped_steps.
 
-    `refused`: see `StudentState`, read from the device by the caller.
+    refused: `StudentState.refused`, read from the device by the caller.
     """
     count, step, stopped = refused
     if not stopped and count <= spec.runtime.max_skipped_steps:
@@ -43,7 +43,7 @@ def check_finite(spec: StageSpec, stream: Stream, student: str, refused: list[in
 
 
 def no_progress(spec: StageSpec, stream: Stream, step: int) -> NoProgress:
-    """`step`: the one at which the attempts died; `spec.steps` where none was left and only the export was."""
+    """The error for attempts that died at step `step`; `spec.steps` means that they died in the export."""
     folder = StageFolder(Path(spec.folder))
     if step >= spec.steps:
         return NoProgress(
