@@ -55,7 +55,9 @@ def delay_resize(group: Any, seconds: float) -> None:
 
 def cause_of(error: BaseException) -> BaseException:
     """What a worker raised, out of the errors that Ray wraps it in."""
-    cause: BaseException = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", error)
+    cause: BaseException = (
+        getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None) or error
+    )
     return cause
 
 
