@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minilm.model.encoder.quiet import quiet_transformers
 from minilm.model.errors import ModelError
 
-if TYPE_CHECKING:  # the driver uses `weights_digest`, and no modelling code
+if TYPE_CHECKING:  # the driver needs `weights_digest` alone, without modelling code
     from transformers import PreTrainedModel
 
 _TOKENIZER_FILES = (
@@ -44,6 +43,8 @@ def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, 
     AutoModel and AutoTokenizer load `out` without our code or a network. An earlier export at `out` is
     replaced.
     """
+    from minilm.model.encoder.build import quiet_transformers
+
     tokenizer_files = [
         tokenizer_folder / name for name in _TOKENIZER_FILES if (tokenizer_folder / name).is_file()
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilm.model.encoder.shape import FAMILIES
+from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.export import weights_digest
 from minilm.model.loss.relations import relation_kl

@@ -57,9 +57,7 @@ def complaint(recipe: Recipe, teacher: Path, shards: Path) -> str:
 
 def test_heads_that_do_not_divide_hidden(tmp_path, teacher, shards):
     recipe = recipe_with(tmp_path, teacher, shards, {"layers": 1, "hidden": 30})
-    assert "hidden 30, which 4 heads do not divide; give a multiple of 4" in complaint(
-        recipe, teacher, shards
-    )
+    assert "4 heads do not divide hidden size 30; give a multiple of 4" in complaint(recipe, teacher, shards)
 
 
 def test_head_counts_that_differ_where_the_objective_needs_them_equal(tmp_path, teacher, shards):
@@ -251,5 +249,7 @@ def test_a_later_stage_that_cannot_fit_is_refused_before_the_first_one_runs(tmp_
     }
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "data": {"shards": str(shards)}, "stages": [first, second]}))
-    with pytest.raises(UserError, match="stage second: the teacher has 4 heads and the student 2"):
+    with pytest.raises(
+        UserError, match="stage second: student 'second': the teacher has 4 heads and the student 2"
+    ):
         check_stages(load_recipe(path), Workdir(tmp_path / "work"), describe_folder(shards))

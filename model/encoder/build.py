@@ -1,18 +1,27 @@
 """Encoders with weights: load a teacher, build a student.
 
-What an encoder is by its config alone is in `encoder.shape`; `tapped_encoder` taps it.
+What a config alone tells of an encoder is in shape.py; tapped_encoder.py taps it.
 Leaves out: decoders, checkpoints that need code of their own, pickled weights (safetensors only). Invariant:
 building a student draws from a generator of its own and leaves the global random state untouched, so its
 weights depend on the config and the seed alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from minilm.model.encoder.quiet import quiet_transformers
-from minilm.model.encoder.shape import FAMILIES, family_of, load_config, tapped_layer
+from minilm.model.encoder.shape import (
+    EncoderShape,
+    family_of,
+    load_config,
+    shape_of,
+    student_shape,
+    tapped_layer,
+)
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
 
@@ -22,10 +31,9 @@ def load_encoder(
 ) -> TappedEncoder:
     """The encoder at a folder or hub id, in float32 and eval mode, tapped at `layer` (1-based, or "last").
 
-    Weights come from safetensors only. Heads of the checkpoint are left behind, but for the
-    masked-language-model head with `head`. ModelError when
-    the folder or file is missing, the architecture has no tap, the layer does not exist, or weights are
-    missing.
+    Weights come from safetensors only. head: keep the checkpoint's masked-language-model head; other heads are left
+    behind. ModelError when the folder or file is missing, the architecture has no tap, the layer does not exist, or
+    weights are missing.
     """
     config = load_config(path_or_hub_id)
     number = tapped_layer(config, layer)
@@ -37,7 +45,7 @@ def load_encoder(
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
-                attn_implementation=FAMILIES[config.model_type].attention,
+                attn_implementation=family_of(config).attention,
                 output_loading_info=True,
                 trust_remote_code=False,
             )
@@ -66,34 +74,23 @@ def build_student(
     seed: int,
     head: bool = False,
 ) -> PreTrainedModel:
-    """A randomly initialised encoder of the teacher's architecture and vocabulary, on CPU, float32, in train
-    mode.
+    """A randomly initialised encoder of the teacher's architecture and vocabulary, on CPU, float32, in train mode.
 
-    heads: the teacher's unless given. ffn: 4 x hidden unless given. dropout: of hidden states and attention
+    Its sizes are those of `student_shape`, which also says what is refused. dropout: of hidden states and attention
     alike.
     """
-    family = family_of(teacher_config)
-    heads = heads or teacher_config.num_attention_heads
-    if layers < 1 or hidden < 1:
-        raise ModelError(
-            f"a student needs at least 1 layer and a hidden size of 1, not {layers} and {hidden}"
-        )
-    if hidden % heads:
-        raise ModelError(
-            f"{heads} heads do not divide hidden size {hidden}; choose a hidden size that is a multiple"
-        )
-    config = _resize(teacher_config, layers, hidden, heads, ffn or 4 * hidden, dropout)
+    shape = student_shape(shape_of(teacher_config), layers=layers, hidden=hidden, heads=heads, ffn=ffn)
+    config = _resize(teacher_config, shape, dropout)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         build = AutoModelForMaskedLM if head else AutoModel
-        model = build.from_config(config, attn_implementation=family.attention, dtype=torch.float32)
+        attention = family_of(teacher_config).attention
+        model = build.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.train()
 
 
-def _resize(
-    teacher: PreTrainedConfig, layers: int, hidden: int, heads: int, ffn: int, dropout: float
-) -> PreTrainedConfig:
-    family = FAMILIES[teacher.model_type]
+def _resize(teacher: PreTrainedConfig, shape: EncoderShape, dropout: float) -> PreTrainedConfig:
+    family = family_of(teacher)
     values = teacher.to_dict()
     for stale in (
         "head_dim",
@@ -106,23 +103,32 @@ def _resize(
         values.pop(stale, None)
     aliases = teacher.attribute_map
     for name, value in (
-        ("num_hidden_layers", layers),
-        ("hidden_size", hidden),
-        ("num_attention_heads", heads),
-        (family.ffn, ffn),
+        ("num_hidden_layers", shape.layers),
+        ("hidden_size", shape.hidden),
+        ("num_attention_heads", shape.heads),
+        (family.ffn, shape.ffn),
         *((rate, dropout) for rate in family.dropout),
     ):
         values[aliases.get(name, name)] = value
     if values.get("embedding_size") == teacher.hidden_size:
-        values["embedding_size"] = hidden
-    if values.get("layer_types"):  # the last layer stays as global as the teacher's
-        if layers > len(values["layer_types"]):
-            raise ModelError(
-                f"a {teacher.model_type} student has at most the layers of its teacher,"
-                f" {len(values['layer_types'])}, not {layers}"
-            )
-        values["layer_types"] = values["layer_types"][-layers:]
+        values["embedding_size"] = shape.hidden
+    if shape.layer_types:
+        values["layer_types"] = list(shape.layer_types)
     return type(teacher)(**values)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar and no report of heads left behind: the caller judges what was loaded itself."""
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def count_parameters(module: torch.nn.Module) -> int:

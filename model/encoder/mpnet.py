@@ -7,14 +7,16 @@ bias, on SDPA instead of whole maps. Weights, names and results stay MPNet's. Le
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # families.py, which imports this file, loads no modelling code
+    from transformers import PreTrainedModel
 
 
-def install(model: PreTrainedModel, attention: Callable[..., Any]) -> None:
+def install(model: "PreTrainedModel", attention: Callable[..., Any]) -> None:
     """Let every attention module of this MPNet call `attention(module, q, k, v, mask, bias=…, …)`.
     Idempotent."""
     encoder: Any = model.base_model.encoder

@@ -26,7 +26,7 @@ from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
 from minilm.orchestrator.launch.cluster import Cluster
 from minilm.orchestrator.launch.liveness import Heartbeats, Supervisor
 from minilm.orchestrator.recipe.schema import Recipe, Stage
-from minilm.orchestrator.resolve.compatibility import check_stage, check_stages
+from minilm.orchestrator.resolve.compatibility import check_stage, check_stages, students_shapes
 from minilm.orchestrator.resolve.folders import model_folder
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
@@ -144,6 +144,8 @@ class Driver:
         shape = check_stage(stage, teacher, self.data)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
+        sizes = students_shapes(stage, shape)
+        fields["students"] = [s | {"ffn": sizes[s["name"]].ffn} for s in fields["students"]]
         inputs = {
             "stage": fields | {"teacher": teacher_digest},
             "seed": recipe.seed,
@@ -159,7 +161,9 @@ class Driver:
             teacher_digest=teacher_digest,
             teacher_layer=stage.teacher_layer,
             students=tuple(
-                StudentSpec(s.name, s.layers, s.hidden, s.heads or shape.heads, s.ffn, s.dropout, s.init)
+                StudentSpec(
+                    s.name, s.layers, s.hidden, sizes[s.name].heads, sizes[s.name].ffn, s.dropout, s.init
+                )
                 for s in stage.students
             ),
             objective=stage.objective_fields(),

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrained
 from minilm.data.format.manifest import load_manifest
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters
-from minilm.model.encoder.shape import FAMILIES, shape_of, tapped_layer
+from minilm.model.encoder.families import FAMILIES
+from minilm.model.encoder.shape import shape_of, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
@@ -64,13 +65,11 @@ def work_of(
         configs[student.name] = built.config
     distiller = Distiller(teacher, students, objective)
     teacher.requires_grad_(True)  # nothing is trained here: it tells what runs
-    to_the_end = bool({"hidden", "logits"} & objective.parts)
     return Work(
         stage=stage.name,
-        teacher=body(teacher, teacher.trained_parameters(), to_the_end),
+        teacher=body(teacher, teacher.trained_parameters()),
         students=tuple(
-            body(student, distiller.trained_parameters(name), to_the_end)
-            for name, student in students.items()
+            body(student, distiller.trained_parameters(name)) for name, student in students.items()
         ),
         relations=len(objective.names),
         seq_len=seq_len,
@@ -84,7 +83,7 @@ def work_of(
     )
 
 
-def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter], to_the_end: bool) -> Body:
+def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter]) -> Body:
     """`trained`: what of the encoder runs."""
     running = {id(parameter) for parameter in trained.values()}
     linear = [m.weight for m in encoder.model.modules() if isinstance(m, nn.Linear)]
@@ -94,9 +93,9 @@ def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter], to_the_end: b
         trained=sum(parameter.numel() for parameter in trained.values()),
         matrices=sum(weight.numel() for weight in linear if id(weight) in running),
         layers=encoder.layer,
-        attentions=encoder.layer - (not to_the_end),
+        attentions=encoder.layer - encoder.stops_at_tap,
         hidden=config.hidden_size,
-        ffn=getattr(config, FAMILIES[config.model_type].ffn),
+        ffn=shape_of(config).ffn,
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from minilm.data.errors import DataError
 from minilm.data.tokenizer import load_tokenizer, vocabulary_fingerprint
-from minilm.model.encoder.shape import EncoderShape, load_config, shape_of, tapped_layer
+from minilm.model.compatibility import check_teacher as check_teacher_shape
+from minilm.model.compatibility import fit_student
+from minilm.model.encoder.shape import EncoderShape, load_config, shape_of
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import UserError
@@ -60,10 +61,20 @@ def config_problems(recipe: Recipe) -> list[str]:
 
 
 def students_shapes(stage: Stage, teacher: EncoderShape) -> dict[str, EncoderShape]:
-    """Of the students, by name, as far as the recipe tells."""
+    """The students' shapes by name. Raises `ModelError` when one does not fit its teacher or the objective."""
+    objective = Objective.named(**stage.objective_fields())
+    check_teacher_shape(objective, teacher, stage.teacher_layer)
     return {
-        student.name: replace(
-            teacher, layers=student.layers, hidden=student.hidden, heads=student.heads or teacher.heads
+        student.name: fit_student(
+            student.name,
+            objective,
+            teacher,
+            layers=student.layers,
+            hidden=student.hidden,
+            heads=student.heads,
+            ffn=student.ffn,
+            layer=stage.teacher_layer,
+            init=student.init,
         )
         for student in stage.students
     }
@@ -84,12 +95,7 @@ def check_stage(stage: Stage, teacher: Path, data: DataSpec) -> EncoderShape:
 
 def check_teacher(stage: Stage, teacher: Path) -> EncoderShape:
     """The teacher's shape, after comparing it with the stage and its students. Raises `UserError`."""
-    config = load_config(teacher)
-    try:
-        tapped_layer(config, stage.teacher_layer)
-    except ModelError as error:
-        raise UserError(f"stage {stage.name}: {error}") from error
-    shape = shape_of(config)
+    shape = shape_of(load_config(teacher))
     check_students(stage, shape)
     return shape
 
@@ -97,15 +103,7 @@ def check_teacher(stage: Stage, teacher: Path) -> EncoderShape:
 def check_students(stage: Stage, teacher: EncoderShape) -> None:
     """The students' sizes against the teacher's, as the objective needs them. Raises `UserError`."""
     try:
-        objective = Objective.named(**stage.objective_fields())
-        for student in stage.students:
-            heads = student.heads or teacher.heads
-            if student.hidden % heads:
-                raise ModelError(
-                    f"student {student.name} has hidden {student.hidden}, which {heads} heads do not divide; "
-                    f"give a multiple of {heads}, or other heads"
-                )
-            objective.check(teacher.heads, teacher.hidden, heads, student.hidden)
+        students_shapes(stage, teacher)
     except ModelError as error:
         raise UserError(f"stage {stage.name}: {error}") from error
 

@@ -1,0 +1,85 @@
+"""Whether a teacher, a student and an objective fit together, from their configs alone: no weights are read.
+
+A recipe is checked with these functions before anything runs, and the distiller calls them for the models it is
+given, so that the two agree.
+"""
+
+from minilm.model.encoder.initialize import check_start, picked_layers
+from minilm.model.encoder.shape import EncoderShape, student_shape
+from minilm.model.errors import ModelError
+from minilm.model.loss.objective import Objective
+
+
+def check_teacher(objective: Objective, teacher: EncoderShape, layer: int | str = "last") -> None:
+    """ModelError unless the teacher can be tapped at `layer` (from 1, or "last") and has the head that is needed."""
+    teacher.tapped_layer(layer)
+    _check_head(objective, "the teacher", teacher)
+
+
+def fit_student(
+    name: str,
+    objective: Objective,
+    teacher: EncoderShape,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int | None = None,
+    ffn: int | None = None,
+    layer: int | str = "last",
+    init: str = "random",
+) -> EncoderShape:
+    """The shape of a student of these sizes, checked: `student_shape`, then `check_student`."""
+    head = objective.needs_head
+    try:
+        student = student_shape(teacher, layers=layers, hidden=hidden, heads=heads, ffn=ffn, has_head=head)
+    except ModelError as error:
+        raise ModelError(f"student {name!r}: {error}") from None
+    check_student(name, objective, teacher, student, layer=layer, init=init)
+    return student
+
+
+def check_student(
+    name: str,
+    objective: Objective,
+    teacher: EncoderShape,
+    student: EncoderShape,
+    *,
+    layer: int | str = "last",
+    init: str = "random",
+) -> None:
+    """ModelError, with the student's name, unless it can learn from this teacher.
+
+    student: a shape that `student_shape` gave. layer: the teacher's that is imitated. init: how the student starts,
+    one of `INITIALIZATIONS`.
+    """
+    if teacher.vocab_size != student.vocab_size:
+        raise ModelError(
+            f"student {name!r} has a vocabulary of {student.vocab_size} and the teacher of {teacher.vocab_size};"
+            " both must read the same tokens"
+        )
+    _check_head(objective, f"student {name!r}", student)
+    try:
+        objective.check(teacher, student)
+        if objective.layer_to_layer:
+            mapped_layers(teacher, teacher.tapped_layer(layer), student.layers)
+        check_start(teacher, student, init)
+    except ModelError as error:
+        raise ModelError(f"student {name!r}: {error}") from None
+
+
+def mapped_layers(teacher: EncoderShape, layer: int, student_layers: int) -> list[int]:
+    """The teacher's layers for layers 1 to M-1 of the student; its last is compared with the teacher's `layer`."""
+    if student_layers > layer:
+        raise ModelError(
+            f"it has {student_layers} layers and the teacher {layer} up to its tap; layer-to-layer needs a student"
+            " that is not deeper"
+        )
+    *earlier, _ = picked_layers(layer, student_layers)
+    return [teacher.tapped_layer(number) for number in earlier]
+
+
+def _check_head(objective: Objective, whose: str, shape: EncoderShape) -> None:
+    if objective.needs_head and shape.has_head is False:
+        raise ModelError(
+            f"soft labels need a masked-language-model head, and {whose} has none; load it with one"
+        )
