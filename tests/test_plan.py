@@ -93,7 +93,7 @@ def test_memory_is_within_a_third_of_the_peak_of_a_real_step(larger, tmp_path, e
         betas=(0.9, 0.999),
         eps=1e-6,
         weight_decay=0.01,
-        reduction=compute["reduction"],
+        gradient_sum=compute["reduction"],
         num_micro_batches=2,
         num_terms=num_values(distiller),
     )

@@ -135,7 +135,7 @@ class StageRun:
             for step in range(first, spec.steps):
                 self.begin_step(step)
                 outcome = self.train(step)
-                done, stop, evicted = step + 1, outcome.told[0] > 0, outcome.told[1] > 0
+                done, stop, evicted = step + 1, outcome.extra_sums[0] > 0, outcome.extra_sums[1] > 0
                 if is_logged(spec, done):
                     point = step_metrics(spec, self.distiller, self.students, self.intake, step, outcome)
                     with self.writing():
@@ -241,8 +241,8 @@ class StageRun:
                 autocast=AUTOCAST[self.precision],
                 world=self.world,
                 seq_len=self.spec.data.seq_len,
-                tell=self.tell,
-                parts=self.parts,
+                extra_values=self.tell,
+                num_chunks=self.parts,
                 by_head=self.spec.per_head and is_logged(self.spec, step + 1),
             )
         except torch.OutOfMemoryError as error:
@@ -250,12 +250,12 @@ class StageRun:
                 f"stage {self.spec.stage}: out of memory at step {step}, even with half a micro-batch "
                 f"({self.spec.micro_batch // 2} rows) at once; lower micro_batch (now {self.spec.micro_batch})"
             ) from error
-        _, _, failed, *told = outcome.told
+        _, _, failed, *told = outcome.extra_sums
         if failed:
             if self.saving:
                 self.saving.saver.wait()
             raise PeerFailed("the main rank could not save, and says why")
-        self.parts = outcome.parts
+        self.parts = outcome.num_chunks
         self.intake.close_step(step, told)
         return outcome
 
