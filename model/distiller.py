@@ -26,7 +26,7 @@ from minilm.model.loss.objective import Objective
 
 
 class TeacherOutput(NamedTuple):
-    """What the students of a batch share: the teacher's taps, and the masked rows that it read for soft labels."""
+    """The teacher's side of a batch, shared by all students: its taps, and the masked rows it read for soft labels."""
 
     taps: Taps
     masked: Masked | None = None
@@ -86,7 +86,7 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def teacher_forward(self, input_ids: Tensor, mask: Tensor | None) -> TeacherOutput:
-        """What the teacher makes of this batch, without gradients; it serves every student."""
+        """The teacher's taps of this batch, without gradients; they serve every student."""
         masked = self.objective.mask_tokens(input_ids, mask)
         return TeacherOutput(_forward(self.teacher, input_ids, mask, masked), masked)
 
@@ -119,7 +119,7 @@ class Distiller(nn.Module):
         )
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """What an optimiser of student `name` updates: the student's, and the projections of its terms."""
+        """The parameters that an optimiser of student `name` updates: the student's, and its terms' projections."""
         trained = self.students[name].trained_parameters()
         for term, projection in self._projections[name].items():
             trained |= {f"projection.{term}.{key}": p for key, p in projection.named_parameters()}

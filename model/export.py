@@ -1,8 +1,8 @@
 """A student as a plain transformers folder: config, safetensors, tokenizer, model card.
 
 Leaves out: registering it anywhere; optimiser state; anything that would need our code to be loaded again.
-Invariant: the folder is either whole or absent. It is written under a temporary name beside its place, every
-file and the folder are synced, and one rename puts it there; a whole older folder stays until that moment.
+Invariant: the folder is either whole or absent. It is written under a temporary name beside its destination, every
+file and the folder are synced, and one rename puts it in place; an older folder stays whole until that moment.
 """
 
 import hashlib
@@ -122,7 +122,7 @@ An encoder distilled from its teacher by the objective below (MiniLM, arXiv 2002
 
 ## Not trained by distillation
 
-Distillation reads queries, keys and values of the last layer. The layers behind the tap of the last layer are
+Distillation reads queries, keys and values of the last layer. The weights after these projections are
 untrained by distillation: they hold their initial values until fine-tuning trains them. They are:
 
 {listed}

@@ -31,8 +31,8 @@ def load_encoder(
 ) -> TappedEncoder:
     """The encoder at a folder or hub id, in float32 and eval mode, tapped at `layer` (1-based, or "last").
 
-    Weights come from safetensors only. head: keep the checkpoint's masked-language-model head; other heads are left
-    behind. ModelError when the folder or file is missing, the architecture has no tap, the layer does not exist, or
+    Weights come from safetensors only. head: keep the checkpoint's masked-language-model head; other heads are not
+    loaded. ModelError when the folder or file is missing, the architecture has no tap, the layer does not exist, or
     weights are missing.
     """
     config = load_config(path_or_hub_id)
@@ -119,7 +119,7 @@ def _resize(teacher: PreTrainedConfig, shape: EncoderShape, dropout: float) -> P
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bar and no report of heads left behind: the caller judges what was loaded itself."""
+    """Silence progress bars and reports of unused weights: the caller checks what was loaded itself."""
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -113,22 +113,22 @@ class TappedEncoder(nn.Module):
                 " torch.bool of the same shape"
             )
         wanted = [self._attentions[layer - 1] for layer in (*self._earlier, self.layer)]
-        collection = Collector(wanted, stop_at_last=self.stops_at_tap)
+        collector = Collector(wanted, stop_at_last=self.stops_at_tap)
         logits = None
         if positions is not None and "logits" in self._fields:
             with only_at(positions, self.model.base_model):
-                logits = run(self.model, collection, input_ids, mask).logits
-        elif collection.stop_at_last:
-            run(self.model, collection, input_ids, mask)
+                logits = run(self.model, collector, input_ids, mask).logits
+        elif collector.stop_at_last:
+            run(self.model, collector, input_ids, mask)
         else:
-            with stop_after(self.blocks()[-1], collection):
-                run(self.model, collection, input_ids, mask)
-        if len(collection.taps) < len(wanted):
+            with stop_after(self.blocks()[-1], collector):
+                run(self.model, collector, input_ids, mask)
+        if len(collector.taps) < len(wanted):
             raise ModelError(
                 f"{self.model.config.model_type} ended without reaching the tap of layer {self.layer}"
             )
-        *earlier, last = collection.taps
-        return last._replace(earlier=tuple(earlier), hidden=collection.hidden, logits=logits)
+        *earlier, last = collector.taps
+        return last._replace(earlier=tuple(earlier), hidden=collector.hidden, logits=logits)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that require gradients and that the watched fields depend on.

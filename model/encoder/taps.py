@@ -1,4 +1,4 @@
-"""What a tap hands out."""
+"""The tensors that a tapped encoder hands out."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -11,7 +11,7 @@ EVERY_LAYER = frozenset(
 
 
 class Taps(NamedTuple):
-    """What one layer's attention is made of: q, k, v [batch, heads, tokens, head_size]; q and k after rotation.
+    """The inputs of one layer's attention: q, k, v [batch, heads, tokens, head_size]; q and k after rotation.
 
     bias: an additive position bias on the scores, broadcastable to [batch, heads, tokens, tokens], or None.
     If watched: hidden, the layer's output [batch, tokens, hidden]; earlier, the taps of earlier layers;

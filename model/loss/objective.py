@@ -1,4 +1,4 @@
-"""What is compared between teacher and student: the objective as data, its terms as sums that add up.
+"""The objective as data: which terms are compared between teacher and student, as sums that add up.
 
 The objectives with a name are in catalogue.py. Leaves out: the division by the number of sequences or tokens. A term
 here is an undivided numerator, so that micro-batches and workers add up before one division by the global `count`.
@@ -157,7 +157,10 @@ class Objective:
         return values
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
-        """What this batch's sums are divided by, an int64 scalar. shape: (rows, tokens), read if mask is None."""
+        """The number that this batch's sums are divided by, an int64 scalar.
+
+        shape: (rows, tokens), read if mask is None.
+        """
         rows, tokens = shape
         return relation_weight((rows, tokens) if mask is None else mask, self.reduction)
 
@@ -167,7 +170,7 @@ class Objective:
             term.check(self._setting, teacher, student)
 
     def projections(self, teacher_hidden: int, student_hidden: int) -> dict[str, nn.Linear]:
-        """What is trained beside a student, by term, for the terms that need a projection."""
+        """The modules that are trained beside a student, by the terms that need one."""
         found = {term.name: term.projection(teacher_hidden, student_hidden) for term in self.relations}
         return {name: projection for name, projection in found.items() if projection is not None}
 
