@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minilm.data.errors import DataError
+from minilm.data.errors import DataError, one_line
 
 _PROBE = "the quick brown fox 42"
 
@@ -38,9 +38,8 @@ def load_tokenizer(path_or_hub_id: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"tokenizer {path_or_hub_id!r} cannot be loaded ({reason}); "
+            f"tokenizer {path_or_hub_id!r} cannot be loaded ({one_line(error)}); "
             "give a folder written by save_pretrained, or a hub id that this machine can reach"
         ) from error
     if not getattr(tokenizer, "is_fast", False):

@@ -2,14 +2,17 @@
 
 Leaves out: registering it anywhere; optimiser state; anything that would need our code to be loaded again.
 Invariant: the folder is either whole or absent. It is written under a temporary name beside its destination, every
-file and the folder are synced, and one rename puts it in place; an older folder stays whole until that moment.
+file and the folder are synced, and one rename puts it in place; an older folder stays whole until that moment. What
+a killed export has left (`.NAME.*.tmp`, locked by flock while its writer lives) is removed by the next.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,19 +56,23 @@ def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, 
     ):
         raise ModelError(f"{tokenizer_folder} holds no tokenizer; give the tokenizer/ folder of the data set")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary, lock = _temporary_folder(out)
     try:
         with quiet_transformers():
             model.save_pretrained(temporary)
         for file in tokenizer_files:
             shutil.copyfile(file, temporary / file.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        for file in (*temporary.iterdir(), temporary):
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors makes its files private, mkdtemp its folders
             _sync(file)
+        temporary.chmod(0o755)
+        _sync(temporary)
         _put_in_place(temporary, out)
+        _remove_leftovers(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
 
 
 def weights_digest(source: Path | Mapping[str, Tensor]) -> str:
@@ -129,15 +136,37 @@ untrained by distillation: they hold their initial values until fine-tuning trai
 """
 
 
+def _temporary_folder(out: Path) -> tuple[Path, int]:
+    """A new folder beside `out`, and a descriptor that locks it."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    lock = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks, where leftovers stay
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    return folder, lock
+
+
 def _put_in_place(temporary: Path, out: Path) -> None:
     aside = None
     if out.exists():  # a folder that is not empty cannot be renamed over
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
         out.rename(aside / "old")
     temporary.rename(out)
     _sync(out.parent)
     if aside is not None:
         shutil.rmtree(aside)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for left in out.parent.iterdir():
+        if not (left.name.startswith(f".{out.name}.") and left.suffix == ".tmp"):
+            continue
+        with suppress(OSError):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
 
 
 def _sync(path: Path) -> None:

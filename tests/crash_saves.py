@@ -4,7 +4,8 @@ usage: crash_saves.py FOLDER
 
 Faults: kill (SIGKILL itself) and full (no space left on device, for good). Each round forks a child with two sound
 checkpoints of steps 1 and 2. The child saves step 3 (which removes step 1) and is struck at its n-th operation: open,
-write (half of it is done), fsync, mkdir, rename, remove, rmdir. The parent then restores.
+write (half of it is done), fsync, mkdir, rename, remove, rmdir. The parent then restores. Tensors are one write:
+the library's, which gives its own temporary file their name at its end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from minilm.orchestrator.checkpoint import checkpoint
+from minilm.orchestrator.checkpoint import checkpoint, safetensors_file
 from minilm.orchestrator.checkpoint.format import read
 from minilm.orchestrator.checkpoint.local_store import LocalStore
 from tests.support import checkpoints_in
@@ -33,21 +34,25 @@ class Storage:
         self.left, self.fault, self.struck = at, fault, False
         for name in ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "open", "write"):
             self.wrap(os, name)
-        original = Path.open
-        storage = self
+        save_file = safetensors_file.save_file
 
-        def open_file(path, mode="r", *arguments, **options):
-            storage.operation(f"open {path.name}", writes="w" in mode)
-            file = original(path, mode, *arguments, **options)
-            return TornFile(file, storage) if mode == "wb" else file
+        def save(tensors, path):
+            save_file(tensors, path.with_name(".tmp123456"))
+            content = path.with_name(".tmp123456").read_bytes()
+            half = lambda: path.with_name(".tmp123456").write_bytes(content[: len(content) // 2])  # noqa: E731
+            self.operation(f"write {path.name}", writes=True, torn=half)
+            path.with_name(".tmp123456").rename(path)
 
-        Path.open = open_file
+        safetensors_file.save_file = save
+        fdopen = os.fdopen
+        os.fdopen = lambda *arguments: TornFile(fdopen(*arguments), self)
 
     def wrap(self, module, name):
         original = getattr(module, name)
 
         def operation(*arguments, **options):
-            self.operation(name, writes=name in ("fsync", "mkdir", "write"))
+            makes = name == "open" and arguments[1] & os.O_CREAT
+            self.operation(name, writes=bool(makes) or name in ("fsync", "mkdir", "write"))
             return original(*arguments, **options)
 
         setattr(module, name, operation)
@@ -77,8 +82,8 @@ class TornFile:
     def __exit__(self, *_):
         self.file.close()
 
-    def fileno(self):
-        return self.file.fileno()
+    def flush(self):
+        self.file.flush()
 
     def write(self, content):
         half = lambda: self.file.write(content[: len(content) // 2])  # noqa: E731

@@ -34,7 +34,7 @@ def control(**order: object) -> None:
 
 def child(url: str, folder: Path, at: int) -> None:
     """Start as a run does, tell what was found, and save the next step with a kill at request `at`."""
-    store = ObjectStore(url, folder, patience=RetryPolicy(tries=1))
+    store = ObjectStore(url, folder, retry=RetryPolicy(tries=1))
     rooms = len(list(folder.glob(".step-*")))
     models, states = make(9)
     found = checkpoint.restore_newest(store, models, states, MINE)

@@ -187,4 +187,9 @@ def mermaid() -> str:
 
 
 if __name__ == "__main__":
-    print(mermaid() if "--mermaid" in sys.argv[1:] else report())
+    if "--readme" in sys.argv[1:]:
+        readme = ROOT / "README.md"
+        before, _, rest = readme.read_text(encoding="utf-8").partition("```mermaid\n")
+        readme.write_text(f"{before}```mermaid\n{mermaid()}\n```{rest.partition('```')[2]}", encoding="utf-8")
+    else:
+        print(report())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,25 @@ from minilm.orchestrator.checkpoint.local_store import LocalStore
 from minilm.orchestrator.checkpoint.store import step_of
 from minilm.orchestrator.feed.corpora import describe
 from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec
-from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
+from minilm.orchestrator.stage.spec import GROUPS, StageSpec, StudentSpec, grouped
+
+
+def crowded_folder(folder: Path) -> Path:
+    """A user's folder whose files have the names of our top-level folders; to import any of them is an error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (
+        "data.py",
+        "model.py",
+        "orchestrator.py",
+        "recipes.py",
+        "utils.py",
+        "tests.py",
+        "data/__init__.py",
+    ):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('raise ImportError("a file of the user\'s was imported")\n')
+    return folder
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -74,11 +93,19 @@ def make_spec(
         "keep_checkpoints": 2,
         "keep_every_steps": None,
         "checkpoints": None,
-        "reduction": "exact",
+        "gradient_sum": "exact",
         "on_nonfinite": "stop",
         "max_skipped_steps": 10,
         "stall_seconds": 300.0,
         "digest": "digest",
         "attempt": "inline",
     }
-    return StageSpec(**values | changes)
+    values |= changes
+    keys = {field.name for kind in GROUPS.values() for field in fields(kind)}
+    return StageSpec(**{key: value for key, value in values.items() if key not in keys}, **grouped(values))
+
+
+def change(spec: StageSpec, **changes: Any) -> StageSpec:
+    """The specification with other values of a recipe's keys."""
+    flat = {key: value for name in GROUPS for key, value in asdict(getattr(spec, name)).items()}
+    return replace(spec, **grouped(flat | changes))

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from minilm.orchestrator import cli
-from minilm.orchestrator.bench.overhead import WARM_STEPS, Bare, Cost, Run, overhead_rows, row, tree_seconds
+from minilm.orchestrator.bench.overhead import (
+    WARM_STEPS,
+    BareStep,
+    Cost,
+    Run,
+    overhead_rows,
+    row,
+    tree_seconds,
+)
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.system.processes import descendants
@@ -44,7 +52,7 @@ def test_processor_time_is_that_of_the_whole_tree():
 
 
 def test_the_bare_step_takes_processor_time(shards, teacher, tmp_path):
-    way = Bare(make_spec(shards, teacher, tmp_path))
+    way = BareStep(make_spec(shards, teacher, tmp_path))
     cpu, wall = way.turn(3)
     assert 0 < cpu < 5 and 0 < wall < 60 and way.made == WARM_STEPS + 3
 
@@ -93,15 +101,15 @@ def test_a_way_is_compared_with_the_loop_alone_in_the_same_round():
     assert alone.wall_over == 0 and alone.wall_quartiles == (0, 0)
 
 
-def test_a_run_stands_still_but_in_its_turns(tmp_path, monkeypatch):
-    """With what it has started; and it ends with its bench."""
+def test_a_run_is_stopped_except_in_its_turns(tmp_path, monkeypatch):
+    """So are the processes that it has started, and all end with the bench."""
     program = f"""
         import time
         from pathlib import Path
         from minilm.orchestrator.worker.crash_loop import CrashLoopGuard
-        attempts, step = CrashLoopGuard(Path({str(tmp_path)!r})), 0
+        guard, step = CrashLoopGuard(Path({str(tmp_path)!r})), 0
         while True:
-            attempts.reach(step)
+            guard.reach(step)
             step += 1
             time.sleep(0.001)
     """
@@ -125,27 +133,27 @@ def test_a_run_stands_still_but_in_its_turns(tmp_path, monkeypatch):
 
 def test_a_run_that_goes_back_or_through_its_stage_is_not_measured(tmp_path):
     """Its worker has died; nobody takes more steps."""
-    attempts = CrashLoopGuard(tmp_path)
+    guard = CrashLoopGuard(tmp_path)
     run = Run(["nothing"], tmp_path, 30)
     try:
         run.process.wait()
-        attempts.reach(25)
+        guard.reach(25)
         assert run.wait_for(20) == 25
-        attempts.reach(3)
+        guard.reach(3)
         with pytest.raises(UserError, match="the run went back from step 25 to 3; its worker has died"):
             run.step = 25
             run.wait_for(26)
-        attempts.reach(30)
+        guard.reach(30)
         with pytest.raises(
             UserError, match="the stage's 30 steps ended before they were measured; give it more"
         ):
             run.wait_for(26)
     finally:
         run.end()
-        attempts.close()
+        guard.close()
 
 
-def test_a_run_that_ends_too_early_is_told(tmp_path):
+def test_a_run_that_ends_too_early_is_an_error(tmp_path):
     with pytest.raises(UserError, match="the run ended before it was measured: .*No module named nothing"):
         Run(["nothing"], tmp_path, 30).__enter__()
 

@@ -49,17 +49,27 @@ def test_a_way_that_does_not_exist():
         call("step", "--ways", "theirs")
 
 
-def test_reduction_prints_a_row_for_each_sum(capsys):
+def test_gradient_sum_prints_a_row_for_each_sum(capsys):
     parser = argparse.ArgumentParser()
     add_bench_verbs(parser)
-    words = ["reduction", "--parameters", "1000", "--micro-batches", "2", "--rounds", "1", "--device", "cpu"]
+    words = [
+        "gradient-sum",
+        "--parameters",
+        "1000",
+        "--micro-batches",
+        "2",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    ]
     options = parser.parse_args(words)
     assert options.run(options) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["sum", "exact", "fast"]
     options = parser.parse_args([*words, "--json"])
     assert options.run(options) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(row["reduction"], row["parameters"], row["micro_batches"]) for row in rows] == [
+    assert [(row["gradient_sum"], row["parameters"], row["micro_batches"]) for row in rows] == [
         ("exact", 1000, 2),
         ("fast", 1000, 2),
     ]

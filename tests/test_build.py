@@ -1,6 +1,8 @@
 """Building: exact, the same bytes whatever the processes, resumable after a kill, nothing half-written."""
 
+import contextlib
 import errno
+import fcntl
 import gzip
 import json
 import lzma
@@ -264,6 +266,27 @@ def test_a_build_that_is_killed_goes_on_and_ends_with_the_same_bytes(text, token
     assert kills >= 1
     assert files_of(out) == files_of(tmp_path / "whole")
     assert not (out / ".build").exists() and not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("by", ["a killed process", "one that still ends"])
+def test_a_file_that_is_not_whole_is_not_published(text, tokenizer, tmp_path, monkeypatch, by):
+    build(text, tokenizer, tmp_path / "whole", processes=1, **SMALL)
+    with contextlib.ExitStack() as writers, monkeypatch.context() as patch:
+
+        def killed(manifest, path):
+            file = writers.enter_context(path.with_name(".manifest.json.0a1b2c3d.tmp").open("wb"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            raise KeyboardInterrupt
+
+        patch.setattr("minilm.data.builder.phases.save_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
+        patch.undo()
+        assert list((tmp_path / "out" / ".build" / "train").glob(".manifest.json.*"))
+        if by == "a killed process":
+            writers.close()
+        build(text, tokenizer, tmp_path / "out", processes=1, **SMALL)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_the_lock_holds_though_every_holder_removes_it(tmp_path):

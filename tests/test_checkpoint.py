@@ -231,11 +231,30 @@ def test_written_tensors_are_read_by_the_library_and_hash_to_what_is_recorded(tm
         "flag": torch.tensor([True, False, True]),
     }
     assert write_tensors(path, tensors) == sha256_file(path)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     read = load_file(path)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor), name
+
+
+def test_a_file_has_the_bytes_that_earlier_versions_wrote(tmp_path):
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2), "refused": torch.zeros(1, dtype=torch.int64)}
+    header, content = {}, b""
+    for name in ("refused", "a", "b"):  # widest first, so that every tensor is aligned; then by name
+        raw = tensors[name].numpy().tobytes()
+        header[name] = {
+            "dtype": "I64" if name == "refused" else "F32",
+            "shape": list(tensors[name].shape),
+            "data_offsets": [len(content), len(content) + len(raw)],
+        }
+        content += raw
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    assert (tmp_path / "t.safetensors").read_bytes() == len(text).to_bytes(8, "little") + text + content
 
 
 def test_only_the_students_are_in_it_and_no_pickle(tmp_path):

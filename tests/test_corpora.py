@@ -29,7 +29,7 @@ from tests import worker_pool
 from tests.bad_server import BadServer
 from tests.conftest import WORDS, write_text
 from tests.data_cases import write_megatron
-from tests.support import checkpoints_in, make_spec
+from tests.support import change, checkpoints_in, make_spec
 
 ORDER = {"seed": 3, "batch": 8, "micro_batch": 4}
 
@@ -97,7 +97,7 @@ def test_each_corpus_is_measured_and_the_mean_is_weighted(sets, teacher, tmp_pat
             assert books != wiki
             assert point.metrics[f"small/heldout/{term}"] == pytest.approx(0.7 * books + 0.3 * wiki)
     alone = make_spec(describe([CorpusSpec("books", str(sets[0]))]), teacher, tmp_path / "alone", steps=2)
-    assert run_stage(replace(alone, held_out_rows=7))
+    assert run_stage(change(alone, held_out_rows=7))
     (first, _), (other, _) = (
         read_all_metrics(StageFolder(Path(j.folder)).heldout_metrics) for j in (spec, alone)
     )
@@ -185,7 +185,7 @@ def test_a_pair_is_read_in_place_and_its_end_is_held_out(pair, sets, teacher, tm
     assert not {tuple(row) for row in kept.input_ids.tolist()} & {
         tuple(row) for row in trained.input_ids.tolist()
     }
-    with pytest.raises(DataError, match=f"there are 0 to {total // 10 - 1}"):
+    with pytest.raises(DataError, match=f"these data have rows 0 to {total // 10 - 1}"):
         held.rows.read([total // 10])
     spec = make_spec(data, teacher, tmp_path / "stage", steps=6)
     assert run_stage(spec)

@@ -27,7 +27,7 @@ from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.system.files import read_json, write_json
 from minilm.orchestrator.tracking.tracking import Tracking
-from tests.support import has_checkpoint, make_spec
+from tests.support import crowded_folder, has_checkpoint, make_spec
 
 pytestmark = pytest.mark.timeout(900)  # several starts of everything, on a slow machine too
 
@@ -51,19 +51,29 @@ def write_recipe(folder: Path, text: Path, teacher: Path, **changes: object) -> 
 
 
 def minilm(
-    *arguments: str | Path, program: tuple[str, ...] = ("-m", "minilm"), **environment: str
+    *arguments: str | Path,
+    program: tuple[str, ...] = ("-m", "minilm"),
+    cwd: Path | None = None,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         env=os.environ | {"MLFLOW_TRACKING_URI": ""} | environment,
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(*arguments: str | Path, expect: int = 0, seconds: float = 240, **environment: str) -> tuple[str, str]:
-    process = minilm(*arguments, **environment)
+def run(
+    *arguments: str | Path,
+    expect: int = 0,
+    seconds: float = 240,
+    cwd: Path | None = None,
+    **environment: str,
+) -> tuple[str, str]:
+    process = minilm(*arguments, cwd=cwd, **environment)
     try:
         out, errors = process.communicate(timeout=seconds)
     finally:
@@ -90,7 +100,9 @@ def digests(workdir: Path) -> dict[str, str]:
 def finished(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) -> Path:
     """A folder with the recipe and the work directory of a run that was left alone."""
     folder = tmp_path_factory.mktemp("finished")
-    run("run", write_recipe(folder, text, teacher), "--workdir", folder / "work", "--launcher", "inline")
+    recipe = write_recipe(folder, text, teacher)
+    started_in = crowded_folder(folder / "user")
+    run("run", recipe, "--workdir", folder / "work", "--launcher", "inline", cwd=started_in)
     return folder
 
 
@@ -378,7 +390,7 @@ def test_a_locked_tracking_store_ends_a_new_run_in_one_line_and_does_not_end_one
         other.execute("BEGIN EXCLUSIVE")
         tracking = opened(wait="0.2")
         assert tracking.num_pending == 1 and "database is locked" in caplog.text
-    assert tracking.tell(at_once=True) == 0
+    assert tracking.flush(at_once=True) == 0
     assert tracking.client.get_run(run_id).info.status == "RUNNING"
 
 

@@ -1,5 +1,6 @@
 """An export is a plain transformers folder, whole or absent, that loads without our code."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -113,6 +114,19 @@ def test_a_failure_leaves_the_earlier_folder_whole_and_nothing_beside_it(
     assert (parent / "out" / "README.md").read_text() == "# second\n"
     assert weights_digest(parent / "out") != before
     assert (parent / "out").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in (parent / "out").iterdir()} == {0o644}
+
+
+def test_what_a_killed_export_left_is_removed_and_what_another_writes_is_not(tmp_path, tokenizer_folder):
+    parent = tmp_path / "exports"
+    for name in (".out.killed.tmp", ".out.living.tmp", ".other.killed.tmp"):
+        (parent / name).mkdir(parents=True)
+        (parent / name / "model.safetensors").write_bytes(b"half")
+    living = os.open(parent / ".out.living.tmp", os.O_RDONLY)
+    fcntl.flock(living, fcntl.LOCK_SH)
+    export_student(student(), tokenizer_folder, parent / "out", "# card\n")
+    os.close(living)
+    assert sorted(path.name for path in parent.iterdir()) == [".other.killed.tmp", ".out.living.tmp", "out"]
 
 
 def test_the_card_says_what_was_not_trained():

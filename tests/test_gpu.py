@@ -24,6 +24,7 @@ from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState, rea
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.train.build import build_distiller, compute_deterministically, make_states
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.worker.loop import run_stage
@@ -73,12 +74,12 @@ def test_the_watch_sees_a_sync(no_sync):
 @pytest.mark.parametrize("objective", ["minilm", "value-mse", "layer-to-layer", "hidden-relation"])
 @pytest.mark.parametrize("data", ["shards", "documents"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("reduction", ["exact", "fast"])
+@pytest.mark.parametrize("gradient_sum", ["exact", "fast"])
 def test_a_step_never_waits_for_the_device(
-    request, teacher, tmp_path, no_sync, objective, data, autocast, reduction
+    request, teacher, tmp_path, no_sync, objective, data, autocast, gradient_sum
 ):
     rows = request.getfixturevalue(data)
-    spec = gpu_job(rows, teacher, tmp_path, reduction=reduction, objective={"name": objective})
+    spec = gpu_job(rows, teacher, tmp_path, gradient_sum=gradient_sum, objective={"name": objective})
     options = {"world": GPU, "autocast": autocast, "max_gradient_norm": 1.0, "by_head": True}
     distiller, states, _ = one_step(spec, **options)  # compiles kernels, allocates
     with no_sync:
@@ -150,7 +151,7 @@ def test_a_save_holds_the_moment_it_was_asked_for(shards, teacher, tmp_path):
     states = make_states(spec, distiller)
     models = {"small": distiller.state_module("small")}
     saver = AsyncSaver(
-        tmp_path, models, states, Fingerprints("", ""), keep=9, keep_every=None, guard=lambda: None
+        tmp_path, models, states, Fingerprints("", ""), keep=9, keep_every=None, fence=Fence("")
     )
     truths = []
     for step in range(4):

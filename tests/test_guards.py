@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,9 +13,11 @@ import torch
 from minilm.model.encoder.build import load_encoder
 from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
 from minilm.orchestrator.errors import InfrastructureError, UserError
-from minilm.orchestrator.launch import trainer as launch
-from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.launch.base import LaunchOptions
+from minilm.orchestrator.launch.ray_launcher import RayLauncher
+from minilm.orchestrator.stage.folder import RunFolder, StageFolder
 from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.train.build import build_distiller, build_objective
 from minilm.orchestrator.worker import error_file as reporting
 from minilm.orchestrator.worker import loop as worker
@@ -26,7 +27,7 @@ from minilm.orchestrator.worker.error_file import log_to_file, run_reporting
 from minilm.orchestrator.worker.errors import PeerFailed
 from minilm.orchestrator.worker.watchdog import Watchdog
 from tests import worker_pool
-from tests.support import NO_DATA, make_spec
+from tests.support import NO_DATA, change, make_spec
 
 
 def test_a_worker_that_makes_no_step_ends_itself_and_leaves_its_stack(shards, teacher, tmp_path):
@@ -35,7 +36,7 @@ def test_a_worker_that_makes_no_step_ends_itself_and_leaves_its_stack(shards, te
     log = StageFolder(tmp_path).worker_log(0).read_text()
     assert "Timeout (0:00:02)!" in log
     assert "in hang_here" in log
-    assert run_reporting(replace(spec, stall_seconds=300.0))  # what a supervisor starts in its place goes on
+    assert run_reporting(change(spec, stall_seconds=300.0))  # what a supervisor starts in its place goes on
 
 
 def test_a_step_has_most_of_the_time_that_it_was_given(tmp_path, monkeypatch):
@@ -57,7 +58,7 @@ def test_a_step_has_most_of_the_time_that_it_was_given(tmp_path, monkeypatch):
 def test_ranks_that_do_not_save_expect_to_wait_for_a_checkpoint_that_is_kept(
     tmp_path, monkeypatch, is_rank_zero, expected
 ):
-    """After step 3, behind a slow store: the main rank, which waits for the save before, says so itself."""
+    """After step 3, with a slow store. Rank 0 waits for the save before and allows for that itself."""
     armed = ""
 
     def arm(self, seconds):
@@ -73,6 +74,7 @@ def test_ranks_that_do_not_save_expect_to_wait_for_a_checkpoint_that_is_kept(
         spec=make_spec(NO_DATA, tmp_path, tmp_path, keep_every_steps=3),
         world=SimpleNamespace(is_rank_zero=is_rank_zero),
         watchdog=watchdog,
+        crash_loop_guard=None,
     )
     for step in (2, 3, 4):
         worker.StageRun.begin_step(run, step)
@@ -84,8 +86,6 @@ def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
     tmp_path, monkeypatch, stall_seconds, expected
 ):
     """A main worker that fetches a large checkpoint keeps the others waiting, with and without Ray."""
-    from minilm.orchestrator.launch import train_callbacks as under_ray
-
     asked: list[float] = []
 
     def joins(backend, timeout):
@@ -97,14 +97,16 @@ def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
         raise ZeroDivisionError
 
     monkeypatch.setattr(torch.distributed, "init_process_group", joins)
-    monkeypatch.setattr(under_ray, "Trainer", trains)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", trains)
     monkeypatch.setenv("WORLD_SIZE", "2")
     threads = torch.get_num_threads()
     spec = make_spec(NO_DATA, tmp_path, tmp_path, stall_seconds=stall_seconds, threads=threads)
     with pytest.raises(ZeroDivisionError):
         worker.run_stage(spec)
-    with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(1) as pool:
-        launch.start_ray(spec, (2, 2), "trainer", pool, joined=False)
+    launcher = RayLauncher(LaunchOptions(RunFolder(tmp_path), "cpu", (2, 2), 0.0), StopRequest())
+    launcher.resource = "trainer"
+    with pytest.raises(ZeroDivisionError):
+        launcher.start(spec)
     assert asked == [expected, expected]
 
 
@@ -175,7 +177,7 @@ def test_reaching_the_loop_forgets_failed_starts(shards, teacher, tmp_path, monk
     assert run_reporting(spec)
 
 
-@pytest.mark.parametrize("error", [PeerFailed("the main rank could not save"), RuntimeError("closed")])
+@pytest.mark.parametrize("error", [PeerFailed("rank 0 failed to save"), RuntimeError("closed")])
 def test_a_rank_waits_for_the_report_that_a_peer_has_promised(tmp_path, monkeypatch, error):
     """Five seconds, of a disk that is slow; whoever has only lost a connection does not wait so long."""
     spec, now = make_spec(NO_DATA, tmp_path, tmp_path), 0.0
@@ -209,7 +211,7 @@ def test_students_start_from_the_teachers_layers_where_the_recipe_says_so(shards
         assert torch.equal(model.get_input_embeddings().weight, expected) is same
 
 
-def test_a_save_that_fails_on_the_main_rank_ends_all_ranks_at_their_next_step(shards, teacher, tmp_path):
+def test_a_save_that_fails_on_rank_zero_ends_all_ranks_at_their_next_step(shards, teacher, tmp_path):
     spec = make_spec(shards, teacher, tmp_path, steps=2000)
     (tmp_path / "checkpoints").write_text("not a folder")
     assert worker_pool.join(worker_pool.start(spec, 2)) == [3, 3]

@@ -22,10 +22,9 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.references import FolderRef
 from minilm.orchestrator.recipe.schema import Recipe
-from minilm.orchestrator.resolve.compatibility import check_stage, check_stages
-from minilm.orchestrator.resolve.folders import model_folder, tokenizer_name
+from minilm.orchestrator.resolve.folders import folder_here, model_folder, tokenizer_name
+from minilm.orchestrator.resolve.stages import check_data, known_data, resolve_stages
 from tests.conftest import make_teacher
-from tests.support import describe_folder
 
 
 def recipe_with(
@@ -48,16 +47,22 @@ def recipe_with(
     return load_recipe(path)
 
 
+def complaints(recipe: Recipe) -> list[str]:
+    stages, problems = resolve_stages(recipe, folder_here)
+    return problems + check_data(stages, *known_data(recipe, folder_here))
+
+
 def complaint(recipe: Recipe, teacher: Path, shards: Path) -> str:
-    with pytest.raises(UserError) as raised:
-        check_stage(recipe.stages[0], teacher, describe_folder(shards))
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    (line,) = complaints(recipe)
+    assert line.startswith("stage only: ") and "\n" not in line
+    return line
 
 
 def test_heads_that_do_not_divide_hidden(tmp_path, teacher, shards):
     recipe = recipe_with(tmp_path, teacher, shards, {"layers": 1, "hidden": 30})
-    assert "4 heads do not divide hidden size 30; give a multiple of 4" in complaint(recipe, teacher, shards)
+    assert "student 'only': 4 heads do not divide hidden size 30; give a multiple of 4" in complaint(
+        recipe, teacher, shards
+    )
 
 
 def test_head_counts_that_differ_where_the_objective_needs_them_equal(tmp_path, teacher, shards):
@@ -73,7 +78,7 @@ def test_head_counts_that_differ_where_the_objective_needs_them_equal(tmp_path, 
         objective="minilmv2",
         relation_heads=6,
     )
-    check_stage(split.stages[0], teacher, describe_folder(shards))
+    assert not complaints(split)
 
 
 def test_a_teacher_layer_that_does_not_exist(tmp_path, teacher, shards):
@@ -85,7 +90,7 @@ def test_a_registered_teacher_where_there_is_no_registry(tmp_path, teacher, shar
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     recipe = recipe_with(tmp_path, "models:/big@newest", shards, {"layers": 1, "hidden": 24})
     with pytest.raises(UserError) as caught:
-        check_stages(recipe, Workdir(tmp_path / "fresh"), describe_folder(shards))
+        model_folder(recipe.teacher_ref(recipe.stages[0]), recipe, Workdir(tmp_path / "fresh"))
     message = str(caught.value)
     assert message.startswith(
         "models:/big@newest was to come from this work directory's own registry, and there is no "
@@ -104,8 +109,8 @@ def test_a_tokenizer_of_the_same_size_that_is_not_the_teachers(tmp_path, teacher
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     recipe = recipe_with(tmp_path, other, shards, {"layers": 1, "hidden": 24})
     message = complaint(recipe, other, shards)
-    assert "the data was made with another tokenizer than the teacher's" in message
-    assert f"build the data with `--tokenizer {other}`" in message
+    assert "the data's tokenizer is another one than the teacher's" in message
+    assert f"make the data with `--tokenizer {other}`" in message
 
 
 def test_a_larger_vocabulary_than_the_teachers(tmp_path, teacher, text):
@@ -115,7 +120,7 @@ def test_a_larger_vocabulary_than_the_teachers(tmp_path, teacher, text):
     out = tmp_path / "shards"
     build([text], str(big), out, seq_len=32, held_out=0.1, processes=1)
     recipe = recipe_with(tmp_path, teacher, out, {"layers": 1, "hidden": 24})
-    assert "made with a vocabulary of" in complaint(recipe, teacher, out)
+    assert "the data's vocabulary has" in complaint(recipe, teacher, out)
 
 
 def test_shards_without_a_held_out_split(tmp_path, teacher, text):
@@ -249,7 +254,5 @@ def test_a_later_stage_that_cannot_fit_is_refused_before_the_first_one_runs(tmp_
     }
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "data": {"shards": str(shards)}, "stages": [first, second]}))
-    with pytest.raises(
-        UserError, match="stage second: student 'second': the teacher has 4 heads and the student 2"
-    ):
-        check_stages(load_recipe(path), Workdir(tmp_path / "work"), describe_folder(shards))
+    (line,) = complaints(load_recipe(path))
+    assert line.startswith("stage second: student 'second': the teacher has 4 heads and the student 2")

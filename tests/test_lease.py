@@ -17,7 +17,7 @@ import pytest
 
 from minilm.orchestrator.errors import LeaseHeld
 from minilm.orchestrator.system import lease
-from minilm.orchestrator.system.lease import Superseded, check_writer, still_held, take
+from minilm.orchestrator.system.lease import Fence, Superseded, still_held, take
 from minilm.orchestrator.system.write_errors import is_final, writing
 
 HOLDER = """
@@ -35,7 +35,7 @@ held.release()
 
 
 class Driver:
-    """A process that takes the lease, on `machine` as it believes, and holds it until it is told to end."""
+    """A process that takes the lease, on `machine` as it believes, and holds it until its standard input ends."""
 
     def __init__(self, work: Path, machine: str = "", patience: float = 30.0):
         self.process = subprocess.Popen(
@@ -50,7 +50,7 @@ class Driver:
         return int(self.process.stdout.readline())
 
     def error(self) -> str:
-        self.process.wait(timeout=240)  # by itself: to communicate would tell it to end
+        self.process.wait(timeout=240)  # by itself: `communicate` would end it
         out, errors = self.process.communicate()
         assert self.process.returncode, f"it has ended in good order: {out}"
         return errors.strip().splitlines()[-1]
@@ -204,8 +204,8 @@ def test_who_has_lost_the_lease_hears_of_it(tmp_path, monkeypatch):
     lost: list[Path] = []
     held = take(tmp_path / "lease", on_lost=lost.append)
     held.check()
-    check_writer(str(held.path))
-    check_writer("")
+    Fence(str(held.path)).check()
+    Fence("").check()
     assert still_held(held.path)
     held.path.rename(tmp_path / "lease" / "000002.json")
     held._thread.join(60)
@@ -213,7 +213,7 @@ def test_who_has_lost_the_lease_hears_of_it(tmp_path, monkeypatch):
     held.check()
     assert lost == [held.path] * 2
     with pytest.raises(Superseded, match="this worker ends without writing"):
-        check_writer(str(held.path))
+        Fence(str(held.path)).check()
     held.release()
     assert files(tmp_path) == ["000002.json"], "a lost lease is not made anew"
 
@@ -231,11 +231,11 @@ def test_storage_that_does_not_say_who_may_write_is_asked_again_and_is_no_refuse
             raise OSError(errno.ESTALE, "Stale file handle")
         return still_held(path)
 
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(lease, "ANSWER_SECONDS", 60 if faults == 2 else 0.5)
     monkeypatch.setattr(lease, "still_held", stale)
     if faults == 2:
-        check_writer(str(held.path))
+        Fence(str(held.path)).check()
         assert len(asked) == 3
         asked.clear()
         held.check()
@@ -243,6 +243,6 @@ def test_storage_that_does_not_say_who_may_write_is_asked_again_and_is_no_refuse
     else:
         says = pytest.raises(OSError, match="does not say who may write .Stale file handle")
         with says as raised, writing(tmp_path):
-            check_writer(str(held.path))
+            Fence(str(held.path)).check()
         assert not is_final(raised.value)
     held.release()

@@ -76,16 +76,16 @@ def test_limbs_add_up_over_ranks():
 
 
 def test_a_bounded_number_of_steps_is_compared_with_first_and_last_among_them():
-    book = Ledger()
+    kept = Ledger()
     for step in range(100_000):
-        book.close_step(step, to_limbs(step))
-    assert len(book.recent) <= ledger.MAX_RECENT
-    steps = [step for step, _ in book.cut()]
+        kept.close_step(step, to_limbs(step))
+    assert len(kept.recent) <= ledger.MAX_RECENT
+    steps = [step for step, _ in kept.pop_steps_to_check()]
     assert len(steps) == ledger.CHECKED_STEPS
     assert (steps[0], steps[-1]) == (0, 99_999)
-    assert book.cut() == []
-    book.close_step(100_000, to_limbs(5))
-    assert book.cut() == [(100_000, 5)]
+    assert kept.pop_steps_to_check() == []
+    kept.close_step(100_000, to_limbs(5))
+    assert kept.pop_steps_to_check() == [(100_000, 5)]
 
 
 def test_the_running_digest_of_a_run_is_the_recomputed_one(shards, teacher, tmp_path):

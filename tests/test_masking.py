@@ -53,10 +53,10 @@ def damaged(whole: Path, tmp_path: Path) -> tuple[Path, str, list[int]]:
     folder = shutil.copytree(whole, tmp_path / "data")
     manifest = load_manifest(folder)
     stream = open_stream(describe_folder(whole), seed=3, batch=8, micro_batch=8)
-    blocks = [[manifest.place(row).block for row in stream.row_ids(step, 0)] for step in range(STEPS)]
+    blocks = [[manifest.locate(row).block for row in stream.row_ids(step, 0)] for step in range(STEPS)]
     early = {block for step in blocks[:DAMAGED_AT] for block in step}
     block = next(block for block in blocks[DAMAGED_AT] if block not in early)
-    place = manifest.place(block * manifest.rows_per_block)
+    place = manifest.locate(block * manifest.rows_per_block)
     shard = folder / manifest.shard(place.shard).name
     raw = bytearray(shard.read_bytes())
     raw[place.offset] ^= 1
@@ -131,19 +131,19 @@ def test_a_list_that_grew_while_the_workers_started(whole, tmp_path):
         )
     late = QuarantineMask(data)
     assert early.grew() and not late.grew()
-    late.check_main(late.digest)
+    late.check_rank_zero(late.digest)
     with pytest.raises(QuarantineGrew, match="grew while the workers started: they start again"):
-        late.check_main(early.digest)
+        late.check_rank_zero(early.digest)
 
 
 def test_the_history_of_lists_goes_on_from_a_checkpoint(whole, tmp_path):
     stop = QuarantineMask(describe_folder(whole))
     stop.restore(0, {})
-    assert (stop.facts(), stop.digest, stop.grew()) == ({"masked_rows": 0, "quarantine": []}, 0, False)
+    assert (stop.resume_state(), stop.digest, stop.grew()) == ({"masked_rows": 0, "quarantine": []}, 0, False)
     stop.restore(
         9, {"masked_rows": 3, "quarantine": [[4, {"f": [1]}]]}
     )  # mended, and on_corrupt: stop from here on
-    assert stop.facts() == {"masked_rows": 3, "quarantine": [(4, {"f": [1]}), (9, {})]}
+    assert stop.resume_state() == {"masked_rows": 3, "quarantine": [(4, {"f": [1]}), (9, {})]}
 
 
 def test_the_recipe_says_what_happens(whole, teacher, tmp_path):

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minilm.data.storage import client
 from minilm.data.storage.retry import RetryPolicy
-from minilm.orchestrator.checkpoint import checkpoint, object_store
+from minilm.orchestrator.checkpoint import checkpoint
 from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
 from minilm.orchestrator.checkpoint.local_store import LocalStore
 from minilm.orchestrator.checkpoint.object_store import ObjectStore
@@ -25,6 +26,7 @@ from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.checkpoint.store import StoreUnavailable, step_of
 from minilm.orchestrator.errors import InfrastructureError, LeaseHeld, UserError
 from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.worker.error_file import run_reporting
 from minilm.orchestrator.worker.loop import run_stage
 from tests.support import make_spec
@@ -60,7 +62,7 @@ def server(running, monkeypatch):
 @pytest.fixture
 def store(server, tmp_path, request):
     name = re.sub(r"\W+", "-", request.node.name)
-    return ObjectStore(f"s3://bucket/{name}/run/stage", tmp_path / "room", patience=QUICK)
+    return ObjectStore(f"s3://bucket/{name}/run/stage", tmp_path / "room", retry=QUICK)
 
 
 def save(store, step, models, states, keep=2, **options):
@@ -126,16 +128,16 @@ def test_nothing_there_means_none(store):
 
 def damage_object(store, name, kind):
     path = f"{store.where}/{name}/s.model.safetensors"
-    content = bytearray(store._fs.cat_file(path))
+    content = bytearray(store._client.fs.cat_file(path))
     if kind == "torn":
-        store._fs.pipe_file(path, bytes(content[:-5]))
+        store._client.fs.pipe_file(path, bytes(content[:-5]))
     elif kind == "flip":
         content[-1] ^= 1
-        store._fs.pipe_file(path, bytes(content))
+        store._client.fs.pipe_file(path, bytes(content))
     elif kind == "lose":
-        store._fs.rm_file(path)
+        store._client.fs.rm_file(path)
     else:
-        store._fs.pipe_file(f"{store.where}/{name}/checkpoint.json", b"{")
+        store._client.fs.pipe_file(f"{store.where}/{name}/checkpoint.json", b"{")
 
 
 @pytest.mark.parametrize("kind", ["torn", "lose", "metadata"])
@@ -199,7 +201,9 @@ def test_a_fault_that_passes_is_tried_again(store, server, fault, caplog):
         return (lambda: time.sleep(1.3)) if fault == "stall" else fault
 
     if fault == "stall":
-        store.patience = QUICK._replace(tries=8, request_seconds=1.0)  # a busy machine answers in that time
+        store._client.retry = QUICK._replace(
+            tries=8, request_seconds=1.0
+        )  # a busy machine answers in that time
     server.fault = once
     with caplog.at_level(logging.WARNING):
         saved(store, 1)
@@ -213,7 +217,7 @@ CAUSES = {"500": "Server Error", "reset": "onnection|no answer", "stall": "no an
 
 @pytest.mark.parametrize("fault", CAUSES)
 def test_a_fault_that_stays_is_an_error_in_one_line_that_names_the_place(store, server, fault):
-    store.patience = QUICK._replace(tries=2, request_seconds=0.5 if fault == "stall" else 60.0)
+    store._client.retry = QUICK._replace(tries=2, request_seconds=0.5 if fault == "stall" else 60.0)
     server.fault = lambda method, path: (lambda: time.sleep(1)) if fault == "stall" else fault
     with pytest.raises(StoreUnavailable, match=rf"{store.where}.*({CAUSES[fault]}).*tried 2 times") as caught:
         store.names()
@@ -226,20 +230,20 @@ def test_a_refusal_is_final_and_not_tried_again(store, server, tmp_path):
     with pytest.raises(InfrastructureError, match=r"put s3://\S+: the store refuses .* check compute.checkp"):
         store.claim("me")
     assert len(server.requests) == 1
-    absent = ObjectStore("s3://no-such-bucket/x", tmp_path, patience=QUICK)
+    absent = ObjectStore("s3://no-such-bucket/x", tmp_path, retry=QUICK)
     with pytest.raises(InfrastructureError, match="the store refuses"):
         absent.claim("me")
     assert not issubclass(InfrastructureError, StoreUnavailable)
 
 
 def test_what_did_not_arrive_whole_is_not_committed(store, server, monkeypatch):
-    put = store._fs._put_file
+    put = store._client.fs._put_file
 
     async def torn(source, url, **options):
         await put(source, url, **options)
-        await store._fs._pipe_file(url, Path(source).read_bytes()[:-1])
+        await store._client.fs._pipe_file(url, Path(source).read_bytes()[:-1])
 
-    monkeypatch.setattr(store._fs, "_put_file", torn)
+    monkeypatch.setattr(store._client.fs, "_put_file", torn)
     with pytest.raises(StoreUnavailable, match="bytes were put"):
         saved(store, 1)
     assert store.names() == []
@@ -264,7 +268,7 @@ def test_the_guard_has_the_last_word_when_everything_else_has_arrived(store):
 def test_one_that_is_removed_is_first_of_all_no_checkpoint_any_more(store, server):
     saved(store, 1)
     (name,) = store.names()
-    store._fs.pipe_file(f"{store.where}/{name}/a-file-that-is-listed-before", b"x")
+    store._client.fs.pipe_file(f"{store.where}/{name}/a-file-that-is-listed-before", b"x")
     server.requests.clear()
     store.remove(name)
     deleted = [path.rpartition("/")[2] for method, path in server.requests if method == "DELETE"]
@@ -273,14 +277,14 @@ def test_one_that_is_removed_is_first_of_all_no_checkpoint_any_more(store, serve
 
 
 def test_a_large_file_may_take_longer_than_a_request(store, monkeypatch):
-    monkeypatch.setattr(object_store, "LEAST_BYTES_A_SECOND", 1000)
-    given, sync = [], object_store.sync
+    monkeypatch.setattr(client, "LEAST_BYTES_A_SECOND", 1000)
+    given, sync = [], client.sync
 
-    def note(loop, method, url, *arguments, timeout, **options):
-        given.append((url.rpartition("/")[2], timeout))
-        return sync(loop, method, url, *arguments, timeout=timeout, **options)
+    def note(loop, method, *arguments, timeout, **options):
+        given.append((str(arguments[0]).rpartition("/")[2], timeout))
+        return sync(loop, method, *arguments, timeout=timeout, **options)
 
-    monkeypatch.setattr(object_store, "sync", note)
+    monkeypatch.setattr(client, "sync", note)
     with store.staged(1) as folder:
         (folder / "checkpoint.json").write_text("{}")
         (folder / "large").write_bytes(bytes(5000))
@@ -298,7 +302,7 @@ def test_a_full_disk_here_is_said_at_once_and_is_no_fault_of_the_store(store, mo
         asked.append(url)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store._fs, "_get_file", full)
+    monkeypatch.setattr(store._client.fs, "_get_file", full)
     with pytest.raises(OSError, match="No space left"), store.opened(store.names()[0]):
         pass
     assert len(asked) == 1
@@ -308,14 +312,14 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     def absent(*arguments, **options):
         raise ImportError("Install s3fs")
 
-    monkeypatch.setattr(object_store.fsspec, "filesystem", absent)
+    monkeypatch.setattr(client.fsspec, "filesystem", absent)
     with pytest.raises(UserError, match=r"'s3://b/p': s3:// needs a package .* minilm-distiller\[remote\]"):
         ObjectStore("s3://b/p", tmp_path)
 
 
 def test_a_store_that_is_down_costs_a_save_but_not_the_run(store, server, caplog):
     models, states = make(0)
-    saver = AsyncSaver(store, models, states, MINE, keep=2, keep_every=None, guard=lambda: None)
+    saver = AsyncSaver(store, models, states, MINE, keep=2, keep_every=None, fence=Fence(""))
     server.fault = lambda method, path: "500"
     saver.save(1, FACTS, lambda copy: None, must=False)
     saver.wait()

@@ -84,7 +84,7 @@ def test_operations_and_parameters_are_those_that_are_counted(larger, tmp_path, 
 def test_memory_is_within_a_third_of_the_peak_of_a_real_step(larger, tmp_path, exact, rows):
     stage = {"name": "s", "teacher": str(larger), "student": {"layers": 3, "hidden": 48}, "batch": 64}
     stage |= {"steps": 4, "peak_lr": 1e-3, "warmup_steps": 1}
-    compute = {"micro_batch": rows, "reduction": "exact" if exact else "fast"}
+    compute = {"micro_batch": rows, "gradient_sum": "exact" if exact else "fast"}
     (work,) = works(tmp_path, larger, stages=[stage], compute=compute)
     distiller = distiller_of(larger, "minilm", (3, 48))
     student = StudentState(
@@ -93,7 +93,7 @@ def test_memory_is_within_a_third_of_the_peak_of_a_real_step(larger, tmp_path, e
         betas=(0.9, 0.999),
         eps=1e-6,
         weight_decay=0.01,
-        gradient_sum=compute["reduction"],
+        gradient_sum=compute["gradient_sum"],
         num_micro_batches=2,
         num_terms=num_values(distiller),
     )
@@ -179,15 +179,15 @@ def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher, monk
     for override, words in (
         (
             "stages.assistant.teacher=models:/name@newest",
-            "is in a registry; `minilm pull` it and give the folder",
+            "is in a registry; `minilm pull` it; give the teacher's folder: --set stages.NAME.teacher=FOLDER",
         ),
         (
             f"stages.assistant.teacher={tmp_path / 'none'}",
-            "teacher .*none is not here, or has no config.json; give a folder: --set stages.assistant.teacher=",
+            "stage assistant: .*none is not here, or has no config.json; give the teacher's folder: --set stages",
         ),
         (
             "stages.assistant.teacher=nobody/none",
-            r"no config of teacher nobody/none here \([^\n]+\); give a folder: --set stages.assistant.teacher=",
+            r"stage assistant: cannot read the config of nobody/none \([^\n]+\); give a folder with a config.json",
         ),
         ("data.seq_len=65", "stage assistant: rows are 65 tokens long, the teacher takes at most 64; give a"),
     ):

@@ -48,7 +48,9 @@ def test_a_recipe_is_its_row(row: list[str]) -> None:
     vocabulary = rest.pop(4)
     recipe = load_recipe(LIBRARY / f"{name}.yaml")
     assert recipe.name == name
-    assert recipe.stages[0].teacher_ref == recipe.data.tokenizer_ref == TEACHERS[name.partition("-")[0]]
+    assert (
+        recipe.teacher_ref(recipe.stages[0]) == recipe.data.tokenizer_ref == TEACHERS[name.partition("-")[0]]
+    )
     assert {stage.objective for stage in recipe.stages} == {"minilm"}
     assert f"{int(vocabulary):,} tokens" in header(f"{name}.yaml")
     assert as_row(recipe, -1) == tuple(text if text == "linear" else float(text) for text in rest)

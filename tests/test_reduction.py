@@ -151,7 +151,7 @@ def test_exact_weights_and_losses_are_bit_identical_for_any_workers_and_kills(sh
 
 def test_fast_losses_agree_but_for_rounding(shards, teacher, tmp_path):
     spec = make_spec(
-        shards, teacher, tmp_path / "one", batch=12, steps=20, log_every=1, peak_lr=1e-4, reduction="fast"
+        shards, teacher, tmp_path / "one", batch=12, steps=20, log_every=1, peak_lr=1e-4, gradient_sum="fast"
     )
     compare_fast(spec, tmp_path, kill_after=6)
 
@@ -159,7 +159,7 @@ def test_fast_losses_agree_but_for_rounding(shards, teacher, tmp_path):
 @pytest.mark.slow
 def test_fast_losses_agree_but_for_rounding_at_every_step_of_200(shards, teacher, tmp_path):
     spec = make_spec(
-        shards, teacher, tmp_path / "one", batch=12, steps=200, log_every=1, peak_lr=1e-4, reduction="fast"
+        shards, teacher, tmp_path / "one", batch=12, steps=200, log_every=1, peak_lr=1e-4, gradient_sum="fast"
     )
     compare_fast(spec, tmp_path, kill_after=60)
 

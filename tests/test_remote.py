@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilm.data.errors import DataError
+from minilm.data.errors import DataError, one_line
 from minilm.data.format.manifest import load_manifest
 from minilm.data.read.remote_reader import RemoteReader
-from minilm.data.storage import retry as patience
+from minilm.data.storage import retry
 from minilm.data.storage.cache import Cache
 from minilm.data.storage.remote import Store
-from minilm.data.storage.retry import RetryPolicy
+from minilm.data.storage.retry import RetryPolicy, TransientError
 from minilm.data.stream import Stream
 from minilm.data.tools.verify import verify
 from tests.bad_server import BadServer
@@ -47,7 +47,7 @@ def reader(server, tmp_path):
     opened = []
 
     def open_it(url=None, **options):
-        options = {"cache": tmp_path / "cache", "patience": QUICK, **options}
+        options = {"cache": tmp_path / "cache", "retry": QUICK, **options}
         opened.append(RemoteReader(url or server.url, **options))
         return opened[-1]
 
@@ -90,8 +90,8 @@ def test_a_fault_that_passes_changes_nothing(original, server, reader, fault):
     }
     if fault == "flip":  # the same wrong hash twice is taken for a replaced object
         server.faults["shard-000002.tar"] = [fault]
-    patience = SHORT._replace(tries=8) if fault == "stall" else QUICK
-    far = Stream(reader(patience=patience), window=2, **OPTIONS)
+    policy = SHORT._replace(tries=8) if fault == "stall" else QUICK
+    far = Stream(reader(retry=policy), window=2, **OPTIONS)
     assert equal(digest(far), digest(Stream(original, window=2, **OPTIONS)))
     assert far.counters.retries >= 2  # aiohttp itself tries once again after a reset
     assert not server.faults["shard-000000.tar"] and not server.faults["shard-000002.tar"]
@@ -112,8 +112,8 @@ CAUSES = {
 @pytest.mark.parametrize("fault", CAUSES)
 def test_a_fault_that_stays_is_an_error_with_url_shard_and_cause(server, reader, fault):
     server.always["shard-000001.tar"] = fault
-    patience = SHORT if fault == "stall" else QUICK
-    far = Stream(reader(patience=patience._replace(tries=2)), **OPTIONS)
+    policy = SHORT if fault == "stall" else QUICK
+    far = Stream(reader(retry=policy._replace(tries=2)), **OPTIONS)
     with pytest.raises(DataError, match=rf"(?is){server.url}/shard-000001\.tar: .*{CAUSES[fault]}") as caught:
         digest(far)
     assert "\n" not in str(caught.value)
@@ -325,15 +325,60 @@ def test_file_urls(original, reader):
 
 def test_waits_grow_with_jitter_and_have_a_bound(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(patience, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(retry, "time", SimpleNamespace(sleep=waits.append, monotonic=lambda: 0.0))
     server.always["manifest.json"] = "500"
     growing = RetryPolicy(tries=7, first_wait_seconds=1, longest_wait_seconds=10)
     with pytest.raises(
         DataError, match=r"manifest\.json: 500.*\(tried 7 times\); check the server and run the same"
     ):
-        Store(server.url, patience=growing).read("manifest.json")
+        Store(server.url, retry=growing).read("manifest.json")
     for wait, longest in zip(waits, (1, 2, 4, 8, 10, 10), strict=True):
         assert longest / 2 <= wait <= longest
+
+
+def test_no_try_begins_after_the_total_time(monkeypatch):
+    clock, tries = [0.0], []
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(retry, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+
+    def once():
+        tries.append(clock[0])
+        raise TransientError("away")
+
+    with pytest.raises(TransientError, match=r"^it: away \(tried \d+ times\)$") as caught:
+        RetryPolicy(tries=None, longest_wait_seconds=4.0, total_seconds=60.0).call("it", once)
+    assert 56 < tries[-1] <= 60 and len(tries) > 15 and str(caught.value.__cause__) == "away"
+    tries.clear()
+    with pytest.raises(TransientError, match="tried 1 times"):
+        RetryPolicy(tries=None, total_seconds=0.0).call("it", once)
+
+
+def test_the_password_of_an_address_is_never_said(server, caplog):
+    url = server.url.replace("http://", "http://user:s3cret@")
+    server.always = {"manifest.json": "500", "shard-000000.tar": "403", "away": "404"}
+    for name in ("manifest.json", "shard-000000.tar", "away"):
+        with pytest.raises(DataError, match=f"^{server.url}/{name}: ") as caught:
+            Store(url, retry=QUICK).read(name)
+        assert "s3cret" not in str(caught.value)
+    assert "; try 2 in" in caplog.text and "s3cret" not in caplog.text
+    with pytest.raises(DataError, match="^'ftp://host/x' cannot be read from"):
+        Store("ftp://user:s3cret@host/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("two\n lines ", "two lines"),
+        ("", "ValueError"),
+        ("é" * 30, "é" * 20 + "…"),
+        ("http://u:p@h/x", "http://h/x"),
+    ],
+)
+def test_an_error_becomes_one_short_line(text, expected):
+    assert one_line(ValueError(text), 20) == expected
 
 
 def test_verify_reads_a_url(server):

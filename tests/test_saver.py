@@ -16,22 +16,23 @@ import torch
 
 from minilm.orchestrator.checkpoint import checkpoint
 from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
-from minilm.orchestrator.checkpoint.format import Fingerprints, read
+from minilm.orchestrator.checkpoint.format import read
 from minilm.orchestrator.checkpoint.local_store import LocalStore
 from minilm.orchestrator.checkpoint.store import step_of
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.worker.error_file import run_reporting
 from minilm.orchestrator.worker.loop import run_stage
 from minilm.orchestrator.worker.save_policy import SavePolicy
 from tests.support import NO_DATA, checkpoints_in, make_spec
 from tests.test_checkpoint import FACTS, MINE, advance, make, save
 
+OPEN = Fence("")
 
-def make_saver(
-    folder: Path, models, states, *, keep: int = 2, keep_every=None, guard=lambda: None
-) -> AsyncSaver:
-    return AsyncSaver(LocalStore(folder), models, states, MINE, keep=keep, keep_every=keep_every, guard=guard)
+
+def make_saver(folder: Path, models, states, *, keep: int = 2, keep_every=None, fence=OPEN) -> AsyncSaver:
+    return AsyncSaver(LocalStore(folder), models, states, MINE, keep=keep, keep_every=keep_every, fence=fence)
 
 
 def test_struck_at_any_operation_of_a_save_the_next_start_finds_a_whole_one(tmp_path):
@@ -48,7 +49,7 @@ def test_struck_at_any_operation_of_a_save_the_next_start_finds_a_whole_one(tmp_
     for fault, results in rounds.items():
         struck = [what for what, _ in results]
         assert struck[-1] == "nothing"
-        assert {"mkdir", "open s.model.safetensors", "write", "fsync"} <= set(struck)
+        assert {"mkdir", "open", "write s.model.safetensors", "write", "fsync"} <= set(struck)
         for what, found in results:
             assert found["sound"], (what, found)
             assert found["cleaned"], (what, found)
@@ -104,14 +105,14 @@ def test_one_save_at_a_time_and_each_with_its_own_state(tmp_path, monkeypatch):
         assert torch.equal(read(path)[1]["s.model.safetensors"]["0.weight"], weight)
 
 
-@pytest.mark.parametrize("where", ["check", "guard", "disk"])
+@pytest.mark.parametrize("where", ["check", "fence", "disk"])
 def test_an_error_is_kept_for_the_loop_raised_once_and_leaves_nothing(tmp_path, monkeypatch, where):
     def fail(*_):
         raise UserError("no")
 
     if where == "disk":
         monkeypatch.setattr(checkpoint, "write_tensors", fail)
-    own = make_saver(tmp_path, *make(0), guard=fail if where == "guard" else lambda: None)
+    own = make_saver(tmp_path, *make(0), fence=SimpleNamespace(check=fail) if where == "fence" else OPEN)
     own.save(1, FACTS, fail if where == "check" else lambda copy: None)
     own.close()
     assert own.failed
@@ -130,15 +131,15 @@ def test_every_nth_stays_beside_the_newest(tmp_path):
 
 
 def test_steps_that_find_a_slow_save_in_flight_wait_for_it_once(tmp_path):
-    """Behind a slow store every due step would wait, and the loop with it."""
+    """With a slow store every due step would wait, and the loop with it."""
     spec = make_spec(NO_DATA, tmp_path, tmp_path, checkpoint_every_steps=2)
-    saving = SavePolicy(spec, None, None, {}, [], Fingerprints("", ""), lambda: None)
     waited: list[float] = []
-    saving.saver = SimpleNamespace(busy=True, wait_a_little=waited.append)
-    assert not any(saving.is_due(done, False) for done in range(1, 9))
+    saver = SimpleNamespace(busy=True, wait_a_little=waited.append)
+    save_policy = SavePolicy(spec, None, saver)
+    assert not any(save_policy.is_due(done, False) for done in range(1, 9))
     assert len(waited) == 1
-    saving.saver.busy = False
-    assert saving.is_due(9, False)  # later, and not at the next due step
+    saver.busy = False
+    assert save_policy.is_due(9, False)  # later, and not at the next due step
 
 
 def test_the_loop_makes_and_keeps_every_nth(shards, teacher, tmp_path):

@@ -320,7 +320,7 @@ def test_bad_options_are_one_line(recipe_file, tmp_path, capsys, arguments, erro
 @pytest.mark.parametrize(
     ("compute", "error"),
     [
-        ({"reduction": "fast"}, "it needs compute.reduction: exact (now fast)"),
+        ({"gradient_sum": "fast"}, "it needs compute.gradient_sum: exact (now fast)"),
         ({"threads": "auto"}, "a number of compute.threads (now None)"),
         ({"checkpoints": "s3://bucket/folder"}, "leave compute.checkpoints out (now s3://bucket/folder)"),
     ],

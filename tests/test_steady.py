@@ -14,7 +14,7 @@ from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.train.numerics import choose_precision, choose_threads
 from minilm.orchestrator.worker.loop import run_stage
-from tests.support import make_spec
+from tests.support import change, make_spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -65,5 +65,5 @@ def test_a_stage_that_moves_goes_on_in_the_precision_it_began_with(shards, teach
 
     with pytest.raises(Halt):
         run_stage(moved, halt)
-    assert run_stage(replace(moved, precision="auto"))
+    assert run_stage(change(moved, precision="auto"))
     assert digest(moved) == digest(whole) != digest(other)

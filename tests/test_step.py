@@ -67,10 +67,10 @@ def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduc
     torch.testing.assert_close(state.gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["exact", "fast"])
-def test_a_step_without_a_valid_token_is_no_failure(shards, teacher, tmp_path, reduction):
+@pytest.mark.parametrize("gradient_sum", ["exact", "fast"])
+def test_a_step_without_a_valid_token_is_no_failure(shards, teacher, tmp_path, gradient_sum):
     """All its rows may lie in damaged blocks that are masked."""
-    spec = make_spec(shards, teacher, tmp_path, reduction=reduction)
+    spec = make_spec(shards, teacher, tmp_path, gradient_sum=gradient_sum)
     distiller = build_distiller(spec, ALONE.device)
     states = make_states(spec, distiller)
     ids = torch.zeros(spec.micro_batch, spec.data.seq_len, dtype=torch.int64)
@@ -181,9 +181,11 @@ def test_a_gradient_that_is_not_finite_moves_nothing(policy, moves):
     assert state.skipped.tolist() == [1, 1, int(not moves)]
 
 
-@pytest.mark.parametrize("reduction", ["exact", "fast"])
-def test_a_loss_that_is_not_finite_is_seen_without_reading_the_device(shards, teacher, tmp_path, reduction):
-    spec = make_spec(shards, teacher, tmp_path, reduction=reduction)
+@pytest.mark.parametrize("gradient_sum", ["exact", "fast"])
+def test_a_loss_that_is_not_finite_is_seen_without_reading_the_device(
+    shards, teacher, tmp_path, gradient_sum
+):
+    spec = make_spec(shards, teacher, tmp_path, gradient_sum=gradient_sum)
     distiller = build_distiller(spec, ALONE.device)
     with torch.no_grad():
         next(iter(distiller.students["small"].trained_parameters().values()))[5] = float("nan")
@@ -194,10 +196,10 @@ def test_a_loss_that_is_not_finite_is_seen_without_reading_the_device(shards, te
         assert torch.equal(value.nan_to_num(9.0), before[name].nan_to_num(9.0))
 
 
-@pytest.mark.parametrize("reduction", ["exact", "fast"])
-def test_values_by_head_average_to_their_terms_and_change_nothing(documents, teacher, tmp_path, reduction):
+@pytest.mark.parametrize("gradient_sum", ["exact", "fast"])
+def test_values_by_head_average_to_their_terms_and_change_nothing(documents, teacher, tmp_path, gradient_sum):
     spec = make_spec(
-        documents, teacher, tmp_path, reduction=reduction, students=(("small", 2, 24), ("other", 1, 48))
+        documents, teacher, tmp_path, gradient_sum=gradient_sum, students=(("small", 2, 24), ("other", 1, 48))
     )
     _, (plain, _), without = one_step(spec)
     _, (state, _), outcome = one_step(spec, by_head=True)
@@ -210,11 +212,11 @@ def test_values_by_head_average_to_their_terms_and_change_nothing(documents, tea
     assert torch.equal(outcome.terms, without.terms) and torch.equal(state.gradient, plain.gradient)
 
 
-@pytest.mark.parametrize("reduction", ["exact", "fast"])
+@pytest.mark.parametrize("gradient_sum", ["exact", "fast"])
 def test_out_of_memory_halves_the_computation_and_not_the_batch(
-    shards, teacher, tmp_path, reduction, monkeypatch, caplog
+    shards, teacher, tmp_path, gradient_sum, monkeypatch, caplog
 ):
-    spec = make_spec(shards, teacher, tmp_path, dropout=0.0, reduction=reduction)
+    spec = make_spec(shards, teacher, tmp_path, dropout=0.0, gradient_sum=gradient_sum)
     whole, (expected,), outcome = one_step(spec)
     distiller = build_distiller(spec, ALONE.device)
     original, calls = distiller.term_sums, []

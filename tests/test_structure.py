@@ -101,9 +101,7 @@ def test_loop_and_step_know_neither_ray_nor_mlflow():
 
 
 def test_the_readme_shows_the_rooms_as_they_are():
-    assert mermaid() in (ROOT / "README.md").read_text(encoding="utf-8"), (
-        "see python -m tests.rooms --mermaid"
-    )
+    assert mermaid() in (ROOT / "README.md").read_text(encoding="utf-8"), "see python -m tests.rooms --readme"
 
 
 def test_our_import_names_are_ours_alone():

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from minilm.orchestrator.errors import InfrastructureError, Stopped
-from minilm.orchestrator.launch import liveness as supervise
+from minilm.orchestrator.launch import liveness
 from minilm.orchestrator.launch.liveness import Heartbeats, Supervisor
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.system.files import read_json, write_json
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.system.processes import Process, started
 from minilm.orchestrator.worker.metric_logger import MetricLogger
 from tests.support import NO_DATA, make_spec
@@ -32,12 +33,12 @@ class Scene:
             spec,
             self.beats,
             wait_seconds=50,
-            end=self.end,
+            kill=self.kill,
             lacking=lambda: self.missing,
             say=self.said.append,
         )
 
-    def end(self, process: Process) -> bool:
+    def kill(self, process: Process) -> bool:
         self.ended.append(process.pid)
         return True
 
@@ -52,14 +53,14 @@ class Scene:
         shown = ""
         for _ in range(int(seconds)):
             self.now += 1
-            self.beats.look()
+            self.beats.poll()
             shown = self.supervisor(stop)
         return shown
 
 
 @pytest.fixture
 def scene(tmp_path, monkeypatch) -> Scene:
-    monkeypatch.setattr(supervise, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(liveness, "LOOK_SECONDS", 0.0)
     return Scene(tmp_path)
 
 
@@ -102,7 +103,9 @@ def test_what_may_take_long_has_ten_times_the_time(scene, doing):
 def test_the_heartbeat_says_at_once_that_something_else_is_done(tmp_path, monkeypatch):
     """A worker that is stopped in the second after an evaluation must not have ten times as long."""
     monkeypatch.setattr("minilm.orchestrator.worker.metric_logger.HEARTBEAT_SECONDS", 3600.0)
-    journal = MetricLogger(make_spec(NO_DATA, tmp_path, tmp_path), writes=True, workers=1, seq_len=8)
+    journal = MetricLogger(
+        make_spec(NO_DATA, tmp_path, tmp_path), writes=True, workers=1, seq_len=8, fence=Fence("")
+    )
 
     def told(doing: str, step: int) -> tuple[str, int]:
         journal.beat(doing, step)

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from minilm.data.errors import DataError
 from minilm.data.stream import Stream
 from minilm.data.torch_dataset import StreamDataset
 from tests.data_cases import make_data
+from tests.support import crowded_folder
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +88,16 @@ def test_positions_of_other_streams_are_refused(data):
 def test_worker_processes_are_refused(data):
     with pytest.raises(DataError, match=r"use DataLoader\(…, num_workers=0\)"):
         next(iter(DataLoader(dataset(data), batch_size=None, num_workers=1)))
+
+
+def test_a_loop_of_somebody_elses_with_files_of_our_names(data, tmp_path):
+    """As in Megatron and fairseq, whose own top-level package is called `data`."""
+    folder = crowded_folder(tmp_path / "user")
+    program = (
+        "from minilm.data.torch_dataset import StreamDataset\n"
+        f"rows = StreamDataset({str(data)!r}, seed=3, batch=12, micro_batch=3, num_steps=6)\n"
+        "print(next(iter(rows))['row_ids'].tolist())"
+    )
+    (folder / "loop.py").write_text(program)
+    done = subprocess.run([sys.executable, "loop.py"], cwd=folder, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == next(iter(dataset(data)))["row_ids"].tolist()

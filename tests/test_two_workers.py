@@ -28,11 +28,11 @@ def gradients(spec: StageSpec) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize(("reduction", "data"), [("fast", "shards"), ("exact", "documents")])
-def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, reduction, data):
+@pytest.mark.parametrize(("gradient_sum", "data"), [("fast", "shards"), ("exact", "documents")])
+def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, gradient_sum, data):
     """`documents` have padding, so that rows are computed by length, in groups with dropout masks of their own."""
     rows = request.getfixturevalue(data)
-    one = make_spec(rows, teacher, tmp_path / "one", steps=1, warmup_steps=1, reduction=reduction)
+    one = make_spec(rows, teacher, tmp_path / "one", steps=1, warmup_steps=1, gradient_sum=gradient_sum)
     two = replace(one, folder=str(tmp_path / "two"))
     assert run_stage(one)
     assert worker_pool.join(worker_pool.start(two, 2)) == [0, 0], worker_pool.log(two)
@@ -41,9 +41,9 @@ def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, red
     assert alone.keys() == shared.keys()
     assert max(g.abs().max() for g in alone.values()) > 1e-3
     for name, gradient in alone.items():
-        if reduction == "exact":
+        if gradient_sum == "exact":
             assert torch.equal(shared[name], gradient), name
         else:
             torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
-    if reduction == "exact":  # done.json holds the digests of rows and weights
+    if gradient_sum == "exact":  # done.json holds the digests of rows and weights
         assert ledgers[0] == ledgers[1]

@@ -34,7 +34,7 @@ from minilm.orchestrator.worker.error_file import run_reporting
 from minilm.orchestrator.worker.errors import Evicted
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
-from tests.support import checkpoints_in, make_spec
+from tests.support import change, checkpoints_in, make_spec
 
 CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share", "data/rows_read", "data/bytes_read")
 
@@ -137,9 +137,9 @@ def test_held_out_divergence_falls(shards, teacher, tmp_path):
     assert set(points[0].metrics) == {"small/heldout/attention", "small/heldout/value"}
 
 
-def test_values_by_head_are_logged_at_points_and_change_no_bit(shards, teacher, tmp_path):
+def test_values_by_head_are_logged_and_change_no_bit(shards, teacher, tmp_path):
     plain = make_spec(shards, teacher, tmp_path / "plain", steps=5)
-    spec = replace(plain, folder=str(tmp_path / "heads"), per_head=True)
+    spec = change(replace(plain, folder=str(tmp_path / "heads")), per_head=True)
     both = replace(spec, folder=str(tmp_path / "both"))
     assert run_stage(plain) and run_stage(spec)
     assert worker_pool.join(worker_pool.start(both, 2)) == [0, 0], worker_pool.log(both)
@@ -194,13 +194,15 @@ def test_every_objective_is_logged_alike(shards, teacher, tmp_path, name):
 
 
 def test_rows_of_a_step_are_the_same_for_every_worker_count(shards):
-    from minilm.data.stream import share
+    from minilm.data.stream import partition
 
     stream = Stream(shards, seed=3, batch=12, micro_batch=2)
     for step in (0, 5):
         alone = [stream.row_ids(step, i).tolist() for i in range(6)]
         for workers in (2, 3, 4, 5):
-            joined = [stream.row_ids(step, i).tolist() for r in range(workers) for i in share(6, r, workers)]
+            joined = [
+                stream.row_ids(step, i).tolist() for r in range(workers) for i in partition(6, r, workers)
+            ]
             assert joined == alone
 
 
@@ -219,12 +221,12 @@ def test_a_worker_of_an_older_driver_writes_nothing(shards, teacher, tmp_path):
             lease.rename(lease.with_name("000005.json"))  # as good as taken
 
     with pytest.raises(Superseded, match=f"another run has taken {tmp_path} over"):
-        run_stage(replace(spec, checkpoint_every_steps=5), lose)
+        run_stage(change(spec, checkpoint_every_steps=5), lose)
     assert checkpoints_in(folder.checkpoints) == []
     with pytest.raises(Superseded):  # no save is due: the next sign of life is refused, within about a second
         lease.touch()
         run_stage(
-            replace(spec, checkpoint_every_steps=None), lambda step: lease.unlink() if step == 9 else None
+            change(spec, checkpoint_every_steps=None), lambda step: lease.unlink() if step == 9 else None
         )
     assert json.loads(folder.heartbeat.read_text())["step"] < 1000
     in_flight = folder.checkpoints / ".step-000000005.99.tmp"
@@ -282,7 +284,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_bounded(shards, teach
     meta, tensors = read(checkpoints_in(StageFolder(tmp_path).checkpoints)[-1])
     assert tensors["small.optimizer.safetensors"]["refused"].tolist() == [1, 4, 0]
     with pytest.raises(UserError, match=r"not finite at step 4, and 1 updates were skipped .*steps is 0\)"):
-        run_stage(replace(spec, folder=str(tmp_path / "none"), max_skipped_steps=0))
+        run_stage(change(replace(spec, folder=str(tmp_path / "none")), max_skipped_steps=0))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -23,6 +23,7 @@ from minilm.data.builder.ray_pool import run_tasks_on_ray
 from minilm.data.builder.report import REPORT, BuildReport, make_report, save_report
 from minilm.data.builder.work import SPLITS, Work, save_json, save_work
 from minilm.data.errors import DataError
+from minilm.data.format.files import is_temporary, sweep
 from minilm.data.format.manifest import (
     CHECKSUMS,
     HELD_OUT,
@@ -221,10 +222,11 @@ class BuildRun:
         for split in reversed(manifests):
             target = self.out if split == "train" else self.out / HELD_OUT
             target.mkdir(exist_ok=True)
+            sweep(target)
             shutil.rmtree(target / TOKENIZER, ignore_errors=True)
             shutil.copytree(self.folder / TOKENIZER, target / TOKENIZER)
             for path in sorted((self.folder / split).iterdir()):
-                if path.name != MANIFEST:
+                if path.name != MANIFEST and not is_temporary(path):  # such as a killed build has left
                     path.replace(target / path.name)
             if split == "train":
                 save_report(report, self.work.layout.seq_len, self.out / REPORT)

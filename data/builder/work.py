@@ -1,12 +1,12 @@
 """What the tasks of a build share: its parameters and the files that they leave each other."""
 
 import json
-import os
 import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilm.data.format.files import replacing
 from minilm.data.format.shard import Layout
 
 SPLITS = ("train", "held-out")
@@ -54,14 +54,8 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def _whole(path: Path, parts: list[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, durable=False) as file:
+        file.writelines(parts)
 
 
 def _run_path(folder: str, unit: int, run: int) -> Path:

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import zstandard
 
-from minilm.data.errors import DataError
+from minilm.data.errors import DataError, one_line
 from minilm.data.sources.progress import tell
 
 MAX_DOCUMENT_BYTES = 1 << 20
@@ -71,7 +71,7 @@ def _parquet(file: TextFile) -> Iterator[Any]:
                 tell(done / table.metadata.num_rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"text {file.path!r} is damaged or no parquet file ({_line(error)}); fetch it again"
+            f"text {file.path!r} is damaged or no parquet file ({one_line(error)}); fetch it again"
         ) from error
 
 
@@ -139,10 +139,6 @@ class _Zstd(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def with_offsets(lines: Iterable[bytes], start: int) -> Iterator[tuple[int, bytes]]:
@@ -220,7 +216,7 @@ def _json_elements(file: TextFile, stream: IO[str]) -> Iterator[Any]:
             except ValueError as error:
                 if not more():
                     raise DataError(
-                        f"text {file.path!r}: not JSON ({_line(error)}); fetch it again"
+                        f"text {file.path!r}: not JSON ({one_line(error)}); fetch it again"
                     ) from error
 
     blank = " \t\r\n"

@@ -1,9 +1,11 @@
 """A cache of files named by their sha256, shared by all processes of a node, bounded in size.
 
 A file appears whole (temporary name, check, flush, rename) and is fetched once a node: a lock per hash makes the
-others wait. Whoever uses a file holds a shared lock on it, which the system drops when the process ends, however
-it ends; eviction takes the least recently used files that nobody holds. So the current window is never evicted, even
-when it is larger than the bound.
+others wait. A process that uses a file holds a shared lock on it, which the system drops when the process ends, however
+it ends; eviction takes the least recently used files that nobody holds. The current window is therefore never evicted,
+even when it is larger than the bound. fsspec's file cache and diskcache do neither, and pin nothing by its hash.
+
+Temporaries are named here and not by `format.files`: their size is in the name, because it counts as taken.
 """
 
 import contextlib
@@ -33,7 +35,7 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def look(self, sha256: str, num_bytes: int) -> Lease | None:
-        """The file with this hash, held until released. None when it is absent, is evicted just now, or has not its
+        """The file with this hash, held until released. None when it is absent, is just being evicted, or has another
         size."""
         path = self.folder / sha256
         try:
@@ -45,7 +47,7 @@ class Cache:
         if stat.st_nlink == 0 or stat.st_size != num_bytes:
             file.close()
             return None
-        os.utime(file.fileno())  # the time of last use; the name may be dropped meanwhile
+        os.utime(file.fileno())  # the time of last use; by descriptor, as the name may be gone by now
         return Lease(path, file, hit=True)
 
     def take(self, sha256: str, num_bytes: int, fetch: Callable[[Path], None]) -> Lease:
@@ -70,19 +72,19 @@ class Cache:
             return Lease(path, file, hit=False)
 
     def drop(self, lease: Lease) -> None:
-        """Remove a file that turned out damaged, and let it go. Another one that has taken its place since stays."""
+        """Remove and release a file that turned out damaged. Another one that has taken its place since stays."""
         with self._lock(f"{lease.path.name}.lock"):
             _unlink(lease.path, lease.file)
             lease.release()
 
     def evict(self, room: int = 0, coming: Path | None = None) -> list[str]:
-        """Remove the least recently used files that nobody holds, until `room` more bytes fit; their names.
+        """Remove the least recently used files that nobody holds, until `room` more bytes fit; return their names.
 
-        `coming`: the file that takes the room; it is made, empty, so that others count it until it is gone.
+        coming: the file that will take the room. It is created empty, so that other processes count it.
         """
         removed = []
         with self._lock("evict.lock"):
-            # parts first: one that gets its name meanwhile is counted twice, and not missed
+            # temporaries first: one that is renamed meanwhile is counted twice rather than missed
             parts = [int(path.name.split(".")[-2]) for path in self.folder.glob(".*.part")]
             found = list(_entries(self.folder))
             total = sum(stat.st_size for _, stat in found) + sum(parts) + room
@@ -106,7 +108,7 @@ class Cache:
             return False
 
     def _sweep(self, sha256: str) -> None:
-        """Remove parts that a killed process left behind; we hold the lock for this hash, so nobody writes them."""
+        """Remove the temporaries of killed processes. The caller holds the lock for this hash, so nobody writes one."""
         for part in self.folder.glob(f".{sha256}.*.part"):
             part.unlink(missing_ok=True)
 
@@ -119,7 +121,7 @@ class Cache:
 
 
 def _unlink(path: Path, file: IO[bytes]) -> bool:
-    """Remove `path` if it still names this open file; False where it is gone, or another one has taken its place."""
+    """Remove `path` if it still names this open file; False where it is gone or names another file."""
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(path.stat(), os.fstat(file.fileno())):
             path.unlink()
@@ -128,7 +130,7 @@ def _unlink(path: Path, file: IO[bytes]) -> bool:
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The cached files; without those that are dropped just now."""
+    """The cached files, without those that are just being removed."""
     for path in folder.iterdir():
         if len(path.name) == 64 and path.is_file():
             with contextlib.suppress(FileNotFoundError):

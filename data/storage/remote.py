@@ -1,37 +1,31 @@
-"""A data set behind a URL: fetched piece by piece, checked against pins, retried when the network stumbles.
+"""A data set behind a URL: fetched piece by piece, checked against pins, retried when the network fails.
 
-Schemes are a closed list (file, http, https, s3, gs); fsspec does the transport, nothing else of it is used: no
-`pipe:`, no chained URLs, no shell, no pickles. Every request asks for a byte range and must answer with exactly
-that many bytes in time; what arrives must have the sha256 that the manifest pins. A stumble (5xx, reset, stall,
-short body, wrong bytes) is retried with exponential back-off and jitter, counted and logged; what is still wrong
-after the last try is an error that names URL, file and cause. An object that arrives whole and with the same wrong
-hash twice was replaced, which is said at once.
+Every request asks for a byte range and must answer with exactly that many bytes in time; what arrives must have the
+sha256 that the manifest pins. A failure that may pass (5xx, reset, stall, short body, wrong bytes) is retried and
+counted; what is still wrong after the last try is an error that names URL, file and cause. An object that arrives
+whole and with the same wrong hash twice was replaced, which is said at once.
 """
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-import fsspec
-from fsspec.asyn import AsyncFileSystem, sync
-from fsspec.exceptions import FSTimeoutError
-
 from minilm.data.errors import DataError, OriginError
+from minilm.data.format.files import write_whole
 from minilm.data.format.manifest import CHECKSUMS, TOKENIZER
-from minilm.data.storage.retry import RetryPolicy, TransientError, one_line
+from minilm.data.storage.client import ObjectClient, RefusedError
+from minilm.data.storage.retry import RetryPolicy, TransientError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-SCHEMES = ("file", "http", "https", "s3", "gs")
 _PIECE_BYTES = 8 << 20
 
 
 class Identity(NamedTuple):
-    """What tells a remote file from a replaced one without reading it; `tag`: the server's hash or time of it."""
+    """What tells that a remote file was replaced, without reading it. tag: the server's hash of it, or its time."""
 
     num_bytes: int
     tag: str
@@ -41,54 +35,34 @@ def is_remote(given: str | Path) -> bool:
     return "://" in str(given)
 
 
-def _checked(url: str) -> tuple[str, str]:
-    scheme, _, path = url.partition("://")
-    if "::" in url or scheme not in SCHEMES or not path:
-        raise DataError(
-            f"{url!r} cannot be read from; allowed are URLs of {', '.join(f'{s}://' for s in SCHEMES)}"
-        )
-    return scheme, path
-
-
 class Store:
     """The files under a URL. `options` go to fsspec's file system (endpoint, credentials: never to a shell)."""
 
-    def __init__(
-        self, url: str, *, patience: RetryPolicy | None = None, options: dict[str, Any] | None = None
-    ):
-        scheme, _ = _checked(url)
-        self.url = url.rstrip("/")
-        self.patience = patience or RetryPolicy()
+    def __init__(self, url: str, *, retry: RetryPolicy | None = None, options: dict[str, Any] | None = None):
+        self._client = ObjectClient(url, retry or RetryPolicy(), **(options or {}))
+        self.url = self._client.shown  # for people; requests go to `_client.url`
         self.num_retries = 0
         self._lock = Lock()
-        try:
-            self._fs = fsspec.filesystem(scheme, **(options or {}))
-        except (ImportError, ValueError) as error:
-            raise DataError(
-                f"{url!r}: reading {scheme}:// needs a package that is not installed ({error})"
-            ) from error
 
     def read(self, name: str) -> bytes:
         """A small file whole (manifest, checksums, tokenizer)."""
-        return self._persist(name, lambda: self._request(name, None, None))
+        return self._retried(name, lambda: self._request(name, None, None))
 
     def identity(self, name: str) -> Identity:
         """Size of a file, and what the server says to tell its versions apart."""
 
         def once() -> Identity:
-            self._request(
-                name, 0, 1
-            )  # says properly what is wrong; what follows calls everything "not found"
+            self._request(name, 0, 1)  # first, because `info` calls every failure "not found"
             try:
-                info = self._call("info", f"{self.url}/{name}")
-            except Exception as error:
-                raise TransientError(f"the server does not say its size ({one_line(error)})") from error
+                info = self._client.request("info", self._client.path(name))
+            except (FileNotFoundError, RefusedError, TransientError) as error:
+                raise TransientError(f"the server does not say its size ({error})") from error
             tags = (
                 info.get(key) for key in ("ETag", "etag", "Last-Modified", "LastModified", "updated", "mtime")
             )
             return Identity(int(info["size"]), str(next((tag for tag in tags if tag), "")))
 
-        found = self._persist(name, once)
+        found = self._retried(name, once)
         assert isinstance(found, Identity)
         return found
 
@@ -123,13 +97,13 @@ class Store:
                 )
             raise TransientError(f"its sha256 is {found[-1][:16]}…, the manifest pins {sha256[:16]}…")
 
-        self._persist(name, once)
+        self._retried(name, once)
 
     def pieces(self, name: str, num_bytes: int) -> Iterator[bytes]:
         """The bytes of a file of known size, in order."""
         for start in range(0, num_bytes, _PIECE_BYTES):
             end = min(start + _PIECE_BYTES, num_bytes)
-            yield self._persist(name, partial(self._range, name, start, end, num_bytes))
+            yield self._retried(name, partial(self._range, name, start, end, num_bytes))
 
     def _range(self, name: str, start: int, end: int, num_bytes: int) -> bytes:
         found = self._request(name, start, end)
@@ -140,44 +114,28 @@ class Store:
         return found
 
     def _request(self, name: str, start: int | None, end: int | None) -> bytes:
-        """One request. TransientError for what may pass, DataError for what will not."""
+        """One request. Raises TransientError for a failure that may pass, DataError for one that will not."""
         path = f"{self.url}/{name}"
         try:
-            return bytes(self._call("cat_file", path, start=start, end=end))
+            return bytes(self._client.request("cat_file", self._client.path(name), start=start, end=end))
         except FileNotFoundError as error:
             raise OriginError(
                 f"{path}: there is no such object; give the URL of a data set's folder"
             ) from error
-        except PermissionError as error:
-            raise DataError(f"{path}: access is denied ({one_line(error)}); check the credentials") from error
-        except (TimeoutError, FSTimeoutError) as error:
-            raise TransientError(f"no answer within {self.patience.request_seconds:g} s") from error
-        except Exception as error:  # every transport has its own exceptions
-            status = getattr(error, "status", None)
-            if isinstance(status, int) and 400 <= status < 500 and status not in (408, 416, 425, 429):
-                raise DataError(
-                    f"{path}: the server refuses ({one_line(error)}); check URL and credentials"
-                ) from error
-            raise TransientError(one_line(error)) from error
+        except RefusedError as error:
+            raise DataError(f"{path}: the server refuses ({error}); check URL and credentials") from error
 
-    def _call(self, method: str, path: str, **arguments: Any) -> Any:
-        """A method of the file system, which may take `request_seconds` where that can be limited."""
-        if not isinstance(self._fs, AsyncFileSystem):
-            return getattr(self._fs, method)(path, **arguments)
-        seconds = self.patience.request_seconds
-        return sync(self._fs.loop, getattr(self._fs, f"_{method}"), path, timeout=seconds, **arguments)
-
-    def _persist(self, name: str, once: Callable[[], Any]) -> Any:
-        """Try `once` until it does not stumble. DataError with the last cause when patience ends."""
+    def _retried(self, name: str, once: Callable[[], Any]) -> Any:
+        """The answer of `once()`, tried again while it may pass. DataError with the last cause after the last try."""
 
         def count() -> None:
             with self._lock:
                 self.num_retries += 1
 
         try:
-            return self.patience.persist(f"{self.url}/{name}", once, count)
-        except TransientError as stumble:
-            raise DataError(f"{stumble}; check the server and run the same command again") from stumble
+            return self._client.retry.call(f"{self.url}/{name}", once, count)
+        except TransientError as error:
+            raise DataError(f"{error}; check the server and run the same command again") from error
 
 
 class _Sequential(io.RawIOBase):
@@ -205,16 +163,10 @@ class _Sequential(io.RawIOBase):
 
 
 def fetch_small_files(store: Store, split: str, into: Path) -> None:
-    """Everything of a data set but its manifest and shards; `split` is "" or "held-out/"."""
+    """Fetch all files of a data set except its manifest and shards; `split` is "" or "held-out/"."""
     (into / TOKENIZER).mkdir(parents=True, exist_ok=True)
     for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
         write_whole(into / name, store.read(split + name))
-
-
-def write_whole(path: Path, raw: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(raw)
-    temporary.replace(path)
 
 
 def split_url(url: str | Path) -> tuple[str, str]:

@@ -1,6 +1,5 @@
-"""A data set in another layout, a record a row."""
+"""Writes a data set as tars with one record a row, for other programs."""
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from minilm.data.errors import DataError
+from minilm.data.format.files import replacing_folder
 from minilm.data.format.manifest import TOKENIZER, shard_name
 from minilm.data.format.shard import record_tar
 from minilm.data.read.reader import RowReader
@@ -29,24 +29,20 @@ class ConvertReport:
 
 
 def convert(folder: Path, out: Path, *, to: str = "rows", rows_per_file: int = 100_000) -> ConvertReport:
-    """Write a data set as tars with one record a row: `{row:012d}.tokens.npy`, padding cut off. `out` must be new."""
+    """Write a data set as tars with one record a row, `{row:012d}.tokens.npy`, without padding. `out` must be new."""
     if to != "rows":
         raise DataError(f"conversion to {to!r} is not known; allowed: rows")
     reader, out = RowReader(folder), Path(out)
     if out.exists():
         raise DataError(f"{str(out)!r} exists; name a new folder")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        files: list[str] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files: list[str] = []
+    with replacing_folder(out) as temporary:
         for first in range(0, reader.num_rows, rows_per_file):
             files.append(shard_name(len(files)))
             rows = range(first, min(first + rows_per_file, reader.num_rows))
             record_tar(temporary / files[-1], _records(reader, rows))
         shutil.copytree(reader.folder / TOKENIZER, temporary / TOKENIZER)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return ConvertReport(str(out), reader.num_rows, files)
 
 

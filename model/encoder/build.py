@@ -23,7 +23,7 @@ from minilm.model.encoder.shape import (
     tapped_layer,
 )
 from minilm.model.encoder.tapped_encoder import TappedEncoder
-from minilm.model.errors import ModelError
+from minilm.model.errors import ModelError, one_line
 
 
 def load_encoder(
@@ -51,7 +51,7 @@ def load_encoder(
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"cannot load the weights of {name}: {_one_line(error)}; a model.safetensors is needed"
+            f"cannot load the weights of {name}: {one_line(error)}; a model.safetensors is needed"
         ) from error
     missing = sorted(key for key in report["missing_keys"] if ".pooler." not in f".{key}")
     if missing:
@@ -134,7 +134,3 @@ def quiet_transformers() -> Iterator[None]:
 def count_parameters(module: torch.nn.Module) -> int:
     """All parameters of the module, each once."""
     return sum(p.numel() for p in module.parameters())
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from minilm.model.encoder.families import FAMILIES, Family
-from minilm.model.errors import ModelError
+from minilm.model.errors import ModelError, one_line
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ def load_config(path_or_hub_id: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the config of {name}: {' '.join(str(error).split())}") from error
+        raise ModelError(
+            f"cannot read the config of {name} ({one_line(error)}); give a folder with a config.json, or a hub id "
+            f"that this machine can reach"
+        ) from error
     family_of(config)
     return config
 

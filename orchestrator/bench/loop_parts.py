@@ -1,7 +1,6 @@
-"""What two parts of the loop cost: exact against fast sums, and how long a save holds it up.
+"""Measures two parts of the loop: exact and fast gradient sums, and how long a save holds the loop up.
 
-Each function returns rows to be printed; nothing here runs in training. Figures of one machine are in
-docs/benchmarks.md.
+Each function returns rows of a table. docs/benchmarks.md has the figures of some machines.
 """
 
 from __future__ import annotations
@@ -17,17 +16,21 @@ from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
 from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState
 from minilm.orchestrator.checkpoint.local_store import LocalStore
 from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.train.build import build_distiller, make_states
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.gradient_sum import make_sum
 
 
 @dataclass(frozen=True)
-class ReductionRow:
-    """add_ms: of one micro-batch; finish_ms: once a step, with the sum over workers; bytes: a parameter, gradient
-    included; error: greatest distance from the float64 sum, relative to the gradient's root mean square."""
+class GradientSumRow:
+    """One kind of gradient sum. gradient_sum: "exact" or "fast".
 
-    reduction: str
+    add_ms: to add one micro-batch. finish_ms: once a step, with the sum over workers. bytes_a_parameter: memory, the
+    gradient included. error: the greatest distance from the float64 sum, relative to the gradient's root mean square.
+    """
+
+    gradient_sum: str
     workers: int
     parameters: int
     micro_batches: int
@@ -37,11 +40,12 @@ class ReductionRow:
     error: float
 
 
-def reduction_rows(
+def gradient_sum_rows(
     world: World, *, parameters: int = 33_000_000, micro_batches: int = 8, rounds: int = 5
-) -> list[ReductionRow]:
-    """Both reductions on gradients of normal values times powers of two from 2^-20 to 2^3, as a network's spread.
+) -> list[GradientSumRow]:
+    """Time and error of both kinds of gradient sum.
 
+    The gradients are normal values times powers of two from 2^-20 to 2^3, which is about the spread in a network.
     Every worker of `world` adds the same `micro_batches`; times are medians of `rounds`.
     """
     device = world.device
@@ -49,9 +53,9 @@ def reduction_rows(
     spread = torch.randint(-20, 4, (parameters,), generator=generator, device=device).float().exp2()
     terms = torch.ones(2, device=device)
     rows = []
-    for reduction in ("exact", "fast"):
+    for kind in ("exact", "fast"):
         before = _allocated(device)
-        total = make_sum(reduction, parameters, 2, device, micro_batches * world.size)
+        total = make_sum(kind, parameters, 2, device, micro_batches * world.size)
         held = _allocated(device) - before if device.type == "cuda" else _tensor_bytes(total)
         truth = torch.zeros(parameters, dtype=torch.float64, device=device)
         adding, finishing = [], []
@@ -71,8 +75,8 @@ def reduction_rows(
         truth *= world.size
         error = (total.gradient.double() - truth).abs().max() / truth.square().mean().sqrt()
         rows.append(
-            ReductionRow(
-                reduction,
+            GradientSumRow(
+                kind,
                 world.size,
                 parameters,
                 micro_batches,
@@ -87,9 +91,13 @@ def reduction_rows(
 
 @dataclass(frozen=True)
 class SaveRow:
-    """stall_ms: for how long the loop stands still, stall_cpu_ms: computing; write_seconds, write_cpu_seconds: on the
-    thread, beside the loop. share: of the loop's time that a save every `every_seconds` costs; share_at_most: if the
-    thread's processor time were the loop's too, as on a machine without an idle core."""
+    """The cost of a save.
+
+    stall_ms, stall_cpu_ms: how long the loop stands still, by the clock and of processor time. write_seconds,
+    write_cpu_seconds: the same for the thread that writes beside the loop. share: the fraction of the loop's time that
+    a save every `every_seconds` costs. share_at_most: the same without an idle core, where the thread takes its
+    processor time from the loop.
+    """
 
     parameters: int
     megabytes: float
@@ -103,7 +111,8 @@ class SaveRow:
 
 
 def save_row(spec: StageSpec, folder: Path, device: torch.device, *, rounds: int = 5) -> SaveRow:
-    """Save the students of `spec`, with their moments, into `folder`; the first save, which allocates, is left out."""
+    """Measure saves of the students of `spec`, with their moments, into `folder`. Times are medians of `rounds`; the
+    first save, which allocates the memory, does not count."""
     distiller = build_distiller(spec, device)
     students = make_states(spec, distiller)
     for student in students:
@@ -117,13 +126,13 @@ def save_row(spec: StageSpec, folder: Path, device: torch.device, *, rounds: int
         Fingerprints("", ""),
         keep=1,
         keep_every=None,
-        guard=lambda: None,
+        fence=Fence(""),
     )
-    facts = ResumeState({"digest": "0", "seed": 0, "batch": 1}, 1, 1, "float32")
+    state = ResumeState({"digest": "0", "seed": 0, "batch": 1}, 1, 1, "float32")
     times = []
     for step in range(rounds + 1):
         start, cpu = _now(device), time.thread_time()
-        saver.save(step + 1, facts, lambda copy: None)
+        saver.save(step + 1, state, lambda copy: None)
         copied, cpu, all_cpu = time.perf_counter(), time.thread_time() - cpu, time.process_time()
         saver.wait()
         times.append((copied - start, cpu, time.perf_counter() - copied, time.process_time() - all_cpu))
@@ -131,7 +140,7 @@ def save_row(spec: StageSpec, folder: Path, device: torch.device, *, rounds: int
     stall, stall_cpu, write, write_cpu = (
         statistics.median(column) for column in zip(*times[1:], strict=True)
     )
-    every = spec.checkpoint_every_seconds
+    every = spec.checkpoint_policy.checkpoint_every_seconds
     return SaveRow(
         parameters=sum(s.gradient.numel() for s in students),
         megabytes=size / 1e6,
@@ -156,7 +165,7 @@ def _allocated(device: torch.device) -> int:
 
 
 def _tensor_bytes(holder: object) -> int:
-    """Of the distinct storages that an object's tensors live in."""
+    """The bytes of the distinct storages that an object's tensors live in."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in vars(holder).values()

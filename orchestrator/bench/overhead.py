@@ -1,16 +1,17 @@
-"""What supervision costs: the time of a step, of the same stage run in several ways.
+"""Measures what supervision costs: the time of a step when the same stage is run in several ways.
 
     step    `train_step` alone in this process: rows in memory, nothing logged or saved
-    worker  the whole loop alone (`python -m minilm.orchestrator.worker`): rows, ledger, points, checkpoints
-    again   the same once more: how far apart two runs of one and the same are
-    inline  `minilm run --launcher inline`: driver, lease, journal's reader and MLflow (on this disk) come to it
-    ray     `minilm run` under Ray: its daemons, its controller and its helpers come to it
+    worker  the whole loop (`python -m minilm.orchestrator.worker`): rows, ledger, metrics, checkpoints
+    again   the same a second time, which shows how far two equal runs differ
+    inline  `minilm run --launcher inline`: adds driver, lease, the reader of metrics and MLflow (on this disk)
+    ray     `minilm run` under Ray: adds Ray's daemons, its controller and its helpers
 
-All have the seed, threads, micro-batches and, but for `step`, the rows, points and checkpoints of the recipe's first
-stage. All are started, and then each computes in turn while the others stand still (SIGSTOP), so that a machine that
-is slow for a while is slow for all of them; each turn is compared with that of `worker` in its round. Counted is the
-clock, and the processor time of a process and of everything that it has started. What is due by the clock (saves,
-uploads) goes on being due while they stand still: its share is overstated, for all but `step` alike.
+All have the seed, threads and micro-batches of the recipe's first stage; all except `step` have its rows, metrics and
+checkpoints too. All are started first. Then each computes in turn while the others are stopped (SIGSTOP), so that a
+machine that is slow for a while is slow for all of them, and each turn is compared with that of `worker` in the same
+round. Measured are the clock, and the processor time of a process and of all processes that it has started. Work that
+is due by the clock (saves, uploads) becomes due while a run is stopped, too, so its share is overstated in all ways
+except `step`.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from minilm.orchestrator.train.step import train_step
 from minilm.orchestrator.worker.crash_loop import reached
 
 WARM_STEPS = 20  # Ray's helpers are still importing during the first ones
-LOOK_SECONDS = 0.01
+POLL_SECONDS = 0.01
 STOP_SECONDS = 10
 END_SECONDS = 60
-PATIENCE = "compute.stall_seconds=86400"  # or a watchdog would end a run that stood still as it was told
+NO_STALLS = "compute.stall_seconds=86400"  # else the watchdog would end a run that this bench has stopped
 
 
 class Cost(NamedTuple):
-    """Of a step, in seconds of the processor (all cores together) and by the clock."""
+    """What a step takes: seconds of processor time (all cores together) and of the clock."""
 
     cpu: float
     wall: float
@@ -60,8 +61,11 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class OverheadRow:
-    """Medians over `turns` of what a step takes, in milliseconds by the clock and of the processor, and of the share
-    by which that is above `worker` in the same round; quartiles of this share."""
+    """One way to run the stage.
+
+    wall_ms, cpu_ms: what a step takes by the clock and of processor time, the median over `turns` of `steps` steps.
+    wall_over, cpu_over: by which fraction that exceeds `worker` in the same round, median and quartiles.
+    """
 
     way: str
     turns: int
@@ -77,11 +81,11 @@ class OverheadRow:
 def overhead_rows(
     recipe: Recipe, file: Path, overrides: Sequence[str], *, starts: int, rounds: int, steps: int
 ) -> list[OverheadRow]:
-    """Measure the first stage of `recipe` (in `file`, with `overrides`): `rounds` turns of `steps` steps each way, and
-    that as often as they are started.
+    """Measure the first stage of `recipe` (in `file`, with `overrides`) in all five ways.
 
-    All five are in memory at once, on the GPU too. Raises `UserError` when the stage or a turn is too short, when a run
-    ends or goes back before it is measured, and when it would take the checkpoints of the recipe's own run.
+    They are started `starts` times, and each start has `rounds` turns of `steps` steps for each way. All five are in
+    memory at once, on the GPU too. Raises `UserError` if the stage or a turn is too short, if a run ends or goes back
+    to an earlier step before it is measured, and if the recipe has checkpoints that a run of its own may be using.
     """
     if recipe.compute.checkpoints is not None:
         raise UserError(
@@ -97,13 +101,13 @@ def overhead_rows(
         )
     costs: dict[str, list[Cost]] = {name: [] for name in ("step", "worker", "again", "inline", "ray")}
     for _ in range(starts):
-        with tempfile.TemporaryDirectory() as room, ExitStack() as exits:
-            ways = start(Path(room), exits, recipe, file, overrides)
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as exits:
+            ways = start(Path(folder), exits, recipe, file, overrides)
             for number in range(rounds):
                 names, first = list(costs), number % len(costs)
                 for name in names[first:] + names[:first]:
                     costs[name].append(ways[name].turn(steps))
-            ways.clear()  # or the next start would hold this one's model too
+            ways.clear()  # frees this start's model before the next start
     if not all(cost.cpu for cost in costs["worker"]):
         raise UserError(f"{steps} steps take less processor time than can be counted; give more --steps")
     return [row(way, found, costs["worker"], steps) for way, found in costs.items()]
@@ -133,41 +137,41 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def start(
-    room: Path, exits: ExitStack, recipe: Recipe, file: Path, overrides: Sequence[str]
-) -> dict[str, Bare | Run]:
-    """The ways behind their warm-up, standing still; processes end with `exits`."""
+    folder: Path, exits: ExitStack, recipe: Recipe, file: Path, overrides: Sequence[str]
+) -> dict[str, BareStep | Run]:
+    """Start all ways and stop each after its warm-up. `exits` ends their processes."""
     name = recipe.stages[0].name
-    ways: dict[str, Bare | Run] = {}
+    ways: dict[str, BareStep | Run] = {}
     for launcher in ("inline", "ray"):
-        work = room / launcher
-        built = room / "inline" / "data"
-        if launcher == "ray" and built.exists():  # from the recipe's text, by the first run
+        work = folder / launcher
+        built = folder / "inline" / "data"
+        if launcher == "ray" and built.exists():  # the first run has built the recipe's text
             shutil.copytree(built, work / "data")
         command = ["minilm", "run", str(file), "--workdir", str(work), "--launcher", launcher]
-        for override in (*overrides, PATIENCE):
+        for override in (*overrides, NO_STALLS):
             command += ["--set", override]
         ways[launcher] = exits.enter_context(Run(command, work / "stages" / name, recipe.stages[0].steps))
-    spec = StageSpec.from_json(StageFolder(room / "ray" / "stages" / name).spec.read_text(encoding="utf-8"))
+    spec = StageSpec.from_json(StageFolder(folder / "ray" / "stages" / name).spec.read_text(encoding="utf-8"))
     for alone in ("worker", "again"):
-        folder = StageFolder(room / alone)
-        folder.root.mkdir()
-        folder.spec.write_text(replace(spec, folder=str(folder.root), lease="").to_json(), encoding="utf-8")
+        stage = StageFolder(folder / alone)
+        stage.root.mkdir()
+        stage.spec.write_text(replace(spec, folder=str(stage.root), lease="").to_json(), encoding="utf-8")
         ways[alone] = exits.enter_context(
-            Run(["minilm.orchestrator.worker.loop", str(folder.spec)], folder.root, spec.steps)
+            Run(["minilm.orchestrator.worker", str(stage.spec)], stage.root, spec.steps)
         )
-    ways["step"] = Bare(spec)
+    ways["step"] = BareStep(spec)
     return ways
 
 
-class Bare:
-    """`train_step` in this process: rows in memory, and nothing but the step."""
+class BareStep:
+    """`train_step` in this process: rows in memory, and nothing else in the loop."""
 
     def __init__(self, spec: StageSpec):
-        keep_freed_memory()  # as the loop alone does
-        if spec.threads:
-            torch.set_num_threads(spec.threads)
+        keep_freed_memory()  # as the worker does
+        if spec.runtime.threads:
+            torch.set_num_threads(spec.runtime.threads)
         self.spec = spec
-        self.world = World(rank=0, size=1, device=torch.device(spec.device), control=None)
+        self.world = World(rank=0, size=1, device=torch.device(spec.runtime.device), control=None)
         self.distiller = build_distiller(spec, self.world.device)
         self.students = make_states(spec, self.distiller)
         stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.micro_batch)
@@ -191,24 +195,24 @@ class Bare:
             self.rows,
             step=self.made,
             seed=spec.seed,
-            learning_rate=spec.peak_lr,
-            max_gradient_norm=spec.max_gradient_norm,
-            autocast=AUTOCAST[choose_precision(spec.precision, None, device)],
+            learning_rate=spec.learning_rate.peak_lr,
+            max_gradient_norm=spec.optimizer.max_gradient_norm,
+            autocast=AUTOCAST[choose_precision(spec.runtime.precision, None, device)],
             world=self.world,
             seq_len=spec.data.seq_len,
         )
         self.made += 1
 
     def now(self) -> Cost:
-        if self.world.device.type == "cuda":  # what is queued belongs to the steps before
+        if self.world.device.type == "cuda":  # what is still queued belongs to the steps before
             torch.cuda.synchronize()
         return Cost(time.process_time(), time.perf_counter())
 
 
 class Run:
-    """A run in processes of its own, which stand still but in their turns.
+    """A run in processes of its own, which are stopped except in their turns.
 
-    command: for `python -m`. folder: of its stage, which has so many `steps`.
+    command: arguments of `python -m`. folder: the stage's. steps: how many the stage has.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, steps: int):
@@ -219,14 +223,14 @@ class Run:
             [sys.executable, "-m", *command],
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"MLFLOW_TRACKING_URI": ""},  # a server would keep the runs
+            env=os.environ | {"MLFLOW_TRACKING_URI": ""},  # no server should keep these runs
             start_new_session=True,
         )
 
     def __enter__(self) -> Run:
         try:
             self.wait_for(WARM_STEPS)
-            self.stand_still()
+            self.stop()
         except BaseException:
             self.end()
             raise
@@ -241,11 +245,11 @@ class Run:
         cpu, wall = tree_seconds(self.process.pid), time.perf_counter()
         made = self.wait_for(first + steps) - first
         cost = Cost((tree_seconds(self.process.pid) - cpu) / made, (time.perf_counter() - wall) / made)
-        self.stand_still()
+        self.stop()
         return cost
 
     def wait_for(self, step: int) -> int:
-        """Until step `step` is being computed; the step that is."""
+        """Wait until step `step` or a later one is being computed; returns the step that is."""
         while (now := reached(self.folder)) < step:
             if now < self.step:
                 raise UserError(
@@ -256,20 +260,21 @@ class Run:
                 self.output.seek(0)
                 last = self.output.read().decode(errors="replace").strip().rpartition("\n")[2]
                 raise UserError(f"the run ended before it was measured: {last}")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         if now >= self.steps:
             raise UserError(
                 f"the stage's {self.steps} steps ended before they were measured; give it more of them"
             )
         return now
 
-    def stand_still(self) -> None:
+    def stop(self) -> None:
+        """Stop all processes of the run, until `turn` or `end`."""
         deadline = time.monotonic() + STOP_SECONDS
-        while moving := [pid for pid, fields in family(self.process.pid).items() if fields[0] != "T"]:
+        while running := [pid for pid, fields in family(self.process.pid).items() if fields[0] != "T"]:
             if time.monotonic() > deadline:
-                raise UserError(f"processes {moving} of the run do not stop on SIGSTOP; measure again")
-            signal_all(moving, signal.SIGSTOP)
-            time.sleep(LOOK_SECONDS)
+                raise UserError(f"processes {running} of the run do not stop on SIGSTOP; measure again")
+            signal_all(running, signal.SIGSTOP)
+            time.sleep(POLL_SECONDS)
 
     def end(self) -> None:
         below = descendants(self.process.pid)
@@ -285,6 +290,6 @@ class Run:
 
 
 def tree_seconds(root: int) -> float:
-    """Processor time of a process and of all below it, those that have ended and been waited for included (Linux)."""
+    """Processor time in seconds of a process and its descendants, ended ones that were waited for included (Linux)."""
     ticks = sum(int(field) for fields in family(root).values() for field in fields[11:15])
     return ticks / os.sysconf("SC_CLK_TCK")

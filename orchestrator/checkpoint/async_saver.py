@@ -2,8 +2,8 @@
 
 At most one save is in flight. Its copy lives in host memory that is allocated once (page-locked beside a GPU, whose
 copies are queued on the stream and waited for by the thread, so the loop never waits for the device). An error of
-the thread is raised in the loop at its next step; only that a remote store was not to be had for a while is not: then
-that save is given up, and a later one has its turn.
+the thread is raised in the loop at its next step. The exception is a remote store that does not answer: that save is
+given up with a warning, and a later one has its turn.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from minilm.orchestrator.checkpoint import checkpoint
 from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState
 from minilm.orchestrator.checkpoint.state import capture
 from minilm.orchestrator.checkpoint.store import CheckpointStore, StoreUnavailable
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.system.write_errors import writing
 from minilm.orchestrator.train.step import StudentState
 
 log = logging.getLogger(__name__)
 
-Parts = dict[str, dict[str, Tensor]]
+TensorsByFile = dict[str, dict[str, Tensor]]  # what `capture` returns
 
 
 class AsyncSaver:
-    """Saves `models` and `students` into `store`; `keep`, `keep_every`, `guard` as for `checkpoint.write`.
+    """Saves `models` and `students` into `store`; `keep` and `keep_every` as for `checkpoint.write`.
 
-    `given_up`: how many saves a store that was not to be had has cost.
+    fence: checked before a save is written and again right before it is committed.
+    given_up: the number of saves that were lost because the store did not answer.
     """
 
     def __init__(
@@ -42,12 +44,12 @@ class AsyncSaver:
         *,
         keep: int,
         keep_every: int | None,
-        guard: Callable[[], None],
+        fence: Fence,
     ):
         self.store, self.models, self.students, self.fingerprints = store, models, students, fingerprints
-        self.keep, self.keep_every, self.guard = keep, keep_every, guard
+        self.keep, self.keep_every, self.fence = keep, keep_every, fence
         self.given_up = 0
-        self._host: Parts = {}
+        self._host: TensorsByFile = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -60,12 +62,12 @@ class AsyncSaver:
         return self._error is not None
 
     def save(
-        self, step: int, facts: ResumeState, check: Callable[[Parts], None], *, must: bool = True
+        self, step: int, state: ResumeState, check: Callable[[TensorsByFile], None], *, must: bool = True
     ) -> None:
-        """Copy the state after `step` updates and begin to write it, behind the save in flight if there is one.
+        """Copy the state after `step` updates and begin to write it, after the save in flight if there is one.
 
-        `check(copy)` runs on the thread before anything is written, and may raise to prevent it. `must`: that the
-        store was not to be had is an error.
+        `check(copy)` runs on the thread before anything is written, and may raise to prevent it. must: a store that
+        does not answer is an error.
         """
         self.wait()
         copied = self._copy()
@@ -73,6 +75,7 @@ class AsyncSaver:
         def work() -> None:
             try:
                 copied()
+                self.fence.check()
                 check(self._host)
                 with writing(self.store.where):
                     checkpoint.write(
@@ -80,10 +83,10 @@ class AsyncSaver:
                         step,
                         self._host,
                         self.fingerprints,
-                        facts,
+                        state,
                         keep=self.keep,
                         keep_every=self.keep_every,
-                        guard=self.guard,
+                        guard=self.fence.check,
                     )
             except StoreUnavailable as error:
                 if must:
@@ -103,7 +106,7 @@ class AsyncSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is in flight; raise the error of the last save, once."""
+        """Wait until nothing is in flight; raise the error of the last save, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -112,17 +115,17 @@ class AsyncSaver:
             raise error
 
     def wait_a_little(self, seconds: float) -> None:
-        """Return when nothing is in flight, or after `seconds`."""
+        """Wait until nothing is in flight, for at most `seconds`."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     def close(self) -> None:
-        """Let a save in flight end; its error, if any, is dropped, because another one is on its way."""
+        """Wait for the save in flight; its error is dropped, because the caller is already raising another one."""
         if self._thread is not None:
             self._thread.join()
 
     def _copy(self) -> Callable[[], None]:
-        """Copy the live state into host memory; returns what the thread calls to wait until that has happened."""
+        """Begin to copy the live state into host memory; the thread calls what is returned to wait for the copy."""
         live = capture(self.models, self.students)
         on_gpu = False
         for stem, tensors in live.items():

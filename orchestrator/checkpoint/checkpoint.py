@@ -3,8 +3,8 @@
 A checkpoint is a folder `step-000000120` with, for each student, its weights and optimiser moments as safetensors
 and a `checkpoint.json` that names the step, the stage's digest, the data's fingerprint, the code's version, the SHA-256
 of every file and of itself, and `ResumeState`. Where it lies, and how it is committed in one operation, is the
-store's affair (`store`); the last `keep` stay, and every n-th step's. The teacher is never in it, and no
-random-generator state either: every seed is a function of the step. No pickles.
+store's affair (`store`); the newest `keep` stay, and every n-th step's. It holds neither the teacher nor the state of
+a random generator (every seed is a function of the step), and no pickle.
 """
 
 from __future__ import annotations
@@ -17,15 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minilm.data.storage.retry import one_line
-from minilm.orchestrator.checkpoint.safetensors_file import write_tensors
-from minilm.orchestrator.checkpoint.store import META, CheckpointStore, step_of
-from minilm.orchestrator.errors import InfrastructureError, UserError
-from minilm.orchestrator.system.files import write_json
-from minilm.orchestrator.system.versions import code_version
-
-if TYPE_CHECKING:  # the driver imports this, and no modelling code
-    from minilm.orchestrator.train.step import StudentState
 from minilm.orchestrator.checkpoint.format import (
     DAMAGE,
     FORMAT,
@@ -35,7 +26,16 @@ from minilm.orchestrator.checkpoint.format import (
     read,
     sealed,
 )
+from minilm.orchestrator.checkpoint.safetensors_file import write_tensors
 from minilm.orchestrator.checkpoint.state import load
+from minilm.orchestrator.checkpoint.store import META, CheckpointStore, step_of
+from minilm.orchestrator.errors import InfrastructureError, UserError
+from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.text import one_line
+from minilm.orchestrator.system.versions import code_version
+
+if TYPE_CHECKING:  # the driver imports this module, and no modelling code
+    from minilm.orchestrator.train.step import StudentState
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ log = logging.getLogger(__name__)
 def write(
     store: CheckpointStore,
     step: int,
-    parts: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     fingerprints: Fingerprints,
-    facts: ResumeState,
+    state: ResumeState,
     *,
     keep: int,
     keep_every: int | None = None,
@@ -53,17 +53,17 @@ def write(
 ) -> str:
     """Write the state after `step` updates; drop all but the newest `keep` and every `keep_every`-th step's.
 
-    `parts`: see `capture`; on the CPU. `guard()` is called last before the commit and may raise to prevent it.
-    Returns the checkpoint's name. Raises `OSError` as the storage does, `InfrastructureError` for a remote store, and
-    leaves nothing that looks like a checkpoint behind then.
+    tensors: by file stem as `capture` returns them, on the CPU. `guard()` is called last before the commit and may
+    raise to prevent it. Returns the checkpoint's name. Raises `OSError` as the storage does, `InfrastructureError` for
+    a remote store; nothing that looks like a checkpoint is left then.
     """
     for name in store.names():
         if step_of(name) == step:
             return name
     with store.staged(step) as folder:
         hashes = {
-            f"{stem}.safetensors": write_tensors(folder / f"{stem}.safetensors", tensors)
-            for stem, tensors in parts.items()
+            f"{stem}.safetensors": write_tensors(folder / f"{stem}.safetensors", of_file)
+            for stem, of_file in tensors.items()
         }
         meta = {
             "format": FORMAT,
@@ -72,7 +72,7 @@ def write(
             "data": fingerprints.data,
             "code": code_version(),
             "sha256": hashes,
-            **asdict(facts),
+            **asdict(state),
         }
         write_json(folder / META, sealed(meta))
         name = store.commit(folder, guard)
@@ -92,13 +92,13 @@ def restore_newest(
     students: Sequence[StudentState],
     fingerprints: Fingerprints,
 ) -> tuple[int, ResumeState] | None:
-    """Load the newest sound checkpoint into `models` and `students`; its step and facts, or None where there is none.
+    """Load the newest sound checkpoint into `models` and `students`.
 
-    For the one process that writes to `store`: what killed saves left is removed, and a damaged checkpoint is
-    passed over with a warning, in favour of the one before, and set aside, so that its step can be saved again.
-    Storage that fails to answer (ESTALE, EIO, EMFILE, EACCES, a server's 500) is no damage: its error is raised.
-    Raises `UserError` when a checkpoint belongs to another recipe or data set, or when checkpoints exist and none is
-    sound.
+    Returns its step and `ResumeState`, None where there is no checkpoint. To be called by the one process that writes
+    to `store`: what killed saves left is removed, and a damaged checkpoint is passed over with a warning, in favour of
+    the one before, and set aside, so that its step can be saved again. Storage that fails to answer (ESTALE, EIO,
+    EMFILE, EACCES, a server's 500) is no damage: its error is raised. Raises `UserError` when a checkpoint belongs to
+    another recipe or data set, or when checkpoints exist and none is sound.
     """
     store.sweep()
     damaged: dict[str, str] = {}
@@ -113,7 +113,7 @@ def restore_newest(
             log.warning(
                 "checkpoint %s/%s is damaged (%s): falling back to the one before", store.where, name, error
             )
-            damaged[name] = one_line(error)[:200]
+            damaged[name] = one_line(error)
             continue
         check_fingerprints(f"{store.where}/{name}", meta, fingerprints)
         if changes := changed_code(meta["code"]):
@@ -131,7 +131,7 @@ def restore_newest(
 
 
 def changed_code(before: Mapping[str, str]) -> str:
-    """What `code_version` says now and what it said before, in words; empty when nothing has changed."""
+    """The versions that differ between `before` and now, as text; empty when none does."""
     now = code_version()
     return ", ".join(
         f"{name} {before.get(name, 'unknown')} → {now.get(name, 'unknown')}"
@@ -146,12 +146,12 @@ def restore_step(
     models: Mapping[str, torch.nn.Module],
     students: Sequence[StudentState],
 ) -> ResumeState:
-    """Load the checkpoint that the main rank has chosen. Raises what `read` raises, and `FileNotFoundError` where this
-    process's view of the store is older than that rank's; a retry may cure that."""
+    """Load the checkpoint that rank zero has chosen. Raises what `read` raises, and `FileNotFoundError` where this
+    process's view of the store is older than rank zero's; another attempt may cure that."""
     name = next((name for name in reversed(store.names()) if step_of(name) == step), None)
     if name is None:
         raise FileNotFoundError(
-            f"the checkpoint of step {step}, which the main rank goes on from, is not in {store.where} as this worker "
+            f"the checkpoint of step {step}, which rank 0 resumes from, is not in {store.where} as this worker "
             f"sees it; every node must see the same storage"
         )
     with store.opened(name) as folder:

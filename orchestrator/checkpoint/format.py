@@ -1,4 +1,4 @@
-"""A checkpoint's meta file: its hashes, what it says of the run, and whether it may be resumed from."""
+"""A checkpoint's meta file: its hashes, what it records of the run, and whether a run may resume from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,14 +20,8 @@ from minilm.orchestrator.checkpoint.store import META, CheckpointStore
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.system.files import sha256_json
 
-if TYPE_CHECKING:  # the driver imports this, and no modelling code
-    pass
-
-
 FORMAT = 4
-
-
-DAMAGE = (ValueError, KeyError, SafetensorError, FileNotFoundError)  # ValueError: JSON that is none, too
+DAMAGE = (ValueError, KeyError, SafetensorError, FileNotFoundError)  # text that is no JSON is a ValueError
 
 
 @dataclass(frozen=True)
@@ -40,11 +34,11 @@ class Fingerprints:
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What a run needs to go on exactly, beside tensors and step.
+    """What a run needs besides tensors and step to go on exactly.
 
-    ledger: `digest` (hex, see `ledger`) with the `seed` and `batch` that it can be recomputed from. threads: CPU
-    threads of every worker. parts: into how many each micro-batch is cut (2 after running out of memory).
-    precision: float32 or bfloat16.
+    ledger: `digest` (hex, see `feed.ledger`) with the `seed` and `batch` that it can be recomputed from. threads: CPU
+    threads of every worker. parts: the number of pieces that each micro-batch is cut into (2 after running out of
+    memory). precision: float32 or bfloat16.
     """
 
     ledger: dict[str, Any]
@@ -63,8 +57,8 @@ def sha256_file(path: Path) -> str:
 
 
 def read_meta(place: str) -> dict[str, Any]:
-    """What the `checkpoint.json` of one checkpoint, a folder or URL, says. Raises `UserError` when that is none of
-    this version."""
+    """The content of one checkpoint's `checkpoint.json`; `place` is its folder or URL. Raises `UserError` where there
+    is none that this version reads."""
     above, _, name = place.rstrip("/").rpartition("/")
     try:
         store = open_store(above, Path(tempfile.gettempdir()))
@@ -76,12 +70,12 @@ def read_meta(place: str) -> dict[str, Any]:
 
 
 def sealed(meta: dict[str, Any]) -> dict[str, Any]:
-    """With the SHA-256 of all the rest: a bit flipped in a step, a seed or a digest would be believed otherwise."""
+    """`meta` with the SHA-256 of all its other entries, so that a flipped bit in a step or a seed is noticed."""
     return meta | {"seal": sha256_json({key: value for key, value in meta.items() if key != "seal"})}
 
 
 def parse_meta(text: bytes) -> dict[str, Any]:
-    """A `checkpoint.json`, its seal checked. Raises ValueError on damage, and where another version wrote it."""
+    """Parse a `checkpoint.json` and check its seal. Raises ValueError on damage, and where another version wrote it."""
     meta = json.loads(text)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         given = meta.get("format") if isinstance(meta, dict) else None
@@ -92,7 +86,7 @@ def parse_meta(text: bytes) -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """A checkpoint's metadata and tensors by file name, every hash checked. Raises ValueError on damage."""
+    """A checkpoint's metadata, and its tensors by file name, every hash checked. Raises one of `DAMAGE`."""
     meta = parse_meta((path / META).read_bytes())
     tensors = {}
     for name, expected in meta["sha256"].items():
@@ -103,7 +97,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
 
 
 def check_newest(store: CheckpointStore, fingerprints: Fingerprints) -> None:
-    """Raise `UserError` when the newest checkpoint belongs to another recipe or data set; damage is for later."""
+    """Raise `UserError` when the newest checkpoint belongs to another recipe or data set; damage is found later."""
     for name in store.names()[-1:]:
         with suppress(*DAMAGE):
             check_fingerprints(f"{store.where}/{name}", parse_meta(store.read_meta(name)), fingerprints)

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: a rename commits them."""
+"""Checkpoints in a folder of this machine's file system: a rename commits one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from minilm.data.format.files import fsync_path
 from minilm.orchestrator.checkpoint.store import META, NAME, OWNER, staging_folder, sweep_staging_folders
-from minilm.orchestrator.system.files import fsync_folder, read_json, write_json
+from minilm.orchestrator.system.files import read_json, write_json
 
 
 class LocalStore:
-    """Checkpoints as sub-folders; a rename commits them and un-commits them."""
+    """Checkpoints as sub-folders of `folder`; a rename commits one, and another one withdraws it."""
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder)
@@ -27,10 +28,10 @@ class LocalStore:
 
     def commit(self, folder: Path, guard: Callable[[], None]) -> str:
         name = folder.name.split(".")[1]
-        fsync_folder(folder)
+        fsync_path(folder)
         guard()
         folder.rename(self.folder / name)
-        fsync_folder(self.folder)
+        fsync_path(self.folder)
         return name
 
     @contextmanager

@@ -10,7 +10,7 @@ from minilm.orchestrator.stage.folder import CHECKPOINT_SCHEMES
 
 
 def open_store(place: str | None, folder: Path) -> CheckpointStore:
-    """The store at `place`, a URL or a folder; at None it is `folder`, which otherwise serves as room to work in.
+    """The store at `place`, a URL or a folder; None means `folder`. Behind a URL, files are staged in `folder`.
 
     Raises `UserError` where the package for the URL is not installed.
     """

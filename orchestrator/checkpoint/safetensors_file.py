@@ -1,66 +1,39 @@
-"""Tensors → a safetensors file, written through an ordinary file object and hashed on the way.
+"""Tensors → a safetensors file on disk, by the library's writer, and its SHA-256.
 
-The library's own writer turns a full disk into a `SafetensorError` and reads nothing back; here it is the `OSError`
-that it is, the SHA-256 costs no second pass, and the interpreter's lock is free while bytes are hashed and written.
-Reading is the library's (`safetensors.torch.load_file`), which also proves the format.
+The library turns what the system refuses into a `SafetensorError`; here it is the `OSError` that it is. The hash is a
+second pass over what the system still holds in memory: 352 MB take 0.5 to 0.9 s with it, 0.6 s when hashed while
+written, on the thread that saves (2 cores, 2026-11-28). Reading is the library's alone (`load_file`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-PIECE_BYTES = 1 << 24
+from minilm.data.format.files import fsync_path
+from minilm.orchestrator.checkpoint.format import sha256_file
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write `tensors` (on the CPU) to `path`, durably; returns the file's SHA-256. Raises `OSError` as it comes."""
-    ordered = sorted(
-        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
-    )  # keeps them aligned
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in ordered:
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    """Write `tensors` (on the CPU, no two of them in the same memory) to `path`, durably; returns the file's SHA-256.
 
-        def put(content: memoryview) -> None:
-            for start in range(0, len(content), PIECE_BYTES):
-                piece = content[start : start + PIECE_BYTES]
-                digest.update(piece)
-                while len(piece):
-                    piece = piece[file.write(piece) :]
-
-        put(memoryview(len(text).to_bytes(8, "little") + text))
-        for _, tensor in ordered:
-            put(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    Raises `OSError` with the system's number, such as that of a full disk.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # what the process' umask allows; the library's files are their owner's alone
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    path.chmod(mode)
+    fsync_path(path)
+    return sha256_file(path)

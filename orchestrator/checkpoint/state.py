@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # the driver imports this, and no modelling code
+if TYPE_CHECKING:  # the driver imports this module, and no modelling code
     from minilm.orchestrator.train.step import StudentState
-
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -18,12 +17,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def capture(
     models: Mapping[str, torch.nn.Module], students: Sequence[StudentState]
 ) -> dict[str, dict[str, Tensor]]:
-    """The live tensors of a checkpoint by file stem: for each student its whole model and its optimiser's state."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    """The live tensors of a checkpoint by file stem: each student's whole model, and its optimiser's state."""
+    tensors: dict[str, dict[str, Tensor]] = {}
     for student in students:
-        parts[f"{student.name}.model"] = dict(models[student.name].state_dict())
-        parts[f"{student.name}.optimizer"] = optimizer_tensors(student)
-    return parts
+        tensors[f"{student.name}.model"] = dict(models[student.name].state_dict())
+        tensors[f"{student.name}.optimizer"] = optimizer_tensors(student)
+    return tensors
 
 
 def load(
@@ -32,6 +31,7 @@ def load(
     models: Mapping[str, torch.nn.Module],
     students: Sequence[StudentState],
 ) -> None:
+    """Load what `capture` has captured, by file name, back into `models` and `students`."""
     for student in students:
         models[student.name].load_state_dict(tensors[f"{student.name}.model.safetensors"])
         load_optimizer(student, tensors[f"{student.name}.optimizer.safetensors"], meta["step"])

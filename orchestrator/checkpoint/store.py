@@ -1,8 +1,8 @@
-"""Where checkpoints lie: a folder, or a URL of object storage (`object_store`), behind the same few operations.
+"""Where checkpoints lie: the operations that a folder (`local_store`) and object storage (`object_store`) share.
 
-A checkpoint is a folder of files with a name that begins with its step, and it exists when it has been committed: in
-one operation, after everything in it. Whoever dies when, a name that a store lists is whole. A store also remembers
-which attempt owns it, so that a run which somebody has continued elsewhere stops saving.
+A checkpoint is a folder of files whose name begins with its step. It exists once it has been committed, in one
+operation, after all its files are there; so every checkpoint that a store lists is whole, whatever was killed when. A
+store also remembers which attempt owns it, so that a run that was continued elsewhere stops saving.
 """
 
 from __future__ import annotations
@@ -18,37 +18,33 @@ from typing import Protocol
 from minilm.orchestrator.errors import InfrastructureError
 
 NAME = re.compile(r"step-(\d{9})(-[0-9a-f]{8})?")
-
-
 META = "checkpoint.json"
-
-
 OWNER = "owner.json"
 
 
 class StoreUnavailable(InfrastructureError):
-    """The store did not do what it was asked however often it was asked; later it may."""
+    """The store still failed at the last try; a later save may succeed."""
 
 
 class CheckpointStore(Protocol):
-    """The checkpoints of one stage. `where` names the place to people."""
+    """The checkpoints of one stage. where: the folder or URL, for messages."""
 
     where: str
 
     def names(self) -> list[str]:
-        """Of the committed ones, oldest first."""
+        """The names of the committed checkpoints, oldest first."""
         ...
 
     def staged(self, step: int) -> AbstractContextManager[Path]:
-        """An empty folder on this machine for the files of step `step`; removed at the end of the block."""
+        """An empty folder on this machine for the files of step `step`, removed at the end of the block."""
         ...
 
     def commit(self, folder: Path, guard: Callable[[], None]) -> str:
-        """Make what lies in the staged `folder` a checkpoint; its name. `guard()` is called last, and may raise."""
+        """Make the staged `folder` a checkpoint and return its name. `guard()` is called last, and may raise."""
         ...
 
     def opened(self, name: str) -> AbstractContextManager[Path]:
-        """A folder on this machine with the files of a checkpoint. What is missing is missing there too."""
+        """A folder on this machine with the files of a checkpoint, as far as they are there."""
         ...
 
     def read_meta(self, name: str) -> bytes:
@@ -56,19 +52,19 @@ class CheckpointStore(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Delete a checkpoint; killed in the middle, what is left is not called one."""
+        """Delete a checkpoint. After a kill in the middle, what is left is not listed."""
         ...
 
     def set_aside(self, name: str) -> None:
-        """Keep a damaged checkpoint to be looked at, and list it no longer; of each step the last one stays."""
+        """Keep a damaged checkpoint for inspection, but list it no longer; the last one of each step is kept."""
         ...
 
     def sweep(self) -> None:
-        """Remove what saves that were killed have left. For the one process that writes here."""
+        """Remove what killed saves have left. Only the one process that writes here may call this."""
         ...
 
     def claim(self, attempt: str) -> None:
-        """From now on `attempt` owns the store."""
+        """Make `attempt` the owner of the store."""
         ...
 
     def owner(self) -> str | None:
@@ -84,7 +80,7 @@ def step_of(name: str) -> int:
 
 @contextmanager
 def staging_folder(folder: Path, step: int) -> Iterator[Path]:
-    """A new folder under `folder`, removed after the block; `sweep_staging_folders` removes what a kill has left."""
+    """A new folder under `folder`, removed after the block; after a kill, `sweep_staging_folders` removes it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".step-{step:09d}.{uuid.uuid4().hex}.tmp"
     path.mkdir()

@@ -1,7 +1,7 @@
 """The stages of a recipe in order: what is done already, what runs now, what its students are called afterwards.
 
 This is the driver: it prepares inputs, starts each stage's workers (launch), shows their progress, feeds tracking
-from the points files, publishes the students, and writes the summary. It holds no training state: whenever it dies,
+from the metrics files, publishes the students, and writes the summary. It holds no training state: whenever it dies,
 the same command finds the data built, the stages done and the newest checkpoint, and goes on.
 """
 
@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import time
 import uuid
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minilm.model.export import weights_digest
 from minilm.orchestrator.driver.prepare_data import prepare_data
-from minilm.orchestrator.driver.status_line import Line, StageProgress, build_reporter
+from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
-from minilm.orchestrator.errors import Stopped, UserError
-from minilm.orchestrator.launch import resources as places
-from minilm.orchestrator.launch import trainer as launch
+from minilm.orchestrator.errors import RecipeErrors, Stopped
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
-from minilm.orchestrator.launch.cluster import Cluster
-from minilm.orchestrator.launch.liveness import Heartbeats, Supervisor
-from minilm.orchestrator.recipe.schema import Recipe, Stage
-from minilm.orchestrator.resolve.compatibility import check_stage, check_stages, students_shapes
+from minilm.orchestrator.launch.base import Launcher
+from minilm.orchestrator.launch.liveness import Heartbeats
+from minilm.orchestrator.recipe.references import parse_reference
+from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.folders import model_folder
+from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, resolve
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
-from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
+from minilm.orchestrator.stage.spec import StageSpec, StudentSpec, grouped
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.lease import Lease
 from minilm.orchestrator.system.signals import StopRequest
@@ -44,21 +43,29 @@ def run_recipe(
     recipe_file: Path,
     workdir: Workdir,
     lease: Lease,
-    cluster: Cluster | None,
+    launcher: Launcher,
     stop: StopRequest,
     *,
     redo_from: str | None = None,
 ) -> Summary:
     """Run every stage that is not done, and return the summary of the whole curriculum.
 
-    The caller holds `lease`, from `workdir.claim`, and leaves `cluster`; None for the same worker in this process.
-    `redo_from`: as it was claimed. Raises `Stopped` after SIGINT or SIGTERM, `UserError` for bad input,
-    `InfrastructureError` when the workers kept dying.
+    The caller holds `lease`, from `workdir.claim`, and closes `launcher`. `redo_from`: as it was claimed. Raises
+    `Stopped` after SIGINT or SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
-    with closing(Line()) as line:
-        data = prepare_data(recipe, workdir, build_reporter(line, stop))
-        check_stages(recipe, workdir, data)
+    with closing(StatusLine()) as line:
+        line.show("looking at teachers and data", force=True)
+
+        def fetch(reference: str) -> str:
+            return str(model_folder(parse_reference(reference), recipe, workdir))
+
+        stages, problems = resolve(recipe, fetch)
+        if not problems:
+            data = prepare_data(recipe, workdir, build_reporter(line, stop))
+            problems = check_data(stages, data.seq_len, data.vocabulary)
+        if problems:
+            raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
         workdir.adopt(recipe, recipe_file, data, redo_from)
         line.show("opening the tracking store", force=True)
         tracking = Tracking.open(
@@ -73,10 +80,9 @@ def run_recipe(
             },
             recipe_file=recipe_file,
         )
-        driver = Driver(recipe, workdir, lease, data, tracking, cluster, line, stop)
+        driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, launcher, line, stop)
         try:
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
-            driver.withdraw_reservations()
         except Stopped:
             tracking.finish("KILLED")
             raise
@@ -106,16 +112,17 @@ class Driver:
     workdir: Workdir
     lease: Lease
     data: DataSpec
+    stages: tuple[ResolvedStage, ...]
     tracking: Tracking
-    cluster: Cluster | None
-    line: Line
+    launcher: Launcher
+    line: StatusLine
     stop: StopRequest
 
     def run_stage(self, number: int) -> list[ModelEntry]:
         """Train and publish stage `number` (0-based) unless that is done; its teacher and students for the summary."""
         stage = self.recipe.stages[number]
         label = f"[{number + 1}/{len(self.recipe.stages)}] {stage.name}"
-        spec = self.make_spec(stage)
+        spec = self.make_spec(self.stages[number])
         folder = self.workdir.stage(stage.name)
         published = read_json(folder.published)
         if published is not None and published["digest"] == spec.digest:
@@ -137,14 +144,13 @@ class Driver:
             run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
 
-    def make_spec(self, stage: Stage) -> StageSpec:
+    def make_spec(self, resolved: ResolvedStage) -> StageSpec:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
-        recipe, compute = self.recipe, self.recipe.compute
-        teacher = model_folder(stage.teacher_ref, recipe, self.workdir)
-        shape = check_stage(stage, teacher, self.data)
+        recipe, compute, stage = self.recipe, self.recipe.compute, resolved.stage
+        teacher = model_folder(recipe.teacher_ref(stage), recipe, self.workdir)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
-        sizes = students_shapes(stage, shape)
+        sizes = resolved.students
         fields["students"] = [s | {"ffn": sizes[s["name"]].ffn} for s in fields["students"]]
         inputs = {
             "stage": fields | {"teacher": teacher_digest},
@@ -162,115 +168,62 @@ class Driver:
             teacher_layer=stage.teacher_layer,
             students=tuple(
                 StudentSpec(
-                    s.name, s.layers, s.hidden, sizes[s.name].heads, sizes[s.name].ffn, s.dropout, s.init
+                    name=student.name,
+                    layers=student.layers,
+                    hidden=student.hidden,
+                    heads=sizes[student.name].heads,
+                    ffn=sizes[student.name].ffn,
+                    dropout=student.dropout,
+                    init=student.init,
                 )
-                for s in stage.students
+                for student in stage.students
             ),
             objective=stage.objective_fields(),
             seed=recipe.seed,
             batch=stage.batch,
             micro_batch=stage.micro_batch,
             steps=stage.steps,
-            peak_lr=stage.peak_lr,
-            warmup_steps=stage.warmup_steps,
-            schedule=stage.schedule,
-            adam_betas=stage.adam_betas,
-            adam_eps=stage.adam_eps,
-            weight_decay=stage.weight_decay,
-            max_gradient_norm=stage.max_gradient_norm,
-            eval_every=stage.eval_every,
-            held_out_rows=stage.held_out_rows,
-            log_every=recipe.tracking.log_every,
-            per_head=recipe.tracking.per_head,
-            device=compute.device,
-            precision=compute.precision,
-            threads=compute.threads,
-            checkpoint_every_steps=compute.checkpoint_every_steps,
-            checkpoint_every_seconds=compute.checkpoint_every_seconds,
-            keep_checkpoints=compute.keep_checkpoints,
-            keep_every_steps=compute.keep_every_steps,
             checkpoints=compute.checkpoints and f"{compute.checkpoints}/{recipe.name}/{stage.name}",
-            reduction=compute.reduction,
-            on_nonfinite=compute.on_nonfinite,
-            max_skipped_steps=compute.max_skipped_steps,
-            stall_seconds=compute.stall_seconds,
+            **grouped(recipe.tracking.model_dump() | compute.model_dump() | stage.model_dump()),
             digest=sha256_json(inputs),
         )
 
     def train(self, spec: StageSpec, label: str) -> None:
         """Run the stage's workers until it is done. Raises `Stopped`, `UserError` or `InfrastructureError`."""
-        self.connect()
+
+        def show(text: str, force: bool) -> None:
+            self.line.show(f"{label}  {text}", force=force)
+
+        if self.stop.requested:
+            raise Stopped("stopped before the stage began; the same command goes on from here")
+        self.launcher.prepare(show)
         folder = self.workdir.stage(spec.stage)
         spec = replace(spec, attempt=f"{spec.stage}-{uuid.uuid4().hex[:12]}", lease=str(self.lease.path))
-        place = ""
-        if self.cluster:
-            place = places.wait_for_places(
-                self.recipe.compute.device,
-                self.recipe.compute.workers[0],
-                wait_seconds=self.recipe.compute.wait_seconds,
-                grows=self.cluster.is_joined,
-                stop=self.stop,
-                show=lambda text, force: self.line.show(f"{label}  {text}", force=force),
-            )
-        if place:  # decided once, so that no worker takes a GPU that Ray has not given it
-            spec = replace(spec, device="cuda" if place == "GPU" else "cpu")
+        spec = self.launcher.allocate(spec, show)
         begin_attempt(spec, folder)
-        with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
-            if self.cluster:
-                workers, joined = self.recipe.compute.workers, self.cluster.is_joined
-                future = launch.start_ray(spec, workers, place, pool, joined=joined)
-            else:
-                future = launch.start_inline(spec, pool)
-            try:
-                self.watch(future, spec, label, place)
-            except BaseException:
-                with suppress(OSError):  # a full disk
-                    folder.stop_request.touch()  # the pool waits for the workers: let them end
-                if self.cluster:  # or they are not there to end: then `fit` ends with an error
-                    launch.cancel_reservations(folder.root)
-                    self.cluster.leave()
-                raise
+        future = self.launcher.start(spec)
+        try:
+            self.watch(future, spec, label)
+        except BaseException:
+            with suppress(OSError):  # a full disk
+                folder.stop_request.touch()
+            self.launcher.abandon(spec)
+            wait([future])
+            raise
         self.lease.check()
         self.line.close()
         folder.stop_request.unlink(missing_ok=True)
-        check_outcome(spec, folder, future, inline=self.cluster is None)
+        check_outcome(spec, folder, future, self.launcher)
 
-    def watch(self, future: Future[None], spec: StageSpec, label: str, place: str) -> None:
+    def watch(self, future: Future[None], spec: StageSpec, label: str) -> None:
         """Show progress until the workers have ended, pass a request to stop on to them, and look after silent ones."""
-        folder, progress, beats = (
-            StageFolder(Path(spec.folder)),
-            StageProgress(self.line, spec, label),
-            Heartbeats(spec),
-        )
-        supervise = Supervisor(
-            spec,
-            beats,
-            wait_seconds=self.recipe.compute.wait_seconds,
-            end=launch.end_worker,
-            lacking=lambda: places.lacking(place, self.recipe.compute.workers[0]),
-            say=self.line.say,
-        )
+        folder = StageFolder(Path(spec.folder))
+        progress, beats = StageProgress(self.line, spec, label), Heartbeats(spec)
+        supervise = self.launcher.supervise(spec, beats, self.line.say)
         while wait([future], timeout=POLL_SECONDS).not_done:
-            beats.look()
+            beats.poll()
             with suppress(OSError):  # storage that does not answer, or is full, for a moment
                 self.lease.check()
                 if self.stop.requested and not folder.stop_request.exists():
                     folder.stop_request.touch()
-            # inline, the worker's own watchdog ends this very process
-            progress.show(beats.newest, supervise(self.stop.requested) if place else "")
-
-    def connect(self) -> None:
-        """Join or start the Ray cluster before the first stage that needs it."""
-        if self.stop.requested:
-            raise Stopped("stopped before the stage began; the same command goes on from here")
-        if self.cluster and not self.cluster.connected:
-            self.line.show("starting Ray", force=True)
-            self.cluster.connect(self.stop)
-
-    def withdraw_reservations(self) -> None:
-        """Of a dead driver, where no stage was left to do it: another run on the cluster would wait for them."""
-        folder = self.workdir.stage(self.recipe.stages[-1].name).root
-        if self.cluster and self.cluster.is_joined and launch.reservations(folder):
-            with suppress(UserError):  # a cluster that is gone has none
-                self.connect()
-                launch.cancel_reservations(folder)
+            progress.show(beats.newest, supervise(self.stop.requested))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from minilm.data.builder.build import build
 from minilm.data.builder.phases import BuildProgress
+from minilm.data.format.files import replacing_folder
 from minilm.data.storage.remote import is_remote
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.feed.corpora import describe
@@ -76,9 +77,5 @@ def corpus_job(corpus: Corpus, recipe: Recipe, workdir: Workdir, tokenizer: str)
 
 def copy_whole(folder: Path, to: Path) -> None:
     """Copy a folder; it is there whole or not at all."""
-    part = to.with_name(f"{to.name}.part")
-    for left in (part, to):
-        if left.exists():
-            shutil.rmtree(left)
-    shutil.copytree(folder, part)
-    part.rename(to)
+    with replacing_folder(to) as part:
+        shutil.copytree(folder, part, dirs_exist_ok=True)

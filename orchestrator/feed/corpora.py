@@ -1,8 +1,8 @@
-"""From a `DataSpec` to rows: the one place that opens what a stage reads, for worker, ledger and publishing alike.
+"""From a `DataSpec` to rows: worker, ledger and publishing open a stage's data here and nowhere else.
 
-A corpus is a folder, a URL (by way of the node's cache), or a `.bin`/`.idx` pair that is read in place. The held-out
-rows of a corpus are its `held-out/` split, or the end of a pair. Whatever is opened must have the fingerprint that the
-job pins, so data that are replaced in the middle of a run are an error, wherever they lie.
+A corpus is a folder, a URL (read through the node's cache), or a `.bin`/`.idx` pair that is read in place. The held-out
+rows of a corpus are its `held-out/` split, or the end of a pair. Data that do not have the fingerprint pinned in the
+spec are an error, so a data set cannot be replaced in the middle of a run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec
 
 
 class HeldOut(NamedTuple):
-    """One corpus's rows that no step reads, and its weight in the mixture."""
+    """The rows of one corpus that no step reads, and the corpus's weight in the mixture."""
 
     name: str
     weight: float
@@ -37,7 +37,7 @@ class HeldOut(NamedTuple):
 
 
 def load_quarantine(data: DataSpec) -> Quarantine | None:
-    """The list of damaged blocks to leave out, as it is now; None where damage ends the run."""
+    """The current list of damaged blocks to leave out; None if damage ends the run."""
     if data.quarantine is None:
         return None
     return Quarantine(Path(data.quarantine.path), max_quarantined_share=data.quarantine.max_share)
@@ -53,14 +53,18 @@ def open_stream(
     quarantine: Quarantine | None = None,
     first: Stream | None = None,
 ) -> Stream:
-    """The batches of a stage. Raises `UserError` or `DataError` where data are not those that the stage pins, or
-    damaged beyond what a `quarantine` allows. `first`: a stream of these data that brings shards to the node; then
-    this one fetches none, and reading raises `NotCached` for those that are not there."""
+    """The batches of a stage.
+
+    first: another stream of these data, which fetches shards into the node's cache. This one then fetches none itself,
+    and reading a row whose shard is not in the cache raises `NotCached`.
+
+    Raises `UserError` or `DataError` for data other than the stage's, or damaged beyond what a `quarantine` allows.
+    """
     corpora = []
     for number, corpus in enumerate(data.corpora):
-        brought = first.corpora[number].rows if first else None
-        if isinstance(brought, RemoteReader):
-            rows: Rows = CachedReader(brought)
+        fetching = first.corpora[number].rows if first else None
+        if isinstance(fetching, RemoteReader):
+            rows: Rows = CachedReader(fetching)
         else:
             rows = _train_rows(corpus, data.cache, pin, quarantine)
         corpora.append(Corpus(rows, corpus.weight))
@@ -68,21 +72,21 @@ def open_stream(
 
 
 def open_held_out(data: DataSpec) -> list[HeldOut]:
-    """Every corpus's held-out rows. Raises `UserError` for one that has none."""
+    """The held-out rows of every corpus. Raises `UserError` for a corpus that has none."""
     return [
         HeldOut(corpus.name, corpus.weight, _held_out_rows(corpus, data.cache)) for corpus in data.corpora
     ]
 
 
 def close(opened: Iterable[Corpus | HeldOut]) -> None:
-    """Let cached shards go and end the threads that fetch them."""
+    """Release the cached shards and end the threads that fetch them."""
     for part in opened:
         if isinstance(part.rows, RemoteReader):
             part.rows.close()
 
 
 def release(stream: Stream) -> None:
-    """Hold no shard that a `first` stream has brought."""
+    """Release the cached shards that this stream borrowed from its `first` stream."""
     for corpus in stream.corpora:
         if isinstance(corpus.rows, CachedReader):
             corpus.rows.release()
@@ -91,10 +95,10 @@ def release(stream: Stream) -> None:
 def describe(
     corpora: Sequence[CorpusSpec], *, window: int | None = None, cache: CacheSpec | None = None
 ) -> DataSpec:
-    """The corpora, opened once: with their fingerprints pinned, and what they have in common.
+    """Opens the corpora once and returns their spec, with all fingerprints pinned.
 
-    Raises `DataError` for corpora that cannot be read or mixed, `UserError` for one without held-out rows and for a
-    cache that cannot hold what is read at a time.
+    Raises `DataError` for corpora that cannot be read or mixed, `UserError` for a corpus without held-out rows and for
+    a cache too small for the shards that are read at a time.
     """
     cache = cache or CacheSpec()
     opened: list[Corpus] = []
@@ -121,7 +125,7 @@ def describe(
 
 
 def cache_folder(cache: CacheSpec) -> Path:
-    """On this node."""
+    """The folder of the cache on this node."""
     if cache.folder is not None:
         return Path(cache.folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilm"
@@ -184,7 +188,7 @@ def _open(
 
 
 def _split_pair(corpus: CorpusSpec) -> tuple[RowRange, RowRange]:
-    """The rows of a pair that are trained on, and those at its end that are not."""
+    """The rows of a pair that are trained on, and the held-out rows at its end."""
     pair = corpus.pair
     assert pair is not None
     rows = IndexedRows(
@@ -213,15 +217,16 @@ def _tokenizer_folder(corpus: CorpusSpec, rows: Rows) -> str:
 
 
 def _check_cache(opened: Sequence[Rows], window: int | None, cache: CacheSpec) -> None:
-    """What must lie in the cache at a time: everything, or of a windowed shuffle the current and the next window."""
+    """Raises `UserError` if the cache cannot hold the shards that are read at a time: all of them, or with a windowed
+    shuffle those of the current and the next window."""
     needed = 0
     for rows in opened:
         if isinstance(rows, RemoteReader):
             sizes = [shard.num_bytes for shard in rows.manifest.shards]
             needed += sum(sizes) if window is None else sum(sorted(sizes)[-2 * window :])
     if needed > cache.gigabytes * 1e9:
-        way_out = "a smaller data.window" if window else "data.window (a shuffle by so many shards at a time)"
+        advice = "a smaller data.window" if window else "data.window (a shuffle by so many shards at a time)"
         raise UserError(
             f"{needed / 1e9:.3g} GB of shards are read at a time, and data.cache_gigabytes is {cache.gigabytes:g}; "
-            f"give {way_out}, or a larger cache"
+            f"give {advice}, or a larger cache"
         )

@@ -1,14 +1,14 @@
 """The ledger of consumed rows: which rows, with which contents, the updates of a run were made from.
 
 A row's entry is a 128-bit xxh3 of its tokens, seeded by row number and length. A step's digest is the sum of its
-rows' entries modulo 2^128: the order does not count, a row taken twice does. The running digest of a run is
-`running * MULTIPLIER + digest`, so steps have an order. All ranks' entries are added with the step's other host
-numbers; the running digest travels in the checkpoint and is never behind or ahead of its weights.
+rows' entries modulo 2^128: their order does not count, a row taken twice does. The running digest of a run is
+`running * MULTIPLIER + digest`, so the order of steps counts. The entries of all ranks are added with the step's other
+host numbers. The running digest is saved in the checkpoint, always for the same step as its weights.
 
-What should have been read is a function of (seed, step): `Expected` reads it again through a reader of its own.
-At a checkpoint up to `CHECKED_STEPS` of the steps since the last one are compared, the first and the last among
-them: a bounded cost, and a fault that lasts is found. Of data behind URLs those are left out whose shards have left the
-node's cache: nothing is fetched twice. `verify_run` recomputes every step of a checkpoint.
+The rows of a step are a function of (seed, step): `Expected` reads them again through a reader of its own. At a
+checkpoint up to `CHECKED_STEPS` of the steps since the last one are compared, the first and the last among them: the
+cost is bounded, and a fault that lasts is found. Steps whose shards have left the node's cache are not compared, so
+that no shard is fetched twice. `verify_run` recomputes every step of a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,27 +30,16 @@ from minilm.orchestrator.stage.data import DataSpec
 
 log = logging.getLogger(__name__)
 
-
 MODULUS = 1 << 128
-
-
 MULTIPLIER = 0xDA942042E4DD58B5_9E3779B97F4A7C15  # odd
-
-
 CHECKED_STEPS = 64
-
-
 MAX_RECENT = 4096  # digests held between two checkpoints; beyond that every other one is forgotten
-
-
 LIMB_BITS = 32
-
-
 NUM_LIMBS = 128 // LIMB_BITS
 
 
 def rows_digest(batch: Batch) -> int:
-    """The sum of a batch's entries, modulo 2^128. Rows of any storage dtype give the same (tokens as int64)."""
+    """The sum of a batch's entries, modulo 2^128. Tokens count as int64, whatever dtype stores them."""
     tokens = batch.input_ids.numpy()
     seq_len = tokens.shape[1]
     lengths = (
@@ -65,7 +54,7 @@ def rows_digest(batch: Batch) -> int:
 
 
 def to_limbs(digest: int) -> list[int]:
-    """A 128-bit number as small integers that can be added over ranks; `from_limbs` takes their sums."""
+    """Splits a 128-bit number into integers of 32 bits that can be added over ranks; `from_limbs` takes the sums."""
     return [digest >> (LIMB_BITS * i) & ((1 << LIMB_BITS) - 1) for i in range(NUM_LIMBS)]
 
 
@@ -74,37 +63,38 @@ def from_limbs(limbs: Sequence[int]) -> int:
 
 
 def advance(running: int, digest: int) -> int:
+    """The running digest after one more step."""
     return (running * MULTIPLIER + digest) % MODULUS
 
 
 @dataclass
 class Ledger:
-    """`running` after `step` steps; `recent`: (step, its digest) of steps since the last checkpoint."""
+    """running: the digest of all steps so far. recent: (step, digest) of the steps since the last checkpoint."""
 
     running: int = 0
     recent: list[tuple[int, int]] = field(default_factory=list)
-    _own: int = 0
+    _digest: int = 0
 
     def take(self, batch: Batch) -> None:
-        """Note a micro-batch that this rank is about to compute."""
-        self._own += rows_digest(batch)
+        """Enter a micro-batch that this rank is about to compute."""
+        self._digest += rows_digest(batch)
 
-    def own(self) -> list[int]:
-        """This rank's part of the step that it has just computed, to be added over ranks; begins the next one."""
-        limbs = to_limbs(self._own % MODULUS)
-        self._own = 0
+    def pop_limbs(self) -> list[int]:
+        """This rank's part of the digest of the step it has just computed; the next step starts at 0."""
+        limbs = to_limbs(self._digest % MODULUS)
+        self._digest = 0
         return limbs
 
     def close_step(self, step: int, limbs: Sequence[int]) -> None:
-        """`limbs`: `own` of all ranks, added."""
+        """Enter a computed step. limbs: `pop_limbs` added over ranks."""
         digest = from_limbs(limbs)
         self.running = advance(self.running, digest)
         self.recent.append((step, digest))
         if len(self.recent) > MAX_RECENT:
             del self.recent[1::2]
 
-    def cut(self) -> list[tuple[int, int]]:
-        """The steps to compare at this checkpoint; the next one begins behind them."""
+    def pop_steps_to_check(self) -> list[tuple[int, int]]:
+        """The (step, digest) to compare at this checkpoint; those of the next checkpoint come after them."""
         recent, self.recent = self.recent, []
         count = min(CHECKED_STEPS, len(recent))
         picked = {round(i * (len(recent) - 1) / max(1, count - 1)) for i in range(count)}
@@ -112,8 +102,10 @@ class Ledger:
 
 
 class Expected:
-    """What the ledger should say, from (seed, step) and the shards as they are on disk now; of data behind URLs, as far
-    as a `first` stream has brought them to the node."""
+    """Computes what the ledger should hold, from (seed, step) and the shards as they are on disk now.
+
+    first: see `open_stream`.
+    """
 
     def __init__(
         self,
@@ -131,25 +123,26 @@ class Expected:
         )
 
     def digest(self, step: int) -> int:
+        """The digest of a step's rows, on all ranks together. Raises `NotCached` as reading does (`open_stream`)."""
         indices = range(self.stream.num_micro_batches)
         return sum(rows_digest(self.stream.micro_batch(step, i)) for i in indices) % MODULUS
 
     def check(self, steps: Sequence[tuple[int, int]]) -> None:
-        """Raise `UserError` for the first of these (step, digest) that is not what should have been read."""
-        left_out = 0
+        """Raises `UserError` at the first of these (step, digest) that differs from the expected one."""
+        num_not_cached = 0
         try:
             for step, digest in steps:
                 try:
                     self._compare(step, digest)
                 except NotCached:
-                    left_out += 1
+                    num_not_cached += 1
         finally:
             release(self.stream)
-        if left_out:
+        if num_not_cached:
             log.info(
                 "rows of %d of %d steps were not compared: their shards have left the cache; "
                 "`minilm data verify-run` compares all",
-                left_out,
+                num_not_cached,
                 len(steps),
             )
 

@@ -1,7 +1,7 @@
-"""The rows of a stage as one worker takes them, and the books kept of them: ledger, masked rows, what the stream did.
+"""Loads the rows of a stage for one worker, and keeps account of them: ledger, masked rows, the stream's counters.
 
-Every rank has a `RowLoader`; what it `tells` is added over ranks with each step and comes back in `close_step`, so
-that the books are the same on all of them. The books travel in the checkpoint (`facts`).
+Every rank has a `RowLoader`. Its `extra_values` are added over ranks with each step and come back in `close_step`, so
+that the account is the same on all ranks. It is saved in the checkpoint (`resume_state`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from minilm.data.read.rows import Batch
 from minilm.data.storage.remote import is_remote
-from minilm.data.stream import share
+from minilm.data.stream import partition
 from minilm.orchestrator.feed.corpora import close, open_stream
 from minilm.orchestrator.feed.ledger import Expected, Ledger
 from minilm.orchestrator.feed.quarantine import QuarantineMask
@@ -25,77 +25,80 @@ LOCAL_COUNTS = COUNTS[:2]
 
 
 class RowLoader:
-    """`stream`: the batches; `expected`: reads them once more to check the ledger, on the main rank only."""
+    """stream: the batches. expected: on rank 0, reads them a second time to check the ledger; None on other ranks."""
 
     def __init__(self, spec: StageSpec, world: World):
         self.spec = spec
         order: dict[str, Any] = {"seed": spec.seed, "batch": spec.batch, "micro_batch": spec.micro_batch}
-        self.masking = QuarantineMask(spec.data)
-        quarantine = self.masking.quarantine
+        self.quarantine_mask = QuarantineMask(spec.data)
+        quarantine = self.quarantine_mask.quarantine
         self.stream = open_stream(spec.data, **order, pin=world.device.type == "cuda", quarantine=quarantine)
         self.expected = (
             Expected(spec.data, **order, quarantine=quarantine, first=self.stream)
             if world.is_rank_zero
             else None
         )
-        self.mine = share(self.stream.num_micro_batches, world.rank, world.size)
+        self.mine = partition(self.stream.num_micro_batches, world.rank, world.size)
         self.ledger = Ledger()
         self.counts = [0] * len(COUNTS)
         self.batches: Generator[Batch, None, None] | None = None
 
-    def begin(self, first: int, facts: Mapping[str, Any]) -> None:
-        """Read ahead from step `first` on, with the books of the checkpoint there (`facts`; empty at the start)."""
-        if facts:
-            self.ledger.running = int(facts["digest"], 16)
-        self.masking.restore(first, facts)
+    def begin(self, first: int, state: Mapping[str, Any]) -> None:
+        """Read ahead from step `first` on. state: the checkpoint's `resume_state`; empty if the stage starts."""
+        if state:
+            self.ledger.running = int(state["digest"], 16)
+        self.quarantine_mask.restore(first, state)
         self.batches = self.stream.iterate(first, self.spec.steps, self.mine)
 
     def rows_of_step(self, waiting: Callable[[], AbstractContextManager[None]]) -> Iterator[MicroBatch]:
-        """This worker's micro-batches of the next step, noted; `waiting()` is entered while rows are waited for."""
+        """This worker's micro-batches of the next step, entered in the ledger. `waiting()` wraps the wait for rows."""
         assert self.batches is not None, "begin comes first"
         for index in self.mine:
             with waiting():
                 batch = next(self.batches)
             self.ledger.take(batch)
-            self.masking.take(batch)
+            self.quarantine_mask.take(batch)
             yield index, batch.input_ids, batch.mask
 
-    def tell(self) -> list[int]:
-        """Of the step that this rank has taken: masked rows, what the stream did so far, the digest of all rows."""
+    def extra_values(self) -> list[int]:
+        """This rank's part of the account of the step it has just computed: masked rows, the stream's counters since it
+        was opened, the digest of the step's rows."""
         done = self.stream.counters
         counts = [done.rows, done.row_bytes, done.cache_hits, done.fetched_bytes, done.retries]
-        return [self.masking.own(), *counts, *self.ledger.own()]
+        return [self.quarantine_mask.pop_count(), *counts, *self.ledger.pop_limbs()]
 
-    def close_step(self, step: int, told: Sequence[int]) -> None:
-        """`told`: `tell` of all ranks, added."""
-        masked, *rest = told
-        self.masking.rows += masked
+    def close_step(self, step: int, sums: Sequence[int]) -> None:
+        """Enter a computed step. sums: `extra_values` added over ranks."""
+        masked, *rest = sums
+        self.quarantine_mask.rows += masked
         self.counts, limbs = rest[: len(COUNTS)], rest[len(COUNTS) :]
         self.ledger.close_step(step, limbs)
 
-    def facts(self) -> dict[str, Any]:
-        """For the checkpoint: all that `ledger.verify_run` needs to tell what the run should have read."""
+    def resume_state(self) -> dict[str, Any]:
+        """The account in a checkpoint, with all that `verify_run` needs to compute what the run should have read."""
         return {
             "digest": f"{self.ledger.running:032x}",
             "seed": self.spec.seed,
             "batch": self.spec.batch,
             "data": self.spec.data.to_values(),
-            **self.masking.facts(),
+            **self.quarantine_mask.resume_state(),
         }
 
     def metrics(self) -> dict[str, float]:
-        """What the streams of all workers did since they began, read ahead included."""
+        """The counters of all workers' streams since they were opened, rows read ahead included."""
         remote = any(is_remote(corpus.place) for corpus in self.spec.data.corpora)
         shown = dict(zip(COUNTS, self.counts, strict=True))
         metrics = {f"data/{name}": float(shown[name]) for name in (COUNTS if remote else LOCAL_COUNTS)}
-        return metrics | ({"data/quarantined_rows": self.masking.rows} if self.masking.quarantine else {})
+        if self.quarantine_mask.quarantine:
+            metrics["data/quarantined_rows"] = self.quarantine_mask.rows
+        return metrics
 
     def stop(self) -> None:
-        """Read ahead no more."""
+        """Stop reading ahead."""
         if self.batches is not None:
             self.batches.close()
 
     def close(self) -> None:
-        """Leave no thread running and no cached shard held."""
+        """Stop reading ahead, end the threads that fetch shards and release the cached shards."""
         self.stop()
         close(self.stream.corpora)

@@ -1,7 +1,7 @@
-"""The quarantined blocks as the loop sees them: which are left out since which step, and how many rows that was.
+"""The quarantined blocks in the loop: which blocks are masked since which step, and how many rows that were.
 
-The list is a constant of an attempt (data.quarantine). It may be longer in the next one, so a checkpoint carries the
-history of lists: with it, `minilm data verify-run` can tell what every step should have been made from.
+The list of blocks (`data.read.quarantine`) stays the same during an attempt and may be longer in the next one. A
+checkpoint therefore has the history of lists; with it, `minilm data verify-run` computes the rows of every step.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from minilm.orchestrator.stage.data import DataSpec
 
 
 class QuarantineMask:
-    """`quarantine`: None where damage stops the run. `rows`: masked rows in all steps so far, of all workers."""
+    """quarantine: None if damage stops the run. rows: the masked rows of all steps so far, on all workers."""
 
     def __init__(self, data: DataSpec):
         self.data = data
         self.quarantine = load_quarantine(data)
         self.history: list[tuple[int, Blocks]] = []
         self.rows = 0
-        self._own = 0
+        self._count = 0
 
     @property
     def digest(self) -> int:
         return self.quarantine.digest if self.quarantine else 0
 
-    def check_main(self, digest: int) -> None:
-        """Raises `QuarantineGrew` when the main rank has read another list, because it was being written just then."""
+    def check_rank_zero(self, digest: int) -> None:
+        """Raises `QuarantineGrew` if rank 0 has read another list (of `digest`), which was just being written."""
         if digest != self.digest:
             raise QuarantineGrew(
                 "the list of quarantined blocks grew while the workers started: they start again"
             )
 
-    def restore(self, step: int, facts: Mapping[str, Any]) -> None:
-        """Go on at `step` from what a checkpoint holds (`facts`)."""
-        self.rows = int(facts.get("masked_rows", 0))
-        self.history = [(first, blocks) for first, blocks in facts.get("quarantine", [])]
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Resume at `step` from `state`, the `resume_state` of a checkpoint."""
+        self.rows = int(state.get("masked_rows", 0))
+        self.history = [(first, blocks) for first, blocks in state.get("quarantine", [])]
         blocks = self.quarantine.blocks if self.quarantine else {}
         if blocks != (self.history[-1][1] if self.history else {}):
             self.history.append((step, blocks))
 
-    def facts(self) -> dict[str, Any]:
-        """For the checkpoint."""
+    def resume_state(self) -> dict[str, Any]:
+        """The count and the history of lists, in a checkpoint."""
         return {"masked_rows": self.rows, "quarantine": list(self.history)}
 
     def take(self, batch: Batch) -> None:
-        """Note a micro-batch that this rank is about to compute."""
+        """Count the masked rows of a micro-batch that this rank is about to compute."""
         if self.quarantine and batch.mask is not None:
-            self._own += int((~batch.mask.any(dim=1)).sum())
+            self._count += int((~batch.mask.any(dim=1)).sum())
 
-    def own(self) -> int:
-        """This rank's masked rows of the step that it has just computed; begins the next one."""
-        own, self._own = self._own, 0
-        return own
+    def pop_count(self) -> int:
+        """This rank's masked rows of the step it has just computed; the next step starts at 0."""
+        count, self._count = self._count, 0
+        return count
 
     def grew(self) -> bool:
-        """Has a worker written damage down since this attempt began? Then its end is nobody's failure."""
+        """True if a worker has added damaged blocks since this attempt began, which is no failure of the attempt."""
         now = load_quarantine(self.data)
         return now is not None and now.digest != self.digest

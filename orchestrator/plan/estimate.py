@@ -9,42 +9,52 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedConfig
 
 from minilm.data.format.manifest import load_manifest
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters
 from minilm.model.encoder.families import FAMILIES
-from minilm.model.encoder.shape import shape_of, tapped_layer
+from minilm.model.encoder.shape import load_config, shape_of, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
-from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
-from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.plan.cost import Body, Work
-from minilm.orchestrator.recipe.references import FolderRef, HubRef, StudentRef
-from minilm.orchestrator.recipe.schema import Recipe, Stage
+from minilm.orchestrator.recipe.references import FolderRef, HubRef, parse_reference
+from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, resolve_stages
 
 
 def works(recipe: Recipe, seq_len: int | None) -> list[Work]:
     """A `Work` for each stage. Raises `UserError` where a teacher's config or the length of rows is not here."""
     length = seq_len or row_length(recipe)
+    stages, problems = resolve_stages(recipe, config_source)
+    if problems or (problems := check_data(stages, length, None)):
+        raise RecipeErrors(problems)
     configs: dict[str, PreTrainedConfig] = {}
-    found = []
-    for stage in recipe.stages:
-        config = teacher_config(stage, configs)
-        if length > (most := shape_of(config).max_tokens):
-            raise UserError(
-                f"stage {stage.name}: rows are {length} tokens long, the teacher takes at most {most}; "
-                f"give a smaller seq_len"
-            )
-        found.append(work_of(stage, recipe, config, length, configs))
-    return found
+    return [work_of(resolved, recipe, length, configs) for resolved in stages]
+
+
+def config_source(reference: str) -> str:
+    """Where the config of a teacher can be read: its folder, or a hub id. Raises `UserError` without."""
+    match parse_reference(reference):
+        case HubRef(hub_id):
+            return hub_id
+        case FolderRef(path) if (path / "config.json").exists():
+            return str(path)
+        case FolderRef(path):
+            reason = f"{path} is not here, or has no config.json"
+        case _:
+            reason = f"{reference} is in a registry; `minilm pull` it"
+    raise UserError(f"{reason}; give the teacher's folder: --set stages.NAME.teacher=FOLDER")
 
 
 def work_of(
-    stage: Stage, recipe: Recipe, config: PreTrainedConfig, seq_len: int, configs: dict[str, PreTrainedConfig]
+    resolved: ResolvedStage, recipe: Recipe, seq_len: int, configs: dict[str, PreTrainedConfig]
 ) -> Work:
-    """`config`: the teacher's; the students' are added to `configs`."""
+    """`configs`: of the students so far; this stage's are added."""
+    stage = resolved.stage
+    config = load_config(resolved.source) if resolved.source else configs[stage.teacher]
     objective, compute = Objective.named(**stage.objective_fields()), recipe.compute
     kind = AutoModelForMaskedLM if objective.needs_head else AutoModel
     with torch.device("meta"):
@@ -76,7 +86,7 @@ def work_of(
         batch=stage.batch,
         micro_batch=stage.micro_batch,
         steps=stage.steps,
-        exact=compute.reduction == "exact",
+        exact=compute.gradient_sum == "exact",
         keep=compute.keep_checkpoints,
         keep_every=compute.keep_every_steps,
         activation_bytes=2 if compute.precision == "bfloat16" else 4,
@@ -97,37 +107,6 @@ def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter]) -> Body:
         hidden=config.hidden_size,
         ffn=shape_of(config).ffn,
     )
-
-
-def teacher_config(stage: Stage, configs: dict[str, PreTrainedConfig]) -> PreTrainedConfig:
-    match stage.teacher_ref:
-        case StudentRef(name):
-            return configs[name]
-        case FolderRef(path):
-            if not (path / "config.json").exists():
-                raise UserError(
-                    f"stage {stage.name}: teacher {path} is not here, or has no config.json; "
-                    f"give a folder: --set stages.{stage.name}.teacher=FOLDER"
-                )
-            source = str(path)
-        case HubRef(hub_id):
-            source = hub_id
-        case _:
-            raise UserError(
-                f"stage {stage.name}: teacher {stage.teacher} is in a registry; `minilm pull` it and give the folder: "
-                f"--set stages.{stage.name}.teacher=FOLDER"
-            )
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"stage {stage.name}: no config of teacher {stage.teacher} here ({reason}); "
-            f"give a folder: --set stages.{stage.name}.teacher=FOLDER"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ModelError(f"architecture {config.model_type!r} has no tap; these have: {', '.join(FAMILIES)}")
-    return config
 
 
 def row_length(recipe: Recipe) -> int:

@@ -13,7 +13,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.references import check_form
 from minilm.orchestrator.stage.folder import CHECKPOINT_SCHEMES
 
-URL_SCHEMES = ("s3", "gs", "https", "http", "file")  # data.remote reads from these, a test says
+URL_SCHEMES = ("s3", "gs", "https", "http", "file")  # the data layer reads from these, a test says
 
 
 def _not_bool(value: Any) -> Any:

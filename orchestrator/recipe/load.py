@@ -5,7 +5,7 @@
 Files that a recipe names need not exist to load it (a recipe is often checked on another machine than
 it runs on): `missing_inputs` lists those. Importing this loads neither torch nor Ray nor MLflow.
 
-Invariant: a Recipe that was returned satisfies every rule of recipe_types and recipe_checks.
+Invariant: a Recipe that was returned satisfies every rule of `schema` and `rules`.
 """
 
 import os
@@ -62,7 +62,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     as_written = _anchor_paths(source)
     problems: list[Problem] = []
     try:
-        recipe = Recipe.model_validate(source.values)
+        recipe = Recipe.model_validate(source.values, context=as_written)
         problems += check_across(dict(enumerate(recipe.stages)), recipe.compute)
     except ValidationError as error:
         problems += [
@@ -73,8 +73,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problems += _check_sound_parts(source.values)
     if problems:
         raise RecipeErrors(_in_file_order(source, problems))
-    for section in (recipe.data, *(recipe.data.corpora or ()), *recipe.stages):
-        section._as_written.update(as_written)
     return recipe
 
 

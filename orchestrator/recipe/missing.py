@@ -3,8 +3,7 @@
 import glob
 from pathlib import Path
 
-from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.recipe.references import FolderRef, package_path, parse_reference
+from minilm.orchestrator.recipe.references import FolderRef, absent_package, parse_reference
 from minilm.orchestrator.recipe.schema import (
     Corpus,
     Data,
@@ -22,7 +21,7 @@ def missing_inputs(recipe: Recipe) -> list[str]:
     for corpus in data.corpora or ():
         notes += _missing_corpus(corpus, data)
     for pattern in data.text or ():
-        if absent := _absent_package(pattern):
+        if absent := absent_package(pattern):
             notes.append(f"data.text: {absent}, or give yours: --set data.text=FILES")
         elif not Path(pattern).exists() and not glob.glob(pattern, recursive=True):  # noqa: PTH207 (absolute)
             what = "no such file, or none that matches"
@@ -35,7 +34,7 @@ def missing_inputs(recipe: Recipe) -> list[str]:
     ]
     references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
     for key, text in references:
-        if absent := _absent_package(text):
+        if absent := absent_package(text):
             notes.append(f"{key}: {absent}, or give another{_override(key)}")
             continue
         reference = parse_reference(text, recipe.student_names)
@@ -67,13 +66,3 @@ def _missing_corpus(corpus: Corpus, data: Data) -> list[str]:
         for file in files
         if not Path(file).is_file()
     ]
-
-
-def _absent_package(text: str) -> str | None:
-    """What is wrong with `text` if it names a package that is not installed."""
-    try:
-        if text.startswith("package:"):
-            package_path(text)
-    except UserError as error:
-        return str(error)
-    return None

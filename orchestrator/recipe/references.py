@@ -113,6 +113,16 @@ def package_path(text: str) -> Path:
     return next((path for path in paths if path.exists()), paths[0])
 
 
+def absent_package(text: str) -> str | None:
+    """What is wrong with `text` if it names a package that is not installed."""
+    try:
+        if text.startswith("package:"):
+            package_path(text)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _split_package(text: str) -> tuple[str, str]:
     match = _PACKAGE.fullmatch(text)
     inside = (match["inside"] or "") if match else ""

@@ -6,6 +6,7 @@ them.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -100,11 +101,17 @@ def _numbers(at: KeyPath, stage: Stage, compute: Compute | None) -> Iterator[Pro
 def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> Iterator[Problem]:
     heads = student.heads or teacher.heads
     if heads and student.hidden % heads:
-        nearest = max(heads, heads * round(student.hidden / heads))
         key = "heads" if student.heads else "hidden"
         given = student.heads or student.hidden
         what = f"given {given}; allowed: heads that divide hidden ({student.hidden} / {heads} is not whole)"
-        yield (*path, key), f"{what}; hidden: {nearest} would do"
+        if student.heads and student.heads != teacher.heads:
+            divisors = [n for n in range(1, student.hidden + 1) if student.hidden % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - heads))
+            fits = f"heads: {teacher.heads if teacher.heads in divisors else nearest}"
+        else:
+            unit = math.lcm(heads, stage.relation_heads or 1)
+            fits = f"hidden: {max(unit, unit * round(student.hidden / unit))}"
+        yield (*path, key), f"{what}; {fits} would do"
     if stage.relation_heads is not None:
         for whose, hidden in (("the teacher's", teacher.hidden), (f"{student.name}'s", student.hidden)):
             if hidden is not None and hidden % stage.relation_heads:
@@ -156,10 +163,15 @@ def _meaning(path: tuple[int | str, ...]) -> str:
     return f" ({' '.join(known.description.split()).rstrip('.')})" if known and known.description else ""
 
 
+RENAMED = {("compute", "reduction"): "gradient_sum"}  # (section, key of before): key
+
+
 def _unknown_key(path: tuple[int | str, ...]) -> str:
     above = [key for key in path[:-1] if isinstance(key, str)]
     here = above[-1] if above else ""
     key, allowed = str(path[-1]), list(SECTIONS[here].model_fields)
+    if new := RENAMED.get((here, key)):
+        return f"this key is called {new} now, with the same values; rename it"
     if here == "stages":
         allowed.insert(allowed.index("students"), "student")
     if here == "data":

@@ -1,12 +1,13 @@
 """The types of a recipe: every key that may stand in the YAML, its default and its bounds.
 
 This file is the reference for recipe authors: recipes/schema.json is made from it, descriptions
-included. It leaves out how a file is read (recipe_source.py) and rules that span keys
-(recipe_checks.py).
+included. It leaves out how a file is read (yaml_source.py) and rules that span keys
+(rules.py).
 
 Invariant: unknown keys are refused, and everything is frozen once read.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -53,7 +54,11 @@ else:
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    _as_written: dict[str, str] = PrivateAttr(default_factory=dict)  # absolute path → as the file has it
+    _as_written: Mapping[str, str] = PrivateAttr(default_factory=dict)  # absolute path → as the file has it
+
+    def model_post_init(self, context: Mapping[str, str] | None) -> None:
+        if context:
+            self._as_written = context
 
 
 class Corpus(_Section):
@@ -276,8 +281,6 @@ class Stage(_Section):
     held_out_rows: Count = 256
     """Held-out rows that a measurement reads at most."""
 
-    _earlier_students: tuple[str, ...] = PrivateAttr(default=())
-
     @model_validator(mode="before")
     @classmethod
     def _student_is_short_for_students(cls, given: Any) -> Any:
@@ -289,14 +292,6 @@ class Stage(_Section):
         if isinstance(student, dict) and "name" in given:
             student = {"name": given["name"], **student}
         return rest | {"students": [student]}
-
-    @property
-    def teacher_ref(self) -> Reference:
-        """A StudentRef where the teacher is a student of an earlier stage.
-
-        Raises UserError when a package that the reference names is not installed.
-        """
-        return parse_reference(self.teacher, self._earlier_students)
 
     def objective_fields(self) -> dict[str, Any]:
         """The objective as plain values, for `Objective.named`."""
@@ -346,7 +341,7 @@ class Compute(_Section):
     credentials come from the environment. Default: the work directory."""
     keep_every_steps: Count | None = None
     """A checkpoint of every so many steps is made, and kept for good; default: none."""
-    reduction: Literal["exact", "fast"] = "exact"
+    gradient_sum: Literal["exact", "fast"] = "exact"
     """How gradients are added. exact: as 64-bit integers, so that any number of workers gives the same
     bits; fast: in float32, with less memory."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -386,33 +381,34 @@ class Recipe(_Section):
     data: Data
     compute: Compute = Field(default_factory=Compute)
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
-    """In order; a stage's student may teacher_forward a later stage."""
+    """In order; a stage's student may teach a later stage."""
     tracking: Tracking
 
     @model_validator(mode="before")
     @classmethod
     def _experiment_defaults_to_name(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        tracking = given.get("tracking") if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(tracking, dict | None):
             return given
-        tracking = given.get("tracking")
-        if not isinstance(tracking, dict | None):
-            return given
-        return given | {"tracking": {"experiment": given["name"], **(tracking or {})}}
+        experiment = str(given.get("name") or "unnamed")  # a name that is wrong is complained about by itself
+        return given | {"tracking": {"experiment": experiment, **(tracking or {})}}
 
     @field_validator("stages")
     @classmethod
-    def _tell_stages_of_the_recipe(cls, given: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
-        """Each stage gets its micro-batch (`compute` is read before) and the students it may name."""
+    def _fill_in_micro_batches(cls, given: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
+        """Fill in the stages' micro-batches, since `compute` is read before."""
         compute: Compute | None = info.data.get("compute")
-        stages: list[Stage] = []
-        names: tuple[str, ...] = ()
-        for stage in given:
-            if stage.micro_batch is None and compute is not None:
-                stage = stage.model_copy(update={"micro_batch": compute.micro_batch})
-            stage._earlier_students = names
-            stages.append(stage)
-            names += tuple(student.name for student in stage.students)
-        return tuple(stages)
+        if compute is None:
+            return given
+        size = {"micro_batch": compute.micro_batch}
+        return tuple(s.model_copy(update=size) if s.micro_batch is None else s for s in given)
+
+    def teacher_ref(self, stage: Stage) -> Reference:
+        """A StudentRef where the teacher is a student of an earlier stage.
+
+        Raises UserError when a package that the reference names is not installed.
+        """
+        return parse_reference(stage.teacher, self.student_names)
 
     @property
     def student_names(self) -> tuple[str, ...]:

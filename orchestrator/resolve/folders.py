@@ -12,11 +12,13 @@ from minilm.orchestrator.recipe.references import (
     Reference,
     RegistryRef,
     StudentRef,
+    absent_package,
     package_path,
     parse_reference,
 )
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.stage.folder import RunFolder
+from minilm.orchestrator.system.text import one_line
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -25,12 +27,7 @@ def model_folder(ref: Reference, recipe: Recipe, workdir: RunFolder) -> Path:
     """The folder of a teacher or tokenizer. Raises `UserError` when it can't be had."""
     match ref:
         case FolderRef(path):
-            if not (path / "config.json").exists() and not (path / "tokenizer.json").exists():
-                raise UserError(
-                    f"{path} is not a model folder (no config.json in it); give a transformers folder, a hub id, "
-                    f"models:/NAME@ALIAS, package:NAME/PATH or an earlier student's name"
-                )
-            return path.resolve()
+            return _checked(path)
         case StudentRef(name):
             stage = next(s for s in recipe.stages if any(student.name == name for student in s.students))
             return workdir.stage(stage.name).student(name).resolve()
@@ -51,6 +48,24 @@ def model_folder(ref: Reference, recipe: Recipe, workdir: RunFolder) -> Path:
                 ) from error
         case HubRef(hub_id):
             return download(hub_id, workdir.teachers)
+
+
+def folder_here(text: str) -> str | None:
+    """The folder of the teacher or tokenizer that `text` refers to, where it is on this machine; None for one that a
+    run would fetch, or that is missing. Raises `UserError` for a folder that holds no model."""
+    if absent_package(text):
+        return None
+    ref = parse_reference(text)
+    return str(_checked(ref.path)) if isinstance(ref, FolderRef) and ref.path.is_dir() else None
+
+
+def _checked(path: Path) -> Path:
+    if not (path / "config.json").exists() and not (path / "tokenizer.json").exists():
+        raise UserError(
+            f"{path} is not a model folder (no config.json in it); give a transformers folder, a hub id, "
+            f"models:/NAME@ALIAS, package:NAME/PATH or an earlier student's name"
+        )
+    return path.resolve()
 
 
 def text_inputs(patterns: Sequence[str]) -> list[str | Path]:
@@ -92,11 +107,11 @@ def download(hub_id: str, teachers: Path) -> Path:
         HFValidationError,
         OSError,
     ) as error:
-        problem = " ".join(str(error).split()) or type(error).__name__
+        problem = one_line(error)
     except Exception as error:  # the hub's HTTP client has exceptions of its own for a lost connection
         if "http" not in type(error).__module__:
             raise
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        problem = f"{type(error).__name__}: {one_line(error)}"
     if not problem and not ((part / "config.json").exists() and any(part.glob("*.safetensors"))):
         problem = "it has no config.json with a model.safetensors"
     if problem:

@@ -3,14 +3,15 @@
 A `StageSpec` is made from the recipe by `curriculum`, travels to the workers as JSON and is kept beside the
 stage's output, so that `python -m minilm.orchestrator.worker STAGE.json` (also under torchrun) repeats what Ray
 started.
-Invariant: `digest` covers all that determines the weights but for rounding (workers, threads, `reduction`) and for
+Invariant: `digest` covers all that determines the weights but for rounding (workers, threads, `gradient_sum`) and for
 what happens after a number that is not finite, so that either may change between two attempts.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from minilm.orchestrator.stage.data import DataSpec
@@ -27,6 +28,75 @@ class StudentSpec:
     ffn: int
     dropout: float
     init: str
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW, as in the recipe's stage."""
+
+    adam_betas: tuple[float, float]
+    adam_eps: float
+    weight_decay: float
+    max_gradient_norm: float | None
+
+
+@dataclass(frozen=True)
+class LearningRateSpec:
+    """The learning rate by step, as in the recipe's stage."""
+
+    peak_lr: float
+    warmup_steps: int
+    schedule: str
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """When checkpoints are made and which ones stay, as in the recipe's `compute`."""
+
+    checkpoint_every_steps: int | None
+    checkpoint_every_seconds: float
+    keep_checkpoints: int
+    keep_every_steps: int | None
+
+
+@dataclass(frozen=True)
+class MeasuringSpec:
+    """What is measured on held-out rows, and logged, and how often: keys of the recipe's stage and `tracking`."""
+
+    eval_every: int | None
+    held_out_rows: int
+    log_every: int
+    per_head: bool
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """Where and how a worker computes, as in the recipe's `compute`."""
+
+    device: str
+    precision: str
+    threads: int | None
+    gradient_sum: str
+    on_nonfinite: str
+    max_skipped_steps: int
+    stall_seconds: float
+
+
+GROUPS: dict[str, type[Any]] = {
+    "optimizer": OptimizerSpec,
+    "learning_rate": LearningRateSpec,
+    "checkpoint_policy": CheckpointPolicy,
+    "measuring": MeasuringSpec,
+    "runtime": RuntimeSpec,
+}
+
+
+def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups of a `StageSpec` by name, from the values of a recipe's sections by key; other keys are left out."""
+    return {
+        name: kind(**{field.name: values[field.name] for field in fields(kind)})
+        for name, kind in GROUPS.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -51,29 +121,12 @@ class StageSpec:
     batch: int
     micro_batch: int
     steps: int
-    peak_lr: float
-    warmup_steps: int
-    schedule: str
-    adam_betas: tuple[float, float]
-    adam_eps: float
-    weight_decay: float
-    max_gradient_norm: float | None
-    eval_every: int | None
-    held_out_rows: int
-    log_every: int
-    per_head: bool
-    device: str
-    precision: str
-    threads: int | None
-    checkpoint_every_steps: int | None
-    checkpoint_every_seconds: float
-    keep_checkpoints: int
-    keep_every_steps: int | None
+    optimizer: OptimizerSpec
+    learning_rate: LearningRateSpec
+    checkpoint_policy: CheckpointPolicy
+    measuring: MeasuringSpec
+    runtime: RuntimeSpec
     checkpoints: str | None
-    reduction: str
-    on_nonfinite: str
-    max_skipped_steps: int
-    stall_seconds: float
     digest: str
     attempt: str = "inline"
     lease: str = ""
@@ -86,5 +139,8 @@ class StageSpec:
         values = json.loads(text)
         values["data"] = DataSpec.from_values(values["data"])
         values["students"] = tuple(StudentSpec(**s) for s in values["students"])
-        values["adam_betas"] = tuple(values["adam_betas"])
+        for name, kind in GROUPS.items():
+            values[name] = kind(**values[name])
+        betas = tuple(values["optimizer"].adam_betas)  # a list in JSON
+        values["optimizer"] = replace(values["optimizer"], adam_betas=betas)
         return cls(**values)

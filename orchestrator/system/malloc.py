@@ -1,8 +1,8 @@
-"""Settings of glibc's memory allocator for a process that trains: keep what PyTorch frees, as each step needs it again.
+"""Settings of glibc's memory allocator for a process that trains: keep the memory that PyTorch frees.
 
-Else large blocks go back to the kernel, and page faults get them again at the next step: 30,000 of them in a main
-thread, 9,000 in another, which has an arena of its own. Keeping them takes 5 to 7 % off a step on two cores
-(docs/benchmarks.md, 2026-11-23). Without glibc nothing changes.
+Each step needs it again. By default large blocks go back to the kernel and return by page faults at the next step:
+30,000 of them in the main thread, 9,000 in another one, which has an arena of its own. Keeping them takes 5 to 7 % off
+a step on two cores (docs/benchmarks.md, 2026-11-23). Without glibc nothing changes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SETTINGS = {  # name in the environment: (number in malloc.h, value)
 
 
 def malloc_environment() -> dict[str, str]:
-    """For a process that is started with it; what this process' own environment says goes before."""
+    """The settings for the environment of a process to be started; those of this process' environment come first."""
     return {name: os.environ.get(name, str(value)) for name, (_, value) in SETTINGS.items()}
 
 
 def keep_freed_memory() -> None:
-    """The same for this process; before it starts threads, which else have arenas already."""
+    """Apply the settings to this process. Call it before threads start, because each of them gets an arena then."""
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         for name, (number, value) in SETTINGS.items():

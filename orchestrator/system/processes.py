@@ -1,7 +1,7 @@
-"""A process that another one, perhaps on another machine, can name without mistaking it for a later one.
+"""Processes as values that name one for good, on any machine, and how to end them.
 
-Process numbers are given again and mean something on one machine only, so a `Process` carries what tells them apart.
-Reads /proc, so it is for Linux.
+The system gives process numbers out again, and they mean something on one machine only; a `Process` therefore carries
+its machine and its start time too. Linux only, because it reads /proc.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-END_SECONDS = 10  # of the kernel, to take the memory of a killed process
+END_SECONDS = 10  # what the kernel may need to free the memory of a killed process
 
 
 @dataclass(frozen=True)
 class Process:
-    """machine: equal only where process numbers mean the same. started: in clock ticks since the machine's boot."""
+    """machine: see `this_machine`. started: in clock ticks since that machine's boot."""
 
     host: str
     machine: str
@@ -36,21 +36,21 @@ class Process:
 
     @property
     def is_here(self) -> bool:
-        """Is it one of this machine, where `is_gone` and `kill` can be asked for?"""
+        """Does it run on this machine? Only then do `is_gone` and `kill` mean anything."""
         return self.machine == this_machine()
 
     def is_gone(self) -> bool:
-        """Has it ended, though its number may be another's now?"""
+        """Has it ended? Its number may belong to another process by now."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # another user's, of whom /proc may tell nothing
+        except PermissionError:  # another user's process, which /proc may hide
             return started(self.pid) not in (None, self.started)
         return started(self.pid) != self.started
 
     def kill(self) -> bool:
-        """SIGKILL, which ends a stopped process too. False when it has ended before."""
+        """Send SIGKILL, which ends a stopped process too. False when it has already ended."""
         if not self.is_here or self.is_gone():
             return False
         with suppress(ProcessLookupError):
@@ -59,7 +59,10 @@ class Process:
 
 
 def this_machine() -> str:
-    """One boot of one kernel and one namespace of process numbers; containers on a host differ in the latter."""
+    """A text that is equal only where process numbers mean the same: one boot of one kernel, one PID namespace.
+
+    Containers on a host differ in the latter.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
 
@@ -71,7 +74,7 @@ def started(pid: int) -> int | None:
 
 
 def status(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name, from the state on; none when the process has ended."""
+    """The fields of /proc/PID/stat after the name, beginning with the state; none when the process has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")  # any bytes are a name
     except (FileNotFoundError, ProcessLookupError):
@@ -81,7 +84,7 @@ def status(pid: int) -> list[str]:
 
 
 def family(root: int) -> dict[int, list[str]]:
-    """Process `root`, its children, theirs and so on, each with its `status`; those that have ended are left out."""
+    """Process `root` and its descendants by number, each with its `status`; those that have ended are left out."""
     numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
     everyone = {pid: fields for pid in numbers if (fields := status(pid))}
     found = {root}
@@ -91,7 +94,7 @@ def family(root: int) -> dict[int, list[str]]:
 
 
 def descendants(root: int | None = None) -> list[Process]:
-    """Of process `root` of this machine (default: this one)."""
+    """The descendants of process `root` of this machine (default: of this process)."""
     here = Process.this()
     root = here.pid if root is None else root
     below = family(root).items()
@@ -99,7 +102,7 @@ def descendants(root: int | None = None) -> list[Process]:
 
 
 def end_all(processes: Iterable[Process]) -> None:
-    """SIGKILL them and wait until they are gone: till then they have their files open and their ports."""
+    """Kill `processes` and wait until they are gone, because until then they keep files and ports open."""
     killed = [process for process in processes if process.kill()]
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline and not all(process.is_gone() for process in killed):
@@ -107,6 +110,7 @@ def end_all(processes: Iterable[Process]) -> None:
 
 
 def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
+    """Send a signal to each of `pids` that still exists."""
     for pid in pids:
-        with suppress(ProcessLookupError):  # it has just ended
+        with suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -25,7 +25,7 @@ class StopRequest:
         return self
 
     def install(self) -> None:
-        """(Re-)install the handlers; called again after something else has replaced them."""
+        """Install the handlers, again where something else has replaced them."""
         for number in (signal.SIGINT, signal.SIGTERM):
             previous = signal.signal(number, self._handle)
             self._previous.setdefault(number, previous)
@@ -39,5 +39,5 @@ class StopRequest:
             os._exit(HARD_EXIT)
         self.requested = True
         text = f"\n{signal.Signals(number).name}: stopping at the next step boundary (again: at once)\n"
-        with suppress(OSError):  # the terminal, or the `tee` behind a pipe, may be gone
+        with suppress(OSError):  # the terminal, or a pipe's reader, may be gone
             os.write(2, text.encode())

@@ -1,4 +1,4 @@
-"""A timer that says when something is due again."""
+"""A timer for what is done every so many seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class Timer:
-    """True at most once in so many seconds; begins to count when it is made."""
+    """`timer()` is True when `seconds` have passed since it was last so, or since it was made (`at_once`: at once)."""
 
     def __init__(self, seconds: float, *, at_once: bool = False):
         self.seconds = seconds

@@ -1,4 +1,4 @@
-"""What a run was made from, as text: recipe values, package versions, git commit. No MLflow."""
+"""What a run was made from, as text: recipe values, package versions, the git commit. Knows no MLflow."""
 
 import contextlib
 import functools
@@ -37,13 +37,13 @@ def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def package_tags() -> dict[str, str]:
-    """ "version.torch" and so on: what computed this run."""
+    """The versions of Python and of `PACKAGES`, named "version.torch" and so on."""
     tags = {"version.python": platform.python_version()}
     return tags | {f"version.{package}": version for package, version in versions(PACKAGES).items()}
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed: a checkout runs without being."""
+    """Version by package, without packages that are not installed (ours need not be, in a checkout)."""
     found = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -52,7 +52,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """The commit of the checkout this code runs from, "+changes" if it has any; None if it is no checkout."""
+    """The commit of the checkout that this code runs from, "+changes" if it has any; None outside a checkout."""
     folder = folder or Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -61,7 +61,7 @@ def git_commit(folder: Path | None = None) -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
-            return None  # installed into somebody else's checkout
+            return None  # installed inside another project's checkout
         changes = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
@@ -70,7 +70,7 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """This project's version and commit, and the packages that compute: kept in every checkpoint."""
+    """The versions of this project, its commit and the packages that compute; kept in every checkpoint."""
     code = versions((OURS, "torch", "transformers"))
     commit = git_commit()
     return code | ({"commit": commit} if commit else {})

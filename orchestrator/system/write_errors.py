@@ -1,28 +1,27 @@
-"""What it means when storage refuses a write, for a worker: full, not to be written, or an error of somebody else.
+"""What it means for a worker when storage refuses a write: does it end the run, or may another attempt succeed?
 
-A supervisor starts a worker again whatever it died of. A disk that is full, read-only or another user's would refuse
-the same write again, so these errors end the run (`reporting`); errors of reading may pass, and do not.
+A supervisor restarts a worker whatever it died of. A disk that is full, read-only or another user's would refuse the
+same write again, so these errors end the run (`worker.error_file`). Errors of reading may pass, and do not end it.
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from minilm.data.errors import DataError
+from minilm.data.format.files import NO_SPACE
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import InfrastructureError, UserError
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def writing(folder: Path | str) -> Iterator[None]:
-    """Around our own writes below `folder`: what the storage refuses would be refused again, so it ends the run.
+    """Wraps our own writes below `folder`, so that what the storage refuses ends the run.
 
-    Raises `InfrastructureError` for an `OSError` with a number. A full disk's is left as it is (`is_final`).
+    Raises `InfrastructureError` for an `OSError` with a number, except a full disk's, which passes as it is
+    (`is_final`).
     """
     try:
         yield
@@ -37,6 +36,6 @@ def writing(folder: Path | str) -> Iterator[None]:
 
 
 def is_final(error: BaseException) -> bool:
-    """Is this an error that names its cause and that a supervisor need not try again?"""
+    """Does the error name its cause, so that a supervisor need not try again?"""
     full = isinstance(error, OSError) and error.errno in NO_SPACE
     return full or isinstance(error, UserError | DataError | ModelError)

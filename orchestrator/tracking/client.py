@@ -7,7 +7,6 @@ itself (no autolog).
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +26,7 @@ from mlflow import MlflowClient  # noqa: E402  (after its switches)
 from mlflow.exceptions import MlflowException  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
+from minilm.data.storage.retry import RetryPolicy, TransientError  # noqa: E402
 from minilm.orchestrator.errors import InfrastructureError, UserError  # noqa: E402
 from minilm.orchestrator.system.text import one_line, shown  # noqa: E402
 
@@ -59,21 +59,23 @@ def connect(uri: str) -> MlflowClient:
 
 def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) -> Result:
     """Calls until it works; UserError once MLflow refuses, InfrastructureError if it never answers for so long."""
-    deadline = time.monotonic() + patience_seconds
-    pause = 0.5
-    while True:
+    where = f"MLflow at {shown(uri)}"
+
+    def once() -> Result:
         try:
             return attempt()
         except MlflowException as error:
             if error.error_code in _REFUSALS:
-                raise UserError(f"MLflow at {shown(uri)} refused: {one_line(error)}") from error
-            reason: Exception = error
+                raise UserError(f"{where} refused: {one_line(error)}") from error
+            raise TransientError(one_line(error)) from error
         except OSError as error:
-            reason = error
-        if time.monotonic() + pause > deadline:
-            raise InfrastructureError(
-                f"MLflow at {shown(uri)} does not answer ({one_line(reason)}): start it and run the same "
-                "command again"
-            ) from reason
-        time.sleep(pause)
-        pause = min(2 * pause, 10.0)
+            raise TransientError(one_line(error)) from error
+
+    try:
+        return RetryPolicy(tries=None, longest_wait_seconds=10.0, total_seconds=patience_seconds).call(
+            where, once
+        )
+    except TransientError as error:
+        raise InfrastructureError(
+            f"{where} does not answer ({error.__cause__}): start it and run the same command again"
+        ) from error

@@ -18,6 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from minilm.data.format.files import replacing
 from minilm.orchestrator.stage.metrics_file import Point
 
 _COLOURS = ("#0b6e99", "#d1495b", "#3c887e", "#edae49", "#5c4b8a", "#7a7a7a")
@@ -154,15 +155,10 @@ def loss_curves(
 def _save(figure: Figure, out: Path) -> Path:
     """PNG under a temporary name, then renamed: a picture is whole or absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
     FigureCanvasAgg(figure)
-    try:
-        # DejaVu Sans comes with matplotlib: the same picture on every machine
-        with matplotlib.rc_context({"font.family": "DejaVu Sans"}), part.open("wb") as file:
-            figure.savefig(file, format="png", dpi=130, facecolor="white")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    # DejaVu Sans comes with matplotlib: the same picture on every machine
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}), replacing(out) as file:
+        figure.savefig(file, format="png", dpi=130, facecolor="white")
     return out
 
 

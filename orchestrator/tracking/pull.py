@@ -8,8 +8,9 @@ import uuid
 from dataclasses import asdict
 from pathlib import Path
 
+from minilm.data.format.files import fsync_path
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.system.files import fsync_folder, read_json, write_json
+from minilm.orchestrator.system.files import read_json, write_json
 from minilm.orchestrator.system.text import one_line
 from minilm.orchestrator.tracking.model_files import folder_digest, model_files, refuse_pickles
 
@@ -44,7 +45,7 @@ def pull(store: str, uri: str, out: Path, *, patience_seconds: float = 10.0) -> 
                 path.replace(out / path.name)
         else:
             part.replace(out)
-        fsync_folder(out.parent)
+        fsync_path(out.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return model

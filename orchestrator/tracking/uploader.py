@@ -4,6 +4,7 @@ Tails the points files of one run, hands over whole batches in order, and rememb
 last step that arrived (not the byte: a power failure may cut the file, and a resumed run grows it anew with
 other lengths). A receiver that does not answer is tried again for ever, ever more slowly up to a cap, with
 one warning an outage; what could not be sent before `close` stays in the files and is sent by the next run.
+It is no `RetryPolicy`, since `close` ends its waits.
 Knows no MLflow: `tracking` gives it the `send`.
 
 Invariant: every point is sent at least once, and again only when the process died between sending and

@@ -75,13 +75,13 @@ def make_states(spec: StageSpec, distiller: Distiller) -> list[StudentState]:
         StudentState(
             student.name,
             distiller.trained_parameters(student.name),
-            betas=spec.adam_betas,
-            eps=spec.adam_eps,
-            weight_decay=spec.weight_decay,
-            gradient_sum=spec.reduction,
+            betas=spec.optimizer.adam_betas,
+            eps=spec.optimizer.adam_eps,
+            weight_decay=spec.optimizer.weight_decay,
+            gradient_sum=spec.runtime.gradient_sum,
             num_micro_batches=spec.batch // spec.micro_batch,
             num_terms=num_values(distiller),
-            on_nonfinite=spec.on_nonfinite,
+            on_nonfinite=spec.runtime.on_nonfinite,
         )
         for student in spec.students
     ]

@@ -1,7 +1,4 @@
-"""The verbs of `minilm bench`: arguments in, a table or JSON lines out.
-
-What is measured, and how, is in `bench/`.
-"""
+"""The verbs of `minilm bench`: arguments in, a table or JSON lines out. `bench/` does the measuring."""
 
 from __future__ import annotations
 
@@ -18,49 +15,63 @@ from minilm.orchestrator.verbs.arguments import add_json, add_overrides, positiv
 def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     """Add the verbs; each sets `run`, a function of the parsed options."""
     verbs = bench.add_subparsers(title="verbs", required=True, metavar="VERB")
-    _add_stream(verbs.add_parser("stream", help="rows a second, against memcpy and other readers"))
+    _add_stream(verbs.add_parser("stream", help="rows a second, compared with memcpy and other readers"))
     loss = verbs.add_parser("loss", help="one relation's divergence: whole maps, tiles, fused kernels")
     loss.add_argument("--heads-of", default="64,32", metavar="T,S", help="head sizes of teacher and student")
     _add_common(loss)
     loss.set_defaults(run=bench_loss)
-    step = verbs.add_parser("step", help="whole training steps, against the way they are written by hand")
+    step = verbs.add_parser("step", help="whole training steps, compared with hand-written ones")
     step.add_argument("--teacher", default="12x768", metavar="LxH", help="layers x hidden size")
     step.add_argument(
-        "--students", default="6x384", metavar="LxH,…", help="several share one teacher pass too"
+        "--students",
+        default="6x384",
+        metavar="LxH,…",
+        help="several are measured alone and on one shared teacher pass",
     )
     step.add_argument(
-        "--micro-batches", type=positive_whole, default=1, help="of --batch rows, before an update"
+        "--micro-batches", type=positive_whole, default=1, help="micro-batches of --batch rows in a step"
     )
-    step.add_argument("--ways", default="by-hand,ours", help="of by-hand, ours, ours-compiled")
+    step.add_argument("--ways", default="by-hand,ours", help="some of by-hand, ours, ours-compiled")
     step.add_argument(
         "--deterministic",
         action="store_true",
-        help="with the kernels that reduction: exact asks for on a GPU; run it with and without",
+        help="use the kernels of gradient_sum: exact on a GPU; run with and without to compare",
     )
     _add_common(step)
     step.set_defaults(run=bench_step)
-    reduction = verbs.add_parser("reduction", help="sums of gradients: exact against fast, time and error")
-    reduction.description = "Under torchrun (-m minilm bench reduction …) the sum over workers is in it."
-    reduction.add_argument("--parameters", type=positive_whole, default=33_000_000)
-    reduction.add_argument("--micro-batches", type=positive_whole, default=8, help="of a worker's step")
-    reduction.add_argument("--rounds", type=positive_whole, default=5)
-    _add_machine(reduction)
-    reduction.set_defaults(run=bench_reduction)
-    save = verbs.add_parser("save", help="how long a checkpoint holds the loop up, and what writing it takes")
-    save.add_argument("stage", type=Path, metavar="STAGE.json", help="of a stage that has been begun")
-    save.add_argument("--rounds", type=positive_whole, default=5)
+    sums = verbs.add_parser("gradient-sum", help="exact and fast sums of gradients: time and error")
+    sums.description = "Under torchrun (-m minilm bench gradient-sum …) the sum over workers is measured too."
+    sums.add_argument("--parameters", type=positive_whole, default=33_000_000)
+    sums.add_argument(
+        "--micro-batches", type=positive_whole, default=8, help="micro-batches in a worker's step"
+    )
+    sums.add_argument("--rounds", type=positive_whole, default=5, help="times are medians of these")
+    _add_machine(sums)
+    sums.set_defaults(run=bench_gradient_sum)
+    save = verbs.add_parser(
+        "save", help="how long a checkpoint holds the loop up, and how long writing takes"
+    )
+    save.add_argument(
+        "stage", type=Path, metavar="STAGE.json", help="in the folder of a stage that was started"
+    )
+    save.add_argument("--rounds", type=positive_whole, default=5, help="times are medians of these")
     _add_machine(save)
     save.set_defaults(run=bench_save)
     overhead = verbs.add_parser("overhead", help="what Ray and tracking add to the loop alone")
     overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
     add_overrides(overhead)
     overhead.add_argument(
-        "--steps", type=positive_whole, default=10, help="of a turn, which should take some seconds"
+        "--steps", type=positive_whole, default=10, help="steps in a turn, which should take some seconds"
     )
     overhead.add_argument(
-        "--starts", type=positive_whole, default=2, help="of each way: two processes of one way differ too"
+        "--starts",
+        type=positive_whole,
+        default=2,
+        help="how often each way is started: two equal runs differ too",
     )
-    overhead.add_argument("--rounds", type=positive_whole, default=10, help="in each every way has a turn")
+    overhead.add_argument(
+        "--rounds", type=positive_whole, default=10, help="turns that each way has after a start"
+    )
     overhead.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
     overhead.set_defaults(run=bench_overhead)
 
@@ -111,13 +122,13 @@ def bench_step(options: argparse.Namespace) -> int:
     return _print(rows, options.json)
 
 
-def bench_reduction(options: argparse.Namespace) -> int:
-    """Alone or, under torchrun, one worker of several."""
-    from minilm.orchestrator.bench.loop_parts import reduction_rows
+def bench_gradient_sum(options: argparse.Namespace) -> int:
+    """Measure alone or, under torchrun, as one worker of several."""
+    from minilm.orchestrator.bench.loop_parts import gradient_sum_rows
     from minilm.orchestrator.train.distributed import join_world
 
     with join_world(_device(options), options.threads) as world:
-        rows = reduction_rows(
+        rows = gradient_sum_rows(
             world, parameters=options.parameters, micro_batches=options.micro_batches, rounds=options.rounds
         )
     if not world.is_rank_zero:
@@ -128,7 +139,7 @@ def bench_reduction(options: argparse.Namespace) -> int:
     print(f"{'sum':7}{'ms a micro-batch':>18}{'ms to finish':>14}{'bytes a parameter':>19}{'error':>10}")
     for row in rows:
         print(
-            f"{row.reduction:7}{row.add_ms:>18.2f}{row.finish_ms:>14.2f}{row.bytes_a_parameter:>19.1f}{row.error:>10.1e}"
+            f"{row.gradient_sum:7}{row.add_ms:>18.2f}{row.finish_ms:>14.2f}{row.bytes_a_parameter:>19.1f}{row.error:>10.1e}"
         )
     return 0
 
@@ -142,8 +153,8 @@ def bench_save(options: argparse.Namespace) -> int:
     from minilm.orchestrator.stage.spec import StageSpec
 
     spec = StageSpec.from_json(options.stage.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(dir=options.stage.parent, prefix=".bench-") as room:
-        row = save_row(spec, Path(room), torch.device(_device(options)), rounds=options.rounds)
+    with tempfile.TemporaryDirectory(dir=options.stage.parent, prefix=".bench-") as folder:
+        row = save_row(spec, Path(folder), torch.device(_device(options)), rounds=options.rounds)
     if options.json:
         print(json.dumps(asdict(row)))
         return 0
@@ -163,7 +174,7 @@ def bench_overhead(options: argparse.Namespace) -> int:
     from minilm.orchestrator.recipe.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or runs that stand still would stay behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else stopped runs would be left over
     times = {"starts": options.starts, "rounds": options.rounds, "steps": options.steps}
     rows = overhead_rows(recipe, options.recipe, options.set, **times)
     if options.json:
@@ -194,7 +205,7 @@ def _add_common(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--threads", type=positive_whole, help="of the CPU (default: PyTorch's)")
+    verb.add_argument("--threads", type=positive_whole, help="CPU threads (default: PyTorch's)")
     verb.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     verb.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
 

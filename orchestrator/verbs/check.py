@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minilm.orchestrator.errors import RecipeErrors
+from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.verbs.arguments import add_overrides
+
+if TYPE_CHECKING:
+    from minilm.orchestrator.recipe.schema import Recipe
 
 
 def add_check(verbs: Any) -> None:
@@ -28,12 +32,9 @@ def check_recipes(options: argparse.Namespace) -> int:
         except RecipeErrors as error:
             problems += error.problems
             continue
-        if any(Path(stage.teacher).is_dir() for stage in recipe.stages):
-            from minilm.orchestrator.resolve.compatibility import config_problems
-
-            if wrong := config_problems(recipe):
-                problems += [f"{path}: {problem}" for problem in wrong]
-                continue
+        if wrong := problems_here(recipe):
+            problems += [f"{path}: {problem}" for problem in wrong]
+            continue
         stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
         print(f"{path}: sound; stages: {stages}")
         for note in missing_inputs(recipe):
@@ -41,3 +42,17 @@ def check_recipes(options: argparse.Namespace) -> int:
     if problems:
         raise RecipeErrors(problems)
     return 0
+
+
+def problems_here(recipe: Recipe) -> list[str]:
+    """Whatever a run would refuse that can be told from what is on this machine: configs, tokenizers, manifests."""
+    from minilm.orchestrator.resolve.folders import folder_here
+
+    references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
+    references |= {recipe.data.tokenizer} if recipe.data.tokenizer else set()
+    with suppress(UserError):  # a folder without a model: `resolve` says so
+        if not any(folder_here(reference) for reference in references):
+            return []  # nothing to compare, and torch takes seconds to import
+    from minilm.orchestrator.resolve.stages import resolve
+
+    return resolve(recipe, folder_here)[1]

@@ -28,7 +28,9 @@ def main() -> int:
     keep_freed_memory()
     try:
         spec = StageSpec.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-        if own_rank() == 0:  # before the ranks meet: a request of an earlier run is not one to this
+        if (
+            own_rank() == 0
+        ):  # before the ranks meet: a request to stop an earlier run is not meant for this one
             StageFolder(Path(spec.folder)).stop_request.unlink(missing_ok=True)
         return 0 if run_stage(spec) else 3
     except QuarantineGrew as error:

@@ -1,10 +1,11 @@
-"""Is a stage getting anywhere? Counts the attempts that died at the same step, in two small files.
+"""Detects a crash loop: counts the attempts in a row that died at the same step, in two small files.
 
-`reached` holds the step that is being computed, rewritten in place before each step (microseconds; in the kernel,
-so it survives the process). `attempts.json` is written when an attempt begins its loop: where the last one died, and
-how many in a row died there. CrashLoopGuard that never reach their loop count for nothing; those that died at different
-steps, such as by a machine that comes and goes, start the count again. Nothing here is fsynced: a file that a power
-failure has emptied or cut means that nothing was counted.
+`reached` holds the step that is being computed. It is rewritten in place before each step, which takes microseconds;
+the kernel has it then, so it survives the process. `attempts.json` is written when an attempt begins its loop: the
+step at which the last attempt died, and how many in a row died there. A death at another step starts the count again,
+so a machine that comes and goes is no crash loop. Attempts that never reach their loop are counted apart, by rank and
+by their error's text, in `failed-starts-RANK.json`. Nothing here is fsynced: a file that a power failure emptied or
+cut means that nothing was counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ WIDTH = 20
 
 
 class CrashLoopGuard:
-    """Of the stage in `folder`; for the main rank."""
+    """Counts the attempts of the stage in `folder`. Rank 0 alone has one."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,9 +30,9 @@ class CrashLoopGuard:
         self._reached = os.open(folder / "reached", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def begin(self, first: int) -> int | None:
-        """An attempt begins at step `first`. Returns the step at which the last three died, or None to go on.
+        """Begin an attempt at step `first`. Returns the step at which the last three attempts died, None to go on.
 
-        After an answer the count starts again: whoever changes something and runs again gets new attempts.
+        The count starts again once a step was returned: whoever changes something and runs again gets new attempts.
         """
         record = _read(self._record, {"running": False, "step": -1, "failures": 0})
         step, failures = record["step"], record["failures"]
@@ -46,11 +47,11 @@ class CrashLoopGuard:
         return None
 
     def reach(self, step: int) -> None:
-        """Step `step` is about to be computed."""
+        """Record that step `step` is about to be computed."""
         os.pwrite(self._reached, b"%*d" % (WIDTH, step), 0)
 
     def end(self) -> None:
-        """The attempt ends in good order: done, stopped on request, or with an error that names its cause."""
+        """End an attempt in good order: done, stopped on request, or with an error that names its cause."""
         self._write(running=False, step=-1, failures=0)
 
     def close(self) -> None:
@@ -61,7 +62,7 @@ class CrashLoopGuard:
 
 
 def reached(folder: Path) -> int:
-    """The step that the stage in `folder` computes, or was computing when it ended; -1 before its first one."""
+    """The step that the stage in `folder` is computing, or was computing when it ended; -1 before its first step."""
     try:
         return int((folder / "reached").read_bytes()[:WIDTH])
     except (FileNotFoundError, ValueError):
@@ -69,7 +70,7 @@ def reached(folder: Path) -> int:
 
 
 def count_start_failure(folder: Path, rank: int, text: str) -> int:
-    """Note that an attempt of this rank ended with the error `text`; how many in a row did, none reaching its loop."""
+    """Record that this rank failed with the error `text` before its loop; returns how many times in a row it did."""
     record = _read(_starts(folder, rank), {"text": "", "count": 0})
     count = record["count"] + 1 if record["text"] == text else 1
     write_json(_starts(folder, rank), {"text": text, "count": count % MAX_FAILURES}, durable=False)
@@ -77,7 +78,7 @@ def count_start_failure(folder: Path, rank: int, text: str) -> int:
 
 
 def forget_start_failures(folder: Path, rank: int) -> None:
-    """This rank has reached its loop."""
+    """Forget the failures of this rank, which has reached its loop."""
     _starts(folder, rank).unlink(missing_ok=True)
 
 

@@ -1,8 +1,8 @@
-"""A worker under a supervisor: its log file, and errors that no retry can cure left for the driver in a file.
+"""A worker under a supervisor: its log file, and the file in which it reports errors that no retry can cure.
 
-A supervisor such as Ray starts a worker again whatever it died of. That is right for lost machines and wrong for
-everything that would happen again: those errors are written to `failure.json`, and a worker that finds it returns
-at once.
+A supervisor such as Ray restarts a worker whatever it died of. That is right for lost machines and wrong for errors
+that would happen again. Those are written to `failure.json`, which the driver reads; a worker that finds the file
+returns at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minilm.orchestrator.errors import InfrastructureError, NoProgress, UserErro
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import read_json, write_json
-from minilm.orchestrator.system.lease import Superseded, check_writer
+from minilm.orchestrator.system.lease import Fence, Superseded
 from minilm.orchestrator.system.processes import Process
 from minilm.orchestrator.system.write_errors import is_final
 from minilm.orchestrator.train.distributed import own_rank
@@ -30,17 +30,14 @@ from minilm.orchestrator.worker.errors import Evicted, PeerFailed
 
 log = logging.getLogger(__name__)
 
-
 PEER_REPORT_SECONDS = 1.0
-
-
 PROMISED_REPORT_SECONDS = 30.0
 
 
 def log_to_file(spec: StageSpec) -> None:
-    """Send this worker's log to `worker-<rank>.log` in the stage's folder, where the driver points people to.
+    """Write this worker's log to `worker-<rank>.log` in the stage's folder, which the driver's errors name.
 
-    Where that can't be written, it stays on standard error, and the run itself soon says why.
+    If that file cannot be opened, the log stays on standard error; the run soon ends with an error that says why.
     """
     try:
         handler = logging.FileHandler(StageFolder(Path(spec.folder)).worker_log(own_rank()))
@@ -59,15 +56,15 @@ def run_reporting(
     on_step: Callable[[int], None] | None = None,
     eviction_announced: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """`worker.run_stage`, with errors that no retry can cure left in `failure.json` for the driver instead of raised.
+    """`loop.run_stage`, but an error that no retry can cure is written to `failure.json` instead of raised.
 
-    Those are bad input, storage that is full or can't be written, and any error that ends the start-up three times in
-    a row. False, too, once a newer driver has taken the work directory. Raises `InfrastructureError` when not even
-    `failure.json` can be written.
+    Such errors are bad input, storage that is full or cannot be written, and any error that ends the start three times
+    in a row. Returns False then, and also once a newer driver has taken over the work directory. Raises
+    `InfrastructureError` if `failure.json` cannot be written either.
     """
     folder = StageFolder(Path(spec.folder))
     try:
-        check_writer(spec.lease)
+        Fence(spec.lease).check()
         if reported(spec):
             return False
         from minilm.orchestrator.worker.loop import run_stage
@@ -75,13 +72,13 @@ def run_reporting(
         return run_stage(spec, on_step, eviction_announced)
     except (UserError, DataError, ModelError) as error:
         message, exit_code = str(error), getattr(error, "exit_code", UserError.exit_code)
-    except QuarantineGrew as error:  # all workers have to start again: no failure, and bounded by the share
+    except QuarantineGrew as error:  # all workers start again; max_quarantined_share bounds how often
         log.warning("stage %s: %s", spec.stage, error)
         raise
     except Superseded as error:
         log.warning("stage %s: %s", spec.stage, error)
         return False
-    except Evicted as error:  # for the supervisor, which starts another worker
+    except Evicted as error:  # the supervisor starts another worker
         log.warning("stage %s: %s", spec.stage, error)
         raise
     except Exception as error:
@@ -92,7 +89,7 @@ def run_reporting(
                 f"some space and run the same command again"
             )
         else:
-            if reported_soon(spec, error):  # a peer's error has ended this rank too
+            if reported_soon(spec, error):  # the error of a peer has ended this rank too
                 return False
             text = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
@@ -115,20 +112,23 @@ def run_reporting(
 
 
 def run_alone(spec: StageSpec) -> bool:
-    """`run_reporting` where no supervisor starts the worker again when the list of damaged blocks grew."""
+    """`run_reporting` without a supervisor: starts again itself when the list of damaged blocks grew."""
     while True:
         with suppress(QuarantineGrew):
             return run_reporting(spec)
 
 
 def reported(spec: StageSpec) -> bool:
-    """Has a worker of this attempt left an error that no retry can cure?"""
+    """True if a worker of this attempt has reported an error that no retry can cure."""
     failure = read_json(StageFolder(Path(spec.folder)).failure)
     return failure is not None and failure["attempt"] == spec.attempt
 
 
 def reported_soon(spec: StageSpec, error: Exception) -> bool:
-    """`reported`, given a peer the time to do so: a slow disk's where `error` says that it will."""
+    """Wait for a peer's report, longer where `error` says that there will be one, as its disk may be slow.
+
+    This waits for an event and tries no call again, so it is no `RetryPolicy`.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     promised = isinstance(error, PeerFailed)

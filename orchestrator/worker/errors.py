@@ -1,11 +1,11 @@
-"""How a worker ends when another one, or the cluster, makes it."""
+"""Exceptions that end a worker because of another worker or of the cluster."""
 
 from __future__ import annotations
 
 
 class PeerFailed(Exception):
-    """Another rank has an error and reports it; this one has only to end."""
+    """Another rank failed and reports its own error; this rank only ends."""
 
 
 class Evicted(Exception):
-    """These workers are about to be replaced: the state is saved, and others go on."""
+    """These workers are about to be replaced. The state is saved, and the new ones resume from it."""

@@ -1,4 +1,4 @@
-"""What a student has learned: the divergence from its teacher on held-out rows, and the speed of an encoder."""
+"""The students' divergence from their teacher on held-out rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from minilm.data.read.rows import Rows
-from minilm.data.stream import share
+from minilm.data.stream import partition
 from minilm.model.distiller import Distiller
 from minilm.orchestrator.feed.corpora import HeldOut
 from minilm.orchestrator.train.bucketing import by_length
@@ -23,11 +23,11 @@ def heldout_divergence(
     autocast: torch.dtype | None,
     world: World,
 ) -> dict[str, dict[str, float]]:
-    """Per student, per term: the objective's mean over about `rows` held-out rows, without dropout.
+    """The objective's mean over about `rows` held-out rows, without dropout, by student and term.
 
-    Nats a query (the objective's unit). Of a mixture, each corpus gives its first held-out rows, as many as its weight
-    says (at least one); the mean over corpora is weighted likewise, and beside TERM each corpus's own stands as
-    TERM/CORPUS. Leaves the students in training mode.
+    Values are in the objective's unit (nats a query). In a mixture each corpus gives its first held-out rows, in
+    proportion to its weight (at least one row), and the mean over corpora is weighted in the same way; each corpus's
+    own mean is under TERM/CORPUS. Leaves the students in training mode.
     """
     total = sum(corpus.weight for corpus in corpora)
     found: dict[str, dict[str, float]] = {name: {} for name in distiller.students}
@@ -52,14 +52,15 @@ def _divergence(
     autocast: torch.dtype | None,
     world: World,
 ) -> dict[str, dict[str, float]]:
-    """Means over the first `rows` rows. Workers share out the micro-batches; sums are float64, all get the result."""
+    """Means over the first `rows` rows. Each worker takes a part of the micro-batches and all get the same result;
+    sums are float64."""
     rows = min(rows, held_out.num_rows)
     device = world.device
     students = list(distiller.students)
     sums = torch.zeros(len(students), distiller.num_terms, dtype=torch.float64, device=device)
     count = 0.0
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for index in share(-(-rows // micro_batch), world.rank, world.size):
+        for index in partition(-(-rows // micro_batch), world.rank, world.size):
             batch = held_out.read(range(index * micro_batch, min((index + 1) * micro_batch, rows)))
             count += float(distiller.count(batch.mask, batch.input_ids.shape))
             for ids, mask in by_length(batch.input_ids, batch.mask):

@@ -1,4 +1,4 @@
-"""The end of a stage's training: every student as a `transformers` folder, and a record that says so, written last."""
+"""The end of a stage: exports every student as a `transformers` folder; `done.json`, written last, says so."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def finish_stage(spec: StageSpec, distiller: Distiller, *, data: str, ledger: st
             facts={
                 "Objective": spec.objective["name"],
                 "Steps": f"{spec.steps:,} of {spec.batch} rows x {spec.data.seq_len} tokens",
-                "Peak learning rate": f"{spec.peak_lr:g}",
+                "Peak learning rate": f"{spec.learning_rate.peak_lr:g}",
             },
         )
         export_student(encoder.model, Path(spec.data.tokenizer), folder, card)

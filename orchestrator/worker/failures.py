@@ -1,4 +1,4 @@
-"""Errors that name the rows they are about: a step that is not finite, a step that keeps failing."""
+"""Errors that name the rows of the step they are about: a step that is not finite, a step at which attempts die."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMED_ROWS = 8
 
 
 def name_rows(stream: Stream, step: int, record: Path) -> str:
-    """The rows of a step (from 0), in words; all of them go into the file `record`."""
+    """Describes the rows of a step (from 0): the first few by number. All of them are written to the file `record`."""
     rows = [int(row) for i in range(stream.num_micro_batches) for row in stream.row_ids(step, i)]
     with writing(record.parent):
         write_json(record, {"step": step, "row_ids": rows})
@@ -25,25 +25,25 @@ def name_rows(stream: Stream, step: int, record: Path) -> str:
 
 
 def check_finite(spec: StageSpec, stream: Stream, student: str, skipped: list[int]) -> None:
-    """Raise `UserError` when a student has come to a stop, or skipped more updates than it may.
+    """Raises `UserError` if a student has stopped, or skipped more updates than compute.max_skipped_steps.
 
-    `skipped`: see `StudentState`, read from the device by the caller.
+    skipped: `StudentState.skipped`, read from the device by the caller.
     """
     count, step, stopped = skipped
-    if not stopped and count <= spec.max_skipped_steps:
+    if not stopped and count <= spec.runtime.max_skipped_steps:
         return
     what = f"stage {spec.stage}: the loss or gradient of student {student} is not finite at step {step}"
     if not stopped:
-        what += f", and {count} updates were skipped (compute.max_skipped_steps is {spec.max_skipped_steps})"
+        what += f", and {count} updates were skipped (compute.max_skipped_steps is {spec.runtime.max_skipped_steps})"
     raise UserError(
         f"{what}, of {name_rows(stream, step, StageFolder(Path(spec.folder)).failed_step)}; no weight has moved by it; "
-        f"lower peak_lr (now {spec.peak_lr}) or set max_gradient_norm; where only these rows are at fault, "
-        f"compute.on_nonfinite=skip leaves such updates out; the same command goes on from the last checkpoint"
+        f"lower peak_lr (now {spec.learning_rate.peak_lr}) or set max_gradient_norm; where only these rows are at "
+        f"fault, compute.on_nonfinite=skip leaves such updates out; the same command goes on from the last checkpoint"
     )
 
 
 def no_progress(spec: StageSpec, stream: Stream, step: int) -> NoProgress:
-    """`step`: the one at which the attempts died; `spec.steps` where none was left and only the export was."""
+    """The error for attempts that died at step `step`; `spec.steps` means that they died in the export."""
     folder = StageFolder(Path(spec.folder))
     if step >= spec.steps:
         return NoProgress(

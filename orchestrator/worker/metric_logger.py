@@ -1,12 +1,12 @@
-"""What a stage tells about itself: points of steps and of held-out rows, and the heartbeat. The main rank writes.
+"""Writes what a stage reports while it runs: metrics of steps and of held-out rows, and the heartbeat.
 
-Readers are elsewhere: the terminal follows the heartbeat, tracking and pictures the points.
+Rank 0 writes. The status line reads the heartbeat; tracking and plots read the metrics files.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import MetricsFile
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.system.processes import Process
 from minilm.orchestrator.system.timer import Timer
 
@@ -22,40 +23,37 @@ HEARTBEAT_SECONDS = 1.0
 
 
 class MetricLogger:
-    """Every rank keeps one, so that all take the same path; `writes` only on the main rank."""
+    """Every rank has one, so that all ranks run the same code; only one with `writes` (rank 0) writes files.
 
-    def __init__(
-        self,
-        spec: StageSpec,
-        *,
-        writes: bool,
-        workers: int,
-        seq_len: int,
-        guard: Callable[[], None] = lambda: None,
-    ):
-        """`guard()` is called before each write and may raise to prevent it."""
-        self.spec, self.workers, self.seq_len, self.guard = spec, workers, seq_len, guard
+    fence: checked before each write. The loop waits for it, so it should be one that asks the work directory alone.
+    """
+
+    def __init__(self, spec: StageSpec, *, writes: bool, workers: int, seq_len: int, fence: Fence):
+        self.spec, self.workers, self.seq_len, self.fence = spec, workers, seq_len, fence
         self.folder, self.process = StageFolder(Path(spec.folder)), Process.this()
-        self.points = MetricsFile(self.folder.points) if writes else None
+        self.step_metrics = MetricsFile(self.folder.points) if writes else None
         self.heldout_metrics = MetricsFile(self.folder.heldout_metrics) if writes else None
-        self.beat_due = Timer(HEARTBEAT_SECONDS, at_once=True)
+        self.heartbeat_timer = Timer(HEARTBEAT_SECONDS, at_once=True)
         self.doing = ""
         self.metrics: dict[str, float] = {}
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Speeds are measured from here on."""
+        """Measure speeds from here on; `step` updates are done."""
         self.since, self.since_step, self.waited = time.monotonic(), step, 0.0
 
     @contextmanager
     def waiting_for_rows(self) -> Iterator[None]:
+        """Counts the time spent inside as waiting for rows."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """A point: `metrics`, and the speed since the last one. `input_wait_share`: of the time, spent on waiting
-        for rows."""
+        """Log `metrics` after `step` updates, with the speed since the last call.
+
+        `input_wait_share` is the share of that time which was spent waiting for rows.
+        """
         seconds = max(time.monotonic() - self.since, 1e-9)
         rows_per_second = (step - self.since_step) * self.spec.batch / seconds
         self.metrics = metrics | {
@@ -64,26 +62,27 @@ class MetricLogger:
             "input_wait_share": self.waited / seconds,
         }
         self.restart(step)
-        if self.points:
-            self.guard()
-            self.points.append(step, self.metrics)
+        if self.step_metrics:
+            self.fence.check()
+            self.step_metrics.append(step, self.metrics)
 
     def heldout(self, step: int, divergence: dict[str, dict[str, float]]) -> None:
-        """A point of the held-out rows, by student and term. The time it took does not count as training."""
+        """Log the held-out divergence, by student and term. The time it took does not count as training."""
         self.restart(step)
         if self.heldout_metrics:
-            self.guard()
+            self.fence.check()
             self.heldout_metrics.append(
                 step, {f"{s}/heldout/{t}": v for s, terms in divergence.items() for t, v in terms.items()}
             )
 
     def beat(self, doing: str, step: int, *, force: bool = False) -> None:
-        changed, self.doing = (
-            doing != self.doing,
-            doing,
-        )  # told at once: what is done decides how long it may take
-        if self.points and (self.beat_due() or force or changed):
-            self.guard()
+        """Write the heartbeat, at most once in `HEARTBEAT_SECONDS` unless `force` or `doing` is new.
+
+        A new `doing` is written at once because the driver decides by it how long it may take.
+        """
+        changed, self.doing = doing != self.doing, doing
+        if self.step_metrics and (self.heartbeat_timer() or force or changed):
+            self.fence.check()
             beat = {
                 "attempt": self.spec.attempt,
                 "doing": doing,
@@ -97,6 +96,6 @@ class MetricLogger:
             write_json(self.folder.heartbeat, beat, durable=False)
 
     def close(self) -> None:
-        for file in (self.points, self.heldout_metrics):
+        for file in (self.step_metrics, self.heldout_metrics):
             if file:
                 file.close()

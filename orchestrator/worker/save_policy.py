@@ -1,87 +1,66 @@
-"""When the main rank saves, and what has to be true before a checkpoint counts: the writing itself is `saver`'s.
+"""When rank 0 saves, and what is checked before a checkpoint counts; `AsyncSaver` does the writing.
 
-A checkpoint is due by step count, by the clock, where it is kept for good, before a stop and at the end. Nothing is
-committed that was made from other rows than it should have been, with a number that was not finite, or by a worker
-whose run has been taken over.
+A checkpoint is due by step count, by the clock, at steps that are kept for good, before a stop and at the end. It is
+not committed if a number was not finite, if the rows of its steps are not the expected ones, or if another run has
+taken over (the saver's fence).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-
 import torch
 
-from minilm.orchestrator.checkpoint.async_saver import AsyncSaver, Parts
-from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState
-from minilm.orchestrator.checkpoint.store import CheckpointStore
+from minilm.orchestrator.checkpoint.async_saver import AsyncSaver, TensorsByFile
+from minilm.orchestrator.checkpoint.format import ResumeState
 from minilm.orchestrator.feed.loader import RowLoader
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.timer import Timer
-from minilm.orchestrator.train.step import StudentState
 from minilm.orchestrator.worker.failures import check_finite
 
 WAIT_SECONDS = 1.0
 
 
 class SavePolicy:
-    """`guard()` raises where this worker must not write any more."""
+    """Decides when `saver` saves, and what it checks before it writes."""
 
-    def __init__(
-        self,
-        spec: StageSpec,
-        intake: RowLoader,
-        store: CheckpointStore,
-        models: Mapping[str, torch.nn.Module],
-        students: Sequence[StudentState],
-        fingerprints: Fingerprints,
-        guard: Callable[[], None],
-    ):
-        self.spec, self.intake, self.students, self.guard = spec, intake, students, guard
-        self.saver = AsyncSaver(
-            store,
-            models,
-            students,
-            fingerprints,
-            keep=spec.keep_checkpoints,
-            keep_every=spec.keep_every_steps,
-            guard=guard,
-        )
+    def __init__(self, spec: StageSpec, row_loader: RowLoader, saver: AsyncSaver):
+        self.spec, self.row_loader, self.saver = spec, row_loader, saver
         self.overdue = False
-        self.clock = Timer(spec.checkpoint_every_seconds)
+        self.timer = Timer(spec.checkpoint_policy.checkpoint_every_seconds)
 
     def is_due(self, done: int, stop: bool) -> bool:
-        """After `done` steps, before a `stop` or not.
+        """True if a save is due after `done` steps. stop: the loop ends after this step.
 
-        By step count it waits for the save in flight a little, once: behind a store that is slower, it comes later.
+        A save due by step count waits up to `WAIT_SECONDS` for the one in flight; if that is still running, it is
+        retried after each following step without waiting again.
         """
-        every = self.spec.checkpoint_every_steps
+        every = self.spec.checkpoint_policy.checkpoint_every_steps
         if every is not None and done % every == 0 and not self.overdue:
             self.saver.wait_a_little(WAIT_SECONDS)
             self.overdue = True
-        return self._must(done, stop) or (not self.saver.busy and (self.overdue or self.clock()))
+        return self._must(done, stop) or (not self.saver.busy and (self.overdue or self.timer()))
 
-    def save(self, done: int, stop: bool, *, parts: int, precision: str) -> None:
-        """Begin a checkpoint. Raises what the save before it, or a check of it, has ended with."""
+    def save(self, done: int, stop: bool, *, num_chunks: int, precision: str) -> None:
+        """Begin a checkpoint, after the one in flight. Raises the error that the previous save ended with."""
         self.overdue = False
-        self.clock.restart()
-        steps = self.intake.ledger.cut()
+        self.timer.restart()
+        steps = self.row_loader.ledger.pop_steps_to_check()
 
-        def check(copy: Parts) -> None:
-            for student in self.students:
+        def check(copy: TensorsByFile) -> None:
+            for student in self.saver.students:
                 refused = copy[f"{student.name}.optimizer"]["refused"].tolist()
-                check_finite(self.spec, self.intake.stream, student.name, refused)
-            self.guard()
-            assert self.intake.expected is not None, "the main rank saves"
-            self.intake.expected.check(steps)
+                check_finite(self.spec, self.row_loader.stream, student.name, refused)
+            assert self.row_loader.expected is not None, "rank 0 saves"
+            self.row_loader.expected.check(steps)
 
-        facts = ResumeState(self.intake.facts(), torch.get_num_threads(), parts, precision)
-        self.saver.save(done, facts, check, must=self._must(done, stop))
+        state = ResumeState(self.row_loader.resume_state(), torch.get_num_threads(), num_chunks, precision)
+        self.saver.save(done, state, check, must=self._must(done, stop))
 
     def _must(self, done: int, stop: bool) -> bool:
-        """Whatever the save in flight is doing."""
+        """True if the checkpoint is made even if that means to wait for the one in flight."""
         return stop or done == self.spec.steps or is_kept(self.spec, done)
 
 
 def is_kept(spec: StageSpec, done: int) -> bool:
-    """Is the checkpoint after `done` steps one to be kept for good, and waited for?"""
-    return spec.keep_every_steps is not None and done % spec.keep_every_steps == 0
+    """True if the checkpoint after `done` steps is kept for good; the loop waits until it can be made."""
+    every = spec.checkpoint_policy.keep_every_steps
+    return every is not None and done % every == 0

@@ -1,4 +1,4 @@
-"""The numbers of one step: which steps have a point, and what stands in it. The journal writes it down."""
+"""The metrics logged for one step, and which steps are logged. `MetricLogger` writes them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from minilm.orchestrator.worker.failures import check_finite
 
 
 def is_logged(spec: StageSpec, done: int) -> bool:
-    """Is there a point after `done` steps?"""
-    return done % spec.log_every == 0 or done == spec.steps
+    """True if metrics are logged after `done` steps."""
+    return done % spec.measuring.log_every == 0 or done == spec.steps
+
+
+def is_evaluated(spec: StageSpec, done: int) -> bool:
+    """True if the students are measured on held-out rows after `done` steps."""
+    every = spec.measuring.eval_every
+    return done == spec.steps or (every is not None and done % every == 0)
 
 
 def rate(spec: StageSpec, step: int) -> float:
     """The learning rate of step `step` (from 0)."""
     return learning_rate(
         step,
-        peak=spec.peak_lr,
-        warmup_steps=spec.warmup_steps,
+        peak=spec.learning_rate.peak_lr,
+        warmup_steps=spec.learning_rate.warmup_steps,
         num_steps=spec.steps,
-        schedule=spec.schedule,
+        schedule=spec.learning_rate.schedule,
     )
 
 
@@ -32,31 +38,31 @@ def step_metrics(
     spec: StageSpec,
     distiller: Distiller,
     students: Sequence[StudentState],
-    intake: RowLoader,
+    row_loader: RowLoader,
     step: int,
     outcome: StepOutcome,
 ) -> dict[str, float]:
-    """Loss terms, rate and norms of step `step` (from 0). Waits for the device.
+    """Learning rate, loss terms and gradient norms of step `step` (from 0). Waits for the device.
 
-    Raises `UserError` where they are not finite and the run may not go on (`check_finite`).
+    Raises `UserError` if an update was not finite and the run may not go on (`check_finite`).
     """
     weights = distiller.weights.tolist()
-    metrics = {"learning_rate": rate(spec, step)} | intake.metrics()
-    heads = outcome.heads.tolist() if spec.per_head else []
+    metrics = {"learning_rate": rate(spec, step)} | row_loader.metrics()
+    heads = outcome.heads.tolist() if spec.measuring.per_head else []
     for student, values in zip(students, heads, strict=False):
         metrics |= head_metrics(student.name, distiller.objective.relation_names, values)
     rows = zip(students, outcome.terms.tolist(), outcome.norms.tolist(), strict=True)
     for student, means, norm in rows:
         skipped = student.skipped.tolist()
-        check_finite(spec, intake.stream, student.name, skipped)
+        check_finite(spec, row_loader.stream, student.name, skipped)
         metrics |= student_metrics(student.name, distiller.term_names, weights, means, norm)
-        if spec.on_nonfinite == "skip":
+        if spec.runtime.on_nonfinite == "skip":
             metrics[f"{student.name}/skipped_steps"] = skipped[0]
     return metrics
 
 
 def head_metrics(name: str, relations: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, float]:
-    """A student's relations by head; values: [relations, heads]."""
+    """A student's relations by head, as NAME/RELATION/head-01 and so on. values: [relations, heads]."""
     return {
         f"{name}/{relation}/head-{head:02d}": value
         for relation, heads in zip(relations, values, strict=True)
@@ -67,7 +73,7 @@ def head_metrics(name: str, relations: Sequence[str], values: Sequence[Sequence[
 def student_metrics(
     name: str, term_names: Sequence[str], weights: Sequence[float], means: Sequence[float], norm: float
 ) -> dict[str, float]:
-    """A student's numbers of one step: its loss, the terms that it is the weighted sum of, the gradient's norm."""
+    """A student's loss, the terms that the loss is the weighted sum of, and its gradient's norm."""
     loss = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
     terms = {f"{name}/{term}": mean for term, mean in zip(term_names, means, strict=True)}
     return {f"{name}/loss": loss, **terms, f"{name}/gradient_norm": norm}

@@ -1,7 +1,6 @@
-"""What ends a stage instead of letting it go on wrongly or for ever, each with an error that names the rows.
+"""Ends a process that makes no step, so that a supervisor replaces it; its stacks go to the log first.
 
-Updates that are not finite; attempts that die at the same step; a process that makes no step (its stacks go to the
-log, and it ends itself, so that a supervisor replaces it).
+The stage's `stall_seconds` limit a step. Start-up, evaluation, export and waiting for a save may take longer.
 """
 
 from __future__ import annotations
@@ -14,33 +13,31 @@ from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.timer import Timer
 from minilm.orchestrator.train.distributed import PEER_TIMEOUT
 
-LONG = 10  # start-up, evaluation and export may take so many times as long as a step
-
-
+LONG = 10  # start-up, evaluation and export may take this many times as long as a step
 REARM_SECONDS = 1.0
 
 
 def peer_timeout(spec: StageSpec) -> timedelta:
-    """How long a worker waits for the others: as long as one of them may be busy with what takes long."""
-    return max(PEER_TIMEOUT, timedelta(seconds=LONG * spec.stall_seconds))
+    """How long a worker waits for the others in a sum: as long as one of them may take before its watchdog ends it."""
+    return max(PEER_TIMEOUT, timedelta(seconds=LONG * spec.runtime.stall_seconds))
 
 
 class Watchdog:
-    """Ends the process, with the stacks of all its threads in `log`, when nobody has said `alive` for `seconds`."""
+    """Ends the process if `alive` is not called for `seconds`; writes the stacks of all its threads to `log` before."""
 
     def __init__(self, log: Path, seconds: float):
         log.parent.mkdir(parents=True, exist_ok=True)
         self.seconds = seconds
         self._file = log.open("a", encoding="utf-8")
-        self._due = Timer(min(REARM_SECONDS, seconds / 4))  # a step has so much less
+        self._rearm_timer = Timer(min(REARM_SECONDS, seconds / 4))  # a step has this much less time
         self.expect_long()
 
     def expect_long(self) -> None:
-        """What comes now may take `LONG` times as long."""
+        """Allow `LONG` times as long until the next call."""
         self._arm(self.seconds * LONG)
 
     def alive(self) -> None:
-        if self._due() or self._armed != self.seconds:
+        if self._rearm_timer() or self._armed != self.seconds:
             self._arm(self.seconds)
 
     def close(self) -> None:

@@ -84,10 +84,11 @@ def soak_verb(options: argparse.Namespace) -> int:
 
 def check_options(recipe: Recipe, folder: Path, only: str | None) -> list[str]:
     """The kinds of strikes asked for. Raises `UserError` for what can't be soaked."""
-    if recipe.compute.reduction != "exact" or recipe.compute.threads is None:
+    if recipe.compute.gradient_sum != "exact" or recipe.compute.threads is None:
         raise UserError(
-            f"recipe {recipe.name} cannot be soaked: weights are compared bit for bit, so it needs compute.reduction: "
-            f"exact (now {recipe.compute.reduction}) and a number of compute.threads (now {recipe.compute.threads})"
+            f"recipe {recipe.name} cannot be soaked: weights are compared bit for bit, so it needs "
+            f"compute.gradient_sum: exact (now {recipe.compute.gradient_sum}) and a number of compute.threads (now "
+            f"{recipe.compute.threads})"
         )
     if recipe.compute.checkpoints is not None:
         raise UserError(

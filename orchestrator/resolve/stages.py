@@ -1,0 +1,167 @@
+"""A recipe's stages with everything they refer to, checked against each other from configs alone: no weight is read.
+
+`minilm check`, `plan` and `run` all go through `resolve`, or its parts, so that none of them refuses what
+another one takes. They differ in `find`: `run` fetches a teacher that is elsewhere, the others take what is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import MANIFEST, TokenizerInfo, load_manifest
+from minilm.data.storage.remote import is_remote
+from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
+from minilm.model.compatibility import check_teacher, fit_student
+from minilm.model.encoder.shape import EncoderShape, load_config, shape_of
+from minilm.model.errors import ModelError
+from minilm.model.loss.objective import Objective
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.schema import Recipe, Stage
+
+Find = Callable[
+    [str], str | None
+]  # of a reference in the recipe: a folder or hub id; None where it is not here
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage, its teacher and the configs that follow.
+
+    source: the teacher's folder or hub id; None for an earlier student, and for a teacher that is not here.
+    teacher: its shape; None where that is not known here. students: a shape for each student, empty without one.
+    """
+
+    stage: Stage
+    source: str | None
+    teacher: EncoderShape | None
+    students: Mapping[str, EncoderShape]
+
+
+def resolve(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
+    """The stages, and a line for each reason why a run is refused before any text is tokenized."""
+    stages, problems = resolve_stages(recipe, find)
+    try:
+        if known := known_data(recipe, find):
+            problems += check_data(stages, *known)
+    except (UserError, DataError) as error:
+        raise_unless_final(error)
+        problems.append(f"data: {error}")
+    return stages, problems
+
+
+def raise_unless_final(error: Exception) -> None:
+    """Raise an error that may pass, such as a hub or a registry that is away: it says nothing about the recipe."""
+    if isinstance(error, UserError) and error.exit_code != UserError.exit_code:
+        raise error
+
+
+def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
+    """The stages in order, and a line for each reason why a run of them would be refused.
+
+    `find` is asked for every teacher that is no earlier student.
+    """
+    resolved: list[ResolvedStage] = []
+    problems: list[str] = []
+    shapes: dict[str, EncoderShape | None] = {}
+    for stage in recipe.stages:
+        source = teacher = None
+        students: dict[str, EncoderShape] = {}
+        try:
+            objective = Objective.named(**stage.objective_fields())
+            if stage.teacher in shapes:
+                teacher = shapes[stage.teacher]
+            elif source := find(stage.teacher):
+                teacher = shape_of(load_config(source))
+            if teacher is not None:
+                check_teacher(objective, teacher, stage.teacher_layer)
+                students = {
+                    student.name: fit_student(
+                        student.name,
+                        objective,
+                        teacher,
+                        layers=student.layers,
+                        hidden=student.hidden,
+                        heads=student.heads,
+                        ffn=student.ffn,
+                        layer=stage.teacher_layer,
+                        init=student.init,
+                    )
+                    for student in stage.students
+                }
+        except (UserError, ModelError) as error:
+            raise_unless_final(error)
+            problems.append(f"stage {stage.name}: {error}")
+        resolved.append(ResolvedStage(stage, source, teacher, students))
+        shapes |= {student.name: students.get(student.name) for student in stage.students}
+    return resolved, problems
+
+
+def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None] | None:
+    """Tokens a row and the tokenizer's identity, before any text is tokenized and any row is read.
+
+    From the tokenizer where text or tokens are read, else from the first data set on this machine; None without
+    either. Raises `DataError` for a tokenizer or manifest that can't be used.
+    """
+    data = recipe.data
+    if data.tokenizer is not None:
+        folder = find(data.tokenizer)
+        if folder is None or not Path(folder).is_dir():
+            return data.seq_len, None
+        loaded = load_tokenizer(folder)
+        size = max(loaded.get_vocab().values()) + 1
+        return data.seq_len, TokenizerInfo(vocabulary_fingerprint(loaded), size, *special_ids(loaded))
+    for corpus in data.corpora or ():
+        if corpus.shards and not is_remote(corpus.shards) and (Path(corpus.shards) / MANIFEST).is_file():
+            manifest = load_manifest(Path(corpus.shards))
+            return manifest.seq_len, manifest.tokenizer
+    return None
+
+
+def check_data(stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerInfo | None) -> list[str]:
+    """A line for each stage whose teacher can't read rows of `seq_len` tokens, or means other tokens by their ids.
+
+    `tokenizer`: the data's, None where that is not known yet.
+    """
+    problems = []
+    for resolved in stages:
+        if resolved.teacher is None:
+            continue
+        where, shape = f"stage {resolved.stage.name}", resolved.teacher
+        if seq_len > shape.max_tokens:
+            problems.append(
+                f"{where}: rows are {seq_len} tokens long, the teacher takes at most {shape.max_tokens}; "
+                f"give a smaller seq_len"
+            )
+        if tokenizer is None:
+            continue
+        if tokenizer.vocab_size > shape.vocab_size:
+            problems.append(
+                f"{where}: the data's vocabulary has {tokenizer.vocab_size} tokens, the teacher knows "
+                f"{shape.vocab_size}; make the data with the teacher's tokenizer"
+            )
+        elif resolved.source is not None and _differs(tokenizer, resolved.source):
+            problems.append(
+                f"{where}: the data's tokenizer is another one than the teacher's in {resolved.source} (the same ids "
+                f"would mean other tokens); make the data with `--tokenizer {resolved.source}`"
+            )
+        needs_head = Objective.named(**resolved.stage.objective_fields()).needs_head
+        if needs_head and tokenizer.mask_id < 0:
+            problems.append(
+                f"{where}: objective {resolved.stage.objective} masks tokens, and the tokenizer of the data has no "
+                f"mask token; choose an objective of relations, such as minilm"
+            )
+    return problems
+
+
+def _differs(tokenizer: TokenizerInfo, teacher: str) -> bool:
+    """Token ids must mean the same to data and teacher. A teacher without tokenizer files can't be compared."""
+    if not Path(teacher).is_dir():
+        return False
+    try:
+        own = load_tokenizer(teacher)
+    except DataError:
+        return False
+    return vocabulary_fingerprint(own) != tokenizer.vocabulary_fingerprint

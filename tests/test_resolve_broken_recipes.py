@@ -1,0 +1,116 @@
+"""Recipes that are wrong in one way each: `check` and `run` refuse all of them, with the same sentence.
+
+Each row is an override, or a list of them, and the sentence; `«name»` stands for a folder that the test has made.
+Whatever the row is about, nothing has been built, fetched or written when it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoConfig
+
+from minilm.orchestrator import cli
+from tests.broken_recipes import ROWS
+from tests.conftest import make_teacher
+
+STAGE = {"batch": 8, "steps": 40, "peak_lr": 1e-3, "warmup_steps": 4, "held_out_rows": 8}
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path, shards: Path
+) -> dict[str, Path]:
+    """Teachers by what is odd about them; but for `teacher` they have a config and a tokenizer only."""
+    root = tmp_path_factory.mktemp("teachers")
+    found = {"text": text, "teacher": teacher, "shards": shards}
+
+    def odd(name: str, **changes: object) -> None:
+        folder = found[name] = root / name
+        shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        values = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(values))
+
+    def other(name: str, kind: str, **values: object) -> None:
+        folder = found[name] = root / name
+        shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        vocabulary = json.loads((teacher / "config.json").read_text())["vocab_size"]
+        AutoConfig.for_model(kind, vocab_size=vocabulary, pad_token_id=0, **values).save_pretrained(folder)
+
+    odd("decoder", is_decoder=True)
+    odd("headless", architectures=["BertModel"])
+    odd("masked", architectures=["BertForMaskedLM"])
+    odd("short", max_position_embeddings=16)
+    odd("small-vocabulary", vocab_size=20)
+    odd("shallow", num_hidden_layers=1)
+    odd("unknown", model_type="llama4all")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+    other("modernbert", "modernbert", **sizes, max_position_embeddings=64)
+    other("mpnet", "mpnet", **sizes, max_position_embeddings=66)
+    other("gpt2", "gpt2", n_embd=48, n_layer=2, n_head=4)
+    found["other-tokenizer"] = make_teacher(root / "other-tokenizer", extra_words=("zebra", "yak"))
+    found["empty"] = root / "empty"
+    found["empty"].mkdir()
+    odd("broken")
+    (found["broken"] / "config.json").write_text("{not json")
+    return found
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, folders: dict[str, Path]) -> Path:
+    path = tmp_path / "broken.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "broken",
+                "data": {
+                    "text": str(folders["text"]),
+                    "tokenizer": str(folders["teacher"]),
+                    "seq_len": 32,
+                    "held_out": 0.1,
+                },
+                "stages": [
+                    {
+                        "name": "assistant",
+                        "teacher": str(folders["teacher"]),
+                        "student": {"layers": 3, "hidden": 24},
+                        **STAGE,
+                    },
+                    {
+                        "name": "small",
+                        "teacher": "assistant",
+                        "student": {"layers": 1, "hidden": 24},
+                        **STAGE,
+                    },
+                ],
+                "compute": {"micro_batch": 4, "threads": 1},
+            },
+            sort_keys=False,
+        )
+    )
+    return path
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), ROWS, ids=[" ".join(row[0])[:70] for row in ROWS])
+def test_check_and_run_refuse_with_the_same_sentence(
+    overrides, sentence, recipe, folders, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [re.sub("«(.*?)»", lambda m: str(folders[m[1]]), override) for override in overrides]
+    changes = [word for override in words for word in ("--set", override)]
+    said = []
+    for verb in (["check"], ["run", "--launcher", "inline", "--workdir", str(tmp_path / "work")]):
+        assert cli.main([verb[0], str(recipe), *verb[1:], *changes]) == 2
+        said.append(capsys.readouterr().err)
+    checked, ran = ([line for line in text.splitlines() if line.startswith("minilm: ")] for text in said)
+    assert checked == ran and "Traceback" not in "".join(said)
+    short = "\n".join(line.removeprefix("minilm: error: ") for line in checked).replace(f"{recipe}", "FILE")
+    for name, folder in sorted(folders.items(), key=lambda item: -len(str(item[1]))):
+        short = short.replace(str(folder), f"«{name}»")
+    assert short == sentence
+    assert not (tmp_path / "work" / "data").exists() and not (tmp_path / "work" / "stages").exists()
