@@ -34,6 +34,7 @@ from minilm.orchestrator.worker.error_file import run_reporting
 from minilm.orchestrator.worker.errors import Evicted
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
+from tests.ports import free_port
 from tests.support import change, checkpoints_in, make_spec
 
 CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share", "data/rows_read", "data/bytes_read")
@@ -296,6 +297,18 @@ def test_another_jobs_checkpoint_is_refused(shards, teacher, tmp_path):
     assert run_stage(spec)
     with pytest.raises(UserError, match="belongs to another recipe"):
         run_stage(replace(spec, digest="other"))
+
+
+def test_a_rank_says_that_rank_zero_failed_to_resume(shards, teacher, tmp_path):
+    spec = make_spec(shards, teacher, tmp_path)
+    assert run_stage(spec)
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    other = replace(spec, digest="other")
+    processes = [start_worker(other, RANK=str(rank), LOCAL_RANK=str(rank), **together) for rank in (0, 1)]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "belongs to another recipe" in errors[0]
+    assert errors[1] == "minilm: stopped: rank 0 failed to resume; see worker-0.log\n"
 
 
 def test_the_plain_command_does_not_heed_an_old_request_to_stop(shards, teacher, tmp_path, monkeypatch):
