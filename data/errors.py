@@ -1,7 +1,7 @@
-"""What users of the data layer meet: `DataError`, and its two kinds that code here tells apart.
+"""The errors that users of the data layer see: `DataError`, and the two kinds of it that the code tells apart.
 
 A `DataError` is a single line: what was given, what is allowed, what to do next. The command line prints it
-as `minilm: error: …` and exits with code 2. Whatever else is raised here is a defect of this package
+as `minilm: error: …` and exits with code 2. Any other exception is a defect of this package
 (or `read.quarantine.QuarantineGrew`, which asks for a new start).
 
     DataError
@@ -16,7 +16,7 @@ _PASSWORD = re.compile(r"((?:password|passwd|pwd)=)[^&\s'\"]*", re.IGNORECASE)  
 
 
 class DataError(Exception):
-    """Text, tokenizer, shard or argument that cannot be used; the message says how to go on."""
+    """A text, tokenizer, shard or argument cannot be used; the message says what to do next."""
 
 
 class DamageError(DataError):

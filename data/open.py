@@ -1,4 +1,4 @@
-"""Folders, URLs and weights -> corpora that a `Stream` reads."""
+"""Opens folders, URLs and weighted corpora for a `Stream`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,29 +14,32 @@ from minilm.data.storage.remote import is_remote
 
 
 def open_rows(
-    place: str | Path,
+    location: str | Path,
     *,
     cache: Path | None = None,
     options: dict[str, Any] | None = None,
     pin: bool = False,
     quarantine: Quarantine | None = None,
 ) -> RowReader:
-    """The data set in a folder, or behind a URL by way of the node's `cache`; `options` go to fsspec."""
-    if not is_remote(place):
-        return RowReader(Path(place).expanduser(), pin=pin, quarantine=quarantine)
+    """The data set in a folder or behind a URL. The node's `cache` holds the shards of a URL; `options` go to
+    fsspec."""
+    if not is_remote(location):
+        return RowReader(Path(location).expanduser(), pin=pin, quarantine=quarantine)
     if cache is None:
-        raise DataError(f"{str(place)!r} is remote; say where its shards may be kept on this node (cache)")
-    return RemoteReader(str(place), cache=cache, options=options, pin=pin, quarantine=quarantine)
+        raise DataError(
+            f"{str(location)!r} is remote; name the folder of this node that may hold its shards (cache)"
+        )
+    return RemoteReader(str(location), cache=cache, options=options, pin=pin, quarantine=quarantine)
 
 
 def open_corpora(
-    places: Sequence[tuple[str | Path, float]],
+    locations: Sequence[tuple[str | Path, float]],
     *,
     cache: Path | None = None,
     options: dict[str, Any] | None = None,
     pin: bool = False,
     quarantine: Quarantine | None = None,
 ) -> list[Corpus]:
-    """Several data sets with their weights; what `Stream` takes as its source."""
+    """Several data sets with their weights, as a source for `Stream`."""
     opened = partial(open_rows, cache=cache, options=options, pin=pin, quarantine=quarantine)
-    return [Corpus(opened(place), weight) for place, weight in places]
+    return [Corpus(opened(location), weight) for location, weight in locations]

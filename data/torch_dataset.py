@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from minilm.data.errors import DataError
 from minilm.data.read.rows import Corpus, Rows
-from minilm.data.stream import Stream, share
+from minilm.data.stream import Stream, partition
 
 
 class StreamDataset(IterableDataset[dict[str, Tensor]]):
@@ -41,7 +41,7 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
         pin: bool = False,
     ):
         self._stream = Stream(source, seed=seed, batch=batch, micro_batch=micro_batch, window=window, pin=pin)
-        self._mine = share(self._stream.num_micro_batches, rank, world_size)
+        self._mine = partition(self._stream.num_micro_batches, rank, world_size)
         self._seed, self._num_steps = seed, num_steps
         self._identity = {
             "seed": seed,
@@ -80,16 +80,16 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
         return (self._num_steps - self._step) * len(self._mine) - self._taken
 
     def set_step(self, step: int) -> None:
-        """Go to the begin of a step: all that another worker count needs to go on."""
+        """Go to the begin of a step, which any worker count can continue from."""
         self._step, self._taken = step, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the last element handed out, and what it is a position in."""
+        """The position after the last element handed out, and the identity of the stream."""
         return {**self._identity, "step": self._step, "taken": self._taken, "of": len(self._mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind `state`. DataError when it belongs to other data or another order, or was taken inside a
-        step under another worker count."""
+        """Continue after `state`. DataError if it belongs to other data or another order, or was saved inside a step
+        with another worker count."""
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise DataError(

@@ -35,9 +35,9 @@ def make_tokenizer(folder: Path, *, extra_tokens: int = 0) -> str:
     return str(folder)
 
 
-def reading_ahead() -> set[threading.Thread]:
-    """This process's threads of `read_ahead`; whatever others do, such as a library's, is no matter."""
-    return {thread for thread in threading.enumerate() if thread.name == "minilm-read-ahead"}
+def prefetch_threads() -> set[threading.Thread]:
+    """This process's threads of `prefetch`, whatever other threads there are."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("minilm-prefetch")}
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 from minilm.orchestrator import cli
-from minilm.orchestrator.launch.trainer import NICENESS, worker_environment
+from minilm.orchestrator.launch import inline
+from minilm.orchestrator.launch.ray_launcher import NICENESS, worker_environment
 from minilm.orchestrator.system.malloc import SETTINGS
-from minilm.orchestrator.verbs import run
 from minilm.orchestrator.worker import __main__ as worker_main
 
 PROGRAM = """
@@ -53,7 +53,7 @@ def test_whatever_trains_keeps_its_memory_before_it_does_anything_else(tmp_path,
     """A worker alone and `--launcher inline`; a driver of Ray does not train, and its workers get the environment."""
     kept: list[str] = []
     monkeypatch.setattr(worker_main, "keep_freed_memory", lambda: kept.append("worker"))
-    monkeypatch.setattr(run, "keep_freed_memory", lambda: kept.append("inline"))
+    monkeypatch.setattr(inline, "keep_freed_memory", lambda: kept.append("inline"))
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "none.json")])
     assert worker_main.main() == 2
     for launcher in ("inline", "ray"):

@@ -36,7 +36,7 @@ def test_loss_rows_and_their_two_forms():
         assert row.tokens_per_second == pytest.approx(16 / row.median_seconds)
         assert row.flop_per_second == pytest.approx(2 * 2 * 16 * 16 * (8 + 3 * 4) / row.median_seconds)
         assert parsed["way"] == row.way and parsed["torch"] == torch.__version__
-    assert len(table(rows).splitlines()) == 3 and "1.00x" in table(rows)
+    assert len(table(rows).splitlines()) == 4 and "1.00x" in table(rows)
 
 
 def test_step_rows_of_one_student_and_of_several_on_one_teacher_pass(monkeypatch):

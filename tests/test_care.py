@@ -1,5 +1,8 @@
 """Care: every damage is listed, repair gives back the same bytes, conversion keeps every row."""
 
+import errno
+import hashlib
+import os
 import shutil
 
 import numpy as np
@@ -80,8 +83,19 @@ def test_every_damage_is_listed_with_its_place(data):
         ("shard-000000.tar", 4, layout.begin_of_block(4)),
         ("shard-000001.tar", None, None),
     ]
-    assert f"mend it with: minilm data repair {data}" in report.text()
+    assert f"repair it with: minilm data repair {data}" in report.text()
     assert "the file has 5000 bytes instead of" in report.text()
+
+
+def test_a_disk_that_fails_is_listed_and_ends_nothing(data, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    assert {d.what for d in verify(data).damage} == {"its bytes do not have the pinned sha256"}
+    monkeypatch.setattr(os, "preadv", fail)
+    blocks = [d.block for d in verify(data).damage if d.file.startswith("shard-")]
+    assert blocks == list(range(load_manifest(data).num_blocks))
 
 
 def test_damage_of_every_kind_is_repaired_from_a_mirror(data, original):
@@ -140,7 +154,10 @@ def test_a_mirror_with_other_data_or_damage_is_refused_and_nothing_bad_is_taken(
     assert files_of(data) == before
     bad = shutil.copytree(original, tmp_path / "bad")
     flip(bad / "shard-000001.tar", 6000)
-    with pytest.raises(DataError, match="has damage of its own"):
+    with pytest.raises(
+        DataError,
+        match="is damaged too: shard-000001.tar, block .*; its undamaged files were taken; name another mirror",
+    ):
         repair(data, mirror=bad)
     (bad / "shard-000001.tar").unlink()
     with pytest.raises(DataError, match="is missing there too"):

@@ -185,7 +185,7 @@ def test_a_pair_is_read_in_place_and_its_end_is_held_out(pair, sets, teacher, tm
     assert not {tuple(row) for row in kept.input_ids.tolist()} & {
         tuple(row) for row in trained.input_ids.tolist()
     }
-    with pytest.raises(DataError, match=f"there are 0 to {total // 10 - 1}"):
+    with pytest.raises(DataError, match=f"these data have rows 0 to {total // 10 - 1}"):
         held.rows.read([total // 10])
     spec = make_spec(data, teacher, tmp_path / "stage", steps=6)
     assert run_stage(spec)

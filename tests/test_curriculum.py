@@ -390,7 +390,7 @@ def test_a_locked_tracking_store_ends_a_new_run_in_one_line_and_does_not_end_one
         other.execute("BEGIN EXCLUSIVE")
         tracking = opened(wait="0.2")
         assert tracking.num_pending == 1 and "database is locked" in caplog.text
-    assert tracking.tell(at_once=True) == 0
+    assert tracking.flush(at_once=True) == 0
     assert tracking.client.get_run(run_id).info.status == "RUNNING"
 
 

@@ -86,7 +86,7 @@ def test_explain_and_where_agree(data, capsys):
     assert len(rows) == 8
     assert minilm_data("where", data, "--row", rows[3]["row"], "--epoch", rows[3]["epoch"], *order) == 0
     found = told(capsys)
-    assert (found["step"], found["place"]) == (4, 3)
+    assert (found["step"], found["index"]) == (4, 3)
     mixed = [f"{data}=3", f"{data / 'held-out'}=1"]
     assert minilm_data("explain", *mixed, "--step", 0, *order, "--window", 1) == 0
     assert [row["corpus"] for row in told(capsys)["rows"]].count(1) == 2

@@ -153,7 +153,7 @@ def test_a_reservation_that_a_dead_driver_left_at_another_stage_is_withdrawn_too
     import ray
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 
-    from minilm.orchestrator.launch.trainer import RESERVATION
+    from minilm.orchestrator.launch.reservations import RESERVATION
 
     cluster.add_node(num_cpus=1, resources={"trainer": 1})
     recipe, work = write_recipe(tmp_path, text, teacher), tmp_path / "work"

@@ -218,7 +218,7 @@ def test_a_pair_is_read_in_place(tmp_path, teacher, coded):
     assert batch.input_ids[1].tolist() == [CLS, *stream[:14], SEP]
     assert batch.input_ids[0].tolist() == [CLS, *stream[14:28], SEP]
     assert rows.num_rows == len(stream) // 14
-    with pytest.raises(DataError, match=r"there are 0 to \d+"):
+    with pytest.raises(DataError, match=r"row \d+ does not exist; these data have rows 0 to \d+"):
         rows.read([rows.num_rows])
     with pytest.raises(DataError, match="files of megatron do not say which vocabulary"):
         IndexedRows(prefix, tokenizer=teacher, seq_len=16)
@@ -238,7 +238,9 @@ def test_a_pair_that_is_cut_while_it_is_read_is_an_error_and_kills_nobody(tmp_pa
         rows.read([0, rows.num_rows - 1])
         os.truncate(prefix.with_suffix(".bin"), 4097)
         for _ in range(2):  # it stays so
-            with pytest.raises(DataError, match=r"m.bin', at byte \d+: its bytes went away .* put it back"):
+            with pytest.raises(
+                DataError, match=r"m.bin', at byte \d+: its bytes cannot be read .* put the file back"
+            ):
                 rows.read([0, rows.num_rows - 1])
         return "done"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,9 +13,11 @@ import torch
 from minilm.model.encoder.build import load_encoder
 from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
 from minilm.orchestrator.errors import InfrastructureError, UserError
-from minilm.orchestrator.launch import trainer as launch
-from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.launch.base import LaunchOptions
+from minilm.orchestrator.launch.ray_launcher import RayLauncher
+from minilm.orchestrator.stage.folder import RunFolder, StageFolder
 from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.train.build import build_distiller, build_objective
 from minilm.orchestrator.worker import error_file as reporting
 from minilm.orchestrator.worker import loop as worker
@@ -85,8 +86,6 @@ def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
     tmp_path, monkeypatch, stall_seconds, expected
 ):
     """A main worker that fetches a large checkpoint keeps the others waiting, with and without Ray."""
-    from minilm.orchestrator.launch import train_callbacks as under_ray
-
     asked: list[float] = []
 
     def joins(backend, timeout):
@@ -98,14 +97,16 @@ def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
         raise ZeroDivisionError
 
     monkeypatch.setattr(torch.distributed, "init_process_group", joins)
-    monkeypatch.setattr(under_ray, "Trainer", trains)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", trains)
     monkeypatch.setenv("WORLD_SIZE", "2")
     threads = torch.get_num_threads()
     spec = make_spec(NO_DATA, tmp_path, tmp_path, stall_seconds=stall_seconds, threads=threads)
     with pytest.raises(ZeroDivisionError):
         worker.run_stage(spec)
-    with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(1) as pool:
-        launch.start_ray(spec, (2, 2), "trainer", pool, joined=False)
+    launcher = RayLauncher(LaunchOptions(RunFolder(tmp_path), "cpu", (2, 2), 0.0), StopRequest())
+    launcher.resource = "trainer"
+    with pytest.raises(ZeroDivisionError):
+        launcher.start(spec)
     assert asked == [expected, expected]
 
 

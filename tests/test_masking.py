@@ -53,10 +53,10 @@ def damaged(whole: Path, tmp_path: Path) -> tuple[Path, str, list[int]]:
     folder = shutil.copytree(whole, tmp_path / "data")
     manifest = load_manifest(folder)
     stream = open_stream(describe_folder(whole), seed=3, batch=8, micro_batch=8)
-    blocks = [[manifest.place(row).block for row in stream.row_ids(step, 0)] for step in range(STEPS)]
+    blocks = [[manifest.locate(row).block for row in stream.row_ids(step, 0)] for step in range(STEPS)]
     early = {block for step in blocks[:DAMAGED_AT] for block in step}
     block = next(block for block in blocks[DAMAGED_AT] if block not in early)
-    place = manifest.place(block * manifest.rows_per_block)
+    place = manifest.locate(block * manifest.rows_per_block)
     shard = folder / manifest.shard(place.shard).name
     raw = bytearray(shard.read_bytes())
     raw[place.offset] ^= 1

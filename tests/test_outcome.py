@@ -6,17 +6,28 @@ import errno
 import resource
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from minilm.orchestrator.driver.curriculum import Driver
-from minilm.orchestrator.driver.status_line import Line
+from minilm.orchestrator.driver.status_line import StatusLine
 from minilm.orchestrator.errors import InfrastructureError, NoProgress, Stopped, UserError
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
-from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.launch.base import LAUNCHERS, Launcher, LaunchOptions, load_launcher
+from minilm.orchestrator.stage.folder import RunFolder, StageFolder
 from minilm.orchestrator.system.files import read_json, write_json
+from minilm.orchestrator.system.signals import StopRequest
 from tests.support import NO_DATA, make_spec
+
+OPTIONS = LaunchOptions(RunFolder(Path("none")), "cpu", (1, 1), wait_seconds=1.0)
+RAY, INLINE = (load_launcher(name)(OPTIONS, StopRequest()) for name in ("ray", "inline"))
+
+
+def test_every_row_of_the_table_is_a_launcher():
+    for name in LAUNCHERS:
+        assert issubclass(load_launcher(name), Launcher)
 
 
 def ended(error: BaseException | None = None) -> Future[None]:
@@ -38,7 +49,7 @@ def test_a_failure_that_a_worker_left_keeps_its_words_and_exit_code(spec, tmp_pa
     folder = StageFolder(tmp_path)
     write_json(folder.failure, {"attempt": "mine", "message": "why", "exit_code": kind.exit_code})
     with pytest.raises(kind, match="^why$") as raised:
-        check_outcome(spec, folder, ended(), inline=False)
+        check_outcome(spec, folder, ended(), RAY)
     assert raised.value.exit_code == kind.exit_code
 
 
@@ -47,18 +58,18 @@ def test_a_failure_of_an_older_attempt_is_not_believed(spec, tmp_path):
     folder = StageFolder(tmp_path)
     write_json(folder.failure, {"attempt": "older", "message": "why", "exit_code": 2})
     folder.done.touch()
-    check_outcome(spec, folder, ended(), inline=False)
+    check_outcome(spec, folder, ended(), RAY)
 
 
 def test_neither_done_nor_failed_is_stopped(spec, tmp_path):
     with pytest.raises(Stopped, match="stage first is stopped; the same command goes on"):
-        check_outcome(spec, StageFolder(tmp_path), ended(), inline=False)
+        check_outcome(spec, StageFolder(tmp_path), ended(), RAY)
 
 
 @pytest.mark.parametrize("text", ["many\nlines", ""])
 def test_rays_error_becomes_one_line(spec, tmp_path, text):
     with pytest.raises(InfrastructureError, match="Ray gave up") as raised:
-        check_outcome(spec, StageFolder(tmp_path), ended(RuntimeError(text)), inline=False)
+        check_outcome(spec, StageFolder(tmp_path), ended(RuntimeError(text)), RAY)
     assert "\n" not in str(raised.value)
 
 
@@ -68,13 +79,13 @@ def test_of_a_long_error_the_end_is_told(spec, tmp_path, word):
     with pytest.raises(
         InfrastructureError, match=rf"gave up \(… {word}({word})+cause\); the workers' logs"
     ) as raised:
-        check_outcome(spec, StageFolder(tmp_path), ended(error), inline=False)
+        check_outcome(spec, StageFolder(tmp_path), ended(error), RAY)
     assert str(raised.value).count(word) < 50
 
 
 def test_a_defect_of_ours_keeps_its_traceback_inline(spec, tmp_path):
     with pytest.raises(ZeroDivisionError):
-        check_outcome(spec, StageFolder(tmp_path), ended(ZeroDivisionError()), inline=True)
+        check_outcome(spec, StageFolder(tmp_path), ended(ZeroDivisionError()), INLINE)
 
 
 def test_storage_that_went_away_is_no_defect_inline(spec, tmp_path):
@@ -82,7 +93,7 @@ def test_storage_that_went_away_is_no_defect_inline(spec, tmp_path):
         InfrastructureError, match="storage gave up .*Stale file handle.*; the same command goes"
     ):
         error = OSError(errno.ESTALE, "Stale file handle")
-        check_outcome(spec, StageFolder(tmp_path), ended(error), inline=True)
+        check_outcome(spec, StageFolder(tmp_path), ended(error), INLINE)
 
 
 def test_a_job_that_finds_no_room_leaves_the_one_before(spec, tmp_path):
@@ -109,10 +120,9 @@ def test_storage_that_is_away_for_a_moment_does_not_end_the_watch(spec, tmp_path
             raise OSError(errno.ESTALE, "Stale file handle")
         future.set_result(None)
 
-    compute = SimpleNamespace(wait_seconds=1.0, workers=(1, 1))
     driver = Driver(
-        SimpleNamespace(compute=compute), None, SimpleNamespace(check=check), NO_DATA, None, None, Line(),
-        SimpleNamespace(requested=True),
+        recipe=None, workdir=None, lease=SimpleNamespace(check=check), data=NO_DATA, tracking=None,
+        launcher=INLINE, line=StatusLine(), stop=SimpleNamespace(requested=True),
     )  # fmt: skip
-    driver.watch(future, spec, "first", "")
+    driver.watch(future, spec, "first")
     assert len(asked) == 2 and StageFolder(tmp_path).stop_request.exists()

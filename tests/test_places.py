@@ -1,4 +1,4 @@
-"""The wait for a cluster's places; the cluster is two functions here."""
+"""The wait for a cluster's resources; the cluster is two functions here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
-from minilm.orchestrator.launch import resources as places
-from minilm.orchestrator.launch.resources import pick_place, wait_for_places
+from minilm.orchestrator.launch import resources
+from minilm.orchestrator.launch.resources import pick_resource, wait_for_resources
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def cluster(monkeypatch):
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: answer("total"))
     monkeypatch.setattr(ray, "available_resources", lambda: answer("free"))
-    monkeypatch.setattr(places, "RELEASE_SECONDS", 0.0)
+    monkeypatch.setattr(resources, "RELEASE_SECONDS", 0.0)
     return state
 
 
@@ -37,14 +37,14 @@ def shown() -> list[str]:
 
 @pytest.fixture
 def wait(shown, monkeypatch):
-    """`wait_for_places` by a clock of its own."""
+    """`wait_for_resources` by a clock of its own."""
     now = [0.0]
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
     def wait(least: int = 2, *, grows: bool = True, seconds: float = 0.0, stop: bool = False) -> str:
-        return wait_for_places(
+        return wait_for_resources(
             "cpu",
             least,
             wait_seconds=seconds,
@@ -53,12 +53,12 @@ def wait(shown, monkeypatch):
             show=lambda text, force: shown.append(text),
         )
 
-    monkeypatch.setattr(places, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(resources, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     return wait
 
 
 @pytest.mark.parametrize(
-    ("device", "total", "place"),
+    ("device", "total", "resource"),
     [
         ("auto", {"GPU": 2, "trainer": 1}, "GPU"),
         ("auto", {"GPU": 1, "trainer": 1}, "trainer"),
@@ -66,12 +66,12 @@ def wait(shown, monkeypatch):
         ("cpu", {"GPU": 8, "CPU": 1}, "CPU"),
     ],
 )
-def test_a_place_is_a_gpu_the_exclusive_resource_or_a_cpu(cluster, device, total, place):
+def test_a_worker_takes_a_gpu_the_exclusive_resource_or_a_cpu(cluster, device, total, resource):
     cluster.total = total
-    assert pick_place(device, 2) == place
+    assert pick_resource(device, 2) == resource
 
 
-def test_places_that_are_free_are_not_waited_for(cluster, wait, shown):
+def test_resources_that_are_free_are_not_waited_for(cluster, wait, shown):
     assert wait() == "trainer"
     assert not shown
 

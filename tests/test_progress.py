@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minilm.data.builder.phases import BuildProgress
-from minilm.orchestrator.driver.status_line import Line, StageProgress, describe_build
+from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, describe_build
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.system.text import duration
 from tests.support import NO_DATA, make_spec
@@ -30,13 +30,13 @@ def test_durations(seconds, text):
 def test_a_live_line_fits_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     out = Terminal()
-    Line(out).show("x" * 100)
+    StatusLine(out).show("x" * 100)
     assert out.getvalue() == "\r\x1b[2K" + "x" * 39
 
 
 def test_elsewhere_a_line_is_printed_now_and_then():
     out = io.StringIO()
-    line = Line(out)
+    line = StatusLine(out)
     for number in range(100):
         line.show(f"step {number}")
     line.show("last", force=True)
@@ -47,11 +47,11 @@ def test_a_terminal_that_has_gone_ends_nothing():
     reader, writer = os.pipe()
     os.close(reader)
     out = os.fdopen(writer, "w")
-    line = Line(out)
+    line = StatusLine(out)
     line.show("to nobody", force=True)
     line.say("to nobody")
     closed = io.StringIO()
-    line = Line(closed)
+    line = StatusLine(closed)
     closed.close()
     line.show("closed", force=True)
 
@@ -69,7 +69,7 @@ def test_a_stage_line_says_step_terms_speed_and_time_left(tmp_path):
         "tokens_per_second": 4096.0,
     }
     out = io.StringIO()
-    progress = StageProgress(Line(out), spec, "[1/2] first")
+    progress = StageProgress(StatusLine(out), spec, "[1/2] first")
     progress.show({"doing": "training", "step": 120, "metrics": metrics}, "last heartbeat 20 s ago")
     assert out.getvalue() == (
         "[1/2] first  step 120/240  loss 0.812 (attention 0.400 value 0.412)  32 rows/s  4.1k tokens/s  1m00s left  "

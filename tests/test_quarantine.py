@@ -15,9 +15,10 @@ import torch
 from minilm.data.errors import DamageError, DataError
 from minilm.data.format.manifest import load_manifest
 from minilm.data.open import open_corpora
-from minilm.data.read.quarantine import Quarantine, QuarantineGrew, damaged_blocks
+from minilm.data.read.quarantine import Quarantine, QuarantineGrew
 from minilm.data.read.reader import RowReader
 from minilm.data.read.remote_reader import RemoteReader
+from minilm.data.read.shard_files import damaged_blocks
 from minilm.data.storage.retry import RetryPolicy
 from minilm.data.stream import Stream
 from tests.bad_server import BadServer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minilm.orchestrator.errors import InfrastructureError, Stopped
-from minilm.orchestrator.launch import liveness as supervise
+from minilm.orchestrator.launch import liveness
 from minilm.orchestrator.launch.liveness import Heartbeats, Supervisor
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.system.files import read_json, write_json
@@ -33,12 +33,12 @@ class Scene:
             spec,
             self.beats,
             wait_seconds=50,
-            end=self.end,
+            kill=self.kill,
             lacking=lambda: self.missing,
             say=self.said.append,
         )
 
-    def end(self, process: Process) -> bool:
+    def kill(self, process: Process) -> bool:
         self.ended.append(process.pid)
         return True
 
@@ -53,14 +53,14 @@ class Scene:
         shown = ""
         for _ in range(int(seconds)):
             self.now += 1
-            self.beats.look()
+            self.beats.poll()
             shown = self.supervisor(stop)
         return shown
 
 
 @pytest.fixture
 def scene(tmp_path, monkeypatch) -> Scene:
-    monkeypatch.setattr(supervise, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(liveness, "LOOK_SECONDS", 0.0)
     return Scene(tmp_path)
 
 

@@ -18,8 +18,9 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.metrics_file import MetricsFile
 from minilm.orchestrator.system.versions import flatten, git_commit, package_tags, versions
 from minilm.orchestrator.tracking.client import connect, patiently, tracking_uri
-from minilm.orchestrator.tracking.pending import num_pending
-from minilm.orchestrator.tracking.tracking import Metric, Tracking, flush_pending
+from minilm.orchestrator.tracking.outbox import Metric
+from minilm.orchestrator.tracking.pending import has_pending
+from minilm.orchestrator.tracking.tracking import Tracking, flush_pending
 from tests.mlflow_server import server
 from tests.ports import free_port
 
@@ -271,11 +272,11 @@ def test_a_run_goes_on_while_mlflow_is_away_and_tells_it_later(
 def test_a_finished_run_tells_the_rest_when_it_is_asked_again(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not num_pending(workdir) and flush_pending(workdir, "experiment") == 0
+    assert not has_pending(workdir) and flush_pending(workdir, "experiment") == 0
     tracking = open_tracking(workdir)
     stage = tracking.stage("small", {"batch": 8})
     stage.follow([workdir / "m.jsonl"])
-    assert not num_pending(workdir)
+    assert not has_pending(workdir)
     with MetricsFile(workdir / "m.jsonl") as log:
         log.append(1, {"small/loss": 1})
     with monkeypatch.context() as patch:
@@ -283,7 +284,7 @@ def test_a_finished_run_tells_the_rest_when_it_is_asked_again(
             patch.setattr(tracking.client, call, lambda *_, **__: (_ for _ in ()).throw(ConnectionError()))
         stage.finish(timeout_seconds=0.1)
         left = tracking.finish()
-    assert left > 0 and num_pending(workdir)
+    assert left > 0 and has_pending(workdir)
 
     other = workdir / "other.db"
     with monkeypatch.context() as patch:  # neither a server that is away nor another one takes them
@@ -297,14 +298,14 @@ def test_a_finished_run_tells_the_rest_when_it_is_asked_again(
         assert flush_pending(workdir, "experiment") == left
         assert caplog.text.count("set MLFLOW_TRACKING_URI as it was for the run") == 2
     assert flush_pending(workdir, "experiment") == 0
-    assert not num_pending(workdir)
+    assert not has_pending(workdir)
     assert history(tracking, stage.run_id, "small/loss") == [(1, 1.0)]
     for run_id in (stage.run_id, tracking.run_id):
         assert tracking.client.get_run(run_id).info.status == "FINISHED"
     assert len(tracking.client.search_runs([tracking.client.get_run(stage.run_id).info.experiment_id])) == 2
     assert flush_pending(workdir, "experiment") == 0
     (workdir / "tracking.json").write_text("{")
-    assert not num_pending(workdir)
+    assert not has_pending(workdir)
 
 
 def test_another_server_gets_runs_of_its_own_and_every_point(
@@ -478,14 +479,14 @@ def test_a_server_that_lets_calls_hang_is_left_alone_for_a_while(
         raise ConnectionError("timed out")
 
     with monkeypatch.context() as patch:
-        patch.setattr("minilm.orchestrator.tracking.tracking.time", SimpleNamespace(monotonic=lambda: now[0]))
+        patch.setattr("minilm.orchestrator.tracking.outbox.time", SimpleNamespace(monotonic=lambda: now[0]))
         patch.setattr(tracking.client, "get_run", hang)
         for i in range(3):
             tracking.tag({f"t{i}": "1"})
         assert len(calls) == 1
         tracking.finish()  # the end is worth another try
         assert len(calls) == 2
-    assert tracking.tell(at_once=True) == 0
+    assert tracking.flush(at_once=True) == 0
     assert {"t0", "t2"} <= tracking.client.get_run(tracking.run_id).data.tags.keys()
 
 

@@ -195,13 +195,15 @@ def test_every_objective_is_logged_alike(shards, teacher, tmp_path, name):
 
 
 def test_rows_of_a_step_are_the_same_for_every_worker_count(shards):
-    from minilm.data.stream import share
+    from minilm.data.stream import partition
 
     stream = Stream(shards, seed=3, batch=12, micro_batch=2)
     for step in (0, 5):
         alone = [stream.row_ids(step, i).tolist() for i in range(6)]
         for workers in (2, 3, 4, 5):
-            joined = [stream.row_ids(step, i).tolist() for r in range(workers) for i in share(6, r, workers)]
+            joined = [
+                stream.row_ids(step, i).tolist() for r in range(workers) for i in partition(6, r, workers)
+            ]
             assert joined == alone
 
 

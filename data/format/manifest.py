@@ -1,10 +1,10 @@
-"""The manifest: what a data set is, pinned to the last bit, small enough to open at once at any size.
+"""The manifest: the identity of a data set, pinned to the last bit, and quick to open at any size.
 
 `manifest.json` holds the shape of rows and blocks, the tokenizer's identity and one sha256 a shard; sizes,
-offsets and file names follow from the shape in closed form (data.shard.Layout). The checksums of blocks lie
-beside it in `blocks.xxh3` (unsigned 64-bit little-endian, in block order), are read a shard at a time, and
-each shard's run of them is itself pinned in the manifest. The fingerprint, sha256 of the manifest's canonical
-JSON, therefore pins everything; it goes into every checkpoint and every tracked run.
+offsets and file names follow from the shape in closed form (format.shard.Layout). The checksums of blocks are in the
+file `blocks.xxh3` (unsigned 64-bit little-endian, in block order) and are read a shard at a time; the manifest pins
+each shard's run of them. So the fingerprint, the sha256 of the manifest's canonical JSON, pins everything; it goes into
+every checkpoint and every tracked run.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ HELD_OUT = "held-out"
 
 
 class TokenizerInfo(NamedTuple):
-    """Identity of the vocabulary and the ids that rows are made with; -1 where the tokenizer has no such
+    """The identity of the vocabulary and the special ids that rows are made with; -1 if the tokenizer has no such
     token."""
 
     vocabulary_fingerprint: str
@@ -43,7 +43,7 @@ class TokenizerInfo(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One shard file: `first_row` and `first_block` are counted over the whole data set."""
+    """One shard file: `first_row` and `first_block` count in the whole data set."""
 
     number: int
     name: str
@@ -56,9 +56,9 @@ class Shard(NamedTuple):
     num_blocks: int
 
 
-class Place(NamedTuple):
-    """Where a row lies: `block` is counted in the data set, `row` in the block, `offset` in bytes of the
-    shard file."""
+class RowLocation(NamedTuple):
+    """Where a row is stored: `block` counts in the data set, `row` in the block, `offset` in bytes of the shard's
+    file."""
 
     shard: int
     block: int
@@ -68,7 +68,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set's shape and pins. `tokens` counts real tokens in rows, CLS and SEP included, padding not."""
+    """Shape and hashes of a data set. `tokens` counts tokens in rows, CLS and SEP included, padding not."""
 
     seq_len: int
     dtype: str
@@ -114,14 +114,14 @@ class Manifest:
     def rows_in_block(self, block: int) -> int:
         return min(self.rows_per_block, self.rows - block * self.rows_per_block)
 
-    def place(self, row: int) -> Place:
-        """The address of a row. DataError when there is no such row."""
+    def locate(self, row: int) -> RowLocation:
+        """Where a row is stored. DataError if there is no such row."""
         if not 0 <= row < self.rows:
             raise DataError(f"row {row} does not exist; this data set has rows 0 to {self.rows - 1}")
         block, within = divmod(row, self.rows_per_block)
         shard, block_in_shard = divmod(block, self.blocks_per_shard)
         offset = self.layout.tokens_at(block_in_shard) + within * self.layout.row_bytes
-        return Place(shard, block, within, offset)
+        return RowLocation(shard, block, within, offset)
 
     @cached_property
     def _canonical(self) -> bytes:
@@ -131,7 +131,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the canonical JSON: equal exactly where the data are."""
+        """sha256 (hex) of the canonical JSON: equal if and only if the data are."""
         return hashlib.sha256(self._canonical).hexdigest()
 
 
@@ -140,7 +140,7 @@ def shard_name(index: int) -> str:
 
 
 def pin_of(checksums: npt.NDArray) -> str:
-    """What the manifest keeps of one shard's block checksums."""
+    """The hash that the manifest keeps for one shard's block checksums."""
     return xxhash.xxh3_64_hexdigest(checksums.astype("<u8").tobytes())
 
 
@@ -151,8 +151,7 @@ def save_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of the data set in `folder`. DataError when it is missing, damaged or of another
-    version."""
+    """The manifest of the data set in `folder`. DataError if it is missing, damaged or of another version."""
     path = Path(folder) / MANIFEST
     try:
         raw = path.read_bytes()
@@ -164,7 +163,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(raw: bytes, name: str) -> Manifest:
-    """The manifest in `raw`, the bytes of a manifest.json that errors call `name`."""
+    """The manifest in `raw`, the bytes of a manifest.json; errors call it `name`."""
     try:
         outer = json.loads(raw)
         fields, fingerprint = outer["manifest"], outer["fingerprint"]

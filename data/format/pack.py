@@ -1,12 +1,11 @@
 """Documents -> rows of exactly `seq_len` tokens, as closed forms over a bucket of documents.
 
-full      documents are joined, each ended by SEP; the joined tokens are cut every seq_len - 2, and a row is
-          CLS, that cut, SEP. No padding; what is left behind the last whole row is dropped and counted.
-document  every document is cut on its own into pieces of at most seq_len - 2 tokens; a row is CLS, a piece,
-SEP,
+full      documents are joined, each ended by SEP; the joined tokens are cut every seq_len - 2 tokens, and a row is
+          CLS, such a piece, SEP. There is no padding; tokens after the last whole row are dropped and counted.
+document  every document is cut on its own into pieces of at most seq_len - 2 tokens; a row is CLS, a piece, SEP,
           padding, and its length (CLS and SEP included) is stored. Nothing is dropped.
 
-Both are pure functions of the token arrays, so any range of rows can be made by any process.
+Both are pure functions of the token arrays, so any process can make any range of rows.
 Left out: best-fit bins and masks inside a row; MiniLM's relations are taken within whole rows.
 """
 
@@ -20,12 +19,12 @@ NUM_WRAPPERS = 2  # CLS and SEP
 
 
 def dtype_for(vocab_size: int) -> str:
-    """ "uint16" where every id fits, else "uint32"."""
+    """The dtype of stored tokens: "uint16" if every id fits, "uint32" otherwise."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def content_len(seq_len: int) -> int:
-    """Tokens of text in a whole row."""
+    """The number of text tokens in a whole row."""
     if seq_len <= NUM_WRAPPERS:
         raise DataError(f"seq_len {seq_len} leaves no room for text; give at least {NUM_WRAPPERS + 1}")
     return seq_len - NUM_WRAPPERS
@@ -51,7 +50,7 @@ def full_rows(stream: npt.NDArray, seq_len: int, cls: int, sep: int) -> npt.NDAr
 
 
 def pieces(lengths: npt.NDArray, seq_len: int) -> npt.NDArray[np.uint32]:
-    """Token counts of the pieces that documents of these `lengths` are cut into, in order."""
+    """Token counts of the pieces, in order, that documents of these `lengths` are cut into."""
     content = content_len(seq_len)
     lengths = lengths.astype(np.int64)
     counts = -(-lengths // content)
@@ -64,8 +63,7 @@ def pieces(lengths: npt.NDArray, seq_len: int) -> npt.NDArray[np.uint32]:
 def document_rows(
     tokens: npt.NDArray, piece_lengths: npt.NDArray, seq_len: int, cls: int, sep: int, pad: int
 ) -> tuple[npt.NDArray, npt.NDArray]:
-    """Rows [pieces, seq_len] and their lengths [pieces] from back-to-back tokens and the pieces' token
-    counts."""
+    """Rows [pieces, seq_len] and their lengths [pieces], from tokens back to back and the pieces' token counts."""
     piece_lengths = piece_lengths.astype(np.int64)
     rows = np.full((len(piece_lengths), seq_len), pad, dtype=tokens.dtype)
     columns = np.arange(seq_len)

@@ -6,11 +6,10 @@
               {block:09d}.lengths.npy
     end       two zero records of 512 bytes
 
-Every block but the last of a data set has the same number of rows, and every npy header of tokens is padded
-so that the tokens start on a 4096-byte file offset. So block k's tokens start at 4096 + k * stride, and
-nobody has to walk a tar (CPython's tarfile takes a damaged header for the end of the archive,
-cpython#120740). A block's checksum covers all its bytes in the file, headers included. Any tar or webdataset
-reader reads the rest.
+Every block but the last of a data set has the same number of rows, and the npy header of tokens is padded so that the
+tokens start at a multiple of 4096 bytes in the file. So block k's tokens start at 4096 + k * stride, and no reader
+walks the tar (CPython's tarfile takes a damaged header for the end of the archive, cpython#120740). A block's checksum
+covers all its bytes in the file, headers included. Any tar or webdataset reader can read a shard.
 """
 
 import hashlib
@@ -36,8 +35,7 @@ def _up(value: int, multiple: int) -> int:
 
 
 class Layout(NamedTuple):
-    """Shape of blocks; all addresses follow from it. `blocks_per_shard` holds for every shard but the
-    last."""
+    """The shape of blocks, from which all offsets follow. The last shard may have fewer than `blocks_per_shard`."""
 
     seq_len: int
     dtype: str
@@ -55,13 +53,13 @@ class Layout(NamedTuple):
 
     @property
     def stride_bytes(self) -> int:
-        """Distance from one block's tokens to the next block's."""
+        """The distance from one block's tokens to the next block's."""
         end = self.end_of_block(0, self.rows_per_block)
         return _up(end + _RECORD + _MIN_NPY_HEADER, ALIGNMENT) - ALIGNMENT
 
     def tokens_at(self, block: int) -> int:
         """File offset of the tokens of the shard's `block` (0, 1, …)."""
-        return ALIGNMENT + block * self.stride_bytes if block else ALIGNMENT
+        return ALIGNMENT + block * self.stride_bytes if block else ALIGNMENT  # stride_bytes asks for block 0
 
     def lengths_at(self, block: int, num_rows: int) -> int:
         """File offset of the block's lengths."""
@@ -73,19 +71,19 @@ class Layout(NamedTuple):
         return self.end_of_block(block - 1, self.rows_per_block) if block else 0
 
     def end_of_block(self, block: int, num_rows: int) -> int:
-        """File offset just behind the block: the next block's header, or the trailer."""
+        """File offset just after the block: the next block's header, or the trailer."""
         if not self.has_lengths:
             return _up(self.tokens_at(block) + num_rows * self.row_bytes, _RECORD)
         width = np.dtype(self.lengths_dtype).itemsize
         return _up(self.lengths_at(block, num_rows) + num_rows * width, _RECORD)
 
     def shard_bytes(self, num_blocks: int, rows_of_last: int) -> int:
-        """Size of a shard file with `num_blocks` blocks, the last of `rows_of_last` rows."""
+        """The size of a shard file with `num_blocks` blocks, the last of them with `rows_of_last` rows."""
         return self.end_of_block(num_blocks - 1, rows_of_last) + TRAILER_BYTES
 
 
 def blocks_for(shard_bytes: int, seq_len: int, dtype: str, rows_per_block: int, has_lengths: bool) -> int:
-    """How many blocks fit a shard of about `shard_bytes`: at least one."""
+    """The number of blocks in a shard of about `shard_bytes`, at least one."""
     one = Layout(seq_len, dtype, rows_per_block, 1, has_lengths)
     return max(1, shard_bytes // one.stride_bytes)
 
@@ -131,7 +129,7 @@ def record_tar(path: Path, records: Iterable[tuple[str, npt.NDArray]]) -> None:
 
 
 def _member(name: str, array: npt.NDArray, payload_at: int) -> list[bytes]:
-    """Tar header, npy header and payload of one member; the payload starts `payload_at` bytes behind its
+    """Tar header, npy header and payload of one member; the payload starts `payload_at` bytes after the member's
     begin."""
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
     payload = np.ascontiguousarray(little).tobytes()

@@ -1,5 +1,4 @@
-"""The order of rows as a closed form: row number g of a run -> row of the data set, with no table and no
-state.
+"""The order of rows as a closed form: run position g -> row of the data set, with no table and no state.
 
 Epoch e = g // n reads every one of the n rows once, in an order keyed by (seed, e). The permutation is a
 Feistel network over Z_a x Z_b with a·b >= n and a ~ b ~ sqrt(n): an index is split into (l, r) = divmod(x,
@@ -7,9 +6,9 @@ b), the two halves are added to hashes of each other (modulo a and b), and resul
 walk the cycle until they come back inside. a·b - n < a, so a walk is almost always zero steps long;
 power-of-two halves would walk up to four times as far.
 
-The arithmetic is our own, on unsigned 64-bit integers: no generator of numpy or torch takes part, so the
-order cannot change with their versions. Golden vectors and a pure-integer twin in the tests keep it frozen
-for ever. Left out: anything that reads shards; this module knows numbers only.
+The arithmetic is on unsigned 64-bit integers and uses no random generator of numpy or torch, so the order cannot change
+with their versions. Golden vectors and a pure-integer twin in the tests keep it frozen for ever. Left out: reading
+shards; this module knows numbers only.
 """
 
 import math
@@ -62,8 +61,7 @@ def halves(n: int) -> tuple[int, int]:
 
 
 def permute(x: U64, keys: U64, n: int) -> U64:
-    """Images of the indices `x` (uint64, all < n) under the permutations of [0, n) keyed by `keys` (same
-    shape)."""
+    """The images of the indices `x` (uint64, all < n) under the permutations of [0, n) keyed by `keys` (same shape)."""
     return _walk(x, keys, n, forward=True)
 
 
@@ -116,10 +114,9 @@ class Order(NamedTuple):
 
     def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64 [n]: the data set's row numbers at these run positions."""
-        places = positions.astype(np.uint64)
-        epochs = places // np.uint64(self.num_rows)
+        epochs, within = np.divmod(positions.astype(np.uint64), np.uint64(self.num_rows))
         keys = _derive_last(derive(self.seed, 0), epochs)
-        return permute(places % np.uint64(self.num_rows), keys, self.num_rows).astype(np.int64)
+        return permute(within, keys, self.num_rows).astype(np.int64)
 
     def position(self, row: int, epoch: int) -> int:
         """The run position at which `epoch` (0, 1, …) reads `row`: the inverse of `rows`."""
@@ -129,7 +126,7 @@ class Order(NamedTuple):
 
 
 def make_order(num_rows: int, seed: int) -> Order:
-    """A checked `Order`. DataError when there is nothing to order or the numbers leave 64 bits."""
+    """A checked `Order`. DataError if there is nothing to order, or a number is out of range."""
     if not 1 <= num_rows <= MAX_ROWS:
         raise DataError(f"a data set of {num_rows} rows cannot be read in order; allowed: 1 to 2^62 rows")
     if not 0 <= seed <= _MASK:

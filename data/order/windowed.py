@@ -1,10 +1,10 @@
 """The windowed order: a shuffle that needs only a few shards at a time, still in closed form.
 
 Once an epoch the shards are permuted; the permuted shards are cut into windows of `window` shards; the rows
-inside a window are permuted. While a window is read, only its shards (and the next window's, on their way)
+inside a window are permuted. While a window is read, only its shards (and those of the next window, being fetched)
 must be on the local disk. Only the last shard of a data set may be short: the one slot where it falls shifts
-all rows behind it, so addresses stay closed forms. One window of all shards is a full shuffle too, but
-another one than `permutation.Order`; keys come from paths (1, epoch) and (2, epoch, window), so neither
+all rows after it, so positions stay closed forms. One window of all shards is a full shuffle too, but
+a different one from `permutation.Order`; keys come from paths (1, epoch) and (2, epoch, window), so neither
 changes the other.
 """
 
@@ -41,18 +41,18 @@ class WindowedOrder(NamedTuple):
         return self.at(np.arange(first, first + count, dtype=np.int64))
 
     def at(self, positions: I64) -> I64:
-        """int64 [n]: the data set's row numbers at these run positions; those of a window are worked out together."""
+        """int64 [n]: the data set's row numbers at these run positions, computed one window at a time."""
         out = np.empty(len(positions), dtype=np.int64)
         left = np.arange(len(positions))
         while left.size:
             epoch, within = divmod(int(positions[left[0]]), self.num_rows)
             number = self._window_at(epoch, within)
             begin, size = self._span(epoch, number)
-            places = positions[left] - (epoch * self.num_rows + begin)
-            here = (places >= 0) & (places < size)
+            offsets = positions[left] - (epoch * self.num_rows + begin)
+            here = (offsets >= 0) & (offsets < size)
             key = np.full(int(here.sum()), derive(self.seed, 2, epoch, number), dtype=np.uint64)
-            places = permute(places[here].astype(np.uint64), key, size).astype(np.int64)
-            out[left[here]] = self._to_rows(epoch, number, places)
+            offsets = permute(offsets[here].astype(np.uint64), key, size).astype(np.int64)
+            out[left[here]] = self._to_rows(epoch, number, offsets)
             left = left[~here]
         return out
 
@@ -62,15 +62,15 @@ class WindowedOrder(NamedTuple):
         slot = self._slot_of(epoch, shard)
         number = slot // self.window
         begin, size = self._span(epoch, number)
-        place = (slot - number * self.window) * self.shard_rows + within
+        offset = (slot - number * self.window) * self.shard_rows + within
         if number * self.window <= self._short_slot(epoch) < slot:
-            place -= self._missing
+            offset -= self._missing
         key = np.array([derive(self.seed, 2, epoch, number)], dtype=np.uint64)
-        inside = unpermute(np.array([place], dtype=np.uint64), key, size)
+        inside = unpermute(np.array([offset], dtype=np.uint64), key, size)
         return epoch * self.num_rows + begin + int(inside[0])
 
     def shards_of(self, epoch: int, number: int) -> I64:
-        """The shards of window `number` of an epoch: what must be on disk while it is read."""
+        """The shards of window `number` of an epoch, which must be on the local disk while it is read."""
         return _shards_of(self, epoch, number)
 
     def window_of(self, position: int) -> tuple[int, int]:
@@ -80,7 +80,7 @@ class WindowedOrder(NamedTuple):
 
     @property
     def _missing(self) -> int:
-        """Rows by which the last shard is short."""
+        """The number of rows that the last shard lacks."""
         return self.num_shards * self.shard_rows - self.num_rows
 
     def _slot_of(self, epoch: int, shard: int) -> int:
@@ -107,18 +107,18 @@ class WindowedOrder(NamedTuple):
             return within // rows_a_window
         return (within + self._missing) // rows_a_window
 
-    def _to_rows(self, epoch: int, number: int, places: I64) -> I64:
-        """Row numbers of places inside a window, counted over its shards laid end to end."""
+    def _to_rows(self, epoch: int, number: int, offsets: I64) -> I64:
+        """The row numbers at these offsets inside a window, counted over its shards laid end to end."""
         first = number * self.window
         short = self._short_slot(epoch) - first
-        behind_short = (short + 1) * self.shard_rows - self._missing
+        after_short = (short + 1) * self.shard_rows - self._missing
         if 0 <= short < self.window:
-            places = np.where(places >= behind_short, places + self._missing, places)
-        slots, rows = np.divmod(places, self.shard_rows)
+            offsets = np.where(offsets >= after_short, offsets + self._missing, offsets)
+        slots, rows = np.divmod(offsets, self.shard_rows)
         return self.shards_of(epoch, number)[slots] * self.shard_rows + rows
 
 
-@lru_cache(maxsize=64)  # asked for again and again, and each time as costly as the rows of a micro-batch
+@lru_cache(maxsize=64)  # used for every micro-batch, and as costly to compute as its rows
 def _short_slot(order: WindowedOrder, epoch: int) -> int:
     return order._slot_of(epoch, order.num_shards - 1)
 
@@ -133,7 +133,7 @@ def _shards_of(order: WindowedOrder, epoch: int, number: int) -> I64:
 
 
 def make_windowed_order(num_rows: int, seed: int, shard_rows: int, window: int) -> WindowedOrder:
-    """A checked `WindowedOrder`. DataError when a number is impossible."""
+    """A checked `WindowedOrder`. DataError if a number is out of range."""
     make_order(num_rows, seed)
     if window < 1:
         raise DataError(f"a window of {window} shards holds nothing; give at least 1")

@@ -1,8 +1,8 @@
-"""Rows that a `RemoteReader` of this process has brought to the node, read a second time and fetched never.
+"""A second reader of the rows that a `RemoteReader` of this process has brought into the node's cache.
 
-A shard that left the cache is `NotCached`, and none is held there: what is read a second time takes neither traffic nor
-room from what is read the first time. A cached copy that turns out damaged is thrown away and
-fetched again, as the first reader would.
+It fetches no shard and holds none in the cache: reading a second time takes neither traffic nor room from reading the
+first time. A shard that is not in the cache (any more) is `NotCached`. A cached copy that turns out damaged is dropped
+and fetched again, as the first reader would do.
 """
 
 from pathlib import Path
@@ -19,21 +19,21 @@ class NotCached(Exception):
 
 
 class CachedReader(RowReader):
-    """The rows of `first`, with its quarantine; may be used on another thread than that. `release` when done."""
+    """The rows of `first`, with its quarantine; may be used by another thread. Call `release` when done."""
 
     def __init__(self, first: RemoteReader):
         self._first, self._fetched = first, list[Lease]()
         super().__init__(first.folder, quarantine=first.quarantine)
 
     @property
-    def place(self) -> str:
-        return self._first.place
+    def location(self) -> str:
+        return self._first.location
 
-    def locate(self, shard: Shard) -> Path:
+    def shard_path(self, shard: Shard) -> Path:
         return self._first.cache.folder / shard.sha256
 
-    def look_again(self, shard: Shard, error: DamageError) -> list[int]:
-        """Fetch a damaged copy again. NotCached when there is none."""
+    def recover(self, shard: Shard, error: DamageError) -> list[int]:
+        """Fetch a damaged copy again. NotCached if there is none."""
         lease = self._first.cache.look(shard.sha256, shard.num_bytes)
         if lease is None:
             raise NotCached(str(error)) from error
@@ -44,6 +44,6 @@ class CachedReader(RowReader):
     def release(self) -> None:
         """Hold no shard, so that those that are evicted take no room."""
         with self._lock:
-            self._mapped.forget_all()
+            self._shards.close_all()
             while self._fetched:
                 self._fetched.pop().release()

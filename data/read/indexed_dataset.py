@@ -1,13 +1,15 @@
 """Megatron's or fairseq's `.bin`/`.idx` pair as rows, read in place: nothing is converted or copied to disk.
 
-All tokens of the `.bin` in file order are one stream, cut every seq_len - 2; a row is CLS, that cut, SEP, as packing
-"full" does. Separators of the source (EOS, end of document) become SEP. Ids are mapped to the teacher's
-vocabulary by name, row by row; one that has no namesake is an error. Such files carry no checksums: their identity is
-the index, the size and samples of the `.bin`, so unlike in a data set of ours damage inside can pass. `import_data`
-gives it checksums, a shuffle of documents and a held-out split.
+All tokens of the `.bin` in file order are one sequence, cut every seq_len - 2 tokens; a row is CLS, such a piece, SEP,
+as in packing "full". Separators of the source (EOS, end of document) become SEP. Ids are mapped to the teacher's
+vocabulary by name; a token that the vocabulary lacks is an error. Such files carry no checksums: their identity is the
+index, the size and samples of the `.bin`, so damage inside can pass. `import_data` makes a data set of a pair, with
+checksums, a shuffle of documents and a held-out split.
 """
 
 import hashlib
+import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +19,19 @@ import torch
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import TokenizerInfo
 from minilm.data.format.pack import content_len
-from minilm.data.read.address_space import AddressSpace
-from minilm.data.read.rows import Batch, Counters
+from minilm.data.read.positioned import buffer_of, read_at
+from minilm.data.read.rows import Batch, Counters, Rows
 from minilm.data.sources.indexed import read_index
 from minilm.data.sources.vocabulary import DROPPED, Mapper, from_fairseq_dict, from_tokenizer, needs_tokenizer
 from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
 
-_SHARD_ROWS = 1 << 16  # what a window counts in
+_SHARD_ROWS = 1 << 16  # the unit of a window
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
 
-class IndexedRows:
-    """Rows of a pair at `prefix`; implements data.stream.Rows, so it can be a `Stream`'s source or a corpus."""
+class IndexedRows(Rows):
+    """The rows of the pair at `prefix`."""
 
     def __init__(
         self,
@@ -57,52 +59,43 @@ class IndexedRows:
             )
         self._file, self._shift = Path(index.prefix + ".bin"), index.shift
         self._mapper = Mapper(mapping.ids, mapping.names, index.prefix)
-        width = np.dtype(index.dtype).itemsize
-        num_tokens = self._file.stat().st_size // width
+        self._dtype = np.dtype(index.dtype)
+        num_tokens = self._file.stat().st_size // self._dtype.itemsize
         self.num_rows = num_tokens // self._content
         if not self.num_rows:
             raise DataError(f"{str(self._file)!r} has {num_tokens} tokens, less than one row of {seq_len}")
-        self._space = AddressSpace(num_tokens * width)
-        with self._file.open("rb") as file:
-            self._space.map(file.fileno(), 0, num_tokens * width)
-        self._tokens = self._space.bytes.view(index.dtype)
+        self._descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
         self.seq_len, self.shard_rows = seq_len, _SHARD_ROWS
         size = max(teacher.get_vocab().values()) + 1
         self.tokenizer = TokenizerInfo(vocabulary_fingerprint(teacher), size, *special)
         self.fingerprint = _fingerprint(index.prefix, seq_len, mapping.ids)
-        self.counters = Counters()
+        self._num_read = 0
 
-    def at_hand(self, row_ids: npt.NDArray[np.int64]) -> bool:
-        """Always: the whole file is mapped, and has no checksums to compare."""
-        return True
-
-    def announce(self, current: npt.NDArray[np.int64], coming: npt.NDArray[np.int64]) -> None:
-        """Windows need no care: the file is local."""
+    @property
+    def counters(self) -> Counters:
+        return Counters(self._num_read, self._num_read * self._content * self._dtype.itemsize)
 
     def read(self, row_ids: npt.ArrayLike) -> Batch:
-        """The rows of these numbers, in the order given; rows have no padding. DataError for a token without
-        namesake in the teacher's vocabulary, and for a file that was cut since it was opened."""
-        wanted = np.array(row_ids, dtype=np.int64).reshape(-1)
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.num_rows):
+        """The rows with these numbers, in the order given; rows have no padding. DataError for a token that the
+        teacher's vocabulary lacks, and for bytes that cannot be read."""
+        wanted = self.checked(row_ids)
+        raw = np.empty((len(wanted), self._content), self._dtype)
+        row_bytes, out = raw[:1].nbytes, buffer_of(raw)
+        try:
+            for number, row in enumerate(wanted.tolist()):
+                read_at(self._descriptor, row * row_bytes, out[number * row_bytes : (number + 1) * row_bytes])
+        except OSError as error:
             raise DataError(
-                f"rows {wanted.min()} to {wanted.max()} were asked for; there are 0 to {self.num_rows - 1}"
-            )
-        places = wanted[:, None] * self._content + np.arange(self._content)
-        stored = self._tokens[places].astype(np.int64) + self._shift
-        if self._space.lost:
-            at = self._space.lost[0]
-            raise DataError(
-                f"{str(self._file)!r}, at byte {at}: its bytes went away while they were read (the file was cut, or "
-                "the disk fails); put it back and run the same command again"
-            )
+                f"{str(self._file)!r}, at byte {row * row_bytes}: its bytes cannot be read ({error.strerror}); put the "
+                "file back and run the same command again"
+            ) from error
+        stored = raw.astype(np.int64) + self._shift
         mapped = self._mapper.map_all(stored.ravel()).reshape(stored.shape)
         ids = np.empty((len(wanted), self.seq_len), dtype=np.int64)
         ids[:, 0], ids[:, -1] = self.tokenizer.cls_id, self.tokenizer.sep_id
         ids[:, 1:-1] = np.where(mapped == DROPPED, self.tokenizer.sep_id, mapped)
-        done = self.counters
-        self.counters = Counters(
-            done.rows + len(wanted), done.row_bytes + stored.size * self._tokens.itemsize, 0
-        )
+        self._num_read += len(wanted)
         return Batch(torch.from_numpy(ids), None, torch.from_numpy(wanted))
 
 

@@ -1,56 +1,25 @@
-"""An iterator worked out ahead of its consumer, on one thread that is gone when the consumer stops."""
+"""An iterator worked out ahead of its consumer, by one thread that ends when the consumer stops."""
 
-import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+_END = object()
 
 
-def read_ahead(chunks: Iterator[Sequence[Item]], room: int) -> Generator[Item, None, None]:
-    """The items of all chunks, in order. The thread begins the next chunk when fewer than `room` items wait.
+def prefetch(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
+    """The items, in order, with up to `depth` of them worked out ahead.
 
-    Close the generator (or exhaust it) and the thread is gone, at the latest when the chunk that it works on is done.
-    An error of `chunks` is raised here, behind all items before it.
+    Close the generator (or exhaust it) and the thread is gone, at the latest when the item that it works on is done.
+    An error of `items` is raised here, after all items before it.
     """
-    waiting: deque[Item] = deque()
-    changed = threading.Condition()
-    failed: list[BaseException] = []
-    stopped = ended = False
-
-    def work() -> None:
-        nonlocal ended
-        try:
-            for chunk in chunks:
-                with changed:
-                    waiting.extend(chunk)
-                    changed.notify()
-                    changed.wait_for(lambda: stopped or len(waiting) < room)
-                    if stopped:
-                        return
-        except BaseException as error:  # handed to the consumer, whatever it is
-            failed.append(error)
-        finally:
-            with changed:
-                ended = True
-                changed.notify()
-
-    thread = threading.Thread(target=work, name="minilm-read-ahead", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="minilm-prefetch")
     try:
-        while True:
-            with changed:
-                changed.wait_for(lambda: waiting or ended)
-                if not waiting:
-                    break
-                item = waiting.popleft()
-                changed.notify()
+        waiting: deque[Future[Any]] = deque(pool.submit(next, items, _END) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not _END:
+            waiting.append(pool.submit(next, items, _END))
             yield item
-        if failed:
-            raise failed[0]
     finally:
-        with changed:
-            stopped = True
-            changed.notify()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

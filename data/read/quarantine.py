@@ -1,15 +1,15 @@
-"""Quarantine: damaged blocks whose rows are handed out masked, the same ones to every worker, up to a share.
+"""The list of damaged blocks whose rows every worker gets as masked padding, up to a share of the data set.
 
-The list is one JSON file that all workers see. A `Quarantine` reads it once, when it is made, and never again: the
-masked blocks are a constant of the process, so which rows count is still a function of (seed, step) and of this
-list. Damage that is not on the list is never skipped on the spot. The reader makes sure that it lies where the data
-come from, `add` writes it down (under a lock, merged with what others found) and raises `QuarantineGrew`: all
-workers have to start again, with the longer list. Nothing leaves the list by itself.
+The list is one JSON file that all workers can read. A `Quarantine` reads it once, when it is made, and never again: the
+masked blocks are constant within a process, so which rows count is still a function of (seed, step) and of this
+list. Damage that is not on the list is never skipped at once. The reader makes sure that the data are damaged at their
+source, `add` writes the blocks down (under a lock, merged with what others found) and raises `QuarantineGrew`: all
+workers have to start again, with the longer list. Nothing removes a block from the list.
 
-Not guaranteed: that the workers of one start hold the same list, because one may start while another finds damage
-(compare `digest` once all have made theirs and before any reads); that a block is damaged on the disk rather than
-in a node's page cache (it is dropped before the second look, but not where other processes map it); and mutual
-exclusion on file systems without locks (then a find may be lost, and is found again).
+Not guaranteed: that all workers of one start hold the same list, because one may start while another finds damage
+(compare `digest` after all have made theirs and before any of them reads); that a block is damaged on the disk rather
+than in a node's page cache (it is dropped before the block is read again, but not if other processes map it); and
+mutual exclusion on file systems without locks (a find may be lost there, and is found again).
 """
 
 import fcntl
@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,12 +25,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from minilm.data.errors import DataError
 from minilm.data.format.files import write_whole
-from minilm.data.format.manifest import Manifest, Shard, block_checksums
-from minilm.data.format.shard import TRAILER_BYTES
+from minilm.data.format.manifest import Manifest
 
 Blocks = dict[str, list[int]]
 
@@ -39,14 +36,14 @@ log = logging.getLogger("minilm.data")
 
 
 class QuarantineGrew(Exception):
-    """Damage was found and written down; start again, and its rows are masked. No error of the user."""
+    """New damage was found and is on the list now; after a new start its rows are masked. No error of the user."""
 
 
 class Quarantine:
-    """The list in the file `path`, as it is now (empty when there is none).
+    """The list in the file `path`, as it is now (empty if there is no file).
 
-    Of a data set at most `max_quarantined_share` of the rows (0 to 1) may be masked: more is a DataError, in
-    `masked` and in `add`.
+    At most `max_quarantined_share` (0 to 1) of a data set's rows may be masked; `masked` and `add` raise DataError for
+    more.
     """
 
     def __init__(self, path: Path, *, max_quarantined_share: float):
@@ -56,7 +53,7 @@ class Quarantine:
 
     @classmethod
     def of(cls, blocks: Mapping[str, Sequence[int]]) -> "Quarantine":
-        """A fixed list without a file and a limit; other damage is an error."""
+        """A fixed list, without a file or a limit; damage that is not on it is an error."""
         fixed = cls.__new__(cls)
         fixed.path, fixed.max_quarantined_share = None, 1.0
         fixed.blocks = {name: sorted(numbers) for name, numbers in blocks.items()}
@@ -64,26 +61,26 @@ class Quarantine:
 
     @property
     def digest(self) -> int:
-        """Of `blocks`, in 0 … 2^62 - 1: workers with the same digest mask the same rows."""
+        """A hash of `blocks` in 0 … 2^62 - 1: workers with the same digest mask the same rows."""
         return int(hashlib.sha256(json.dumps(self.blocks, sort_keys=True).encode()).hexdigest(), 16) >> 194
 
-    def masked(self, manifest: Manifest, place: str) -> npt.NDArray[np.bool_]:
-        """bool [blocks] of the data set with this manifest; DataError when their rows are too many."""
+    def masked(self, manifest: Manifest, location: str) -> npt.NDArray[np.bool_]:
+        """bool [blocks]: the masked blocks of the data set with this manifest. DataError if they have too many rows."""
         blocks = self.blocks.get(manifest.fingerprint, [])
         if blocks and not 0 <= blocks[0] <= blocks[-1] < manifest.num_blocks:
             raise DataError(
-                f"{str(self.path)!r} lists block {blocks[0] if blocks[0] < 0 else blocks[-1]} of {place}, which has "
+                f"{str(self.path)!r} lists block {blocks[0] if blocks[0] < 0 else blocks[-1]} of {location}, which has "
                 f"blocks 0 to {manifest.num_blocks - 1}; put the list back from a copy, or delete it: damage is then "
                 "found again"
             )
-        self._check_share(manifest, place, blocks)
+        self._check_share(manifest, location, blocks)
         masked = np.zeros(manifest.num_blocks, dtype=bool)
         masked[blocks] = True
         return masked
 
-    def add(self, manifest: Manifest, place: str, found: Sequence[int], what: str) -> NoReturn:
-        """Write blocks down that were found damaged. QuarantineGrew; DataError when they are too many, and then
-        nothing is written, so that a repaired data set can be read on."""
+    def add(self, manifest: Manifest, location: str, found: Sequence[int], what: str) -> NoReturn:
+        """Put blocks that were found damaged on the list and raise QuarantineGrew. If they are too many, DataError is
+        raised and nothing is written, so that the data set can be read again once it is repaired."""
         assert self.path is not None, "a fixed quarantine takes nothing new"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
@@ -91,68 +88,39 @@ class Quarantine:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             blocks = _load(self.path)
             mine = sorted({*blocks.get(manifest.fingerprint, []), *found})
-            self._check_share(manifest, place, mine)
+            self._check_share(manifest, location, mine)
             _save(self.path, {**blocks, manifest.fingerprint: mine})
         rows = _num_rows(manifest, found)
-        log.warning("%s: %s; %d rows go into quarantine (%s)", place, what, rows, self.path)
+        log.warning("%s: %s; %d rows go into quarantine (%s)", location, what, rows, self.path)
         raise QuarantineGrew(
-            f"{place}: {_shards(manifest, found)}: {rows} rows are damaged and now in quarantine ({self.path}); "
-            "start again: every worker then leaves them out"
+            f"{location}: {_shard_names(manifest, found)}: {rows} rows are damaged and now in quarantine "
+            f"({self.path}); start again: every worker then leaves them out"
         )
 
-    def _check_share(self, manifest: Manifest, place: str, blocks: Sequence[int]) -> None:
+    def _check_share(self, manifest: Manifest, location: str, blocks: Sequence[int]) -> None:
         rows = _num_rows(manifest, blocks)
         if rows <= self.max_quarantined_share * manifest.rows:
             return
-        mend = f"put whole copies of them at {place}" if "://" in place else f"`minilm data repair {place}`"
+        repair = (
+            f"put whole copies of them at {location}"
+            if "://" in location
+            else f"`minilm data repair {location}`"
+        )
         enough = math.ceil(1000 * rows / manifest.rows) / 1000
         spare = f", or leave them out with max_quarantined_share: {enough:g} or more" if enough < 1 else ""
         raise DataError(
-            f"{place}: {rows} of {manifest.rows} rows ({rows / manifest.rows:.2%}) are damaged, more than "
-            f"max_quarantined_share allows ({self.max_quarantined_share:.2%}): {_shards(manifest, blocks)}; mend "
-            f"them: {mend}, delete {self.path} if it exists{spare}; then run the same command again"
+            f"{location}: {rows} of {manifest.rows} rows ({rows / manifest.rows:.2%}) are damaged, more than "
+            f"max_quarantined_share allows ({self.max_quarantined_share:.2%}): {_shard_names(manifest, blocks)}; "
+            f"repair them: {repair}, delete {self.path} if it exists{spare}; then run the same command again"
         )
-
-
-def damaged_blocks(path: Path, folder: Path, manifest: Manifest, shard: Shard) -> list[int]:
-    """The blocks of a shard's file that are not what the manifest pins, read from the disk as far as the system
-    allows. A wrong end of the file counts as its last block. DataError when the checksums themselves are damaged."""
-    pinned, layout = block_checksums(folder, manifest, shard.number), manifest.layout
-    blocks = range(shard.first_block, shard.first_block + shard.num_blocks)
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return list(blocks)
-    try:
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        bad = []
-        for inner, block in enumerate(blocks):
-            begin = layout.begin_of_block(inner)
-            end = layout.end_of_block(inner, manifest.rows_in_block(block))
-            raw = _read(file, begin, end)
-            if len(raw) != end - begin or xxhash.xxh3_64_intdigest(raw) != pinned[inner]:
-                bad.append(block)
-        if _read(file, shard.num_bytes - TRAILER_BYTES, shard.num_bytes + 1) != bytes(TRAILER_BYTES):
-            bad.append(blocks[-1])
-        return sorted(set(bad))
-    finally:
-        os.close(file)
-
-
-def _read(file: int, begin: int, end: int) -> bytes:
-    """Bytes of an open file; fewer where it ends, none where the disk cannot read them."""
-    try:
-        return os.pread(file, end - begin, begin)
-    except OSError:
-        return b""
 
 
 def _num_rows(manifest: Manifest, blocks: Sequence[int]) -> int:
     return sum(manifest.rows_in_block(block) for block in blocks)
 
 
-def _shards(manifest: Manifest, blocks: Sequence[int]) -> str:
-    """Where blocks lie, a few of them by name."""
+def _shard_names(manifest: Manifest, blocks: Sequence[int]) -> str:
+    """The shards of these blocks, the first eight by name."""
     counts: dict[str, int] = {}
     for block in blocks:
         name = manifest.shard(block // manifest.blocks_per_shard).name

@@ -1,9 +1,9 @@
 """A `RowReader` over a URL: the manifest is read once, shards come through the node's cache.
 
-Full shuffle needs all shards in the cache sooner or later; give the stream a `window` and only two windows of shards
-are held: the current one, and the next one on its way on threads. Rows, order and errors are those of the same
-data set on the local disk. A cached copy that turns out damaged is thrown away and fetched again; only a shard that
-is damaged or missing behind the URL can go into quarantine, and then does so whole.
+A full shuffle needs all shards in the cache sooner or later. With a `window`, the stream holds two windows of shards
+only: the current one, and the next one, which threads fetch meanwhile. Rows, order and errors are those of the same
+data set on the local disk. A cached copy that turns out damaged is dropped and fetched again. Only a shard that is
+damaged or missing behind the URL can go into quarantine, and then all of its blocks do.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +17,7 @@ from minilm.data.format.files import write_whole
 from minilm.data.format.manifest import MANIFEST, Shard, parse_manifest
 from minilm.data.read.quarantine import Quarantine
 from minilm.data.read.reader import RowReader
-from minilm.data.read.rows import Counters
+from minilm.data.read.rows import I64, Counters
 from minilm.data.storage.cache import Cache, Lease
 from minilm.data.storage.remote import Store, fetch_small_files
 from minilm.data.storage.retry import RetryPolicy
@@ -63,7 +63,7 @@ class RemoteReader(RowReader):
         write_whole(folder / MANIFEST, manifest)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return self.store.url
 
     @property
@@ -72,12 +72,12 @@ class RemoteReader(RowReader):
             cache_hits=self._hits, fetched_bytes=self._fetched_bytes, retries=self.store.num_retries
         )
 
-    def announce(self, current: np.ndarray, coming: np.ndarray) -> None:
-        """Hold the shards of the current window, fetch those of the coming one ahead, let all others go."""
+    def enter_window(self, current: I64, coming: I64) -> None:
+        """Hold the shards of the current window, fetch those of the coming one ahead, release all others."""
         with self._lock:
             keep = {int(shard) for shard in np.concatenate([current, coming])}
             for shard in [s for s in self._leases if s not in keep]:
-                self.forget(shard)
+                self._shards.close(shard)
                 future = self._leases.pop(shard)
                 if not future.cancel():
                     future.add_done_callback(_release)
@@ -90,8 +90,8 @@ class RemoteReader(RowReader):
         blocks = slice(shard.first_block, shard.first_block + shard.num_blocks)
         return self._masked is not None and bool(self._masked[blocks].all())
 
-    def locate(self, shard: Shard) -> Path:
-        """The cached file of a shard, waiting for it when it is still on its way."""
+    def shard_path(self, shard: Shard) -> Path:
+        """The cached file of a shard, once it is fetched."""
         return self._fetch_ahead(shard.number).result().path
 
     def _fetch_ahead(self, number: int) -> Future[Lease]:
@@ -99,8 +99,8 @@ class RemoteReader(RowReader):
             self._leases[number] = self._pool.submit(self.take, self.manifest.shard(number))
         return self._leases[number]
 
-    def look_again(self, shard: Shard, error: DamageError) -> list[int]:
-        """Throw the cached copy away and fetch the shard again. All its blocks when that does not help."""
+    def recover(self, shard: Shard, error: DamageError) -> list[int]:
+        """Drop the cached copy and fetch the shard again. All its blocks if that does not help."""
         future = self._leases.pop(shard.number)
         if (failed := future.exception()) is None:
             self.cache.drop(future.result())
@@ -109,14 +109,14 @@ class RemoteReader(RowReader):
                 return []
             except DamageError as origin:
                 error = origin
-        elif not isinstance(failed, DamageError):  # of the cache's disk; the shard may be whole
+        elif not isinstance(failed, DamageError):  # an error of the cache's disk: the shard may be whole
             raise failed
         if self.quarantine is None or self.quarantine.path is None:
             raise error
         return list(range(shard.first_block, shard.first_block + shard.num_blocks))
 
     def take(self, shard: Shard) -> Lease:
-        """The cached file of a shard, fetched unless it is there. DamageError when another one lies behind the URL."""
+        """The cached file of a shard, fetched unless it is there. DamageError if the URL holds another one."""
 
         def fetch(into: Path) -> None:
             self.store.fetch(shard.name, shard.num_bytes, shard.sha256, into)
@@ -130,10 +130,10 @@ class RemoteReader(RowReader):
         return lease
 
     def close(self) -> None:
-        """Let every shard go and end the threads."""
+        """Release every shard and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         for shard, future in self._leases.items():
-            self.forget(shard)
+            self._shards.close(shard)
             _release(future)
         self._leases.clear()
 

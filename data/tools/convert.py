@@ -1,4 +1,4 @@
-"""A data set in another layout, a record a row."""
+"""Writes a data set as tars with one record a row, for other programs."""
 
 import shutil
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ class ConvertReport:
 
 
 def convert(folder: Path, out: Path, *, to: str = "rows", rows_per_file: int = 100_000) -> ConvertReport:
-    """Write a data set as tars with one record a row: `{row:012d}.tokens.npy`, padding cut off. `out` must be new."""
+    """Write a data set as tars with one record a row, `{row:012d}.tokens.npy`, without padding. `out` must be new."""
     if to != "rows":
         raise DataError(f"conversion to {to!r} is not known; allowed: rows")
     reader, out = RowReader(folder), Path(out)

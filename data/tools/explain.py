@@ -1,4 +1,4 @@
-"""Looking at data: which rows a step reads, when a row is read, and what rows and tokens look like.
+"""Which rows a step reads, when a row is read, and what rows and tokens look like.
 
 Each function returns a small object with `.text()` for a person and `.as_dict()` for a program. Nothing is written.
 """
@@ -21,10 +21,10 @@ _MAX_SAMPLED_BLOCKS = 64
 
 @dataclass(frozen=True)
 class RowAddress:
-    """Where one row of a step lies; `place` counts in the batch, `block` in the data set, `row_in_block` in
-    the block."""
+    """One row of a step and where it is stored; `index` counts in the batch, `block` in the data set, `row_in_block`
+    in the block, `offset` in bytes of the shard's file."""
 
-    place: int
+    index: int
     corpus: int
     epoch: int
     row: int
@@ -44,9 +44,9 @@ class Explanation:
         return asdict(self)
 
     def text(self) -> str:
-        head = ("place", "corpus", "epoch", "row", "shard", "block", "in block", "at byte")
+        head = ("index", "corpus", "epoch", "row", "shard", "block", "in block", "at byte")
         table = [
-            (r.place, r.corpus, r.epoch, r.row, r.shard, r.block, r.row_in_block, r.offset) for r in self.rows
+            (r.index, r.corpus, r.epoch, r.row, r.shard, r.block, r.row_in_block, r.offset) for r in self.rows
         ]
         cells = [head, *(tuple(map(str, line)) for line in table)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -58,13 +58,13 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Whereabouts:
-    """The answer to: when is this row read?"""
+class RowPosition:
+    """When an epoch reads a row (`index` counts in the batch of the step), and where the row is stored."""
 
     row: int
     epoch: int
     step: int
-    place: int
+    index: int
     shard: str
     block: int
     row_in_block: int
@@ -75,8 +75,8 @@ class Whereabouts:
 
     def text(self) -> str:
         return (
-            f"row {self.row} lies in {self.shard}, block {self.block}, row {self.row_in_block} of the block, at byte "
-            f"{self.offset}; epoch {self.epoch} reads it in step {self.step}, place {self.place} of the batch"
+            f"row {self.row} is in {self.shard}, block {self.block}, row {self.row_in_block} of the block, at byte "
+            f"{self.offset}; epoch {self.epoch} reads it in step {self.step}, index {self.index} of the batch"
         )
 
 
@@ -89,25 +89,25 @@ def explain(
     window: int | None = None,
     num_words: int = 8,
 ) -> Explanation:
-    """The rows of one step, in order, with their addresses and first words. Raises `DataError` for no such step."""
+    """The rows of one step, in order, with their locations and first words. DataError if there is no such step."""
     if step < 0:
         raise DataError(f"step {step} does not exist; steps count from 0")
     stream = Stream(source, seed=seed, batch=batch, micro_batch=batch, window=window)
     decoders = [_Decoder(_reader(corpus)) for corpus in stream.corpora]
     rows = []
-    for place, address in enumerate(stream.addresses(step, 0)):
+    for index, address in enumerate(stream.addresses(step, 0)):
         reader = _reader(stream.corpora[address.corpus])
-        lies = reader.manifest.place(address.row)
+        stored = reader.manifest.locate(address.row)
         rows.append(
             RowAddress(
-                place,
+                index,
                 address.corpus,
                 address.epoch,
                 address.row,
-                reader.manifest.shard(lies.shard).name,
-                lies.block,
-                lies.row,
-                lies.offset,
+                reader.manifest.shard(stored.shard).name,
+                stored.block,
+                stored.row,
+                stored.offset,
                 decoders[address.corpus].words(address.row, num_words),
             )
         )
@@ -122,15 +122,16 @@ def where(
     seed: int,
     epoch: int = 0,
     window: int | None = None,
-) -> Whereabouts:
-    """The step and place at which `epoch` of the row's corpus reads row number `row` (counted over all corpora)."""
+) -> RowPosition:
+    """The step, and the index in its batch, at which `epoch` of the row's corpus reads row number `row` (counted over
+    all corpora)."""
     stream = Stream(source, seed=seed, batch=batch, micro_batch=batch, window=window)
-    step, place = stream.position(row, epoch)
-    address = stream.addresses(step, 0)[place]
+    step, index = stream.position(row, epoch)
+    address = stream.addresses(step, 0)[index]
     manifest = _reader(stream.corpora[address.corpus]).manifest
-    lies = manifest.place(address.row)
-    name = manifest.shard(lies.shard).name
-    return Whereabouts(row, epoch, step, place, name, lies.block, lies.row, lies.offset)
+    stored = manifest.locate(address.row)
+    name = manifest.shard(stored.shard).name
+    return RowPosition(row, epoch, step, index, name, stored.block, stored.row, stored.offset)
 
 
 def _reader(corpus: Corpus) -> RowReader:
@@ -140,7 +141,7 @@ def _reader(corpus: Corpus) -> RowReader:
 
 
 class _Decoder:
-    """Token ids -> text with the tokenizer that travels with the data set."""
+    """Decodes rows with the tokenizer that is stored with the data set."""
 
     def __init__(self, reader: RowReader):
         from tokenizers import Tokenizer
@@ -176,8 +177,8 @@ class Inspection:
     sampled_rows: int
     frequent_tokens: dict[str, float]
     distinct_tokens: int
-    unknown_share: float
-    padding_share: float
+    unknown_fraction: float
+    padding_fraction: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -187,17 +188,17 @@ class Inspection:
         lines.append(
             f"{'tokens sampled':<16}{self.sampled_rows:,} rows, {self.distinct_tokens:,} different tokens"
         )
-        lines.append(f"{'unknown':<16}{self.unknown_share:.3%}    padding {self.padding_share:.3%}")
+        lines.append(f"{'unknown':<16}{self.unknown_fraction:.3%}    padding {self.padding_fraction:.3%}")
         lines.append("most frequent tokens")
-        for token, share in self.frequent_tokens.items():
-            lines.append(f"  {token:<14}{share:7.2%}  {'█' * round(200 * share)}")
+        for token, fraction in self.frequent_tokens.items():
+            lines.append(f"  {token:<14}{fraction:7.2%}  {'█' * round(200 * fraction)}")
         lines.append(f"rows, page {self.page}")
         lines += [f"  {row:>8}  {text}" for row, text in self.rows.items()]
         return "\n".join(lines)
 
 
 def inspect(folder: Path, *, page: int = 0, rows_per_page: int = 10, num_tokens: int = 20) -> Inspection:
-    """Rows of page `page` decoded, and what the tokens are like. DataError when there is no such page."""
+    """The rows of page `page`, decoded, and statistics of the tokens. DataError if there is no such page."""
     reader = RowReader(folder)
     manifest, decoder = reader.manifest, _Decoder(reader)
     num_pages = -(-manifest.rows // rows_per_page)
@@ -217,8 +218,8 @@ def inspect(folder: Path, *, page: int = 0, rows_per_page: int = 10, num_tokens:
         sampled_rows=sampled_rows,
         frequent_tokens={decoder.token(token): int(counts[token]) / total for token in order},
         distinct_tokens=int(np.count_nonzero(counts)),
-        unknown_share=int(counts[unknown]) / total if unknown >= 0 else 0.0,
-        padding_share=padding / (sampled_rows * manifest.seq_len),
+        unknown_fraction=int(counts[unknown]) / total if unknown >= 0 else 0.0,
+        padding_fraction=padding / (sampled_rows * manifest.seq_len),
     )
 
 
@@ -233,7 +234,8 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _count_tokens(reader: RowReader) -> tuple[Any, int, int]:
-    """(counts by token id of tokens that are not padding, sampled rows, padding tokens in them)."""
+    """Counts by token id (int64 [vocabulary], without padding), the number of sampled rows, and of padding tokens in
+    them."""
     manifest = reader.manifest
     chosen = np.unique(np.linspace(0, manifest.num_blocks - 1, _MAX_SAMPLED_BLOCKS).astype(int))
     counts = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)

@@ -1,7 +1,6 @@
-"""Care of a data set: repair what is damaged, convert to one record a row.
+"""Replaces damaged files of a data set, from a copy of it or by building it again.
 
-Whatever replaces a file is checked against the manifest before it takes the name. Each function returns a small
-object with `.text()` for a person and `.as_dict()` for a program.
+A file is checked against the manifest before it replaces another.
 """
 
 import json
@@ -44,11 +43,11 @@ def repair(
     inputs: Iterable[str | Path] | None = None,
     processes: int | None = None,
 ) -> RepairReport:
-    """Replace damaged files by those of `mirror` (a copy of the data set, in a folder or behind a URL), or of a new
-    build from the same text.
+    """Replace damaged files by those of `mirror` (a copy of the data set, in a folder or behind a URL), or by those of
+    a new build from the same text.
 
-    Without a mirror the text is looked for where it was (or at `inputs`). Nothing is replaced unless the
-    replacement has the pinned hash. DataError when neither source can give it.
+    Without a mirror the text is read from where it was (or from `inputs`). Nothing is replaced unless the replacement
+    has the pinned hash. DataError if there is none.
     """
     folder = Path(folder)
     report = verify(folder)
@@ -70,14 +69,14 @@ def repair(
     left = verify(folder)
     if not left.whole:
         raise DataError(
-            f"{str(source)!r} has damage of its own: {left.damage[0].text()}; what it had whole was taken, "
+            f"{str(source)!r} is damaged too: {left.damage[0].text()}; its undamaged files were taken; "
             "name another mirror for the rest"
         )
     return RepairReport(str(folder), "a new build" if mirror is None else str(mirror), names)
 
 
 def _fetch(url: str, folder: Path, names: list[str], into: Path) -> None:
-    """The manifest and these files of the copy behind `url`; shards must have the hashes that `folder` pins."""
+    """Fetch the manifest and these files of the copy behind `url`; shards must have the hashes that `folder` pins."""
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir()
     store = Store(url)

@@ -1,11 +1,10 @@
-"""Verify: every byte of a data set against its manifest, in parallel, in a folder or behind a URL.
+"""Compare every byte of a data set with its manifest, in parallel, in a folder or behind a URL.
 
-Damage is listed with file, block and offset, and changes nothing; mending is data.care's. A shard whose sha256 is
-right needs no closer look; in one whose is not, the block checksums say where.
+Damage is listed with file, block and offset, and nothing is changed (tools.repair does that). The sha256 of a shard
+says whether it is damaged, the checksums of its blocks say where.
 """
 
 import hashlib
-import mmap
 import os
 import tempfile
 import time
@@ -29,14 +28,14 @@ from minilm.data.format.manifest import (
     load_manifest,
     parse_manifest,
 )
-from minilm.data.read.mapped_shards import MappedShards
+from minilm.data.read.shard_files import damaged_blocks
 from minilm.data.storage.remote import Store, fetch_small_files, is_remote
 from minilm.data.tokenizer import load_tokenizer, vocabulary_fingerprint
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One damaged place: `block` and `offset` (bytes) are None where a whole file is meant."""
+    """One piece of damage: `block` and `offset` (bytes in the file) are None if it is the whole file."""
 
     file: str
     block: int | None
@@ -70,9 +69,9 @@ class VerifyReport:
         lines += [f"damaged: {damage.text()}" for damage in self.damage]
         if self.damage:
             if is_remote(self.folder):
-                lines.append("put a whole copy there; nothing is mended behind a URL")
+                lines.append("put a whole copy there; nothing is repaired behind a URL")
             else:
-                lines.append(f"mend it with: minilm data repair {self.folder} [--mirror FOLDER|URL]")
+                lines.append(f"repair it with: minilm data repair {self.folder} [--mirror FOLDER|URL]")
         else:
             lines.append(f"whole: every byte is what the manifest {self.fingerprint[:16]} pins")
         return "\n".join(lines)
@@ -91,8 +90,8 @@ def verify(
     """Compare every byte of a data set with its manifest; damage is listed, not raised.
 
     `folder` is a folder (its held-out split is checked too) or a URL (every shard is fetched once and not kept;
-    `options` go to fsspec). `progress(done, total)` is told bytes. DataError when there is no manifest or it is
-    damaged itself.
+    `options` go to fsspec). `progress` is called with the bytes done and in total. DataError if there is no manifest
+    or it is damaged itself.
     """
     if is_remote(folder):
         return _verify_url(str(folder), threads or 4, progress, options)
@@ -117,8 +116,8 @@ def _verify_url(
         held_out = f"{HELD_OUT}/{MANIFEST}"
         manifests[f"{HELD_OUT}/"] = parse_manifest(store.read(held_out), f"{store.url}/{held_out}")
 
-    def check(place: tuple[str, Shard]) -> list[Damage]:
-        split, shard = place
+    def check(where: tuple[str, Shard]) -> list[Damage]:
+        split, shard = where
         try:
             found = store.sha256(split + shard.name, shard.num_bytes)
         except DataError as error:
@@ -136,7 +135,7 @@ def _verify_url(
 
 
 def _check_small_files(store: Store, split: str, manifest: Manifest) -> list[Damage]:
-    """The checksums of blocks and the tokenizer behind a URL."""
+    """The damage of block checksums and tokenizer behind a URL."""
     with tempfile.TemporaryDirectory(prefix="minilm-verify-") as temporary:
         here = Path(temporary)
         try:
@@ -183,8 +182,8 @@ def _check_tokenizer(split: Path, manifest: Manifest, folder: Path) -> list[Dama
     return []
 
 
-def _check_shard(folder: Path, place: tuple[Path, Manifest, Shard]) -> list[Damage]:
-    split, manifest, shard = place
+def _check_shard(folder: Path, found: tuple[Path, Manifest, Shard]) -> list[Damage]:
+    split, manifest, shard = found
     path = split / shard.name
     name = str(path.relative_to(folder))
     damage = []
@@ -194,24 +193,23 @@ def _check_shard(folder: Path, place: tuple[Path, Manifest, Shard]) -> list[Dama
         damage.append(Damage(str((split / CHECKSUMS).relative_to(folder)), None, None, str(error)))
     if not path.is_file():
         return [*damage, Damage(name, None, None, "the file is missing")]
+    if (size := path.stat().st_size) != shard.num_bytes:
+        what = f"the file has {size} bytes instead of {shard.num_bytes}"
+        return [*damage, Damage(name, None, None, what)]
     if _sha256(path) == shard.sha256:
         return damage
-    mapped = MappedShards(split, manifest, lambda info: split / info.name)
-    for inner in range(shard.num_blocks):
-        block = shard.first_block + inner
-        try:
-            mapped.check(block)
-        except DataError as error:
-            if path.stat().st_size != shard.num_bytes:
-                return [*damage, Damage(name, None, None, str(error))]
-            at = manifest.layout.begin_of_block(inner)
-            damage.append(Damage(name, block, at, "its bytes do not have the pinned checksum"))
-    return damage or [Damage(name, None, None, "its bytes do not have the pinned sha256")]
+    blocks = [] if damage else damaged_blocks(path, split, manifest, shard)
+    if not blocks:
+        return [*damage, Damage(name, None, None, "its bytes do not have the pinned sha256")]
+    offsets = [manifest.layout.begin_of_block(block - shard.first_block) for block in blocks]
+    what = "its bytes do not have the pinned checksum"
+    return [Damage(name, block, offset, what) for block, offset in zip(blocks, offsets, strict=True)]
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        if not file.seek(0, 2):
-            return hashlib.sha256().hexdigest()
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            return hashlib.sha256(mapped).hexdigest()
+    """The hash of a file; empty where the disk fails, so that its blocks are looked at one by one."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""

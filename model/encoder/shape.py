@@ -59,8 +59,8 @@ def load_config(path_or_hub_id: str | Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"cannot read the config of {name} ({one_line(error)}); give a folder with a config.json, or a hub id that this "
-            f"machine can reach"
+            f"cannot read the config of {name} ({one_line(error)}); give a folder with a config.json, or a hub id "
+            f"that this machine can reach"
         ) from error
     family_of(config)
     return config

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minilm.model.errors import ModelError
 from minilm.model.loss.relations import relation_kl
+from minilm.orchestrator.system.text import text_table
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.share_of_matmul_peak:.0%}",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(line.rstrip() for line in text)
+    return text_table(lines)
 
 
 def json_lines(rows: Iterable[Row]) -> str:

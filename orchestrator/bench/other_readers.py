@@ -1,7 +1,7 @@
-"""Other readers over the tokens of one of our data sets, for `minilm bench stream`: each writes its own format first.
+"""Other readers of the tokens of a data set, for `minilm bench stream`; each writes its own format first.
 
-`webdataset` reads in file order, our shards and tars of one record a row; `mosaicml-streaming`, `litdata` and
-`megatron-core` read random rows, where they are installed.
+`webdataset` reads in file order: the shards as they are, and tars with one record a row. `mosaicml-streaming`,
+`litdata` and `megatron-core` read random rows, where they are installed.
 """
 
 import importlib.util
@@ -20,27 +20,27 @@ Passes = Callable[[], Iterator[int]]  # an endless iterator of numbers of rows t
 ROW_READERS = ("webdataset rows", "streaming", "litdata", "megatron")
 
 
-def others(data: Path, place: Path, micro_batch: int) -> dict[str, tuple[str, Passes]]:
-    """Note and passes of every reader that is installed, over the tokens of `data`; their copies go into `place`."""
-    found = _webdataset(data, place)
+def others(data: Path, folder: Path, micro_batch: int) -> dict[str, tuple[str, Passes]]:
+    """Note and passes of every reader that is installed, over the tokens of `data`; their copies go into `folder`."""
+    found = _webdataset(data, folder)
     for package, name, make in (
         ("streaming", "streaming", _mosaicml),
         ("litdata", "litdata", _litdata),
         ("megatron", "megatron", _megatron),
     ):
         if importlib.util.find_spec(package) is not None:
-            found[name] = ("random rows", make(data, place, micro_batch))
+            found[name] = ("random rows", make(data, folder, micro_batch))
     return found
 
 
-def _webdataset(data: Path, place: Path) -> dict[str, tuple[str, Passes]]:
+def _webdataset(data: Path, folder: Path) -> dict[str, tuple[str, Passes]]:
     import webdataset
 
-    if not (place / "rows").exists():
-        convert(data, place / "rows")
+    if not (folder / "rows").exists():
+        convert(data, folder / "rows")
 
-    def passes(folder: Path) -> Passes:
-        urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    def passes(tars: Path) -> Passes:
+        urls = [str(path) for path in sorted(tars.glob("*.tar"))]
 
         def run() -> Iterator[int]:
             while True:
@@ -52,18 +52,16 @@ def _webdataset(data: Path, place: Path) -> dict[str, tuple[str, Passes]]:
 
     return {
         "webdataset blocks": ("file order", passes(data)),
-        "webdataset rows": ("file order", passes(place / "rows")),
+        "webdataset rows": ("file order", passes(folder / "rows")),
     }
 
 
 def _all_rows(data: Path) -> Iterator[Any]:
     reader = RowReader(data)
     rows = reader.manifest.rows_per_block
-    buffer = np.empty((rows, reader.seq_len), np.uint16)
     for first in range(0, reader.num_rows, rows):
-        size = min(rows, reader.num_rows - first)
-        reader.gather(np.arange(first, first + size), buffer[:size])
-        yield from buffer[:size].copy()
+        batch = reader.read(range(first, min(first + rows, reader.num_rows)))
+        yield from batch.input_ids.numpy().astype(np.uint16)
 
 
 def _random_items(dataset: Any, num_rows: int, micro_batch: int, pick: Callable[[Any], Any]) -> Passes:
@@ -79,38 +77,38 @@ def _random_items(dataset: Any, num_rows: int, micro_batch: int, pick: Callable[
     return run
 
 
-def _mosaicml(data: Path, place: Path, micro_batch: int) -> Passes:
+def _mosaicml(data: Path, folder: Path, micro_batch: int) -> Passes:
     from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]
 
-    if not (place / "mds").exists():
-        with MDSWriter(out=str(place / "mds"), columns={"tokens": "ndarray:uint16"}) as out:
+    if not (folder / "mds").exists():
+        with MDSWriter(out=str(folder / "mds"), columns={"tokens": "ndarray:uint16"}) as out:
             for row in _all_rows(data):
                 out.write({"tokens": row})
-    dataset = StreamingDataset(local=str(place / "mds"), shuffle=False, batch_size=micro_batch)
+    dataset = StreamingDataset(local=str(folder / "mds"), shuffle=False, batch_size=micro_batch)
     return _random_items(dataset, RowReader(data).num_rows, micro_batch, lambda item: item["tokens"])
 
 
-def _litdata(data: Path, place: Path, micro_batch: int) -> Passes:
+def _litdata(data: Path, folder: Path, micro_batch: int) -> Passes:
     from litdata import StreamingDataset  # type: ignore[import-not-found]
     from litdata.streaming.writer import BinaryWriter  # type: ignore[import-not-found]
 
-    if not (place / "litdata").exists():
-        writer = BinaryWriter(str(place / "litdata"), chunk_bytes=64 << 20)
+    if not (folder / "litdata").exists():
+        writer = BinaryWriter(str(folder / "litdata"), chunk_bytes=64 << 20)
         for number, row in enumerate(_all_rows(data)):
             writer[number] = {"tokens": row}
         writer.done()
         writer.merge(num_workers=1)
-    dataset = StreamingDataset(str(place / "litdata"))
+    dataset = StreamingDataset(str(folder / "litdata"))
     return _random_items(dataset, RowReader(data).num_rows, micro_batch, lambda item: item["tokens"])
 
 
-def _megatron(data: Path, place: Path, micro_batch: int) -> Passes:
+def _megatron(data: Path, folder: Path, micro_batch: int) -> Passes:
     from megatron.core.datasets.indexed_dataset import (  # type: ignore[import-not-found]
         IndexedDataset,
         IndexedDatasetBuilder,
     )
 
-    prefix = str(place / "megatron")
+    prefix = str(folder / "megatron")
     if not Path(prefix + ".idx").exists():
         import torch
 

@@ -1,7 +1,7 @@
 """The stages of a recipe in order: what is done already, what runs now, what its students are called afterwards.
 
 This is the driver: it prepares inputs, starts each stage's workers (launch), shows their progress, feeds tracking
-from the points files, publishes the students, and writes the summary. It holds no training state: whenever it dies,
+from the metrics files, publishes the students, and writes the summary. It holds no training state: whenever it dies,
 the same command finds the data built, the stages done and the newest checkpoint, and goes on.
 """
 
@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import time
 import uuid
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minilm.model.export import weights_digest
 from minilm.orchestrator.driver.prepare_data import prepare_data
-from minilm.orchestrator.driver.status_line import Line, StageProgress, build_reporter
+from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
-from minilm.orchestrator.errors import RecipeErrors, Stopped, UserError
-from minilm.orchestrator.launch import resources as places
-from minilm.orchestrator.launch import trainer as launch
+from minilm.orchestrator.errors import RecipeErrors, Stopped
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
-from minilm.orchestrator.launch.cluster import Cluster
-from minilm.orchestrator.launch.liveness import Heartbeats, Supervisor
+from minilm.orchestrator.launch.base import Launcher
+from minilm.orchestrator.launch.liveness import Heartbeats
 from minilm.orchestrator.recipe.references import parse_reference
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.folders import model_folder
@@ -45,19 +43,18 @@ def run_recipe(
     recipe_file: Path,
     workdir: Workdir,
     lease: Lease,
-    cluster: Cluster | None,
+    launcher: Launcher,
     stop: StopRequest,
     *,
     redo_from: str | None = None,
 ) -> Summary:
     """Run every stage that is not done, and return the summary of the whole curriculum.
 
-    The caller holds `lease`, from `workdir.claim`, and leaves `cluster`; None for the same worker in this process.
-    `redo_from`: as it was claimed. Raises `Stopped` after SIGINT or SIGTERM, `UserError` for bad input,
-    `InfrastructureError` when the workers kept dying.
+    The caller holds `lease`, from `workdir.claim`, and closes `launcher`. `redo_from`: as it was claimed. Raises
+    `Stopped` after SIGINT or SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
-    with closing(Line()) as line:
+    with closing(StatusLine()) as line:
         line.show("looking at teachers and data", force=True)
 
         def fetch(reference: str) -> str:
@@ -83,10 +80,9 @@ def run_recipe(
             },
             recipe_file=recipe_file,
         )
-        driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, cluster, line, stop)
+        driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, launcher, line, stop)
         try:
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
-            driver.withdraw_reservations()
         except Stopped:
             tracking.finish("KILLED")
             raise
@@ -118,8 +114,8 @@ class Driver:
     data: DataSpec
     stages: tuple[ResolvedStage, ...]
     tracking: Tracking
-    cluster: Cluster | None
-    line: Line
+    launcher: Launcher
+    line: StatusLine
     stop: StopRequest
 
     def run_stage(self, number: int) -> list[ModelEntry]:
@@ -192,79 +188,40 @@ class Driver:
 
     def train(self, spec: StageSpec, label: str) -> None:
         """Run the stage's workers until it is done. Raises `Stopped`, `UserError` or `InfrastructureError`."""
-        self.connect()
+
+        def show(text: str, force: bool) -> None:
+            self.line.show(f"{label}  {text}", force=force)
+
+        if self.stop.requested:
+            raise Stopped("stopped before the stage began; the same command goes on from here")
+        self.launcher.prepare(show)
         folder = self.workdir.stage(spec.stage)
         spec = replace(spec, attempt=f"{spec.stage}-{uuid.uuid4().hex[:12]}", lease=str(self.lease.path))
-        place = ""
-        if self.cluster:
-            place = places.wait_for_places(
-                self.recipe.compute.device,
-                self.recipe.compute.workers[0],
-                wait_seconds=self.recipe.compute.wait_seconds,
-                grows=self.cluster.is_joined,
-                stop=self.stop,
-                show=lambda text, force: self.line.show(f"{label}  {text}", force=force),
-            )
-        if place:  # decided once, so that no worker takes a GPU that Ray has not given it
-            device = "cuda" if place == "GPU" else "cpu"
-            spec = replace(spec, runtime=replace(spec.runtime, device=device))
+        spec = self.launcher.allocate(spec, show)
         begin_attempt(spec, folder)
-        with ThreadPoolExecutor(1, thread_name_prefix="launcher") as pool:
-            if self.cluster:
-                workers, joined = self.recipe.compute.workers, self.cluster.is_joined
-                future = launch.start_ray(spec, workers, place, pool, joined=joined)
-            else:
-                future = launch.start_inline(spec, pool)
-            try:
-                self.watch(future, spec, label, place)
-            except BaseException:
-                with suppress(OSError):  # a full disk
-                    folder.stop_request.touch()  # the pool waits for the workers: let them end
-                if self.cluster:  # or they are not there to end: then `fit` ends with an error
-                    launch.cancel_reservations(folder.root)
-                    self.cluster.leave()
-                raise
+        future = self.launcher.start(spec)
+        try:
+            self.watch(future, spec, label)
+        except BaseException:
+            with suppress(OSError):  # a full disk
+                folder.stop_request.touch()
+            self.launcher.abandon(spec)
+            wait([future])
+            raise
         self.lease.check()
         self.line.close()
         folder.stop_request.unlink(missing_ok=True)
-        check_outcome(spec, folder, future, inline=self.cluster is None)
+        check_outcome(spec, folder, future, self.launcher)
 
-    def watch(self, future: Future[None], spec: StageSpec, label: str, place: str) -> None:
+    def watch(self, future: Future[None], spec: StageSpec, label: str) -> None:
         """Show progress until the workers have ended, pass a request to stop on to them, and look after silent ones."""
-        folder, progress, beats = (
-            StageFolder(Path(spec.folder)),
-            StageProgress(self.line, spec, label),
-            Heartbeats(spec),
-        )
-        supervise = Supervisor(
-            spec,
-            beats,
-            wait_seconds=self.recipe.compute.wait_seconds,
-            end=launch.end_worker,
-            lacking=lambda: places.lacking(place, self.recipe.compute.workers[0]),
-            say=self.line.say,
-        )
+        folder = StageFolder(Path(spec.folder))
+        progress, beats = StageProgress(self.line, spec, label), Heartbeats(spec)
+        supervise = self.launcher.supervise(spec, beats, self.line.say)
         while wait([future], timeout=POLL_SECONDS).not_done:
-            beats.look()
+            beats.poll()
             with suppress(OSError):  # storage that does not answer, or is full, for a moment
                 self.lease.check()
                 if self.stop.requested and not folder.stop_request.exists():
                     folder.stop_request.touch()
-            # inline, the worker's own watchdog ends this very process
-            progress.show(beats.newest, supervise(self.stop.requested) if place else "")
-
-    def connect(self) -> None:
-        """Join or start the Ray cluster before the first stage that needs it."""
-        if self.stop.requested:
-            raise Stopped("stopped before the stage began; the same command goes on from here")
-        if self.cluster and not self.cluster.connected:
-            self.line.show("starting Ray", force=True)
-            self.cluster.connect(self.stop)
-
-    def withdraw_reservations(self) -> None:
-        """Of a dead driver, where no stage was left to do it: another run on the cluster would wait for them."""
-        folder = self.workdir.stage(self.recipe.stages[-1].name).root
-        if self.cluster and self.cluster.is_joined and launch.reservations(folder):
-            with suppress(UserError):  # a cluster that is gone has none
-                self.connect()
-                launch.cancel_reservations(folder)
+            progress.show(beats.newest, supervise(self.stop.requested))

@@ -19,7 +19,7 @@ from minilm.orchestrator.system.text import duration
 PLAIN_INTERVAL_SECONDS = 5.0
 
 
-class Line:
+class StatusLine:
     """One status line: rewritten in place on a terminal, printed every few seconds elsewhere.
 
     A terminal or pipe that has gone away ends the showing, never the run.
@@ -65,7 +65,7 @@ def describe_build(progress: BuildProgress) -> str:
     )
 
 
-def build_reporter(line: Line, stop: StopRequest) -> Callable[[BuildProgress], None]:
+def build_reporter(line: StatusLine, stop: StopRequest) -> Callable[[BuildProgress], None]:
     """Shows the build, and ends it when a signal has come."""
 
     def report(progress: BuildProgress) -> None:
@@ -80,7 +80,7 @@ class StageProgress:
     """Turns heartbeats into lines such as
     `[1/2] assistant  step 120/240  loss 0.812 (attention 0.41 value 0.40)  312 rows/s  40.0k tokens/s  1m02s left`."""
 
-    def __init__(self, line: Line, spec: StageSpec, prefix: str):
+    def __init__(self, line: StatusLine, spec: StageSpec, prefix: str):
         self.line, self.spec, self.prefix = line, spec, prefix
         self.started = time.monotonic()
 

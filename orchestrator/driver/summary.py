@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minilm.orchestrator.system.text import duration
+from minilm.orchestrator.system.text import duration, text_table
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,7 @@ class Summary:
             )
             for model in self.models
         ]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            for row in (header, *rows)
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(line.rstrip() for line in lines)
+        return text_table([header, *rows])
 
     def next_steps(self) -> str:
         """Commands that work as they stand, from the current folder."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from minilm.data.read.rows import Batch
 from minilm.data.storage.remote import is_remote
-from minilm.data.stream import share
+from minilm.data.stream import partition
 from minilm.orchestrator.feed.corpora import close, open_stream
 from minilm.orchestrator.feed.ledger import Expected, Ledger
 from minilm.orchestrator.feed.quarantine import QuarantineMask
@@ -38,7 +38,7 @@ class RowLoader:
             if world.is_rank_zero
             else None
         )
-        self.mine = share(self.stream.num_micro_batches, world.rank, world.size)
+        self.mine = partition(self.stream.num_micro_batches, world.rank, world.size)
         self.ledger = Ledger()
         self.counts = [0] * len(COUNTS)
         self.batches: Generator[Batch, None, None] | None = None

@@ -1,6 +1,6 @@
 """One attempt at a stage, as the driver sees it: its folder made ready before, what came of it afterwards.
 
-Those that died are counted by the workers (`attempts`).
+Attempts that died are counted by the workers (`worker.crash_loop`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from concurrent.futures import Future
 from minilm.orchestrator.checkpoint.format import Fingerprints, check_newest
 from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.errors import InfrastructureError, LeaseHeld, NoProgress, Stopped, UserError
+from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import read_json, write_atomic
-from minilm.orchestrator.system.text import one_line
 from minilm.orchestrator.system.write_errors import writing
 
 FAILURES = {error.exit_code: error for error in (UserError, NoProgress, LeaseHeld, InfrastructureError)}
@@ -49,23 +49,12 @@ def take_checkpoints(spec: StageSpec, folder: StageFolder) -> None:
             store.claim(spec.attempt)
 
 
-def check_outcome(spec: StageSpec, folder: StageFolder, future: Future[None], *, inline: bool) -> None:
-    """Nothing, if the ended `future` of this attempt has done the stage; otherwise the error that says why not."""
+def check_outcome(spec: StageSpec, folder: StageFolder, future: Future[None], launcher: Launcher) -> None:
+    """Return if this attempt, whose `future` has ended, has finished the stage; otherwise raise why it has not."""
     failure = read_json(folder.failure)
     if failure is not None and failure["attempt"] == spec.attempt:
         raise FAILURES[failure["exit_code"]](failure["message"])
     if (error := future.exception()) is not None:
-        if isinstance(cause := getattr(error, "controller_failure", None), UserError):  # under_ray's
-            raise cause
-        if inline and isinstance(error, OSError):
-            raise InfrastructureError(
-                f"stage {spec.stage}: storage gave up ({error}); the same command goes on from the last checkpoint"
-            ) from error
-        if inline:  # a defect of ours: it keeps its traceback
-            raise error
-        raise InfrastructureError(
-            f"stage {spec.stage}: Ray gave up ({one_line(error, keep_end=True)}); the workers' logs are "
-            f"{folder.root}/worker-*.log; the same command goes on from the last checkpoint"
-        ) from error
+        launcher.raise_failure(spec, error)
     if not folder.done.exists():
         raise Stopped(f"stage {spec.stage} is stopped; the same command goes on from its last checkpoint")

@@ -8,7 +8,6 @@ import socket
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
@@ -37,16 +36,17 @@ OWN_ENVIRONMENT = {
 
 
 class Cluster:
-    """Connected when it is first needed, left at the end of the context, or before.
+    """A connection to Ray, made when it is first needed.
 
-    address: of the cluster to join (default: RAY_ADDRESS, else one of its own). places: for workers on its own, which
-    never grows. record: a file for the processes of its own, for the next driver, should this one be killed.
+    address: the cluster to join (default: RAY_ADDRESS; without one the run starts its own). num_workers: how many its
+    own has room for, which never grows. record: a file that lists the processes of its own, for the next driver if
+    this one is killed.
     """
 
-    def __init__(self, address: str | None, places: int, record: Path):
+    def __init__(self, address: str | None, num_workers: int, record: Path):
         given = address or os.environ.get("RAY_ADDRESS")
         self.address = None if given in ("", "local") else given
-        self.places, self.record = places, record
+        self.num_workers, self.record = num_workers, record
         self.connected = False
 
     @property
@@ -72,7 +72,11 @@ class Cluster:
         else:
             end_leftovers(self.record)
             # "local": without it ray.init() would join whatever cluster this machine has
-            options |= {"address": "local", "resources": {"trainer": self.places}, "include_dashboard": False}
+            options |= {
+                "address": "local",
+                "resources": {"trainer": self.num_workers},
+                "include_dashboard": False,
+            }
         if stop.requested:  # while Ray was imported
             raise Stopped(STOPPED)
         others = descendants()
@@ -90,8 +94,6 @@ class Cluster:
             if not self.is_joined:
                 note([process for process in descendants() if process not in others], self.record)
         self.connected = True
-        if not self.is_joined:
-            end_unused()
 
     def leave(self) -> None:
         if self.connected:
@@ -100,27 +102,10 @@ class Cluster:
             ray.shutdown()
             self.connected = False
 
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.leave()
-
-
-def end_unused() -> None:
-    """End what Ray starts with every cluster and nobody needs in one of the run's own: the collector of log lines for
-    the driver, the autoscaler and a dashboard without pages. They would take 1.1 % of a processor.
-    """
-    from ray._private.worker import _global_node as node
-
-    for end in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):
-        end(check_alive=False)
-
 
 def note(processes: list[Process], record: Path) -> None:
-    """For `end_leftovers`. It stays: a process is named so that a later one is not mistaken for it."""
+    """Write the record that `end_leftovers` reads. It is never removed: it names a process such that no later one with
+    its number is mistaken for it."""
     with suppress(OSError):  # storage that is full or away: nothing is lost but 3 s of the next start
         write_json(record, [asdict(process) for process in processes])
 
@@ -129,7 +114,7 @@ def end_leftovers(record: Path) -> None:
     """End what is left of a killed driver's own cluster: Ray's agents look for their dead head for a minute, on the
     port that the agents of the next cluster want, which wait 3 s for it.
     """
-    # of a record that can't be read, is another version's or another user's they end by themselves
+    # an unreadable record, or one of another version or user: those processes exit on their own within a minute
     with suppress(OSError, ValueError, TypeError):
         end_all(Process(**fields) for fields in read_json(record) or [])
 

@@ -1,6 +1,6 @@
-"""What the driver makes of workers that have gone silent: it says so, ends a stopped one, and gives up in the end.
+"""The supervision of silent workers by the driver: it says so, kills a stopped one, and gives up in the end.
 
-A worker that hangs ends itself and leaves its stacks (`guards.Watchdog`); a process that is stopped as a whole, or a
+A worker that hangs ends itself and leaves its stacks (`worker.watchdog`); a process that is stopped as a whole, or a
 machine that is away, can't. Silence is counted on this process's clock, from the last heartbeat that differed from the
 one before. Which rank is stopped is no matter: the others hang with it, so their own watchdogs or this one end
 a worker, and Ray replaces the whole group, the stopped one included.
@@ -34,7 +34,8 @@ class Heartbeats:
         self.newest: dict[str, Any] | None = None
         self.since = clock()
 
-    def look(self) -> None:
+    def poll(self) -> None:
+        """Read the heartbeat file; older attempts and half-written files are ignored."""
         try:
             beat = read_json(self.path)
         except (OSError, ValueError):  # a shared file system, between two of its versions
@@ -51,7 +52,7 @@ class Heartbeats:
 class Supervisor:
     """To be called again and again while workers run.
 
-    `end(process)` kills a worker on whatever node, False if it had ended; `lacking()` says what a cluster has not got
+    `kill(process)` kills a worker on whatever node, False if it had ended; `lacking()` says what a cluster has not got
     for the run's fewest workers, "" if nothing; `say` prints a line that stays. Raises `InfrastructureError` when
     nothing can be done any more, `Stopped` when a stop is requested and nobody is there to hear of it.
     """
@@ -62,12 +63,12 @@ class Supervisor:
         beats: Heartbeats,
         *,
         wait_seconds: float,
-        end: Callable[[Process], bool],
+        kill: Callable[[Process], bool],
         lacking: Callable[[], str],
         say: Callable[[str], None],
     ):
         self.spec, self.beats, self.wait_seconds = spec, beats, wait_seconds
-        self.end, self.lacking, self.say = end, lacking, say
+        self.kill, self.lacking, self.say = kill, lacking, say
         self.allowed, self.judged = 0.0, ""
         self.lacks, self.lacks_since = "", 0.0
         self.look_due = Timer(LOOK_SECONDS, at_once=True)
@@ -122,7 +123,7 @@ class Supervisor:
                 f"in {self.spec.folder}; the same command goes on from the last checkpoint"
             )
         process = Process(**beat["process"])
-        if self.end(process):
+        if self.kill(process):
             self.say(
                 f"stage {self.spec.stage}: {process} has made no step for {silent:.0f} s and was killed; another one "
                 f"goes on from the last checkpoint"

@@ -9,7 +9,7 @@ from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
 from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.system.text import duration, one_line
 
-RELEASE_SECONDS = 10.0  # until Ray has taken back the places of the stage before
+RELEASE_SECONDS = 10.0  # until Ray has taken back the resources of the stage before
 REMEDIES = {
     "GPU": "add nodes with GPUs, lower compute.workers or use --set compute.device=cpu",
     "trainer": "lower compute.workers or add nodes (`ray start --resources '{\"trainer\": 1}'` gives a node one)",
@@ -17,8 +17,8 @@ REMEDIES = {
 }
 
 
-def resources(*, free: bool = False) -> dict[str, float]:
-    """Of all nodes, by name: the total, or what nobody has taken. Raises `InfrastructureError` without a head."""
+def cluster_resources(*, free: bool = False) -> dict[str, float]:
+    """The resources of all nodes by name: the total, or what is free. Raises `InfrastructureError` without a head."""
     import ray
 
     try:
@@ -29,29 +29,29 @@ def resources(*, free: bool = False) -> dict[str, float]:
         ) from error
 
 
-def pick_place(device: str, least: int) -> str:
+def pick_resource(device: str, least: int) -> str:
     """The resource of which every worker takes one: a GPU, the exclusive `trainer`, or where there is none a CPU."""
-    total = resources()
+    total = cluster_resources()
     gpu = device == "cuda" or (device == "auto" and total.get("GPU", 0) >= least)
     return "GPU" if gpu else "trainer" if "trainer" in total else "CPU"
 
 
-def lacking(place: str, least: int) -> str:
-    """What the connected cluster has not got for `least` workers with one `place` each; "" if nothing."""
-    total = resources().get(place, 0)
+def missing_resources(resource: str, least: int) -> str:
+    """What the connected cluster has not got for `least` workers with one `resource` each; "" if nothing."""
+    total = cluster_resources().get(resource, 0)
     if total >= least:
         return ""
-    return f"the Ray cluster has {total:g} {place}, the recipe asks for {least}, one for each worker"
+    return f"the Ray cluster has {total:g} {resource}, the recipe asks for {least}, one for each worker"
 
 
-def occupied(place: str, least: int) -> str:
-    """How little of `place` is free for `least` workers; "" if enough. Ray Train counts the total instead, and would
+def occupied(resource: str, least: int) -> str:
+    """How little of `resource` is free for `least` workers; "" if enough. Ray Train counts the total instead, and would
     wait for ever."""
-    free = resources(free=True).get(place, 0)
-    return "" if free >= least else f"{free:g} of {least} {place} are free, others hold the rest"
+    free = cluster_resources(free=True).get(resource, 0)
+    return "" if free >= least else f"{free:g} of {least} {resource} are free, others hold the rest"
 
 
-def wait_for_places(
+def wait_for_resources(
     device: str,
     least: int,
     *,
@@ -67,14 +67,14 @@ def wait_for_places(
     """
     began = time.monotonic()
     while True:
-        place = pick_place(device, least)
-        problem = lacking(place, least)
-        busy = "" if problem else occupied(place, least)
+        resource = pick_resource(device, least)
+        problem = missing_resources(resource, least)
+        busy = "" if problem else occupied(resource, least)
         if not (problem or busy):
-            return place
+            return resource
         waited = time.monotonic() - began
         if problem and (waited >= wait_seconds or not grows):
-            raise UserError(f"{problem}; {REMEDIES[place]}")
+            raise UserError(f"{problem}; {REMEDIES[resource]}")
         if busy and waited >= max(wait_seconds, RELEASE_SECONDS):
             raise InfrastructureError(
                 f"{busy}; compute.wait_seconds is {wait_seconds:g}; the same command tries again"

@@ -1,7 +1,7 @@
 """What Ray Train runs of ours: the function of its workers, and a callback in its controller.
 
-The callback has three duties. It ends a run whose workers start again and again without a sign of life: deaths at a
-step and errors of the start-up are counted by the workers (`attempts`), this is for what they can't count, such as a
+The callback has three duties. It ends a run whose workers start again and again without a sign of life: the workers
+count deaths at a step and errors of the start-up (`worker.crash_loop`); this covers what they can't count, such as a
 folder that they can't write. Before Ray replaces healthy workers, to resize their group, it has them save at the next
 step boundary and leave; Ray would end them without a word. And it leaves nodes that do not answer out of a new group:
 Ray knows of a node's death only after 15 s of health checks, and its elastic policy up to 20 s later.
@@ -13,24 +13,21 @@ import logging
 import socket
 import threading
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import (
-    ControllerCallback,
-    RayTrainCallback,
-    WorkerGroupCallback,
-)
-from ray.train.v2._internal.execution.context import get_train_context
-from ray.train.v2._internal.execution.controller.state import ResizingState
-from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from minilm.orchestrator.errors import InfrastructureError
+from minilm.orchestrator.launch.ray_private import (
+    TrainCallback,
+    call_on_rank_zero,
+    cause_of,
+    delay_resize,
+    excluding,
+    is_node_drained,
+    is_resizing,
+)
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import read_json
@@ -41,28 +38,11 @@ log = logging.getLogger(__name__)
 
 SILENT_STARTS = 5
 NODE_SECONDS = 2.0  # for a node to accept a connection
-BELIEF_SECONDS = 25.0  # beside the start of a group: how long Ray goes on counting a dead node
+BELIEF_SECONDS = 25.0  # Ray counts a dead node for up to 35 s; the start of a group takes the rest
 
 # of this worker process, which serves one group only: a request can't reach the next one
 asked_to_leave = threading.Event()
 has_left = threading.Event()
-
-
-class Trainer(TorchTrainer):
-    """Without the actor for Ray's data sets, which nobody uses here: 1.8 s of processor time and 200 MB a start.
-
-    On a cluster of the run's own (not `joined`) also without the actor that gives its places back when the controller
-    dies: they end with the driver, the actor asks a dashboard that such a cluster has not, and its waiting takes 0.7 %
-    of a processor.
-    """
-
-    def __init__(self, *arguments: Any, joined: bool, **options: Any):
-        super().__init__(*arguments, **options)
-        self.unused = (DatasetsCallback,) if joined else (DatasetsCallback, PlacementGroupCleanerCallback)
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, self.unused)]
 
 
 def train_function(config: dict[str, Any]) -> None:
@@ -81,7 +61,7 @@ def eviction_announced() -> bool:
     Ray's watcher tells every rank of the latter. Its public `get_preemption_info` is a collective of 5-9 ms; the
     ranks agree on this with the sums of their step.
     """
-    return asked_to_leave.is_set() or get_train_context().preemption_context.preemption_info is not None
+    return asked_to_leave.is_set() or is_node_drained()
 
 
 def leave(seconds: float) -> bool:
@@ -100,11 +80,11 @@ def answers(node: dict[str, Any]) -> bool:
     return True
 
 
-class Callback(ControllerCallback, WorkerGroupCallback):
-    """Of one attempt with at least `least` workers, a `place` each; Ray's controller waits for each call."""
+class StageCallback(TrainCallback):
+    """The controller's callback for one attempt with at least `least` workers, one `resource` each."""
 
-    def __init__(self, spec: StageSpec, place: str, least: int):
-        self.spec, self.place, self.least = spec, place, least
+    def __init__(self, spec: StageSpec, resource: str, least: int):
+        self.spec, self.resource, self.least = spec, resource, least
         self.silent_nodes: list[str] = []
         self.beat: Any = None
         self.starts = 0
@@ -123,48 +103,45 @@ class Callback(ControllerCallback, WorkerGroupCallback):
                 f"last because of {self.reason}; the same command goes on from the last checkpoint"
             )
 
-    def after_worker_group_start(self, worker_group: Any) -> None:  # and not before: places may be waited for
-        self.starts += 1
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.starts += 1  # counted afterwards: a group may wait for resources before it starts
         self.group = worker_group
-        if self.silent_nodes:  # else Ray would soon resize it by what it still believes
-            state = worker_group.get_worker_group_state()
-            worker_group._worker_group_state = replace(state, start_time=state.start_time + BELIEF_SECONDS)
+        if self.silent_nodes:  # Ray still counts them, and would resize the group to them
+            delay_resize(worker_group, BELIEF_SECONDS)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         for error in worker_group_status.errors.values():
-            cause = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", error)
-            self.reason = one_line(cause, 500)
+            self.reason = one_line(cause_of(error), 500)
             break
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Have healthy workers leave before they are replaced; whatever goes wrong with that, Ray goes on.
 
-        The main rank alone is asked, as the ranks agree on it and it saves. No heartbeats are looked at: the answer
-        comes as well when its process ends, which its watchdog and the driver see to where it stands still.
+        Only rank 0 is asked: the ranks agree on leaving, and rank 0 saves. The answer comes as well when its process
+        ends; its watchdog and the driver end it where it stands still.
         """
-        if not isinstance(current_state, ResizingState):
+        if not is_resizing(current_state):
             return
         seconds = self.spec.runtime.stall_seconds  # and not longer: Ray looks at no worker meanwhile
         try:
-            answer = self.group.execute_single_async(0, leave, seconds)
-            if not ray.get(answer, timeout=seconds):
+            if not call_on_rank_zero(self.group, leave, seconds, seconds=seconds):
                 log.warning("stage %s: the workers have not saved before the resize", self.spec.stage)
         except Exception as error:  # it has died meanwhile, its node is away
             log.warning("stage %s: the workers could not save before the resize: %s", self.spec.stage, error)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Make do with the nodes that answer, if the run may have so few workers; else Ray's count stands."""
+        """Lower the number of workers to the nodes that answer, unless the run would then have too few."""
         try:
-            nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(self.place)]
+            nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(self.resource)]
         except Exception as error:  # whatever Ray raises while its head is away
             log.warning("stage %s: the nodes could not be counted: %s", self.spec.stage, error)
             return
         there = [node for node in nodes if answers(node)]
         self.silent_nodes = [node["NodeID"] for node in nodes if node not in there]
-        places = sum(int(node["Resources"][self.place]) for node in there)
-        if self.least <= places < resize_decision.num_workers:
-            resize_decision.num_workers = places
+        available = sum(int(node["Resources"][self.resource]) for node in there)
+        if self.least <= available < resize_decision.num_workers:
+            resize_decision.num_workers = available
 
     def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
-        """Labels of the nodes where the workers may be."""
-        return {NODE_ID_LABEL_KEY: f"!in({','.join(self.silent_nodes)})"} if self.silent_nodes else None
+        """The nodes where the workers may be."""
+        return excluding(self.silent_nodes)

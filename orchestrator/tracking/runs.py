@@ -1,22 +1,19 @@
 """Which MLflow run is whose: one for the recipe, a child for each stage, found again after any death.
 
-Their ids lie in WORKDIR/tracking.json beside the notes that MLflow has not been told (`tracking`), so a resumed run
+Their ids lie in WORKDIR/tracking.json beside the notes that MLflow has not been told (`outbox`), so a resumed run
 goes on in the same MLflow runs. A run carries the work directory's key as a tag: where the file was not saved in
 time, it is found by that.
 """
 
 import logging
 import threading
-import uuid
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.system.files import read_json, write_json
 from minilm.orchestrator.system.text import shown
 from minilm.orchestrator.tracking.client import MlflowClient, MlflowException, connect
-from minilm.orchestrator.tracking.pending import STATE_FILE
+from minilm.orchestrator.tracking.pending import STATE_FILE, State
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +26,7 @@ class MlflowRuns:
         self.path = workdir / STATE_FILE
         self.lock = threading.RLock()
         try:
-            self.state: dict[str, Any] = {**_no_runs(), "notes": [], **(read_json(self.path) or {})}
+            self.state = State.read(self.path)
         except ValueError as error:
             raise UserError(f"{self.path} is damaged: remove it, and the run gets new MLflow runs") from error
 
@@ -39,16 +36,16 @@ class MlflowRuns:
         return connect(self.uri)
 
     def save(self) -> None:
-        write_json(self.path, self.state)
+        self.state.write(self.path)
 
     def of(self, run: str, name: str) -> str:
         """The id of the run ("" is the parent), found by our own tag or made; raises if MLflow is away."""
         with self.lock:
-            if run in self.state["runs"]:
-                return str(self.state["runs"][run])
+            if run in self.state.runs:
+                return str(self.state.runs[run])
             self.save()  # the key must be on disk before a run carries it
             experiment_id = self._find_experiment()
-            tags = {"minilm.workdir": self.state["key"], "minilm.run": "recipe"}
+            tags = {"minilm.workdir": self.state.key, "minilm.run": "recipe"}
             if run:
                 tags["minilm.run"] = f"stage {run}{self.take(run, ' take {}')}"
                 tags["mlflow.parentRunId"] = self.of("", "")
@@ -57,7 +54,7 @@ class MlflowRuns:
             made = (
                 found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=name or None)
             )
-            self.state["runs"][run] = made.info.run_id
+            self.state.runs[run] = made.info.run_id
             self.save()
             return str(made.info.run_id)
 
@@ -66,14 +63,14 @@ class MlflowRuns:
 
         True if there was one. Without the recipe's run all are forgotten; without a stage's, that one.
         """
-        gone = [run for run, id_ in sorted(self.state["runs"].items()) if self.lifecycle(id_) != "active"]
+        gone = [run for run, id_ in sorted(self.state.runs.items()) if self.lifecycle(id_) != "active"]
         for run in gone:
-            run_id = self.state["runs"][run]
+            run_id = self.state.runs[run]
             log.warning(
                 "run %s of %s is not at %s: a new one is made there", run_id, self.path, shown(self.uri)
             )
             if run == "":
-                self.state |= _no_runs()
+                self.state.forget_runs()
                 break
             self.renew(run)
         if gone:
@@ -82,13 +79,13 @@ class MlflowRuns:
 
     def renew(self, stage: str) -> None:
         """Forgets the run of a stage: the next is made anew and gets every point (see `take`)."""
-        self.state["runs"].pop(stage, None)
-        self.state["sent"].pop(stage, None)
-        self.state["takes"][stage] = self.state["takes"].get(stage, 1) + 1
+        self.state.runs.pop(stage, None)
+        self.state.sent.pop(stage, None)
+        self.state.takes[stage] = self.state.takes.get(stage, 1) + 1
 
     def take(self, run: str, form: str) -> str:
         """What tells the runs apart that a stage had after another: nothing for the first, then 2, 3, …"""
-        take = self.state["takes"].get(run, 1)
+        take = self.state.takes.get(run, 1)
         return form.format(take) if take > 1 else ""
 
     def lifecycle(self, run_id: str) -> str | None:
@@ -101,9 +98,9 @@ class MlflowRuns:
             return None
 
     def _find_experiment(self) -> str:
-        """Of the experiment the parent run is in, whatever the recipe calls it by now; made if it is new."""
-        if self.state["experiment_id"] is not None:
-            return str(self.state["experiment_id"])
+        """The id of the experiment of the parent run, whatever the recipe calls it by now; made if it is new."""
+        if self.state.experiment_id is not None:
+            return str(self.state.experiment_id)
         found = self.client.get_experiment_by_name(self._experiment)
         if found is not None:
             if found.lifecycle_stage != "active":
@@ -111,14 +108,10 @@ class MlflowRuns:
                     f"experiment {self._experiment!r} was deleted at {shown(self.uri)}: restore it there, or choose "
                     "another name with --set tracking.experiment=NAME"
                 )
-            self.state["experiment_id"] = found.experiment_id
+            self.state.experiment_id = found.experiment_id
         else:
             local = self.uri.startswith("sqlite:")
             artifacts = (self.workdir.resolve() / "mlartifacts").as_uri() if local else None
             made = self.client.create_experiment(self._experiment, artifact_location=artifacts)
-            self.state["experiment_id"] = made
-        return str(self.state["experiment_id"])
-
-
-def _no_runs() -> dict[str, Any]:
-    return {"key": uuid.uuid4().hex, "experiment_id": None, "runs": {}, "takes": {}, "sent": {}}
+            self.state.experiment_id = made
+        return str(self.state.experiment_id)

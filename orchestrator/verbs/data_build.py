@@ -76,11 +76,11 @@ def import_tokens(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace, inputs: Any, source: str, given: dict[str, Any]) -> int:
     from minilm.data.builder.build import import_data
-    from minilm.orchestrator.driver.status_line import Line, build_reporter
+    from minilm.orchestrator.driver.status_line import StatusLine, build_reporter
     from minilm.orchestrator.resolve.folders import tokenizer_name
     from minilm.orchestrator.system.signals import StopRequest
 
-    line = Line()
+    line = StatusLine()
     with StopRequest() as stop:
         report = import_data(
             inputs,

@@ -48,9 +48,9 @@ def add_convert(verbs: Any) -> None:
 
 def verify_data(options: argparse.Namespace) -> int:
     from minilm.data.tools.verify import verify
-    from minilm.orchestrator.driver.status_line import Line
+    from minilm.orchestrator.driver.status_line import StatusLine
 
-    line = Line()
+    line = StatusLine()
     report = verify(
         options.data,
         threads=options.threads,

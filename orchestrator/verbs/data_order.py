@@ -93,10 +93,10 @@ def _corpora(given: list[str]) -> list[Corpus]:
 
 
 def verify_run_verb(options: argparse.Namespace) -> int:
-    from minilm.orchestrator.driver.status_line import Line
+    from minilm.orchestrator.driver.status_line import StatusLine
     from minilm.orchestrator.driver.verify_run import verify_run
 
-    line = Line()
+    line = StatusLine()
     check = verify_run(
         options.checkpoint,
         options.data,

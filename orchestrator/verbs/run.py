@@ -10,8 +10,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from minilm.orchestrator.system.malloc import keep_freed_memory
-from minilm.orchestrator.tracking.pending import num_pending
+from minilm.orchestrator.launch.base import LAUNCHERS, LaunchOptions, load_launcher
+from minilm.orchestrator.tracking.pending import has_pending
 from minilm.orchestrator.verbs.arguments import add_overrides, add_recipe
 
 
@@ -23,43 +23,47 @@ def add_run(verbs: Any) -> None:
     run.add_argument(
         "--from", dest="redo_from", metavar="STAGE", help="do this stage and those behind it again"
     )
-    run.add_argument("--launcher", choices=("ray", "inline"), default="ray")
+    run.add_argument("--launcher", choices=tuple(LAUNCHERS), default="ray")
     run.add_argument("--address", help="of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
     run.set_defaults(run=run_recipe)
 
 
 def run_recipe(options: argparse.Namespace) -> int:
-    from minilm.orchestrator.driver.status_line import Line
+    from minilm.orchestrator.driver.status_line import StatusLine
     from minilm.orchestrator.driver.summary import Summary
     from minilm.orchestrator.driver.workdir import Workdir, default_workdir
-    from minilm.orchestrator.launch.cluster import Cluster
     from minilm.orchestrator.recipe.load import load_recipe
     from minilm.orchestrator.system.signals import StopRequest
 
-    under_ray = options.launcher == "ray"
-    if not under_ray:  # this process trains
-        keep_freed_memory()
+    launcher_type = load_launcher(options.launcher)
+    launcher_type.configure_process()
     recipe = load_recipe(options.recipe, options.set)
     workdir = Workdir((options.workdir or default_workdir(recipe.name)).resolve())
     if options.redo_from is None and workdir.is_finished(recipe):
         summary = Summary.read(workdir.summary)
         print(f"every stage of {recipe.name} is done already in {workdir.root}", file=sys.stderr)
-        if num_pending(workdir.root):
+        if has_pending(workdir.root):
             with workdir.claim(recipe):
                 from minilm.orchestrator.tracking.tracking import flush_pending
 
                 flush_pending(workdir.root, recipe.tracking.experiment)
     else:
-        cluster = Cluster(options.address, recipe.compute.workers[1], workdir.cluster)
-        with workdir.claim(recipe, options.redo_from) as lease, StopRequest() as stop, cluster:
-            # where the inputs were sound before, Ray starts at once, and the rest is imported beside it
-            if under_ray and workdir.goes_on(recipe):
+        compute = recipe.compute
+        launch = LaunchOptions(
+            workdir, compute.device, compute.workers, compute.wait_seconds, address=options.address
+        )
+        with (
+            workdir.claim(recipe, options.redo_from) as lease,
+            StopRequest() as stop,
+            launcher_type(launch, stop) as launcher,
+        ):
+            # where the inputs were sound before, the launcher gets ready at once, and the rest is imported beside it
+            if workdir.goes_on(recipe):
                 Thread(
                     target=import_module, args=["minilm.orchestrator.driver.curriculum"], name="imports"
                 ).start()
-                with closing(Line()) as line:
-                    line.show("starting Ray", force=True)
-                    cluster.connect(stop)
+                with closing(StatusLine()) as line:
+                    launcher.prepare(lambda text, force: line.show(text, force=force))
             from minilm.orchestrator.driver.curriculum import run_recipe
 
             summary = run_recipe(
@@ -67,7 +71,7 @@ def run_recipe(options: argparse.Namespace) -> int:
                 options.recipe,
                 workdir,
                 lease,
-                cluster if under_ray else None,
+                launcher,
                 stop,
                 redo_from=options.redo_from,
             )

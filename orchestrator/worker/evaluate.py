@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from minilm.data.read.rows import Rows
-from minilm.data.stream import share
+from minilm.data.stream import partition
 from minilm.model.distiller import Distiller
 from minilm.orchestrator.feed.corpora import HeldOut
 from minilm.orchestrator.train.bucketing import by_length
@@ -60,7 +60,7 @@ def _divergence(
     sums = torch.zeros(len(students), distiller.num_terms, dtype=torch.float64, device=device)
     count = 0.0
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for index in share(-(-rows // micro_batch), world.rank, world.size):
+        for index in partition(-(-rows // micro_batch), world.rank, world.size):
             batch = held_out.read(range(index * micro_batch, min((index + 1) * micro_batch, rows)))
             count += float(distiller.count(batch.mask, batch.input_ids.shape))
             for ids, mask in by_length(batch.input_ids, batch.mask):

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from minilm.orchestrator.errors import InfrastructureError
-from minilm.orchestrator.launch.trainer import RESIZE_SECONDS
+from minilm.orchestrator.launch.ray_launcher import RESIZE_SECONDS
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.system.processes import signal_all, status
 from tests.ports import free_port

@@ -1,0 +1,81 @@
+"""Every use of Ray's private modules, with its reason; no other file has one (tests/test_launch_ray_private.py).
+
+Written for Ray 2.60. The test fails where a newer Ray has moved or changed something here. None of it only saves
+processor time: without it a run loses steps, starts minutes late or does not end.
+
+callbacks          Ray's public `UserCallback` (ray-project/ray#49819) hears of reports and exceptions only. A callback
+                   of the controller is needed to end a run whose workers never start, to save before a resize, and to
+                   leave out nodes that do not answer.
+train context      Ray's public `get_preemption_info` is a collective of 5 to 9 ms, too slow for every step.
+worker group       A resize ends healthy workers without a word: rank 0 is asked first to save (the public guide on
+                   elastic training, ray-project/ray#61115, restarts from the last checkpoint).
+coordinator        A dead driver's reservation lasts for 180 s, and no public call withdraws it
+                   (ray-project/ray#64824 says so for Ray's own clients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller.state import ResizingState
+from ray.util.placement_group import NODE_ID_LABEL_KEY
+
+CANCEL_SECONDS = 10.0
+
+
+class TrainCallback(ControllerCallback, WorkerGroupCallback):
+    """The base of a callback in Ray Train's controller, which waits for each call."""
+
+
+def is_node_drained() -> bool:
+    """In a worker: whether Ray has announced that a node of the group is about to go. Costs no communication."""
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def is_resizing(state: Any) -> bool:
+    """Whether the controller's state means that healthy workers are about to be replaced."""
+    return isinstance(state, ResizingState)
+
+
+def call_on_rank_zero(group: Any, function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
+    """Run a function in the process of rank 0, beside its training. Raises Ray's error if that worker is gone."""
+    return ray.get(group.execute_single_async(0, function, *arguments), timeout=seconds)
+
+
+def delay_resize(group: Any, seconds: float) -> None:
+    """Have Ray think that the group started `seconds` later: it resizes none that has just started."""
+    state = group.get_worker_group_state()
+    group._worker_group_state = replace(state, start_time=state.start_time + seconds)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a worker raised, out of the errors that Ray wraps it in."""
+    cause: BaseException = (
+        getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None) or error
+    )
+    return cause
+
+
+def excluding(node_ids: list[str]) -> dict[str, str] | None:
+    """A label selector of all nodes but these; None selects every node."""
+    return {NODE_ID_LABEL_KEY: f"!in({','.join(node_ids)})"} if node_ids else None
+
+
+def requester_of(trainer: Any) -> str:
+    """The name under which Ray Train reserves the trainer's resources."""
+    return f"train-{trainer.train_run_context.run_id}"
+
+
+def cancel_reservation(requester: str) -> None:
+    """Withdraw the resources that a requester reserved on the connected cluster."""
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,  # imports all of Ray Data
+    )
+
+    coordinator = get_or_create_autoscaling_coordinator()
+    ray.get(coordinator.cancel_request.remote(requester_id=requester), timeout=CANCEL_SECONDS)
