@@ -81,7 +81,7 @@ def lines(path: Path) -> list[str]:
 
 
 def a_point_doubled(work: Workdir) -> None:
-    path = work.stage("assistant").points
+    path = work.stage("assistant").step_metrics
     path.write_text("".join([*lines(path), lines(path)[1]]))
 
 
@@ -91,7 +91,7 @@ def a_point_lost(work: Workdir) -> None:
 
 
 def a_number_lost(work: Workdir) -> None:
-    path = work.stage("assistant").points
+    path = work.stage("assistant").step_metrics
     point = json.loads(lines(path)[0])
     del point["metrics"]["assistant/loss"]
     path.write_text("".join([json.dumps(point) + "\n", *lines(path)[1:]]))

@@ -63,7 +63,7 @@ def metrics(recipe: Recipe, stage: Stage, folder: StageFolder, reference: StageF
     )
     problems = []
     for path, wanted, other in (
-        (folder.points, expected, reference.points),
+        (folder.step_metrics, expected, reference.step_metrics),
         (folder.heldout_metrics, heldout, reference.heldout_metrics),
     ):
         have, without_faults = every_line(path), every_line(other)
@@ -82,7 +82,7 @@ def tracked(work: Workdir, name: str, folder: StageFolder, server: str) -> Probl
     from minilm.orchestrator.tracking.client import connect
 
     expected: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for point in every_line(folder.points) + every_line(folder.heldout_metrics):
+    for point in every_line(folder.step_metrics) + every_line(folder.heldout_metrics):
         for metric, value in point.metrics.items():
             expected[metric].append((point.step, value))
     client = connect(server)
@@ -173,4 +173,4 @@ def tracking_state(work: Workdir) -> dict:
 
 def median_step_seconds(reference: StageFolder, batch: int) -> float:
     """Seconds a step in the run without faults, from the speeds that it logged."""
-    return batch / statistics.median(p.metrics["rows_per_second"] for p in every_line(reference.points))
+    return batch / statistics.median(p.metrics["rows_per_second"] for p in every_line(reference.step_metrics))
