@@ -1,4 +1,4 @@
-"""CrashLoopGuard that die at the same step are counted; those that get on, or end in good order, are not."""
+"""Attempts that die at the same step are counted; those that get further, or end in good order, are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from minilm.data.stream import Stream
 from minilm.orchestrator.errors import NoProgress
 from minilm.orchestrator.stage.folder import StageFolder
-from minilm.orchestrator.worker import export as finish
+from minilm.orchestrator.worker import export
 from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, count_start_failure
 from minilm.orchestrator.worker.error_file import run_reporting
 from minilm.orchestrator.worker.loop import run_stage
@@ -97,7 +97,7 @@ def test_an_export_that_fails_again_and_again_ends_the_run(shards, teacher, tmp_
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "export_student", fails)
+        patch.setattr(export, "export_student", fails)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="broken"):
                 run_reporting(spec)

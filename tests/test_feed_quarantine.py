@@ -1,4 +1,4 @@
-"""A damaged shard: the run ends and says how to mend it, or leaves the same rows out on any number of workers."""
+"""A damaged shard: the run ends and says how to repair it, or masks the same rows on any number of workers."""
 
 from __future__ import annotations
 
