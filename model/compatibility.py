@@ -1,71 +1,85 @@
-"""Whether a student can learn from a teacher, by their configs and the objective alone: nothing is loaded or built.
+"""Whether a teacher, a student and an objective fit together, from their configs alone: no weights are read.
 
-Whatever `Distiller`, `build_student` and `initialize` would refuse later, is refused here first.
+A recipe is checked with these functions before anything runs, and the distiller calls them for the models it is
+given, so that the two agree.
 """
 
-from transformers import PreTrainedConfig
-
-from minilm.model.encoder.shape import picked_layers, shape_of, tapped_layer
+from minilm.model.encoder.initialize import check_start, picked_layers
+from minilm.model.encoder.shape import EncoderShape, student_shape
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
 
 
-def has_head(config: PreTrainedConfig) -> bool | None:
-    """Whether the model that this config was saved with has a masked-language-model head; None if it does not say."""
-    architectures = config.architectures or ()
-    return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in architectures) or (
-        False if architectures else None
-    )
+def check_teacher(objective: Objective, teacher: EncoderShape, layer: int | str = "last") -> None:
+    """ModelError unless the teacher can be tapped at `layer` (from 1, or "last") and has the head that is needed."""
+    teacher.tapped_layer(layer)
+    _check_head(objective, "the teacher", teacher)
+
+
+def fit_student(
+    name: str,
+    objective: Objective,
+    teacher: EncoderShape,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int | None = None,
+    ffn: int | None = None,
+    layer: int | str = "last",
+    init: str = "random",
+) -> EncoderShape:
+    """The shape of a student of these sizes, checked: `student_shape`, then `check_student`."""
+    head = objective.needs_head
+    try:
+        student = student_shape(teacher, layers=layers, hidden=hidden, heads=heads, ffn=ffn, has_head=head)
+    except ModelError as error:
+        raise ModelError(f"student {name!r}: {error}") from None
+    check_student(name, objective, teacher, student, layer=layer, init=init)
+    return student
 
 
 def check_student(
+    name: str,
     objective: Objective,
-    teacher: PreTrainedConfig,
-    student: PreTrainedConfig,
+    teacher: EncoderShape,
+    student: EncoderShape,
     *,
     layer: int | str = "last",
     init: str = "random",
 ) -> None:
-    """ModelError where the student cannot be compared with the teacher's `layer`, or cannot start as `init` says."""
-    t, s = shape_of(teacher), shape_of(student)
-    tapped = tapped_layer(teacher, layer)
-    objective.check(t.heads, t.hidden, s.heads, s.hidden)
-    if (
-        objective.needs_bias
-        and teacher.model_type == "mpnet"
-        and objective.relation_heads not in (None, t.heads)
-    ):
+    """ModelError, with the student's name, unless it can learn from this teacher.
+
+    student: a shape that `student_shape` gave. layer: the teacher's that is imitated. init: how the student starts,
+    one of `INITIALIZATIONS`.
+    """
+    if teacher.vocab_size != student.vocab_size:
         raise ModelError(
-            f"{objective.relation_heads} relation heads cannot carry a position bias made for {t.heads} heads; leave "
-            f"relation_heads out for q-k"
+            f"student {name!r} has a vocabulary of {student.vocab_size} and the teacher of {teacher.vocab_size};"
+            " both must read the same tokens"
         )
-    if objective.layer_to_layer:
-        if s.layers > tapped:
-            raise ModelError(
-                f"{s.layers} layers, and the teacher has {tapped} up to its tap; layer-to-layer needs a student that "
-                f"is not deeper"
-            )
-        for number in picked_layers(tapped, s.layers):
-            tapped_layer(teacher, number)
-    if init == "teacher-layers":
-        _check_start(teacher, student)
+    _check_head(objective, f"student {name!r}", student)
+    try:
+        objective.check(teacher, student)
+        if objective.layer_to_layer:
+            mapped_layers(teacher, teacher.tapped_layer(layer), student.layers)
+        check_start(teacher, student, init)
+    except ModelError as error:
+        raise ModelError(f"student {name!r}: {error}") from None
 
 
-def _check_start(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
-    """`init: teacher-layers` takes a slice of the teacher's layers (`initialize.from_teacher`)."""
-    t, s = shape_of(teacher), shape_of(student)
-    picked_layers(t.layers, s.layers)
-    if t.heads != s.heads:
+def mapped_layers(teacher: EncoderShape, layer: int, student_layers: int) -> list[int]:
+    """The teacher's layers for layers 1 to M-1 of the student; its last is compared with the teacher's `layer`."""
+    if student_layers > layer:
         raise ModelError(
-            f"{s.heads} student heads cannot start from {t.heads} teacher heads; give both the same number"
+            f"it has {student_layers} layers and the teacher {layer} up to its tap; layer-to-layer needs a student"
+            " that is not deeper"
         )
-    for what, ours, theirs in (("hidden", s.hidden, t.hidden), ("ffn", s.ffn, t.ffn)):
-        if ours > theirs:
-            raise ModelError(
-                f"{what} {ours} cannot start from the teacher's layers, which have {theirs}; give at most that, or "
-                f"init: random"
-            )
-    if t.architecture == "modernbert" and s.hidden != t.hidden:
+    *earlier, _ = picked_layers(layer, student_layers)
+    return [teacher.tapped_layer(number) for number in earlier]
+
+
+def _check_head(objective: Objective, whose: str, shape: EncoderShape) -> None:
+    if objective.needs_head and shape.has_head is False:
         raise ModelError(
-            "modernbert keeps q, k and v in one matrix: no slice is defined; give both one hidden size"
+            f"soft labels need a masked-language-model head, and {whose} has none; load it with one"
         )

@@ -10,16 +10,26 @@ Invariants: the teacher is in eval mode whatever `.train()` is called on; it has
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from minilm.model.encoder.shape import picked_layers, tapped_layer
+from minilm.model.compatibility import check_student, check_teacher, mapped_layers
+from minilm.model.encoder.shape import EncoderShape, shape_of
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.encoder.taps import Taps
 from minilm.model.errors import ModelError
+from minilm.model.loss.masking import Masked
 from minilm.model.loss.objective import Objective
+
+
+class TeacherOutput(NamedTuple):
+    """The teacher's side of a batch, shared by all students: its taps, and the masked rows it read for soft labels."""
+
+    taps: Taps
+    masked: Masked | None = None
 
 
 class Distiller(nn.Module):
@@ -49,40 +59,41 @@ class Distiller(nn.Module):
         self.register_buffer("weights", objective.weights.to(teacher.model.device), persistent=False)
         self._projections: dict[str, dict[str, nn.Linear]] = {}
         self._mapped: dict[str, list[int]] = {}
+        teacher_shape = _shape(teacher)
+        check_teacher(objective, teacher_shape, teacher.layer)
         for name, student in students.items():
             if student.model is teacher.model:
                 raise ModelError(f"student {name!r} is the teacher itself; load or build a model of its own")
-            _compare(teacher, name, student, objective)
+            student_shape = replace(_shape(student), layers=student.layer)
+            check_student(name, objective, teacher_shape, student_shape, layer=teacher.layer)
             hidden_sizes = teacher.model.config.hidden_size, student.model.config.hidden_size
             projections = objective.projections(*hidden_sizes)
             self._projections[name] = {key: p.to(student.model.device) for key, p in projections.items()}
-            self._mapped[name] = _mapped_layers(teacher, name, student) if objective.layer_to_layer else []
+            self._mapped[name] = []
+            if objective.layer_to_layer:
+                self._mapped[name] = mapped_layers(teacher_shape, teacher.layer, student.layer)
             earlier = range(1, student.layer) if objective.layer_to_layer else ()
-            student.watch(layers=tuple(earlier), parts=objective.parts)
+            student.watch(layers=tuple(earlier), fields=objective.fields)
         self._projection_modules = nn.ModuleList(
             p for own in self._projections.values() for p in own.values()
         )
         self._watched = sorted({layer for mapped in self._mapped.values() for layer in mapped})
-        teacher.watch(layers=self._watched, parts=objective.parts)
+        teacher.watch(layers=self._watched, fields=objective.fields)
 
     @property
     def teacher(self) -> TappedEncoder:
         return self._teacher[0]
 
     @torch.no_grad()
-    def teacher_forward(self, input_ids: Tensor, mask: Tensor | None) -> Taps:
-        """The teacher's taps, without gradients; good for every student of this batch."""
+    def teacher_forward(self, input_ids: Tensor, mask: Tensor | None) -> TeacherOutput:
+        """The teacher's taps of this batch, without gradients; they serve every student."""
         masked = self.objective.mask_tokens(input_ids, mask)
-        return (
-            self.teacher(input_ids, mask)
-            if masked is None
-            else self.teacher(masked.ids, mask, masked.positions)
-        )
+        return TeacherOutput(_forward(self.teacher, input_ids, mask, masked), masked)
 
     def term_sums(
         self,
         name: str,
-        teacher_taps: Taps,
+        teacher: TeacherOutput,
         input_ids: Tensor,
         mask: Tensor | None,
         *,
@@ -91,41 +102,38 @@ class Distiller(nn.Module):
     ) -> Tensor:
         """[num_terms], float32 or better, with gradients to student `name`: undivided and unweighted.
 
-        dropout_seed: all that this student's dropout depends on; the global random state is left as it was.
-        None draws from the global state, as any module does. heads: `head_shape`; where given, the relations'
-        undivided sums by head are added to it, which costs a forward of the loss.
+        teacher: what `teacher_forward` gave for the same input_ids and mask. dropout_seed: all that this student's
+        dropout depends on; the global random state is left as it was. None draws from the global state, as any
+        module does. heads: `head_shape`; where given, the relations' undivided sums by head are added to it, which
+        costs a forward of the loss.
         """
-        masked = self.objective.mask_tokens(input_ids, mask)
-        inputs = (input_ids, mask) if masked is None else (masked.ids, mask, masked.positions)
         with _seeded(dropout_seed, input_ids.device):
-            student_taps = self.students[name](*inputs)
-        earlier = [
-            taps
-            for at, taps in zip(self._watched, teacher_taps.earlier, strict=True)
-            if at in self._mapped[name]
-        ]
-        taught = teacher_taps._replace(earlier=tuple(earlier)).like(student_taps)
+            student_taps = _forward(self.students[name], input_ids, mask, teacher.masked)
+        mapped = zip(self._watched, teacher.taps.earlier, strict=True)
+        earlier = tuple(taps for layer, taps in mapped if layer in self._mapped[name])
+        teacher_taps = teacher.taps._replace(earlier=earlier).like(student_taps)
         if heads is not None:
-            heads += self.objective.head_sums(taught, student_taps, mask)
-        return self.objective.term_sums(taught, student_taps, mask, self._projections[name], masked)
+            heads += self.objective.head_sums(teacher_taps, student_taps, mask)
+        return self.objective.term_sums(
+            teacher_taps, student_taps, mask, self._projections[name], teacher.masked
+        )
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """What an optimiser of student `name` updates: the student's, and the projections of its terms."""
+        """The parameters that an optimiser of student `name` updates: the student's, and its terms' projections."""
         trained = self.students[name].trained_parameters()
         for term, projection in self._projections[name].items():
             trained |= {f"projection.{term}.{key}": p for key, p in projection.named_parameters()}
         return trained
 
     def state_module(self, name: str) -> nn.Module:
-        """The module whose state a checkpoint of student `name` holds: its model, and projections if it has
-        any."""
+        """The module whose state a checkpoint of student `name` holds: its model, and projections if it has any."""
         if not self._projections[name]:
             return self.students[name].model
         projections = nn.ModuleList(self._projections[name].values())
         return nn.ModuleDict({"student": self.students[name].model, "projection": projections})
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
-        """What term sums are divided by, see `Objective.count`."""
+        """The number that term sums are divided by, see `Objective.count`."""
         return self.objective.count(mask, shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -134,33 +142,16 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _compare(teacher: TappedEncoder, name: str, student: TappedEncoder, objective: Objective) -> None:
-    t, s = teacher.model.config, student.model.config
-    if t.vocab_size != s.vocab_size:
-        raise ModelError(
-            f"student {name!r} has a vocabulary of {s.vocab_size} and the teacher of {t.vocab_size};"
-            " both must read the same tokens"
-        )
-    for side, model in ((f"student {name!r}", student.model), ("the teacher", teacher.model)):
-        if objective.needs_head and model.base_model is model:
-            raise ModelError(
-                f"soft labels need a masked-language-model head, and {side} has none; load it with one"
-            )
-    try:
-        objective.check(t.num_attention_heads, t.hidden_size, s.num_attention_heads, s.hidden_size)
-    except ModelError as error:
-        raise ModelError(f"student {name!r}: {error}") from None
+def _forward(encoder: TappedEncoder, input_ids: Tensor, mask: Tensor | None, masked: Masked | None) -> Taps:
+    if masked is None:
+        return encoder(input_ids, mask)
+    return encoder(masked.ids, mask, masked.positions)
 
 
-def _mapped_layers(teacher: TappedEncoder, name: str, student: TappedEncoder) -> list[int]:
-    """The teacher's layers for layers 1 to M-1 of the student; its last goes with the teacher's tap."""
-    if student.layer > teacher.layer:
-        raise ModelError(
-            f"student {name!r} has {student.layer} layers and the teacher {teacher.layer} up to its tap;"
-            " layer-to-layer needs a student that is not deeper"
-        )
-    *earlier, _ = picked_layers(teacher.layer, student.layer)
-    return [tapped_layer(teacher.model.config, layer) for layer in earlier]
+def _shape(encoder: TappedEncoder) -> EncoderShape:
+    """The shape of a model in memory: whether it has a head is seen, not read off its config."""
+    model = encoder.model
+    return replace(shape_of(model.config), has_head=model.base_model is not model)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """A student as a plain transformers folder: config, safetensors, tokenizer, model card.
 
 Leaves out: registering it anywhere; optimiser state; anything that would need our code to be loaded again.
-Invariant: the folder is either whole or absent. It is written under a temporary name beside its place, every
-file and the folder are synced, and one rename puts it there; a whole older folder stays until that moment. What a
-killed export has left (`.NAME.*.tmp`, locked by flock while its writer lives) is removed by the next.
+Invariant: the folder is either whole or absent. It is written under a temporary name beside its destination, every
+file and the folder are synced, and one rename puts it in place; an older folder stays whole until that moment. What
+a killed export has left (`.NAME.*.tmp`, locked by flock while its writer lives) is removed by the next.
 """
 
 import fcntl
@@ -20,10 +20,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minilm.model.encoder.quiet import quiet_transformers
 from minilm.model.errors import ModelError
 
-if TYPE_CHECKING:  # the driver uses `weights_digest`, and no modelling code
+if TYPE_CHECKING:  # the driver needs `weights_digest` alone, without modelling code
     from transformers import PreTrainedModel
 
 _TOKENIZER_FILES = (
@@ -47,6 +46,8 @@ def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, 
     AutoModel and AutoTokenizer load `out` without our code or a network. An earlier export at `out` is
     replaced.
     """
+    from minilm.model.encoder.build import quiet_transformers
+
     tokenizer_files = [
         tokenizer_folder / name for name in _TOKENIZER_FILES if (tokenizer_folder / name).is_file()
     ]
@@ -128,7 +129,7 @@ An encoder distilled from its teacher by the objective below (MiniLM, arXiv 2002
 
 ## Not trained by distillation
 
-Distillation reads queries, keys and values of the last layer. The layers behind the tap of the last layer are
+Distillation reads queries, keys and values of the last layer. The weights after these projections are
 untrained by distillation: they hold their initial values until fine-tuning trains them. They are:
 
 {listed}

@@ -143,8 +143,7 @@ ROWS: list[tuple[list[str], str]] = [
         "FILE: stage assistant: cannot read the config of «unknown» (The checkpoint you are "
         "trying to load has model type `llama4all` but Transformers does not recognize this "
         "architecture. This could be because of an issue with the checkpoint, or because your "
-        "version of Transformers is out of date.); give a folder with a config.json, or a hub "
-        "id that this machine can reach",
+        "version o…); give a folder with a config.json, or a hub id that this machine can reach",
     ),
     (
         ["stages.assistant.teacher=«gpt2»"],
@@ -217,13 +216,13 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.hidden=25"],
-        "FILE: stage assistant: student assistant: 4 heads do not divide hidden size 25; "
-        "choose a hidden size that is a multiple",
+        "FILE: stage assistant: student 'assistant': 4 heads do not divide hidden size 25; "
+        "give a multiple of 4, or other heads",
     ),
     (
         ["stages.small.student.hidden=25"],
-        "FILE: stage small: student small: 4 heads do not divide hidden size 25; choose a "
-        "hidden size that is a multiple",
+        "FILE: stage small: student 'small': 4 heads do not divide hidden size 25; give a "
+        "multiple of 4, or other heads",
     ),
     (
         ["stages.assistant.student.heads=5"],
@@ -233,12 +232,12 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.heads=2"],
-        "FILE: stage assistant: student assistant: the teacher has 4 heads and the student 2; "
-        "give both the same number, or set relation_heads to divide 48 and 24",
+        "FILE: stage assistant: student 'assistant': the teacher has 4 heads and the student "
+        "2; give both the same number, or set relation_heads to divide 48 and 24",
     ),
     (
         ["stages.small.student.heads=2"],
-        "FILE: stage small: student small: the teacher has 4 heads and the student 2; give "
+        "FILE: stage small: student 'small': the teacher has 4 heads and the student 2; give "
         "both the same number, or set relation_heads to divide 24 and 24",
     ),
     (
@@ -251,17 +250,17 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.layers=4"],
-        "FILE: stage assistant: student assistant: 4 student layers cannot start from 3 teacher layers",
+        "FILE: stage assistant: student 'assistant': 4 student layers cannot start from 3 teacher layers",
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.hidden=96"],
-        "FILE: stage assistant: student assistant: hidden 96 cannot start from the teacher's "
-        "layers, which have 48; give at most that, or init: random",
+        "FILE: stage assistant: student 'assistant': a hidden size of 96 cannot start from the "
+        "teacher's 48; give 48 or less, or start at random",
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.ffn=400"],
-        "FILE: stage assistant: student assistant: ffn 400 cannot start from the teacher's "
-        "layers, which have 192; give at most that, or init: random",
+        "FILE: stage assistant: student 'assistant': a feed-forward size of 400 cannot start "
+        "from the teacher's 192; give 192 or less, or start at random",
     ),
     (
         [
@@ -269,27 +268,31 @@ ROWS: list[tuple[list[str], str]] = [
             "stages.assistant.student.heads=2",
             "stages.assistant.relation_heads=4",
         ],
-        "FILE: stage assistant: student assistant: 2 student heads cannot start from 4 teacher "
-        "heads; give both the same number",
+        "FILE: stage assistant: student 'assistant': 2 student heads cannot start from 4 "
+        "teacher heads; give both the same number",
     ),
     (
         ["stages.small.student.init=teacher-layers", "stages.small.student.layers=4"],
-        "FILE: stage small: student small: 4 student layers cannot start from 3 teacher layers",
+        "FILE: stage small: student 'small': 4 student layers cannot start from 3 teacher layers",
     ),
     (
-        ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.init=teacher-layers"],
-        "FILE: stage assistant: student assistant: modernbert keeps q, k and v in one matrix: "
-        "no slice is defined; give both one hidden size",
+        [
+            "stages.assistant.teacher=«modernbert»",
+            "stages.assistant.student.init=teacher-layers",
+            "stages.assistant.student.hidden=96",
+        ],
+        "FILE: stage assistant: student 'assistant': a hidden size of 96 cannot start from the "
+        "teacher's 48; give 48 or less, or start at random",
     ),
     (
         ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.hidden=20"],
-        "FILE: stage assistant: student assistant: modernbert turns pairs of numbers in every "
-        "head, and 20 / 4 = 5 is odd; choose a hidden size that is a multiple of 8",
+        "FILE: stage assistant: student 'assistant': hidden size 20 gives 4 heads of an odd "
+        "size, 5, and modernbert rotates their dimensions in pairs; choose a multiple of 8",
     ),
     (
         ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.layers=5"],
-        "FILE: stage assistant: student assistant: a modernbert student has at most the layers "
-        "of its teacher, 4, not 5",
+        "FILE: stage assistant: student 'assistant': a modernbert student has at most the "
+        "layers of its teacher, 4, not 5",
     ),
     (
         ["stages.assistant.teacher=«modernbert»", "stages.assistant.teacher_layer=2"],
@@ -298,29 +301,27 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.teacher=«mpnet»", "stages.assistant.relation_heads=6"],
-        "FILE: stage assistant: student assistant: 6 relation heads cannot carry a position "
+        "FILE: stage assistant: student 'assistant': 6 relation heads cannot carry a position "
         "bias made for 4 heads; leave relation_heads out for q-k",
     ),
     (
         ["stages.assistant.objective=soft-label-mlm", "stages.assistant.teacher=«headless»"],
-        "FILE: stage assistant: objective soft-label-mlm needs a teacher with a "
-        "masked-language-model head, and «headless» has none; choose an objective of "
-        "relations, such as minilm, or a teacher that was saved with its head",
+        "FILE: stage assistant: soft labels need a masked-language-model head, and the teacher "
+        "has none; load it with one",
     ),
     (
         ["stages.small.objective=soft-label-mlm"],
-        "FILE: stage small: objective soft-label-mlm needs a teacher with a "
-        "masked-language-model head, and assistant has none; choose an objective of relations, "
-        "such as minilm, or a teacher that was saved with its head",
+        "FILE: stage small: soft labels need a masked-language-model head, and the teacher has "
+        "none; load it with one",
     ),
     (
         ["stages.assistant.objective=layer-to-layer", "stages.assistant.student.layers=4"],
-        "FILE: stage assistant: student assistant: 4 layers, and the teacher has 3 up to its "
-        "tap; layer-to-layer needs a student that is not deeper",
+        "FILE: stage assistant: student 'assistant': it has 4 layers and the teacher 3 up to "
+        "its tap; layer-to-layer needs a student that is not deeper",
     ),
     (
         ["stages.small.objective=layer-to-layer", "stages.small.student.layers=4"],
-        "FILE: stage small: student small: 4 layers, and the teacher has 3 up to its tap; "
+        "FILE: stage small: student 'small': it has 4 layers and the teacher 3 up to its tap; "
         "layer-to-layer needs a student that is not deeper",
     ),
     (

@@ -54,8 +54,8 @@ MAY_IMPORT = {
         "encoder": "errors",
         "kernels": "errors",
         "loss": "errors encoder kernels",
-        "distiller": "errors encoder loss",
         "compatibility": "errors encoder loss",
+        "distiller": "errors encoder loss compatibility",
         "export": "errors encoder",
     },
 }

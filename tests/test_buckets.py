@@ -17,7 +17,7 @@ from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.feed.corpora import HeldOut
 from minilm.orchestrator.train import step as step_module
-from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, cuts
+from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, group_widths
 from minilm.orchestrator.train.build import build_distiller
 from minilm.orchestrator.worker.evaluate import heldout_divergence
 from tests.support import make_spec
@@ -84,7 +84,7 @@ def test_the_cuts_are_the_cheapest():
             for size in range(len(sizes))
             for some in itertools.combinations(sizes[:-1], size)
         ]
-        assert cost(cuts(sizes, counts, group_cost)) == min(map(cost, every))
+        assert cost(group_widths(sizes, counts, group_cost)) == min(map(cost, every))
 
 
 def test_one_more_group_must_save_a_tenth():
@@ -193,7 +193,7 @@ def test_out_of_memory_halves_every_group(documents, teacher, tmp_path, monkeypa
 
     monkeypatch.setattr(distiller, "teacher_forward", small_memory)
     _, (state,), outcome = one_step(spec, distiller=distiller)
-    assert outcome.parts == 2
+    assert outcome.num_chunks == 2
     assert sum(rows for rows, _ in shapes[2:]) == 8
     assert max(rows for rows, _ in shapes[2:]) <= 2 < max(rows for rows, _ in shapes[:2])
     torch.testing.assert_close(state.gradient, expected.gradient, rtol=1e-4, atol=1e-7)

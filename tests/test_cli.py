@@ -94,7 +94,7 @@ def test_check_looks_at_the_configs_of_teachers_that_are_here(tmp_path, capsys, 
     complaint = 'stage assistant: layer 99 does not exist; bert has layers 1 to 3, or "last"'
     assert errors == f"minilm: error: {recipe}: {complaint}\n" and "sound" not in out
     assert main(["check", recipe, "--set", "stages.small.student.hidden=25"]) == 2
-    assert "stage small: student small: 4 heads do not divide hidden size 25" in capsys.readouterr().err
+    assert "stage small: student 'small': 4 heads do not divide hidden size 25" in capsys.readouterr().err
 
 
 def test_the_librarys_recipes_are_sound(capsys):

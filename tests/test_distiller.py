@@ -83,7 +83,7 @@ def test_the_teacher_stays_frozen_out_of_sight_and_in_eval_mode():
     assert distiller.students["s"].training
     input_ids, mask = batch()
     assert torch.equal(
-        distiller.teacher_forward(input_ids, mask).q, distiller.teacher_forward(input_ids, mask).q
+        distiller.teacher_forward(input_ids, mask).taps.q, distiller.teacher_forward(input_ids, mask).taps.q
     )
     own = {id(p) for p in distiller.students["s"].parameters()}
     assert {id(p) for p in distiller.parameters()} == own
@@ -209,20 +209,20 @@ def test_layer_to_layer_maps_uniformly():
         big, {"a": student(layers=2), "b": student(layers=3)}, Objective.named("layer-to-layer")
     )
     input_ids, mask = batch()
-    taps = distiller.teacher_forward(input_ids, mask)
-    assert len(taps.earlier) == 3  # layers 2 and 4 for three, 3 for two; 6 is the tap
-    sums = distiller.term_sums("a", taps, input_ids, mask, dropout_seed=1)
+    output = distiller.teacher_forward(input_ids, mask)
+    assert len(output.taps.earlier) == 3  # layers 2 and 4 for three, 3 for two; 6 is the tap
+    sums = distiller.term_sums("a", output, input_ids, mask, dropout_seed=1)
     by_hand = distiller.students["a"].eval()(input_ids, mask)
     third = TappedEncoder(big.model, 3)(input_ids, mask)
     expected = [
         Objective.named("minilm").term_sums(t, s, mask)
-        for t, s in ((third, by_hand.earlier[0]), (taps, by_hand))
+        for t, s in ((third, by_hand.earlier[0]), (output.taps, by_hand))
     ]
     distiller.students["a"].eval()
     assert sums.requires_grad
-    torch.testing.assert_close(distiller.term_sums("a", taps, input_ids, mask), sum(expected) / 2)
+    torch.testing.assert_close(distiller.term_sums("a", output, input_ids, mask), sum(expected) / 2)
     with pytest.raises(
-        ModelError, match=r"^student 's' has 3 layers and the teacher 2 up to its tap; layer-to-layer"
+        ModelError, match=r"^student 's': it has 3 layers and the teacher 2 up to its tap; layer-to-layer"
     ):
         Distiller(teacher(), {"s": student(layers=3)}, Objective.named("layer-to-layer"))
 

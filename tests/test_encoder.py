@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
-from minilm.model.encoder.shape import FAMILIES, load_config, shape_of, tapped_layer
+from minilm.model.encoder.families import FAMILIES
+from minilm.model.encoder.shape import load_config, shape_of, student_shape, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
 
@@ -185,11 +186,24 @@ def test_a_student_of_every_architecture_is_a_teacher(architecture, tmp_path):
     assert not teacher.training and teacher.layer == 2
     shape = shape_of(load_config(tmp_path))
     assert (shape.architecture, shape.layers, shape.hidden, shape.heads) == (architecture, 2, 16, HEADS)
-    assert (shape.ffn, shape.vocab_size) == (64, VOCAB)
+    assert (shape.ffn, shape.vocab_size) == (24 if architecture == "modernbert" else 64, VOCAB)
     input_ids = torch.full((1, shape.max_tokens), 5)
     assert teacher(input_ids).q.shape == (1, HEADS, shape.max_tokens, 4)
     grandchild = build_student(teacher.model.config, layers=1, hidden=8, seed=4)
     assert TappedEncoder(grandchild, 1)(input_ids).q.shape == (1, HEADS, shape.max_tokens, 2)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("head", [False, True])
+def test_the_shape_of_a_student_is_known_before_it_is_built(architecture, head, tmp_path):
+    config = tiny_config(architecture)
+    for sizes in (
+        {"layers": 2, "hidden": 16},
+        {"layers": 1, "hidden": 12, "heads": 2, "ffn": 20},
+        {"layers": 4, "hidden": 24},
+    ):
+        build_student(config, **sizes, seed=0, head=head).save_pretrained(tmp_path)
+        assert shape_of(load_config(tmp_path)) == student_shape(shape_of(config), **sizes, has_head=head)
 
 
 def test_a_layer_in_the_middle_and_two_taps_on_one_model():
@@ -209,7 +223,7 @@ def test_watching_layers_in_front_and_the_hidden_states_behind(architecture):
     input_ids, mask = batch()
     plain = encoder(input_ids, mask)
     hidden = tiny_model(architecture)(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    encoder.watch(layers=(1, 2), parts=("q", "hidden"))
+    encoder.watch(layers=(1, 2), fields=("q", "hidden"))
     called = []
     encoder.blocks()[2].register_forward_hook(lambda *_: called.append("third"))
     for _ in range(2):
@@ -374,9 +388,26 @@ def test_a_layer_that_sees_a_window_only():
 
 def test_heads_that_do_not_divide_hidden():
     with pytest.raises(
-        ModelError, match=r"^4 heads do not divide hidden size 18; choose a hidden size that is"
+        ModelError, match=r"^4 heads do not divide hidden size 18; give a multiple of 4, or other heads$"
     ):
         build_student(tiny_config(), layers=1, hidden=18, seed=0)
+
+
+def test_heads_of_an_odd_size_where_they_are_rotated():
+    with pytest.raises(ModelError) as caught:
+        student_shape(shape_of(tiny_config("modernbert")), layers=1, hidden=20)
+    assert str(caught.value) == (
+        "hidden size 20 gives 4 heads of an odd size, 5, and modernbert rotates their dimensions in pairs;"
+        " choose a multiple of 8"
+    )
+    assert student_shape(shape_of(tiny_config("bert")), layers=1, hidden=20).hidden == 20
+
+
+def test_a_student_with_more_layers_than_a_teacher_of_several_layer_types():
+    with pytest.raises(
+        ModelError, match=r"^a modernbert student has at most the layers of its teacher, 4, not 5$"
+    ):
+        build_student(tiny_config("modernbert"), layers=5, hidden=16, seed=0)
 
 
 def test_weights_that_are_missing_or_pickled(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilm.model.encoder.shape import FAMILIES
+from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.export import weights_digest
 from minilm.model.loss.relations import relation_kl
@@ -85,7 +85,7 @@ def test_a_step_never_waits_for_the_device(
     with no_sync:
         _, _, outcome = one_step(spec, distiller=distiller, states=states, step=1, **options)
     assert outcome.terms.isfinite().all()
-    assert states[0].refused.tolist() == [0, -1, 0]
+    assert states[0].skipped.tolist() == [0, -1, 0]
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -186,7 +186,7 @@ def test_out_of_memory_is_survived_with_halves(text, tmp_path, caplog):
         *_, outcome = one_step(spec, world=GPU)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert outcome.parts == 2 and outcome.terms.isfinite().all()
+    assert outcome.num_chunks == 2 and outcome.terms.isfinite().all()
     assert "out of memory with 512 rows at once" in caplog.text
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from minilm.model.encoder.build import build_student
-from minilm.model.encoder.initialize import from_teacher, initialize
-from minilm.model.encoder.shape import FAMILIES, picked_layers
+from minilm.model.encoder.families import FAMILIES
+from minilm.model.encoder.initialize import from_teacher, initialize, picked_layers
 from minilm.model.errors import ModelError
 
 
@@ -73,7 +73,7 @@ def test_a_narrower_student_takes_leading_entries_and_keeps_heads_apart():
         ),
         (
             lambda: build(hidden=32),
-            "embeddings.word_embeddings.weight is [30, 32] in the student and [30, 16] in the teacher: wider",
+            "a hidden size of 32 cannot start from the teacher's 16; give 16 or less, or start at random",
         ),
     ],
 )
@@ -83,9 +83,79 @@ def test_students_that_do_not_fit(student, message):
     assert str(caught.value) == message
 
 
-def test_modernbert_has_no_slice():
-    with pytest.raises(ModelError, match=r"^modernbert keeps q, k and v in one matrix: no slice is defined"):
-        from_teacher(build("modernbert", layers=2, hidden=8), build("modernbert"))
+# Where the rows of a head (size 8 in the teacher, 4 in the student) come from, whole rotated pairs (i, i + 4) included.
+LEADING, PAIRS = [0, 1, 2, 3], [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_narrower_student_takes_its_slice_by_the_familys_structure(architecture):
+    teacher, student = build(architecture, hidden=32), build(architecture, hidden=16, layers=2, seed=1)
+    copied = from_teacher(student, teacher)
+    assert set(copied) == set(student.state_dict())
+    theirs, mine = (dict(layer_of(m, i)) for m, i in ((teacher, 4), (student, 2)))
+
+    def rows(kept, block=0):
+        return [32 * block + 8 * head + row for head in range(4) for row in kept]
+
+    rotated = PAIRS if architecture in ("modernbert", "eurobert", "nomic_bert") else LEADING
+    if architecture == "modernbert":
+        ffn = [*range(24), *range(48, 72)]  # the gate's half and the other, each sliced
+        qkv = rows(rotated) + rows(rotated, 1) + rows(LEADING, 2)
+        expected = {"attn.Wqkv": (qkv, range(16)), "attn.Wo": (range(16), rows(LEADING))}
+        expected |= {"mlp.Wi": (ffn, range(16)), "mlp.Wo": (range(16), range(24))}
+    else:
+        q, k, v, o, up, down = PARTS[architecture]
+        expected = {
+            q: (rows(rotated), range(16)),
+            k: (rows(rotated), range(16)),
+            v: (rows(LEADING), range(16)),
+        }
+        expected |= {o: (range(16), rows(LEADING)), up: (range(64), range(16)), down: (range(16), range(64))}
+    for name, (from_rows, from_columns) in expected.items():
+        whole = theirs[f"{name}.weight"]
+        assert torch.equal(mine[f"{name}.weight"], whole[list(from_rows)][:, list(from_columns)]), name
+        if f"{name}.bias" in mine:
+            assert torch.equal(mine[f"{name}.bias"], theirs[f"{name}.bias"][list(from_rows)]), name
+
+
+_BERT = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
+_BERT += ("attention.output.dense", "intermediate.dense", "output.dense")
+_LLAMA = tuple(f"self_attn.{part}_proj" for part in "qkvo") + ("mlp.gate_proj", "mlp.down_proj")
+PARTS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT)
+PARTS |= {"eurobert": _LLAMA, "nomic_bert": _LLAMA}
+PARTS["distilbert"] = tuple(f"attention.{part}_lin" for part in ("q", "k", "v", "out")) + (
+    "ffn.lin1",
+    "ffn.lin2",
+)
+PARTS["mpnet"] = tuple(f"attention.attn.{part}" for part in "qkvo") + ("intermediate.dense", "output.dense")
+
+
+def layer_of(model, number):
+    blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    return blocks[number - 1].state_dict()
+
+
+def test_a_rotated_slice_turns_as_the_teacher_does():
+    """With half the pairs of a head, the student's pair i has the frequency of the teacher's pair 2i."""
+    teacher, student = build("nomic_bert", hidden=32), build("nomic_bert", hidden=16, seed=1)
+    half, whole = student.rotary_emb.inv_freq, teacher.rotary_emb.inv_freq
+    torch.testing.assert_close(half, whole[[0, 2]])
+
+
+def test_grouped_keys_and_values_are_given_to_each_head_of_the_group():
+    """At equal sizes the student, which has keys of its own for each head, computes what its teacher does."""
+    config = AutoConfig.for_model(
+        "eurobert", vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, max_position_embeddings=20, pad_token_id=1,
+        mask_token_id=4,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        teacher = AutoModel.from_config(config).eval()
+    student = build_student(config, layers=2, hidden=16, seed=1).eval()
+    from_teacher(student, teacher)
+    ids = torch.arange(5, 15)[None]
+    assert teacher.layers[0].self_attn.k_proj.weight.shape == (8, 16)
+    torch.testing.assert_close(student(ids).last_hidden_state, teacher(ids).last_hidden_state)
 
 
 def test_a_recipe_names_the_start():

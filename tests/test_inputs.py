@@ -60,9 +60,8 @@ def complaint(recipe: Recipe, teacher: Path, shards: Path) -> str:
 
 def test_heads_that_do_not_divide_hidden(tmp_path, teacher, shards):
     recipe = recipe_with(tmp_path, teacher, shards, {"layers": 1, "hidden": 30})
-    assert (
-        "student only: 4 heads do not divide hidden size 30; choose a hidden size that is a multiple"
-        in complaint(recipe, teacher, shards)
+    assert "student 'only': 4 heads do not divide hidden size 30; give a multiple of 4" in complaint(
+        recipe, teacher, shards
     )
 
 
@@ -256,4 +255,4 @@ def test_a_later_stage_that_cannot_fit_is_refused_before_the_first_one_runs(tmp_
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "data": {"shards": str(shards)}, "stages": [first, second]}))
     (line,) = complaints(load_recipe(path))
-    assert line.startswith("stage second: student second: the teacher has 4 heads and the student 2")
+    assert line.startswith("stage second: student 'second': the teacher has 4 heads and the student 2")

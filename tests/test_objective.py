@@ -3,11 +3,16 @@
 import pytest
 import torch
 
+from minilm.model.encoder.shape import EncoderShape
 from minilm.model.encoder.taps import Taps
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
+from minilm.model.loss.relation_term import Relation
 from minilm.model.loss.relations import relation_heads, relation_kl
-from minilm.model.loss.terms import Relation
+
+
+def shape(heads: int, hidden: int, **changes) -> EncoderShape:
+    return EncoderShape("bert", 6, hidden, heads, 4 * hidden, 100, 64, **changes)
 
 
 def taps(heads: int, size: int, seed: int) -> Taps:
@@ -113,12 +118,12 @@ def test_a_position_bias_belongs_to_attention_only():
             'reduction \'mean\' is not known; use "sequence" or "token"',
         ),
         (
-            lambda: Objective.named("minilm").check(12, 768, 6, 384),
+            lambda: Objective.named("minilm").check(shape(12, 768), shape(6, 384)),
             "the teacher has 12 heads and the student 6; give both the same number,"
             " or set relation_heads to divide 768 and 384",
         ),
         (
-            lambda: Objective.named("minilmv2", relation_heads=50).check(12, 768, 12, 384),
+            lambda: Objective.named("minilmv2", relation_heads=50).check(shape(12, 768), shape(12, 384)),
             "50 relation heads do not divide the teacher's hidden size 768",
         ),
     ],
@@ -189,7 +194,7 @@ def test_hidden_relation_splits_hidden_states_into_heads():
     sums = objective.term_sums(teacher._replace(hidden=hidden[0]), student._replace(hidden=hidden[1]), mask())
     t, s = (h.view(3, 6, 2, -1).transpose(1, 2) for h in hidden)
     torch.testing.assert_close(sums[1], relation_kl(t, t, s, s, mask(), reduction="sequence_sum"))
-    assert "hidden" in objective.parts and Objective.named("minilm").parts == {"q", "k", "v", "bias"}
+    assert "hidden" in objective.fields and Objective.named("minilm").fields == {"q", "k", "v", "bias"}
 
 
 @pytest.mark.parametrize("name", ["minilm", "minilmv2", "layer-to-layer", "value-mse"])
@@ -216,7 +221,10 @@ def test_heads_average_to_their_term(name):
 
 def test_from_plain_values():
     objective = Objective.named(
-        relations=[{"name": "a", "x": "q", "y": "k", "weight": 2.0}, {"name": "b", "part": "v"}],
+        relations=[
+            {"name": "a", "x": "q", "y": "k", "weight": 2.0},
+            {"name": "b", "term": "squared_error", "field": "v"},
+        ],
         reduction="token",
     )
     assert objective.names == ("a", "b") and objective.weights.tolist() == [2.0, 1.0]
@@ -224,6 +232,6 @@ def test_from_plain_values():
     with pytest.raises(ModelError, match=r"^an objective has no 'head'; use name, relations, reduction, "):
         Objective.named("minilm", head=3)
     with pytest.raises(
-        ModelError, match=r"^relation \{'name': 'a', 'x': 'q'\} does not fit; use name, x, y and weight"
+        ModelError, match=r"^relation \{'name': 'a', 'x': 'q'\} does not fit; use name, x, y, weight$"
     ):
         Objective.named(relations=[{"name": "a", "x": "q"}])

@@ -30,7 +30,7 @@ pytestmark = [
 HEADS, HIDDEN, LAYERS, PAD, EPS = 12, 768, 12, 1, 1e-5
 SENTENCES = [
     "A student learns what its teacher attends to, not what it says.",
-    "Small encoders are cheap to run; the large ones that teacher_forward them are not.",
+    "Small encoders are cheap to run; the large ones that teach them are not.",
     "Distance between two tokens adds to the score of their attention, one learned number a bucket and head.",
     "Rain.",
 ]

@@ -37,7 +37,7 @@ def as_row(recipe: Recipe, number: int) -> tuple[object, ...]:
     """What stage `number` says, in the order of the table from L (layers) on, without the vocabulary."""
     stage = recipe.stages[number]
     (student,) = stage.students
-    shape = (student.layers, student.hidden, student.ffn, student.heads)
+    shape = (student.layers, student.hidden, student.ffn or 4 * student.hidden, student.heads)
     optimiser = (stage.batch, stage.peak_lr, *stage.adam_betas, stage.weight_decay, student.dropout)
     return (*shape, recipe.data.seq_len, *optimiser, stage.warmup_steps, stage.schedule, stage.steps)
 

@@ -6,11 +6,12 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, load_encoder
-from minilm.model.encoder.shape import FAMILIES
+from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
+from minilm.model.loss.masking import mask_tokens
 from minilm.model.loss.objective import Objective
-from minilm.model.loss.soft_labels import mask_tokens, soft_label_rows
+from minilm.model.loss.soft_labels import soft_label_rows
 
 MASK_ID, SPECIAL = 4, (0, 2, 3)
 
@@ -89,14 +90,15 @@ def test_logits_at_the_masked_positions_and_their_training(architecture, tmp_pat
     ids, mask = (part[2:6] for part in rows())
     mask[2, 30:] = False
     masked = mask_tokens(ids, mask, MASK_ID, SPECIAL)
-    taught = distiller.teacher_forward(ids, mask)
+    output = distiller.teacher_forward(ids, mask)
+    assert torch.equal(output.masked.ids, masked.ids)
     whole = teacher.model(masked.ids, attention_mask=mask).logits
     at = masked.positions[..., None].expand(-1, -1, 50)
-    torch.testing.assert_close(taught.logits, whole.gather(1, at), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.taps.logits, whole.gather(1, at), rtol=1e-4, atol=1e-5)
 
-    sums = distiller.term_sums("s", taught, ids, mask)
+    sums = distiller.term_sums("s", output, ids, mask)
     student_logits = student.model(masked.ids, attention_mask=mask).logits.gather(1, at)
-    divergences = soft_label_rows(taught.logits, student_logits)
+    divergences = soft_label_rows(output.taps.logits, student_logits)
     assert masked.valid.sum(1).tolist() == [6, 6, 5, 6]
     expected = sum(row[valid].mean() for row, valid in zip(divergences, masked.valid, strict=True))
     torch.testing.assert_close(sums, expected[None])

@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduc
     stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.batch)
     ids, mask, _ = stream.micro_batch(0, 0)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    taught, own = distiller.teacher_forward(ids, mask), distiller.students["small"](ids, mask)
+    taught, own = distiller.teacher_forward(ids, mask).taps, distiller.students["small"](ids, mask)
     attention = relation_kl(taught.q, taught.k, own.q, own.k, mask, reduction=reduction)
     loss = attention + relation_kl(taught.v, taught.v, own.v, own.v, mask, reduction=reduction)
     torch.testing.assert_close(outcome.terms.sum().float(), loss.detach(), rtol=1e-5, atol=0.0)
@@ -90,7 +90,7 @@ def test_a_step_without_a_valid_token_is_no_failure(shards, teacher, tmp_path, g
         seq_len=spec.data.seq_len,
     )
     assert outcome.terms.tolist() == [[0.0, 0.0]] and not states[0].gradient.any()
-    assert states[0].refused.tolist()[0] == 0, "it counts as a step"
+    assert states[0].skipped.tolist()[0] == 0, "it counts as a step"
 
 
 def test_students_are_tapped_at_their_last_layer_and_the_teacher_where_the_job_says(
@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(policy, moves):
     assert torch.equal(seen[1], seen[0])
     assert torch.equal(seen[-1], without[-1]) is moves
     assert torch.equal(seen[-1], seen[0]) is not moves
-    assert state.refused.tolist() == [1, 1, int(not moves)]
+    assert state.skipped.tolist() == [1, 1, int(not moves)]
 
 
 @pytest.mark.parametrize("gradient_sum", ["exact", "fast"])
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_is_seen_without_reading_the_device(
         next(iter(distiller.students["small"].trained_parameters().values()))[5] = float("nan")
     before = {k: v.clone() for k, v in distiller.students["small"].model.state_dict().items()}
     _, (state,), _ = one_step(spec, distiller=distiller, step=7)
-    assert state.refused.tolist() == [1, 7, 1]
+    assert state.skipped.tolist() == [1, 7, 1]
     for name, value in distiller.students["small"].model.state_dict().items():
         assert torch.equal(value.nan_to_num(9.0), before[name].nan_to_num(9.0))
 
@@ -231,8 +231,8 @@ def test_out_of_memory_halves_the_computation_and_not_the_batch(
     monkeypatch.setattr(distiller, "term_sums", small_memory)
     _, (state,), halved = one_step(spec, distiller=distiller)
     assert calls == [4, 4, 2, 2, 2, 2]
-    assert halved.parts == 2
-    assert outcome.parts == 1
+    assert halved.num_chunks == 2
+    assert outcome.num_chunks == 1
     assert halved.count == outcome.count == 8
     torch.testing.assert_close(state.gradient, expected.gradient, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(halved.terms, outcome.terms, rtol=1e-5, atol=0.0)
@@ -257,10 +257,10 @@ def test_what_a_rank_tells_is_in_the_outcome(shards, teacher, tmp_path):
     distiller = build_distiller(spec, ALONE.device)
     teacher_forward = distiller.teacher_forward
     distiller.teacher_forward = lambda *a: order.append("rows") or teacher_forward(*a)
-    outcome = one_step(spec, distiller=distiller, tell=lambda: order.append("tell") or [5, 6])[2]
+    outcome = one_step(spec, distiller=distiller, extra_values=lambda: order.append("tell") or [5, 6])[2]
     assert isinstance(outcome, StepOutcome)
     assert outcome.count == 8
-    assert outcome.told == [5, 6]
+    assert outcome.extra_sums == [5, 6]
     assert order == ["rows", "rows", "tell"]
 
 

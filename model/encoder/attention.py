@@ -1,12 +1,12 @@
 """Attention with dropout on a CPU, a bounded tile of scores at a time.
 
-PyTorch's fast CPU attention has no dropout: with it, it falls back to whole maps and draws one random number at a
-time, which doubles the time of a 6 x 384 student's forward and backward and triples its memory. Here the backward
-draws the same numbers again instead of keeping them. Elsewhere (GPU, no dropout, bfloat16, a learned bias)
-PyTorch's own attention runs.
+PyTorch's fast CPU attention has no dropout. Asked for it, PyTorch falls back to whole maps and draws one random number
+at a time, which doubles the time of a 6 x 384 student's forward and backward and triples its memory. Here the
+backward draws the same numbers again instead of keeping them. In all other cases (GPU, no dropout, bfloat16, a learned
+bias) PyTorch's own attention runs.
 
-The dropout rate is rounded to a multiple of 1/65536. Invariants: the numbers drawn depend on PyTorch's global CPU
-generator alone, of which one draw is taken; whole maps never live.
+The dropout rate is rounded to a multiple of 1/65536. Invariants: the numbers drawn depend on one draw from PyTorch's
+global CPU generator alone; no whole map is ever in memory.
 """
 
 from typing import Any
@@ -100,7 +100,7 @@ class _DropoutAttention(torch.autograd.Function):
 
 
 class _Keep:
-    """The same stream of keep-or-drop decisions from one seed; `rate` is the share that is kept."""
+    """The same stream of keep-or-drop decisions from one seed; `rate` is the fraction that is kept."""
 
     def __init__(self, dropout: float, seed: int) -> None:
         self._threshold = round(dropout * 65536)

@@ -1,11 +1,11 @@
-"""What happens when a tapped layer calls its attention function: taps are taken, and the forward ends there.
+"""The attention function of a tapped layer: it takes the taps and ends the forward there.
 
 transformers calls one attention function per layer with Q, K, V split into heads, after any rotary embedding. The
-tapped layer gets a function of ours: it raises, which ends the forward there. So nothing behind the tapped
-projections runs, gradients are intact, and no model code is copied.
+tapped layer gets our function, which raises an exception to end the forward. So nothing after the tapped projections
+runs, gradients are intact, and no model code is copied.
 
-Invariants: a forward leaves no state behind in the model, in the thread or in autograd, whether it ends by the tap or
-by an error; threads do not see each other's forwards.
+Invariants: a forward leaves no state in the model, in the thread or in autograd, whether it ends at the tap or with an
+error; threads do not see each other's forwards.
 """
 
 import threading
@@ -25,8 +25,7 @@ SDPA, TAP = "minilm-sdpa", "minilm-tap"  # names in transformers' registries; ne
 
 
 class _Reached(BaseException):
-    """Ends a forward at the tap. Not an Exception, so that no `except Exception` in model code swallows
-    it."""
+    """Ends a forward at the tap. Not an Exception, so that no `except Exception` in model code swallows it."""
 
 
 class Discovery:
@@ -72,19 +71,19 @@ def run(
     try:
         return model(input_ids=input_ids, attention_mask=mask)
     except _Reached as reached:
-        reached.__traceback__ = None  # its frames hold every activation on the way to the tap
+        reached.__traceback__ = None  # its frames hold every activation before the tap
         return None
     finally:
         _active.visitor = outer
 
 
 @contextmanager
-def stop_after(block: nn.Module, collection: Collector) -> Iterator[None]:
-    """End the forward behind this layer, and keep its output."""
+def stop_after(block: nn.Module, collector: Collector) -> Iterator[None]:
+    """End the forward after this layer, and keep its output in the collector."""
 
     def keep(_block: nn.Module, _arguments: Any, output: Any) -> None:
-        if getattr(_active, "visitor", None) is collection:  # not another thread's forward
-            collection.hidden = output[0] if isinstance(output, tuple) else output
+        if getattr(_active, "visitor", None) is collector:  # not another thread's forward
+            collector.hidden = output[0] if isinstance(output, tuple) else output
             raise _Reached
 
     handle = block.register_forward_hook(keep)
@@ -96,7 +95,7 @@ def stop_after(block: nn.Module, collection: Collector) -> Iterator[None]:
 
 @contextmanager
 def only_at(positions: Tensor, base: nn.Module) -> Iterator[None]:
-    """Let the head behind the base model see the hidden states at `positions` only."""
+    """Let the head on the base model see the hidden states at `positions` only."""
     outer = getattr(_active, "selecting", None)
     _active.selecting = positions
 
@@ -118,7 +117,7 @@ def only_at(positions: Tensor, base: nn.Module) -> Iterator[None]:
 def tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """What a tapped layer calls. `bias` (from an adapter) is already part of attention_mask."""
+    """The attention function of a tapped layer. `bias` (from an adapter) is already part of attention_mask."""
     bias = kwargs.pop("bias", None)
     visitor: Discovery | Collector | None = getattr(_active, "visitor", None)
     if visitor is not None:
@@ -127,7 +126,7 @@ def tapped_attention(
 
 
 def _mask_without_sync(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """transformers' SDPA mask, less its `mask.all()` (a host sync); a row of padding only sees itself."""
+    """transformers' SDPA mask without its `mask.all()`, a host sync; a row that is all padding sees itself."""
     if attention_mask is not None:
         kwargs["allow_is_bidirectional_skip"] = False
         attention_mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)

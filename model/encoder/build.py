@@ -1,18 +1,27 @@
 """Encoders with weights: load a teacher, build a student.
 
-What an encoder is by its config alone is in `encoder.shape`; `tapped_encoder` taps it.
+What a config alone tells of an encoder is in shape.py; tapped_encoder.py taps it.
 Leaves out: decoders, checkpoints that need code of their own, pickled weights (safetensors only). Invariant:
 building a student draws from a generator of its own and leaves the global random state untouched, so its
 weights depend on the config and the seed alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from minilm.model.encoder.quiet import quiet_transformers
-from minilm.model.encoder.shape import FAMILIES, load_config, student_config, tapped_layer
+from minilm.model.encoder.shape import (
+    EncoderShape,
+    family_of,
+    load_config,
+    shape_of,
+    student_shape,
+    tapped_layer,
+)
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError, one_line
 
@@ -22,10 +31,9 @@ def load_encoder(
 ) -> TappedEncoder:
     """The encoder at a folder or hub id, in float32 and eval mode, tapped at `layer` (1-based, or "last").
 
-    Weights come from safetensors only. Heads of the checkpoint are left behind, but for the
-    masked-language-model head with `head`. ModelError when
-    the folder or file is missing, the architecture has no tap, the layer does not exist, or weights are
-    missing.
+    Weights come from safetensors only. head: keep the checkpoint's masked-language-model head; other heads are not
+    loaded. ModelError when the folder or file is missing, the architecture has no tap, the layer does not exist, or
+    weights are missing.
     """
     config = load_config(path_or_hub_id)
     number = tapped_layer(config, layer)
@@ -37,7 +45,7 @@ def load_encoder(
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
-                attn_implementation=FAMILIES[config.model_type].attention,
+                attn_implementation=family_of(config).attention,
                 output_loading_info=True,
                 trust_remote_code=False,
             )
@@ -66,20 +74,61 @@ def build_student(
     seed: int,
     head: bool = False,
 ) -> PreTrainedModel:
-    """A randomly initialised encoder of the teacher's architecture and vocabulary, on CPU, float32, in train
-    mode.
+    """A randomly initialised encoder of the teacher's architecture and vocabulary, on CPU, float32, in train mode.
 
-    The sizes are those of `student_config`.
+    Its sizes are those of `student_shape`, which also says what is refused. dropout: of hidden states and attention
+    alike.
     """
-    config = student_config(
-        teacher_config, layers=layers, hidden=hidden, heads=heads, ffn=ffn, dropout=dropout
-    )
-    attention = FAMILIES[config.model_type].attention
+    shape = student_shape(shape_of(teacher_config), layers=layers, hidden=hidden, heads=heads, ffn=ffn)
+    config = _resize(teacher_config, shape, dropout)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         build = AutoModelForMaskedLM if head else AutoModel
+        attention = family_of(teacher_config).attention
         model = build.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.train()
+
+
+def _resize(teacher: PreTrainedConfig, shape: EncoderShape, dropout: float) -> PreTrainedConfig:
+    family = family_of(teacher)
+    values = teacher.to_dict()
+    for stale in (
+        "head_dim",
+        "num_key_value_heads",
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+    ):
+        values.pop(stale, None)
+    aliases = teacher.attribute_map
+    for name, value in (
+        ("num_hidden_layers", shape.layers),
+        ("hidden_size", shape.hidden),
+        ("num_attention_heads", shape.heads),
+        (family.ffn, shape.ffn),
+        *((rate, dropout) for rate in family.dropout),
+    ):
+        values[aliases.get(name, name)] = value
+    if values.get("embedding_size") == teacher.hidden_size:
+        values["embedding_size"] = shape.hidden
+    if shape.layer_types:
+        values["layer_types"] = list(shape.layer_types)
+    return type(teacher)(**values)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence progress bars and reports of unused weights: the caller checks what was loaded itself."""
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -1,80 +1,116 @@
 """Where a student's weights start: at random (the default, as in the papers) or from layers of its teacher.
 
-Random is what `build_student` gives. `from_teacher` copies the teacher's embeddings and, for student layer i
-of M, teacher layer round-up(i · L / M): a uniform pick that ends at the teacher's last layer. A narrower
-student takes a stated slice: of every hidden and feed-forward dimension the leading entries, and of every
-head its leading entries (head by head, so that heads stay heads). Weights that the teacher does not hold keep
-their random start.
+Random is what `build_student` gives. `from_teacher` copies the teacher's embeddings and, for student layer i of M,
+teacher layer round-up(i · L / M): a uniform pick that ends at the teacher's last layer. A narrower student takes a
+slice of each matrix, block by block as the family divides it (see `families.Blocks`): the leading entries of a plain
+block, and of each head its leading entries, so that heads stay heads. Of a rotated head it takes whole pairs, evenly
+spaced, because pair i of d rotates with frequency base^(-i/d): with half the pairs, pair i turns as the teacher's
+pair 2i does. Where the teacher's queries share keys and values in groups, each student head starts from its group's.
+Weights that the teacher does not hold keep their random start.
 """
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from minilm.model.encoder.shape import picked_layers
+from minilm.model.encoder.families import PLAIN, ROTARY
+from minilm.model.encoder.shape import EncoderShape, family_of, shape_of
 from minilm.model.errors import ModelError
 
-_LAYER = re.compile(r"^(.*?\blayers?\.)(\d+)(\..*)$")
-# Rows (dimension 0) of these are heads x head size; of the output projection it is the columns (dimension 1).
-_HEAD_ROWS = re.compile(r"\.(query|key|value|q_lin|k_lin|v_lin|q_proj|k_proj|v_proj|q|k|v)\.(weight|bias)$")
-_HEAD_COLUMNS = re.compile(r"\.(attention\.output\.dense|out_lin|o_proj|attn\.o)\.weight$")
-
+if TYPE_CHECKING:  # a recipe is checked without modelling code
+    from transformers import PreTrainedModel
 
 INITIALIZATIONS = ("random", "teacher-layers")
+_LAYER = re.compile(r"^(.*?\blayers?\.)(\d+)(\..*)$")
 
 
-def initialize(student: PreTrainedModel, teacher: PreTrainedModel, how: str) -> None:
-    """Give a student, built at random, the start that a recipe names: one of `INITIALIZATIONS`."""
+def check_start(teacher: EncoderShape, student: EncoderShape, how: str) -> None:
+    """ModelError unless a student of this shape can have the start that a recipe names, one of `INITIALIZATIONS`."""
     if how not in INITIALIZATIONS:
         raise ModelError(f"initialisation {how!r} is not known; use one of {', '.join(INITIALIZATIONS)}")
+    if how == "random":
+        return
+    t, s = teacher, student
+    if t.architecture != s.architecture:
+        raise ModelError(
+            f"a {s.architecture} student cannot start from the layers of a {t.architecture} teacher"
+        )
+    picked_layers(t.layers, s.layers)
+    if t.heads != s.heads:
+        raise ModelError(
+            f"{s.heads} student heads cannot start from {t.heads} teacher heads; give both the same number"
+        )
+    for what, own, theirs in (("hidden", s.hidden, t.hidden), ("feed-forward", s.ffn, t.ffn)):
+        if own > theirs:
+            raise ModelError(
+                f"a {what} size of {own} cannot start from the teacher's {theirs}; give {theirs} or less, or"
+                " start at random"
+            )
+
+
+def initialize(student: "PreTrainedModel", teacher: "PreTrainedModel", how: str) -> None:
+    """Give a student, built at random, the start that a recipe names. Raises as `check_start` does."""
+    check_start(shape_of(teacher.config), shape_of(student.config), how)
     if how == "teacher-layers":
         from_teacher(student, teacher)
 
 
+def picked_layers(teacher_layers: int, student_layers: int) -> list[int]:
+    """The teacher layer (1-based) that each student layer starts from: 12 -> 6 gives 2, 4, 6, 8, 10, 12."""
+    if student_layers > teacher_layers:
+        raise ModelError(f"{student_layers} student layers cannot start from {teacher_layers} teacher layers")
+    return [-(-i * teacher_layers // student_layers) for i in range(1, student_layers + 1)]
+
+
 @torch.no_grad()
-def from_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> list[str]:
+def from_teacher(student: "PreTrainedModel", teacher: "PreTrainedModel") -> list[str]:
     """Copy (a slice of) the teacher's weights into the student, in place; returns the names that were copied.
 
-    ModelError when the architectures or head counts differ, or the student is deeper or wider than the
-    teacher.
+    ModelError when the architectures or head counts differ, or the student is deeper or wider than the teacher.
     """
-    t, s = teacher.config, student.config
-    if t.model_type != s.model_type:
-        raise ModelError(f"a {s.model_type} student cannot start from the layers of a {t.model_type} teacher")
-    if t.num_attention_heads != s.num_attention_heads:
-        raise ModelError(
-            f"{s.num_attention_heads} student heads cannot start from {t.num_attention_heads} teacher heads;"
-            " give both the same number"
-        )
-    if s.model_type == "modernbert" and s.hidden_size != t.hidden_size:
-        raise ModelError(
-            "modernbert keeps q, k and v in one matrix: no slice is defined; give both one hidden size"
-        )
-    picked = picked_layers(t.num_hidden_layers, s.num_hidden_layers)
+    check_start(shape_of(teacher.config), shape_of(student.config), "teacher-layers")
+    family, heads = family_of(student.config), student.config.num_attention_heads
+    sizes = tuple(
+        getattr(c, "head_dim", None) or c.hidden_size // heads for c in (teacher.config, student.config)
+    )
+    picked = picked_layers(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
     source = teacher.state_dict()
     copied = []
     for name, target in student.state_dict().items():
         match = _LAYER.match(name)
         origin = f"{match[1]}{picked[int(match[2])] - 1}{match[3]}" if match else name
-        if origin in source:
-            target.copy_(_slice(name, source[origin], target.shape, s.num_attention_heads))
-            copied.append(name)
+        if origin not in source:
+            continue
+        weight = source[origin]
+        blocks = family.blocks(name.rpartition(".")[0])
+        for dim, kinds in enumerate((blocks.rows, blocks.columns)[: weight.dim()]):
+            weight = _slice(weight, dim, kinds, target.shape[dim], *sizes)
+        target.copy_(weight)
+        copied.append(name)
     return copied
 
 
-def _slice(name: str, weight: Tensor, shape: torch.Size, heads: int) -> Tensor:
-    head_dim = 0 if _HEAD_ROWS.search(name) else 1 if _HEAD_COLUMNS.search(name) else None
-    for dim, size in enumerate(shape):
-        if size > weight.shape[dim]:
-            raise ModelError(
-                f"{name} is {list(shape)} in the student and {list(weight.shape)} in the teacher: wider"
-            )
-        if dim == head_dim:
-            weight = (
-                weight.unflatten(dim, (heads, -1)).narrow(dim + 1, 0, size // heads).flatten(dim, dim + 1)
-            )
-        else:
-            weight = weight.narrow(dim, 0, size)
-    return weight
+def _slice(
+    weight: Tensor, dim: int, kinds: tuple[str, ...], size: int, teacher_head: int, student_head: int
+) -> Tensor:
+    """`weight` cut to `size` along `dim`, which is made of equal blocks of these kinds; *_head: sizes of a head."""
+    parts = []
+    for kind, block in zip(kinds, weight.chunk(len(kinds), dim), strict=True):
+        if kind == PLAIN:
+            parts.append(block.narrow(dim, 0, size // len(kinds)))
+            continue
+        split = block.unflatten(dim, (-1, teacher_head))
+        heads = size // len(kinds) // student_head
+        split = split.repeat_interleave(heads // split.shape[dim], dim)
+        kept = _rotary_pairs(teacher_head, student_head) if kind == ROTARY else torch.arange(student_head)
+        parts.append(split.index_select(dim + 1, kept.to(weight.device)).flatten(dim, dim + 1))
+    return torch.cat(parts, dim)
+
+
+def _rotary_pairs(teacher_head: int, student_head: int) -> Tensor:
+    """The dimensions of a teacher's head that a student's takes: whole pairs (i, i + half), evenly spaced."""
+    half = student_head // 2
+    first = torch.arange(half) * (teacher_head // 2) // half
+    return torch.cat((first, first + teacher_head // 2))

@@ -1,4 +1,4 @@
-"""MPNet's attention, which does not call transformers' attention interface, made to call it.
+"""An adapter for MPNet, whose attention does not call transformers' attention interface.
 
 MPNet adds one learned relative position bias, shared by all layers, to the scaled scores. The adapter
 replaces the forward of each attention module by one that calls an attention function with q, k, v and that
@@ -7,20 +7,21 @@ bias, on SDPA instead of whole maps. Weights, names and results stay MPNet's. Le
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # families.py, which imports this file, loads no modelling code
+    from transformers import PreTrainedModel
 
 
-def install(model: PreTrainedModel, attention: Callable[..., Any]) -> None:
-    """Let every attention module of this MPNet call `attention(module, q, k, v, mask, bias=…, …)`.
-    Idempotent."""
+def install(model: "PreTrainedModel", attention: Callable[..., Any]) -> None:
+    """Make every attention module of this MPNet call `attention(module, q, k, v, mask, bias=…, …)`. Idempotent."""
     encoder: Any = model.base_model.encoder
 
     def position_bias_of_one_row(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[1, heads, tokens, tokens]; transformers writes out a copy a row: 400 MB at 32 rows of 512."""
+        """[1, heads, tokens, tokens]; transformers makes a copy for each row: 400 MB at 32 rows of 512."""
         return type(self).compute_position_bias(self, hidden_states[:1], *args, **kwargs)
 
     def forward(

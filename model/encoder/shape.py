@@ -1,47 +1,25 @@
-"""Encoders by their configs alone: which architectures work, their sizes, the layers that can be tapped.
+"""Encoders by their configs alone: their sizes, the layers that can be tapped, the sizes a student may have.
 
-One table names the architectures and what their config calls things; `tapped_encoder` does the rest.
-Imports no modelling code (seconds), so that whoever only checks a stage need not have it.
+What differs between architectures is in families.py. Imports no modelling code, which takes seconds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from minilm.model.encoder.families import FAMILIES, Family
 from minilm.model.errors import ModelError, one_line
 
 
 @dataclass(frozen=True)
-class Family:
-    """What an architecture's config calls the feed-forward width and the dropout rates, and its reserved
-    positions."""
-
-    ffn: str = "intermediate_size"
-    dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    positions_after_padding: bool = False  # position ids begin at pad_token_id + 1 (RoBERTa and its kin)
-    rotary: bool = False  # positions are rotations of pairs: head sizes must be even
-    attention: str = "sdpa"  # what transformers can build it with; the tap makes SDPA of either
-
-
-_ROBERTA = Family(positions_after_padding=True)
-FAMILIES: dict[str, Family] = {
-    "bert": Family(),
-    "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "camembert": _ROBERTA,
-    "electra": Family(),
-    "distilbert": Family(ffn="hidden_dim", dropout=("dropout", "attention_dropout")),
-    "modernbert": Family(dropout=("embedding_dropout", "mlp_dropout", "attention_dropout"), rotary=True),
-    "eurobert": Family(dropout=("attention_dropout",), rotary=True),
-    "nomic_bert": Family(rotary=True),
-    "mpnet": Family(positions_after_padding=True, attention="eager"),
-}
-
-
-@dataclass(frozen=True)
 class EncoderShape:
-    """An encoder by its numbers. max_tokens: the longest row it takes."""
+    """An encoder by its numbers.
+
+    max_tokens: the longest row it takes. layer_types: transformers' name for what each layer attends to; empty where
+    all layers attend to all tokens. position_bias: see `Family`. has_head: whether it has a masked-language-model
+    head; None where the config does not say.
+    """
 
     architecture: str
     layers: int
@@ -50,10 +28,30 @@ class EncoderShape:
     ffn: int
     vocab_size: int
     max_tokens: int
+    layer_types: tuple[str, ...] = ()
+    position_bias: bool = False
+    has_head: bool | None = None
+
+    def tapped_layer(self, layer: int | str) -> int:
+        """`layer` (from 1, or "last") as a number; ModelError when it does not exist or attends to a window only."""
+        number = self.layers if layer == "last" else layer
+        if not isinstance(number, int) or not 1 <= number <= self.layers:
+            raise ModelError(
+                f'layer {layer!r} does not exist; {self.architecture} has layers 1 to {self.layers}, or "last"'
+            )
+        if self.layer_types and self.layer_types[number - 1] != "full_attention":
+            whole = ", ".join(
+                str(i + 1) for i, kind in enumerate(self.layer_types) if kind == "full_attention"
+            )
+            raise ModelError(
+                f"layer {number} of this {self.architecture} attends to a window only;"
+                f" tap one that sees all: {whole}"
+            )
+        return number
 
 
 def load_config(path_or_hub_id: str | Path) -> PreTrainedConfig:
-    """The config at a folder or hub id. ModelError when there is none, or it is of no encoder that has a tap."""
+    """The config at a folder or hub id. ModelError when there is none, or its architecture has no tap."""
     name = str(path_or_hub_id)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -67,7 +65,7 @@ def load_config(path_or_hub_id: str | Path) -> PreTrainedConfig:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """ModelError for an architecture without a tap, and for a decoder."""
+    """The row of the config's architecture. ModelError when there is none, or the config is a decoder's."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ModelError(f"architecture {config.model_type!r} has no tap; these have: {', '.join(FAMILIES)}")
@@ -90,90 +88,64 @@ def shape_of(config: PreTrainedConfig) -> EncoderShape:
         ffn=getattr(config, family.ffn),
         vocab_size=config.vocab_size,
         max_tokens=config.max_position_embeddings - reserved,
+        layer_types=tuple(getattr(config, "layer_types", None) or ()),
+        position_bias=family.position_bias,
+        has_head=_has_head(config),
     )
 
 
-def student_config(
-    teacher: PreTrainedConfig,
+def student_shape(
+    teacher: EncoderShape,
     *,
     layers: int,
     hidden: int,
     heads: int | None = None,
     ffn: int | None = None,
-    dropout: float = 0.1,
-) -> PreTrainedConfig:
-    """The config of a student of the teacher's architecture and vocabulary.
+    has_head: bool = False,
+) -> EncoderShape:
+    """The shape of a student of this teacher, as `build_student` builds it. ModelError for sizes that do not fit.
 
-    heads: the teacher's unless given. ffn: 4 x hidden unless given. dropout: of hidden states and attention alike.
-    ModelError for sizes that make no encoder.
+    heads: the teacher's unless given. ffn: hidden size times the family's ratio unless given.
     """
-    family = family_of(teacher)
-    heads = heads or teacher.num_attention_heads
+    family = FAMILIES[teacher.architecture]
+    heads = heads or teacher.heads
     if layers < 1 or hidden < 1:
         raise ModelError(
             f"a student needs at least 1 layer and a hidden size of 1, not {layers} and {hidden}"
         )
     if hidden % heads:
         raise ModelError(
-            f"{heads} heads do not divide hidden size {hidden}; choose a hidden size that is a multiple"
+            f"{heads} heads do not divide hidden size {hidden}; give a multiple of {heads}, or other heads"
         )
     if family.rotary and hidden // heads % 2:
         raise ModelError(
-            f"{teacher.model_type} turns pairs of numbers in every head, and {hidden} / {heads} = {hidden // heads} is "
-            f"odd; choose a hidden size that is a multiple of {2 * heads}"
+            f"hidden size {hidden} gives {heads} heads of an odd size, {hidden // heads}, and {teacher.architecture}"
+            f" rotates their dimensions in pairs; choose a multiple of {2 * heads}"
         )
-    values = teacher.to_dict()
-    for stale in (
-        "head_dim",
-        "num_key_value_heads",
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "dtype",
-    ):
-        values.pop(stale, None)
-    aliases = teacher.attribute_map
-    for name, value in (
-        ("num_hidden_layers", layers),
-        ("hidden_size", hidden),
-        ("num_attention_heads", heads),
-        (family.ffn, ffn or 4 * hidden),
-        *((rate, dropout) for rate in family.dropout),
-    ):
-        values[aliases.get(name, name)] = value
-    if values.get("embedding_size") == teacher.hidden_size:
-        values["embedding_size"] = hidden
-    if values.get("layer_types"):  # the last layer stays as global as the teacher's
-        if layers > len(values["layer_types"]):
-            raise ModelError(
-                f"a {teacher.model_type} student has at most the layers of its teacher,"
-                f" {len(values['layer_types'])}, not {layers}"
-            )
-        values["layer_types"] = values["layer_types"][-layers:]
-    return type(teacher)(**values)
+    if teacher.layer_types and layers > len(teacher.layer_types):
+        raise ModelError(
+            f"a {teacher.architecture} student has at most the layers of its teacher,"
+            f" {len(teacher.layer_types)}, not {layers}"
+        )
+    return replace(
+        teacher,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        ffn=ffn or int(family.ffn_ratio * hidden),
+        layer_types=teacher.layer_types[-layers:],  # the last layer attends as the teacher's last does
+        has_head=has_head,
+    )
 
 
 def tapped_layer(config: PreTrainedConfig, layer: int | str) -> int:
-    """`layer` as a number from 1 to the number of layers; ModelError when it does not exist or sees a window
-    only."""
-    num_layers = config.num_hidden_layers
-    number = num_layers if layer == "last" else layer
-    if not isinstance(number, int) or not 1 <= number <= num_layers:
-        raise ModelError(
-            f'layer {layer!r} does not exist; {config.model_type} has layers 1 to {num_layers}, or "last"'
-        )
-    types = getattr(config, "layer_types", None)
-    if types and types[number - 1] != "full_attention":
-        whole = ", ".join(str(i + 1) for i, kind in enumerate(types) if kind == "full_attention")
-        raise ModelError(
-            f"layer {number} of this {config.model_type} attends to a window only;"
-            f" tap one that sees all: {whole}"
-        )
-    return number
+    """`EncoderShape.tapped_layer` for a config."""
+    return shape_of(config).tapped_layer(layer)
 
 
-def picked_layers(teacher_layers: int, student_layers: int) -> list[int]:
-    """The teacher layer (1-based) that each student layer starts from: 12 -> 6 gives 2, 4, 6, 8, 10, 12."""
-    if student_layers > teacher_layers:
-        raise ModelError(f"{student_layers} student layers cannot start from {teacher_layers} teacher layers")
-    return [-(-i * teacher_layers // student_layers) for i in range(1, student_layers + 1)]
+def _has_head(config: PreTrainedConfig) -> bool | None:
+    """What the config says of the model that was saved with it; a `…ForPreTraining` may have the head or not."""
+    saved = config.architectures or ()
+    if any(name.endswith("ForMaskedLM") for name in saved):
+        return True
+    return None if not saved or any(name.endswith("ForPreTraining") for name in saved) else False

@@ -1,9 +1,9 @@
 """A transformers encoder that stops at the q/k/v projections of one layer and hands them out.
 
-How a forward is stopped is in visit.py. Layers in front of the tap run plain SDPA. An objective may `watch` more:
-layers in front (they run on), or the hidden states that leave the tapped layer.
+How a forward is stopped is in attention_hook.py. Layers before the tap run plain SDPA. An objective may `watch` more:
+earlier layers (they run to their end), or the hidden states that leave the tapped layer.
 
-Leaves out: decoders; architectures that do not call the attention interface (they need an adapter, see mpnet.py).
+Leaves out: decoders; architectures that do not call the attention interface and have no adapter (see families.py).
 
 Invariants: the wrapped model stays an ordinary transformers model (called directly, it runs to its end); no tensor
 outlives a forward but the taps and their autograd graph; no host sync.
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minilm.model.encoder import mpnet
 from minilm.model.encoder.attention_hook import (
     SDPA,
     TAP,
@@ -29,7 +28,8 @@ from minilm.model.encoder.attention_hook import (
     stop_after,
     tapped_attention,
 )
-from minilm.model.encoder.taps import Taps
+from minilm.model.encoder.shape import family_of
+from minilm.model.encoder.taps import EVERY_LAYER, Taps
 from minilm.model.errors import ModelError
 
 
@@ -46,8 +46,9 @@ class TappedEncoder(nn.Module):
         self.model = model
         self.training = model.training
         self.layer = layer
-        if model.config.model_type == "mpnet":
-            mpnet.install(model, tapped_attention)
+        family = family_of(model.config)
+        if family.adapt is not None:
+            family.adapt(model, tapped_attention)
         model.config._attn_implementation = TAP
         discovery = Discovery(layer)
         with _quietly(model), torch.no_grad():
@@ -60,23 +61,28 @@ class TappedEncoder(nn.Module):
         self._attentions = tuple(discovery.modules)  # a tuple: they are already registered inside `model`
         self.watch()
 
-    def watch(self, *, layers: Sequence[int] = (), parts: Collection[str] = ("q", "k", "v", "bias")) -> None:
-        """Say what an objective reads: the taps of `layers` too (ascending, before the tap); which `parts`.
+    def watch(self, *, layers: Sequence[int] = (), fields: Collection[str] = EVERY_LAYER) -> None:
+        """Set what an objective reads: the taps of `layers` too (ascending, before the tap), and which `fields`.
 
-        parts: fields of `Taps`. With "hidden" the tapped layer runs to its end and its output is handed out;
-        with "logits" all of the model runs.
+        fields: of `Taps`. With "hidden" the tapped layer runs to its end and its output is handed out; with
+        "logits" all of the model runs.
         """
         if list(layers) != sorted(set(layers)) or any(not 1 <= layer < self.layer for layer in layers):
             raise ModelError(
                 f"layers {list(layers)} cannot be watched; use ascending ones from 1 to {self.layer - 1}"
             )
-        self._earlier, self._parts = tuple(layers), frozenset(parts)
+        self._earlier, self._fields = tuple(layers), frozenset(fields)
         for layer in (*layers, self.layer):
             # A config of its own: layers that are not tapped never meet the tap, so they can be compiled.
             attention = self._attentions[layer - 1]
             config = copy.copy(self.model.config)
             config._attn_implementation = TAP
             setattr(attention, "config", config)  # noqa: B010  (a plain assignment does not type-check)
+
+    @property
+    def stops_at_tap(self) -> bool:
+        """Whether a forward ends at the tapped projections; otherwise the tapped layer's attention runs too."""
+        return self._fields <= EVERY_LAYER
 
     def blocks(self) -> list[nn.Module]:
         """The layers 1 to `layer` as modules."""
@@ -89,7 +95,7 @@ class TappedEncoder(nn.Module):
         raise ModelError(f"architecture {self.model.config.model_type} keeps its layers in no list")
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the layers in front of the tap, one by one; the tapped layer itself stays as it is.
+        """Compile the layers before the tap, one by one; the tapped layer itself stays as it is.
 
         Off unless called: on a CPU it gains 7 % in a teacher and loses 3 % in a student (docs/benchmarks.md).
         """
@@ -107,36 +113,36 @@ class TappedEncoder(nn.Module):
                 " torch.bool of the same shape"
             )
         wanted = [self._attentions[layer - 1] for layer in (*self._earlier, self.layer)]
-        collection = Collector(wanted, stop_at_last=not {"hidden", "logits"} & self._parts)
+        collector = Collector(wanted, stop_at_last=self.stops_at_tap)
         logits = None
-        if positions is not None and "logits" in self._parts:
+        if positions is not None and "logits" in self._fields:
             with only_at(positions, self.model.base_model):
-                logits = run(self.model, collection, input_ids, mask).logits
-        elif collection.stop_at_last:
-            run(self.model, collection, input_ids, mask)
+                logits = run(self.model, collector, input_ids, mask).logits
+        elif collector.stop_at_last:
+            run(self.model, collector, input_ids, mask)
         else:
-            with stop_after(self.blocks()[-1], collection):
-                run(self.model, collection, input_ids, mask)
-        if len(collection.taps) < len(wanted):
+            with stop_after(self.blocks()[-1], collector):
+                run(self.model, collector, input_ids, mask)
+        if len(collector.taps) < len(wanted):
             raise ModelError(
                 f"{self.model.config.model_type} ended without reaching the tap of layer {self.layer}"
             )
-        *earlier, last = collection.taps
-        return last._replace(earlier=tuple(earlier), hidden=collection.hidden, logits=logits)
+        *earlier, last = collector.taps
+        return last._replace(earlier=tuple(earlier), hidden=collector.hidden, logits=logits)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that what is watched depends on, of those that require gradients.
+        """The parameters that require gradients and that the watched fields depend on.
 
-        Named as in model.state_dict(): without further watching, all in front of and at the tap.
+        Named as in model.state_dict(): all before and at the tap, unless more is watched.
         Read off the autograd graph of a two-token forward, so it is right for every architecture; no gradient
         is computed and no random number drawn.
         """
         with _quietly(self.model), torch.enable_grad():
             ids = _probe_ids(self.model)
-            taps = self(ids, None, ids[:, :1] if "logits" in self._parts else None)
+            taps = self(ids, None, ids[:, :1] if "logits" in self._fields else None)
         reached: set[int] = set()
         seen: set[Any] = set()
-        nodes = [tensor.grad_fn for tensor in taps.tensors(self._parts)]
+        nodes = [tensor.grad_fn for tensor in taps.tensors(self._fields)]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:

@@ -1,17 +1,20 @@
-"""What a tap hands out; imports none of transformers, so that objectives can be checked without it."""
+"""The tensors that a tapped encoder hands out."""
 
 from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor
 
+EVERY_LAYER = frozenset(
+    {"q", "k", "v", "bias"}
+)  # the fields that any watched layer has, not the tapped one alone
+
 
 class Taps(NamedTuple):
-    """What one layer's attention is made of: q, k, v [batch, heads, tokens, head_size]; q and k after
-    rotation.
+    """The inputs of one layer's attention: q, k, v [batch, heads, tokens, head_size]; q and k after rotation.
 
     bias: an additive position bias on the scores, broadcastable to [batch, heads, tokens, tokens], or None.
-    If watched: hidden, the layer's output [batch, tokens, hidden]; earlier, the taps of layers in front;
+    If watched: hidden, the layer's output [batch, tokens, hidden]; earlier, the taps of earlier layers;
     logits [batch, k, vocabulary] of the model's head, at the k positions asked for.
     """
 
@@ -33,7 +36,7 @@ class Taps(NamedTuple):
         earlier = tuple(own.like(its) for own, its in zip(self.earlier, other.earlier, strict=True))
         return self._replace(**cast, earlier=earlier)
 
-    def tensors(self, parts: Collection[str]) -> list[Tensor]:
+    def tensors(self, fields: Collection[str]) -> list[Tensor]:
         """The tensors of these fields, those of earlier layers included."""
-        own = [value for part, value in self._asdict().items() if part in parts and value is not None]
-        return own + [tensor for taps in self.earlier for tensor in taps.tensors(parts)]
+        own = [value for name, value in self._asdict().items() if name in fields and value is not None]
+        return own + [tensor for taps in self.earlier for tensor in taps.tensors(fields)]

@@ -1,4 +1,4 @@
-"""How maps of scores are cut into tiles that stay where they are fast."""
+"""How maps of scores are divided into tiles that fit in fast memory."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,7 @@ PADDED = -1e30  # not -inf: the difference of two padded scores must be 0, not N
 
 
 def tiles(shape: torch.Size, tile: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cover [B, H, T] by slices of at most `tile` scores: whole sequences, or whole heads, or rows of one
-    head."""
+    """Slices that cover [B, H, T], of at most `tile` scores each: whole sequences, whole heads, or rows of one head."""
     batch, heads, tokens, _ = shape
     b_step = max(1, tile // (heads * tokens * tokens))
     h_step = heads if heads * tokens * tokens <= tile else max(1, tile // (tokens * tokens))

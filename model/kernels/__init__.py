@@ -1,4 +1,4 @@
-"""The relation divergence as Triton kernels. When they are used is decided in `loss`.
+"""The relation divergence as Triton kernels. model/loss/dispatch.py decides when they are used.
 
 May import: errors.
 """

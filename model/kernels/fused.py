@@ -1,7 +1,7 @@
-"""The Triton kernels as one differentiable function, and whether they apply.
+"""The Triton kernels as one differentiable function.
 
-Kept between forward and backward: the inputs and two float32 numbers a query. Leaves out second derivatives,
-a learned bias on the student's side (its gradient would be a whole map) and dtypes but float32 and bfloat16.
+Kept between forward and backward: the inputs and two float32 numbers a query. Leaves out: second derivatives, a
+learned bias on the student's side (its gradient would be a whole map), dtypes other than float32 and bfloat16.
 """
 
 import os
@@ -18,8 +18,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: queries a block and keys a block (backward: what a program owns, and what it walks
-    over), warps a program, stages of the pipelined loop."""
+    """How a kernel is launched: queries a block and keys a block (in the backward, the block that a program owns and
+    those that it loops over), warps a program, stages of the pipelined loop."""
 
     M: int
     N: int
@@ -35,7 +35,7 @@ LAUNCH = {
     ("forward", torch.float32): Launch(32, 32, 4, 3),
     ("backward", torch.float32): Launch(32, 32, 4, 3),
 }
-if _INTERPRETED:  # Python runs every program: fewer and larger ones
+if _INTERPRETED:  # Python runs every program, so fewer and larger ones are faster
     LAUNCH |= {key: Launch(128, 128, 4, 3) for key in LAUNCH if key[1] == torch.float32}
 
 
@@ -49,8 +49,7 @@ def fused_sum(
     teacher_bias: Tensor | None,
     student_bias: Tensor | None,
 ) -> Tensor:
-    """Σ weights[b, t] · KL[b, h, t], a float32 scalar, gradients to the student. Arguments as in
-    `tiled_sum`."""
+    """Σ weights[b, t] · KL[b, h, t], a float32 scalar, gradients to the student. Arguments as in `tiled_sum`."""
     total: Tensor = _Fused.apply(
         student_x, student_y, teacher_x, teacher_y, keys, weights_BT, teacher_bias, student_bias
     )
@@ -130,7 +129,7 @@ def _constants(teacher: Tensor, student: Tensor, *optional: Tensor | None) -> di
 
 
 def _bias(bias: Tensor | None, tokens: int, unused: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The bias with whole, contiguous maps and its strides over batch and heads, 0 where it is shared."""
+    """The bias as whole, contiguous maps, and its strides over batch and heads: 0 where a map is shared."""
     if bias is None:
         return unused, (0, 0)
     bias = bias[(None,) * (4 - bias.dim())]

@@ -6,8 +6,8 @@ probabilities):
     KL(row) = Σ_j p_T(j)·(s_T(j) - s_S(j)) - lse_T + lse_S          ∂KL/∂s_S = p_S - p_T
 
 Backward, in one launch: half of the programs own a block of queries and gather ∂x, the other half own a block
-of keys and gather ∂y. Both recompute their scores from the saved lse: two products more than with atomic
-additions, but every sum has one owner, so the result is the same bit for bit on every run.
+of keys and gather ∂y. Both recompute their scores from the saved lse. That takes two more products than
+atomic additions would, but every sum has one owner, so the result is the same bit for bit on every run.
 
 Products are taken in the inputs' dtype (float32 in full IEEE precision, no TF32) and accumulated in float32;
 offsets are 64 bits. Tensors are contiguous: x, y [batch · heads, tokens, D]; lse, kl [batch · heads, tokens];
@@ -40,7 +40,7 @@ def _store(base, rows, tokens, values, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, WIDEN: tl.constexpr):
-    """a · b, accumulated in float32. WIDEN: Triton's interpreter multiplies the bits of bfloat16, not its
+    """a · b, accumulated in float32. WIDEN: for Triton's interpreter, which multiplies the bits of bfloat16, not its
     values."""
     if WIDEN:
         a = a.to(tl.float32)
@@ -50,8 +50,7 @@ def _dot(a, b, WIDEN: tl.constexpr):
 
 @triton.jit
 def _exact_dot(a, b, WIDEN: tl.constexpr):
-    """a · b with a float32. To a bfloat16 b, a goes as two addends: rounded to one it would double the
-    error."""
+    """a · b with a float32. For a bfloat16 b, a is split into two addends: one would double the error."""
     if b.dtype == tl.bfloat16:
         high = a.to(tl.bfloat16)
         low = (a - high.to(tl.float32)).to(tl.bfloat16)

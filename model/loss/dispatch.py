@@ -1,6 +1,7 @@
-"""Which implementation of the divergence runs: by name, or the fastest that applies, with a line that says why not.
+"""The choice of the divergence's implementation: by name, or the fastest that applies.
 
-Triton is imported only where it is used: it is not installed everywhere, and takes a second.
+A fallback is logged once, with its reason. Triton is imported only where it is used: it is not installed everywhere,
+and takes a second.
 """
 
 import functools
@@ -42,7 +43,7 @@ def choose(
         return fused_sum
     if implementation == "triton":
         raise ModelError(f"the triton implementation does not apply: {why_not}; use tiled or auto")
-    _say_once(why_not)
+    _warn_once(why_not)
     return tiled_sum
 
 
@@ -62,5 +63,5 @@ def _why_not_triton(teacher_x: Tensor, student_x: Tensor, student_bias: Tensor |
 
 
 @functools.cache
-def _say_once(why_not: str) -> None:
+def _warn_once(why_not: str) -> None:
     _log.warning("relation_kl falls back from triton to tiled: %s", why_not)

@@ -1,29 +1,33 @@
-"""What of teacher and student is compared: the objective as data, its terms as sums that add up.
+"""The objective as data: which terms are compared between teacher and student, as sums that add up.
 
-    minilm            attention Q-K and value relation V-V of the last layers (MiniLM, 2002.10957, eq. 6-10)
-    minilmv2          Q-Q, K-K, V-V on re-split relation heads (MiniLMv2, 2012.15828, section 3.1)
-    attention-only    minilm without the value relation (MiniLM, table 5)
-    value-mse         values by squared error, not their relation, through a projection (MiniLM, table 6)
-    layer-to-layer    minilm's terms, the mean over the student's layers, mapped uniformly (MiniLM, table 7)
-    soft-label-mlm    the teacher's predictions for masked tokens, no relation (the baseline of MiniLM, table 3)
-    hidden-relation   the relation of the last hidden states instead of the values' (MiniLM, section 3.2)
-
-Leaves out: the division by the number of sequences or tokens. A term here is an undivided numerator, so that
-micro-batches and workers add up before one division by the global `count`.
+The objectives with a name are in catalogue.py. Leaves out: the division by the number of sequences or tokens. A term
+here is an undivided numerator, so that micro-batches and workers add up before one division by the global `count`.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilm.model.encoder.taps import Taps
+from minilm.model.encoder.shape import EncoderShape
+from minilm.model.encoder.taps import EVERY_LAYER, Taps
 from minilm.model.errors import ModelError
+from minilm.model.loss.catalogue import OBJECTIVES
+from minilm.model.loss.masking import Masked, mask_tokens
+from minilm.model.loss.relation_term import Relation
 from minilm.model.loss.relations import relation_weight
-from minilm.model.loss.soft_labels import Masked, mask_tokens
-from minilm.model.loss.terms import Relation, Setting, SoftLabels, SquaredError, Term
+from minilm.model.loss.soft_labels import SoftLabels
+from minilm.model.loss.squared_error import SquaredError
+from minilm.model.loss.terms import Pair, Setting, Term
+
+TERMS: dict[str, type[Term]] = {
+    "relation": Relation,
+    "squared_error": SquaredError,
+    "soft_labels": SoftLabels,
+}
 
 
 @dataclass(frozen=True)
@@ -55,26 +59,30 @@ class Objective:
             raise ModelError(
                 'soft labels count by sequence: only some tokens have one; use reduction "sequence"'
             )
+        for term in self.relations if self.layer_to_layer else ():
+            if term.per_layer and not EVERY_LAYER.issuperset(term.fields):
+                raise ModelError(
+                    f"term {term.name!r} reads {', '.join(term.fields)}, and layer-to-layer compares what every"
+                    f" layer has: {', '.join(sorted(EVERY_LAYER))}; use another objective, or other relations"
+                )
 
     @staticmethod
     def named(name: str | None = None, **changes: Any) -> "Objective":
         """An objective from plain values, as a recipe or a file holds them.
 
-        name: one of `OBJECTIVES`; `changes` replaces fields. With `relations`, a list of objects with the
-        keys name, x, y, weight (a relation) or name, part, weight (a squared error), the name may be left
-        out.
+        name: one of `OBJECTIVES`; `changes` replaces fields. With `relations`, a list of objects with `term` (one of
+        `TERMS`, "relation" unless given) and that term's fields, the name may be left out.
         """
-        allowed = [field.name for field in fields(Objective)]
+        allowed = [field.name for field in dataclasses.fields(Objective)]
         for key in changes:
             if key not in allowed:
                 raise ModelError(f"an objective has no {key!r}; use name, {', '.join(allowed)}")
-        if "relations" in changes:
-            changes["relations"] = tuple(_term_from(value) for value in changes["relations"])
-            if name is None:
-                return Objective(**changes)
-        if name not in OBJECTIVES:
-            raise ModelError(f"objective {name!r} is not known; use one of {', '.join(OBJECTIVES)}")
-        return replace(OBJECTIVES[name], **changes)
+        if name is not None or "relations" not in changes:
+            if name not in OBJECTIVES:
+                raise ModelError(f"objective {name!r} is not known; use one of {', '.join(OBJECTIVES)}")
+            changes = OBJECTIVES[name] | changes
+        terms = tuple(_term_from(value) for value in changes.pop("relations"))
+        return Objective(terms, **changes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,23 +95,17 @@ class Objective:
         return torch.tensor([term.weight for term in self.relations])
 
     @property
-    def parts(self) -> frozenset[str]:
-        """The fields of `Taps` that the terms read. With "hidden" the tapped layer runs to its end."""
-        return frozenset(part for term in self.relations for part in term.parts)
+    def fields(self) -> frozenset[str]:
+        """The fields of `Taps` that the terms read."""
+        return frozenset(field for term in self.relations for field in term.fields)
 
     @property
     def needs_head(self) -> bool:
         """Whether teacher and student must be loaded and built with a masked-language-model head."""
-        return "logits" in self.parts
-
-    @property
-    def needs_bias(self) -> bool:
-        """Whether a term reads the attention scores, to which some encoders add a position bias."""
-        return "bias" in self.parts
+        return "logits" in self.fields
 
     def mask_tokens(self, input_ids: Tensor, mask: Tensor | None) -> Masked | None:
-        """The masked rows that soft labels are read from, the same for teacher and student; None without
-        such."""
+        """The masked rows that soft labels are read from, the same for teacher and student; None without them."""
         if not self.needs_head:
             return None
         if self.mask_token_id is None:
@@ -118,83 +120,64 @@ class Objective:
         projections: Mapping[str, nn.Module] | None = None,
         masked: Masked | None = None,
     ) -> Tensor:
-        """[num_terms], float32 or better: each term's undivided, unweighted divergence."""
-        extra = projections or {}, masked
-        return torch.stack([self._term(term, teacher, student, mask, *extra) for term in self.relations])
+        """[num_terms], float32 or better: each term's undivided, unweighted divergence.
+
+        projections: the modules of `projections`, by term. masked: what `mask_tokens` gave.
+        """
+        sums = []
+        for term in self.relations:
+            projection = (projections or {}).get(term.name)
+            pairs = [Pair(t, s, mask, masked, projection) for t, s in self._layers(teacher, student, term)]
+            sums.append(torch.stack([term.sum(self._setting, pair) for pair in pairs]).mean())
+        return torch.stack(sums)
+
+    @property
+    def by_head(self) -> tuple[Term, ...]:
+        """The terms that have a value by head, in the order of `head_sums`."""
+        return tuple(term for term in self.relations if term.by_head)
 
     @property
     def relation_names(self) -> tuple[str, ...]:
-        """The terms that have a value by head, in the order of `head_sums`."""
-        return tuple(term.name for term in self.relations if isinstance(term, Relation))
+        """The names of the terms that have a value by head."""
+        return tuple(term.name for term in self.by_head)
 
     def head_sums(self, teacher: Taps, student: Taps, mask: Tensor | None) -> Tensor:
-        """For looking at: each relation's undivided divergence by head, [relations, heads], without gradients.
+        """Each relation's undivided divergence by head, [relations, heads], without gradients: to be logged.
 
         The mean over heads is the term.
         """
         heads = range(self.relation_heads or teacher.q.shape[1])
-        relations = [term for term in self.relations if isinstance(term, Relation)]
-        sides = self._sides(teacher, student)
         values = student.q.new_zeros(
-            len(relations), len(heads), dtype=torch.promote_types(student.q.dtype, torch.float32)
+            len(self.by_head), len(heads), dtype=torch.promote_types(student.q.dtype, torch.float32)
         )
-        for row, term in zip(values, relations, strict=True):
+        for row, term in zip(values, self.by_head, strict=True):
+            pairs = [Pair(t, s, mask) for t, s in self._layers(teacher, student, term)]
             for head in heads:
-                row[head] = torch.stack([term.sum(self._setting, t, s, mask, head) for t, s in sides]).mean()
+                row[head] = torch.stack([term.head_sum(self._setting, pair, head) for pair in pairs]).mean()
         return values
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
-        """What this batch's sums are divided by, an int64 scalar; shape = (rows, tokens), read if mask is None."""
+        """The number that this batch's sums are divided by, an int64 scalar.
+
+        shape: (rows, tokens), read if mask is None.
+        """
         rows, tokens = shape
         return relation_weight((rows, tokens) if mask is None else mask, self.reduction)
 
-    def check(self, teacher_heads: int, teacher_hidden: int, student_heads: int, student_hidden: int) -> None:
-        """ModelError when teacher and student cannot be compared; needs no weights."""
-        if not any(isinstance(term, Relation) for term in self.relations):
-            return
-        if self.relation_heads is None:
-            if teacher_heads != student_heads:
-                raise ModelError(
-                    f"the teacher has {teacher_heads} heads and the student {student_heads}; give both the"
-                    f" same number, or set relation_heads to divide {teacher_hidden} and {student_hidden}"
-                )
-            return
-        for side, hidden in (("teacher", teacher_hidden), ("student", student_hidden)):
-            if self.relation_heads < 1 or hidden % self.relation_heads:
-                raise ModelError(
-                    f"{self.relation_heads} relation heads do not divide the {side}'s hidden size {hidden}"
-                )
+    def check(self, teacher: EncoderShape, student: EncoderShape) -> None:
+        """ModelError when a term cannot compare encoders of these shapes; needs no weights."""
+        for term in self.relations:
+            term.check(self._setting, teacher, student)
 
     def projections(self, teacher_hidden: int, student_hidden: int) -> dict[str, nn.Linear]:
-        """What is trained beside a student, by term: a linear map for each squared error of unequal sizes."""
-        return {
-            term.name: SquaredError.projection(student_hidden, teacher_hidden)
-            for term in self.relations
-            if isinstance(term, SquaredError) and teacher_hidden != student_hidden
-        }
+        """The modules that are trained beside a student, by the terms that need one."""
+        found = {term.name: term.projection(teacher_hidden, student_hidden) for term in self.relations}
+        return {name: projection for name, projection in found.items() if projection is not None}
 
-    def _term(
-        self,
-        term: Term,
-        teacher: Taps,
-        student: Taps,
-        mask: Tensor | None,
-        projections: Mapping[str, nn.Module],
-        masked: Masked | None,
-    ) -> Tensor:
-        if isinstance(term, SoftLabels):
-            assert masked is not None
-            return term.sum(teacher, student, masked)
-        sides = self._sides(teacher, student)
-        if isinstance(term, Relation):
-            sums = [term.sum(self._setting, t, s, mask) for t, s in sides]
-        else:
-            sums = [term.sum(self._setting, t, s, mask, projections.get(term.name)) for t, s in sides]
-        return torch.stack(sums).mean()
-
-    def _sides(self, teacher: Taps, student: Taps) -> list[tuple[Taps, Taps]]:
-        earlier = zip(teacher.earlier, student.earlier, strict=True) if self.layer_to_layer else ()
-        return [(teacher, student), *earlier]
+    def _layers(self, teacher: Taps, student: Taps, term: Term) -> list[tuple[Taps, Taps]]:
+        """The layers that a term compares: the tapped ones, and with layer-to-layer the earlier ones too."""
+        earlier = self.layer_to_layer and term.per_layer
+        return [(teacher, student), *(zip(teacher.earlier, student.earlier, strict=True) if earlier else ())]
 
     @property
     def _setting(self) -> Setting:
@@ -204,23 +187,12 @@ class Objective:
 def _term_from(value: Any) -> Term:
     if isinstance(value, Term):
         return value
-    kind = SquaredError if "part" in value else Relation
+    values = dict(value)
+    kind = values.pop("term", "relation")
+    if kind not in TERMS:
+        raise ModelError(f"term {kind!r} is not known; use one of {', '.join(TERMS)}")
     try:
-        return kind(**value)
+        return TERMS[kind](**values)
     except TypeError:
-        raise ModelError(
-            f"relation {dict(value)} does not fit; use name, x, y and weight, or for a squared error name,"
-            " part and weight"
-        ) from None
-
-
-_ATTENTION, _VALUE = Relation("attention", "q", "k"), Relation("value", "v", "v")
-OBJECTIVES = {
-    "minilm": Objective((_ATTENTION, _VALUE)),
-    "minilmv2": Objective((Relation("query", "q", "q"), Relation("key", "k", "k"), _VALUE)),
-    "attention-only": Objective((_ATTENTION,)),
-    "value-mse": Objective((_ATTENTION, SquaredError("value"))),
-    "layer-to-layer": Objective((_ATTENTION, _VALUE), layer_to_layer=True),
-    "soft-label-mlm": Objective((SoftLabels("soft_labels"),)),
-    "hidden-relation": Objective((_ATTENTION, Relation("hidden", "hidden", "hidden"))),
-}
+        keys = ", ".join(field.name for field in dataclasses.fields(TERMS[kind]))  # type: ignore[arg-type]
+        raise ModelError(f"{kind} {values} does not fit; use {keys}") from None

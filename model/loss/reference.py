@@ -1,6 +1,6 @@
-"""The divergence in readable PyTorch, on whole maps: what every faster implementation is held against.
+"""The divergence in readable PyTorch, on whole maps: the reference that faster implementations are tested against.
 
-Invariant: exact in any dtype (float32 or better inside), differentiable twice, no trick.
+Invariant: exact in any dtype (computed in float32 or better), differentiable twice, no trick.
 Suffixes as in relations.py: B sequences, H heads, T tokens (queries), S tokens (keys).
 """
 

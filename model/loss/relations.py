@@ -11,7 +11,7 @@ side its own).
 
 Invariants: the softmax is taken in float32 or better whatever the inputs and the autocast state; padded keys
 have probability zero on both sides; padded queries and sequences without a valid token contribute neither
-value nor gradient, so what stands at padded positions (NaN included) changes nothing; only the student
+value nor gradient, so the contents of padded positions (NaN included) change nothing; only the student
 receives gradients.
 """
 
@@ -59,7 +59,7 @@ def relation_kl(
     inputs = [teacher_x.detach(), teacher_y.detach(), student_x, student_y]
     if (
         mask is not None
-    ):  # what stands at a padded position must not leak, NaN included, nor receive a gradient
+    ):  # a padded position must neither leak its contents, NaN included, nor receive a gradient
         inputs = [side.masked_fill(~mask[:, None, :, None], 0.0) for side in inputs]
     with torch.autocast(student_x.device.type, enabled=False):
         keys = None if mask is None else _visible_keys(mask)
@@ -70,7 +70,7 @@ def relation_kl(
 
 
 def relation_maps(x: Tensor, y: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """The relation itself, for looking at: probabilities [batch, heads, tokens, tokens], rows over valid keys.
+    """The relation itself, to be shown: probabilities [batch, heads, tokens, tokens], rows over valid keys.
 
     Rows of padded queries are zero. Arguments as in `relation_kl`.
     """
@@ -96,11 +96,10 @@ def relation_heads(x: Tensor, num_relation_heads: int) -> Tensor:
 
 
 def relation_weight(mask_or_shape: Tensor | tuple[int, int], reduction: str) -> Tensor:
-    """What a sum is divided by: an exact int64 scalar, on the mask's device.
+    """The number that a sum is divided by: an exact int64 scalar, on the mask's device.
 
-    mask_or_shape is the mask, or (rows, tokens) where no row has padding. "sequence": the sequences with a
-    valid token; "token": the valid tokens. Across micro-batches and workers these are added up before
-    dividing.
+    mask_or_shape: the mask, or (rows, tokens) where no row has padding. "sequence" counts the sequences with a valid
+    token, "token" the valid tokens. Counts of micro-batches and workers are added up before dividing.
     """
     by_sequence = reduction.startswith("sequence")
     if isinstance(mask_or_shape, Tensor):
@@ -110,9 +109,9 @@ def relation_weight(mask_or_shape: Tensor | tuple[int, int], reduction: str) -> 
 
 
 def query_weights(mask: Tensor | None, shape: torch.Size, reduction: str, like: Tensor) -> Tensor:
-    """What each query counts for, before the last division: [B, T], zero at padding, float32 or better.
+    """The weight of each query before the last division: [B, T], zero at padding, float32 or better.
 
-    shape: begins with batch, of which dimension -2 is the tokens. No host sync.
+    shape: its first dimension is the batch, its last but one the tokens. No host sync.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     by_sequence = reduction.startswith("sequence")
@@ -124,12 +123,12 @@ def query_weights(mask: Tensor | None, shape: torch.Size, reduction: str, like: 
 
 
 def divide(total: Tensor, mask: Tensor | None, shape: torch.Size, reduction: str) -> Tensor:
-    """The last division, by the sequences or tokens that count; zero where none does. No host sync."""
+    """The last division, by the number of valid sequences or tokens; zero where there is none. No host sync."""
     if mask is None:
         return total / (shape[0] if reduction == "sequence" else shape[0] * shape[-2])
     return total / relation_weight(mask, reduction).clamp(min=1)
 
 
 def _visible_keys(mask: Tensor) -> Tensor:
-    """[B, S]. In a sequence without a valid token all keys are visible: its rows stay finite, and count zero."""
+    """[B, S]. A sequence without a valid token sees all its keys, so its rows stay finite; their weight is zero."""
     return mask | ~mask.any(dim=-1, keepdim=True)

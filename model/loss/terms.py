@@ -1,23 +1,22 @@
-"""The terms that an objective is made of: each reads parts of both sides' taps and gives one undivided sum.
+"""What a term of an objective is: it reads fields of both sides' taps and gives one undivided sum.
 
-    Relation        KL between softmaxed products of two parts: the papers' terms (see relations.py)
-    SquaredError    one part itself, through a learned projection where sizes differ
-    SoftLabels      the head's prediction for masked tokens (see softlabels.py)
+To add one, write a class in a file of its own (squared_error.py is a short example), and a row in `objective.TERMS`;
+for a name in recipes, a row in catalogue.py. A term that reads a new tensor also needs it handed out: a field of
+`Taps`, filled by the collector of attention_hook.py or by `TappedEncoder.forward`.
 
-Invariants: what stands at padded positions changes nothing; gradients go to the student's side only.
+Invariants that every term keeps: what stands at padded positions changes nothing; gradients go to the student's side
+only.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from minilm.model.encoder.shape import EncoderShape
 from minilm.model.encoder.taps import Taps
-from minilm.model.errors import ModelError
-from minilm.model.loss.relations import query_weights, relation_heads, relation_kl
-from minilm.model.loss.soft_labels import Masked, soft_label_rows
-
-_PARTS = ("q", "k", "v", "hidden")
+from minilm.model.loss.masking import Masked
 
 
 @dataclass(frozen=True)
@@ -29,148 +28,46 @@ class Setting:
     implementation: str
 
 
-@dataclass(frozen=True)
-class Relation:
-    """softmax(x yᵀ / √d) with x, y of "q", "k", "v", "hidden", compared by KL; `name` is what it is logged under.
+class Pair(NamedTuple):
+    """What a term compares: the taps of two layers.
 
-    Hidden states are split into as many heads as the attention has (or `relation_heads`).
+    mask: bool [batch, tokens], True where a token is valid, None: all. masked: the masked tokens of soft labels.
+    projection: the student's module that the term asked for with `projection`.
     """
 
-    name: str
-    x: str
-    y: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        for part in (self.x, self.y):
-            if part not in _PARTS:
-                raise ModelError(f"relation {self.name!r} is made of {part!r}; use {', '.join(_PARTS)}")
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.x, self.y, "bias") if (self.x, self.y) == ("q", "k") else (self.x, self.y)
-
-    def sum(
-        self, setting: Setting, teacher: Taps, student: Taps, mask: Tensor | None, head: int | None = None
-    ) -> Tensor:
-        """The undivided divergence, of all heads, or of one without gradients."""
-        (t_x, t_y, t_bias), (s_x, s_y, s_bias) = (
-            self._side(setting, taps, head) for taps in (teacher, student)
-        )
-        return relation_kl(
-            t_x,
-            t_y,
-            s_x,
-            s_y,
-            mask,
-            reduction=f"{setting.reduction}_sum",
-            teacher_bias=t_bias,
-            student_bias=s_bias,
-            implementation=setting.implementation,
-        )
-
-    def _side(self, setting: Setting, taps: Taps, head: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, y = (_heads(part, taps, setting.relation_heads) for part in (self.x, self.y))
-        bias = self._bias(setting, taps)
-        if head is None:
-            return x, y, bias
-        one = slice(head, head + 1)
-        if bias is not None:
-            bias = (bias[..., one, :, :] if bias.dim() > 2 and bias.shape[-3] > 1 else bias).detach()
-        return (
-            x[:, one].detach(),
-            y[:, one].detach(),
-            bias,
-        )  # else tiles would make the gradients on their way
-
-    def _bias(self, setting: Setting, taps: Taps) -> Tensor | None:
-        """A position bias belongs to the attention distribution, which is Q-K and no other pair."""
-        if taps.bias is None or (self.x, self.y) != ("q", "k"):
-            return None
-        if setting.relation_heads not in (None, taps.q.shape[1]):
-            raise ModelError(
-                f"{setting.relation_heads} relation heads cannot carry a position bias made for"
-                f" {taps.q.shape[1]} heads; leave relation_heads out for q-k"
-            )
-        return taps.bias
+    teacher: Taps
+    student: Taps
+    mask: Tensor | None = None
+    masked: Masked | None = None
+    projection: nn.Module | None = None
 
 
-@dataclass(frozen=True)
-class SquaredError:
-    """Mean squared error of one part, heads concatenated, with a learned projection where sizes differ."""
+class Term(ABC):
+    """A frozen dataclass with at least these two fields: `name` is what the term is logged under."""
 
     name: str
-    part: str = "v"
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.part not in _PARTS:
-            raise ModelError(f"squared error {self.name!r} is of {self.part!r}; use {', '.join(_PARTS)}")
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.part,)
-
-    def sum(
-        self,
-        setting: Setting,
-        teacher: Taps,
-        student: Taps,
-        mask: Tensor | None,
-        projection: nn.Module | None,
-    ) -> Tensor:
-        """The undivided error, a mean over dimensions."""
-        target, got = (_concatenated(self.part, taps) for taps in (teacher, student))
-        with torch.autocast(got.device.type, enabled=False):
-            dtype = torch.promote_types(got.dtype, torch.float32)
-            got = got.to(dtype) if projection is None else projection(got.to(dtype))
-            if mask is not None:
-                got = got.masked_fill(~mask[..., None], 0.0)
-                target = target.masked_fill(~mask[..., None], 0.0)
-            rows_BT = (got - target.detach().to(dtype)).square().mean(dim=-1)
-            return (rows_BT * query_weights(mask, got.shape, setting.reduction, got)).sum()
-
-    @staticmethod
-    def projection(student_size: int, teacher_size: int) -> nn.Linear:
-        """A linear map whose start depends on the sizes alone: no random state is drawn from."""
-        projection = nn.Linear(student_size, teacher_size, bias=False, device="meta").to_empty(device="cpu")
-        start = torch.randn(teacher_size, student_size, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            projection.weight.copy_(start / student_size**0.5)
-        return projection
-
-
-@dataclass(frozen=True)
-class SoftLabels:
-    """The head's prediction for masked tokens, compared by KL over the vocabulary."""
-
-    name: str
-    weight: float = 1.0
+    weight: float
+    per_layer: ClassVar[bool] = (
+        True  # with layer-to-layer: the mean over the student's layers, not the last alone
+    )
+    by_head: ClassVar[bool] = False  # whether there is a `head_sum`
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return ("logits",)
+    @abstractmethod
+    def fields(self) -> tuple[str, ...]:
+        """The fields of `Taps` that it reads."""
 
-    def sum(self, teacher: Taps, student: Taps, masked: Masked) -> Tensor:
-        """The undivided divergence: a mean over a sequence's masked tokens, summed over sequences."""
-        assert teacher.logits is not None and student.logits is not None
-        rows_BK = soft_label_rows(teacher.logits, student.logits).masked_fill(~masked.valid, 0.0)
-        return (rows_BK * query_weights(masked.valid, rows_BK.shape, "sequence", rows_BK)).sum()
+    @abstractmethod
+    def sum(self, setting: Setting, pair: Pair) -> Tensor:
+        """The undivided, unweighted divergence: a scalar, float32 or better, with gradients to the student."""
 
+    def head_sum(self, setting: Setting, pair: Pair, head: int) -> Tensor:
+        """The undivided divergence of one head, without gradients; `sum` is the mean over heads."""
+        raise NotImplementedError(f"{type(self).__name__} has no heads")
 
-Term = Relation | SquaredError | SoftLabels
+    def check(self, setting: Setting, teacher: EncoderShape, student: EncoderShape) -> None:  # noqa: B027
+        """ModelError when the term cannot compare encoders of these shapes; unless overridden, it can."""
 
-
-def _heads(name: str, taps: Taps, num_relation_heads: int | None) -> Tensor:
-    """The part as [batch, heads, tokens, size], re-split where the objective says so."""
-    part: Tensor = getattr(taps, name)
-    if name == "hidden":
-        part = part[:, None]
-    wanted = num_relation_heads or taps.q.shape[1]
-    return part if part.shape[1] == wanted else relation_heads(part, wanted)
-
-
-def _concatenated(name: str, taps: Taps) -> Tensor:
-    """The part as [batch, tokens, hidden]."""
-    part: Tensor = getattr(taps, name)
-    return part if name == "hidden" else part.transpose(1, 2).flatten(-2)
+    def projection(self, teacher_hidden: int, student_hidden: int) -> nn.Linear | None:
+        """A module to be trained beside the student, on CPU, the same every time; None where it needs none."""
+        return None

@@ -1,13 +1,13 @@
 """The divergence without whole maps: a bounded tile of scores at a time, on any device and dtype.
 
-One pass does it all. The weight of every query in the loss is known beforehand, so each tile yields, besides
-its share of the loss, its share of the student's gradient ∂KL/∂score = p_S - p_T; the backward only
-multiplies by the upstream scalar. That is four matrix products and two exponentials a score, where
-recomputing tiles in a backward takes six and four. Kept for the backward: the gradients, O(batch · tokens ·
+The forward computes the gradients too. The weight of every query in the loss is known beforehand, so each tile yields
+both its part of the loss and its part of the student's gradient ∂KL/∂score = p_S - p_T; the backward only multiplies
+by the upstream scalar. That takes four matrix products and two exponentials a score, where recomputing tiles in the
+backward takes six and four. Kept for the backward: the gradients, O(batch · tokens ·
 hidden).
 
-Leaves out: second derivatives. Invariant: no more than `TILE` scores (or one row of them) live at a time,
-four times over; no host sync.
+Leaves out: second derivatives. Invariant: at most four tiles, of `TILE` scores (or one row) each, are in memory at a
+time; no host sync.
 
 Suffixes as in relations.py: B sequences, H heads, T tokens (queries), S tokens (keys), D head size.
 """
@@ -71,8 +71,8 @@ class _Tiled(torch.autograd.Function):
         total = weights_BT.new_zeros(())
         for b, h, t in tiles(student_x.shape, TILE["cpu" if student_x.device.type == "cpu" else "cuda"]):
             padding = None if padding_B11S is None else padding_B11S[b]
-            p_T, s_T, z_T = _softmax(t_x[b, h, t], t_y[b, h], _cut(teacher_bias, b, h, t), padding)
-            p_S, s_S, z_S = _softmax(s_x[b, h, t], s_y[b, h], _cut(bias, b, h, t), padding)
+            p_T, s_T, z_T = _softmax(t_x[b, h, t], t_y[b, h], _tile_of(teacher_bias, b, h, t), padding)
+            p_S, s_S, z_S = _softmax(s_x[b, h, t], s_y[b, h], _tile_of(bias, b, h, t), padding)
             weights = weights_BT[b, None, t]
             rows = (s_T.sub_(s_S).mul_(p_T)).sum(dim=-1) - z_T + z_S
             total += (rows * weights).sum()
@@ -84,7 +84,7 @@ class _Tiled(torch.autograd.Function):
             if grad_y is not None:
                 grad_y[b, h] += grad.transpose(-1, -2) @ s_x[b, h, t]
             if grad_bias is not None:
-                target = _cut(_match(grad_bias), b, h, t)
+                target = _tile_of(_four_dims(grad_bias), b, h, t)
                 target += grad.sum_to_size(target.shape)
         if grad_x is not None:
             grad_x *= student_x.shape[-1] ** -0.5
@@ -114,19 +114,20 @@ def _softmax(
     return p, scores, sums.log_().squeeze(-1)
 
 
-def _match(bias: Tensor) -> Tensor:
-    """A view with four dimensions."""
+def _four_dims(bias: Tensor) -> Tensor:
+    """A view with leading dimensions of size 1, four in all."""
     return bias[(None,) * (4 - bias.dim())]
 
 
 def _expand(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else _match(bias).expand(*x.shape[:3], x.shape[2])
+    return None if bias is None else _four_dims(bias).expand(*x.shape[:3], x.shape[2])
 
 
-def _cut(bias: Tensor | None, b: slice, h: slice, t: slice) -> Any:
-    """The tile's part of a bias; dimensions of size 1 stay."""
+def _tile_of(bias: Tensor | None, b: slice, h: slice, t: slice) -> Any:
+    """The bias of one tile; dimensions of size 1 are kept whole."""
     if bias is None:
         return None
     whole = slice(None)
-    parts = (part if size > 1 else whole for part, size in zip((b, h, t), bias.shape[:3], strict=True))
-    return bias[tuple(parts)]
+    return bias[
+        tuple(index if size > 1 else whole for index, size in zip((b, h, t), bias.shape[:3], strict=True))
+    ]

@@ -1,4 +1,4 @@
-"""What `relation_kl` accepts, as errors that name the tensor, both shapes and the way out."""
+"""The checks of `relation_kl`'s arguments: errors name the tensor, both shapes and the way out."""
 
 import torch
 from torch import Tensor

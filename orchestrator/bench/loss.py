@@ -1,8 +1,8 @@
-"""How fast and how large: what is measured, how it is printed, and the divergence by itself.
+"""Time and memory of the divergence by itself; how a measurement is taken and printed.
 
 Time: the median and the 20 % and 80 % quantiles of repeated calls after a warm-up. Memory: bytes of all tensors
-alive at the peak of one call, those that live before and after it included, counted by the allocator. NonNegativeInt
-training steps are in bench_step.py.
+alive at the peak of one call, those that live before and after it included, counted by the allocator. Whole training
+steps are in step.py.
 """
 
 import gc
@@ -25,8 +25,7 @@ from minilm.orchestrator.system.text import text_table
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a benchmark. Seconds and bytes; quantiles are of one step; share is of the measured matmul
-    peak."""
+    """One line of a benchmark, in seconds and bytes. low, high: the 20 % and 80 % quantiles of one step."""
 
     bench: str
     way: str
@@ -57,8 +56,7 @@ def bench_loss(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Row]:
-    """One relation's divergence, forward and backward. Implementations that do not apply here are left
-    out."""
+    """One relation's divergence, forward and backward. Implementations that do not apply here are skipped."""
     generator = torch.Generator().manual_seed(0)
     sizes = (teacher_size, teacher_size, student_size, student_size)
     sides = [torch.randn(batch, heads, tokens, size, generator=generator).to(device, dtype) for size in sizes]
@@ -85,7 +83,7 @@ def bench_loss(
 
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of a few large matrix products: what this device gives now."""
+    """FLOP/s of the fastest of a few large matrix products on this device."""
     size = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(_seconds(lambda: a @ b, device) for _ in range(8))
@@ -120,8 +118,8 @@ def json_lines(rows: Iterable[Row]) -> str:
 
 
 def peak_bytes(step: Callable[[], Any], held: Any, device: str) -> int:
-    """Bytes alive at the peak of one `step`; `held` (tensors, modules, optimisers) is what lives before and
-    after."""
+    """Bytes alive at the peak of one `step`; held: the tensors, modules and optimisers that live before and after
+    it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,9 @@
-"""A whole training step, ours against the way it is written by hand.
+"""A whole training step, ours against one written by hand.
 
-By hand means: two transformers models with eager attention and `output_attentions=True`, whole maps, the KL of
+By hand means two transformers models with eager attention and `output_attentions=True`, whole maps, the KL of
 their softmaxes, AdamW over all parameters. Both ways take the same rows, sizes, dropout and fused optimiser, one
-after the other in one process. FLOP: what the objective needs with nothing computed behind the tap, the same figure
-for either way, so that shares compare.
+after the other in one process. FLOP: those that the objective needs with nothing computed after the tap, the same
+figure for both ways, so that fractions of the peak can be compared.
 """
 
 import copy
@@ -95,7 +95,7 @@ def bench_step(
 
 
 def step_flop(teacher: Size, students: Iterable[Size], batch: int, tokens: int) -> float:
-    """Floating-point operations of a step, two a multiplication: a backward counts twice its forward."""
+    """Floating-point operations of a step: two per multiplication, and a backward counts twice its forward."""
 
     def forward(size: Size) -> float:
         layer = 2 * 12 * size.hidden**2 + 4 * tokens * size.hidden
@@ -136,10 +136,10 @@ def _step_of_ours(
     def step() -> None:
         for rows in ids:
             with _autocast(ids, dtype):
-                taps = distiller.teacher_forward(rows, None)
+                teacher_output = distiller.teacher_forward(rows, None)
             for name in optimizers:
                 with _autocast(ids, dtype):
-                    sums = distiller.term_sums(name, taps, rows, None)
+                    sums = distiller.term_sums(name, teacher_output, rows, None)
                 (sums.sum() / ids[..., 0].numel()).backward()
         for optimizer in optimizers.values():
             optimizer.step()

@@ -1,9 +1,9 @@
-"""Times candidate launches of both kernels on this GPU: `fused.LAUNCH` is set by what it prints.
+"""Time candidate launches of both kernels on this GPU; `fused.LAUNCH` is set by hand from what this prints.
 
     python -m minilm.orchestrator.bench.tune_kernels --rows 32 --heads 12 --tokens 512 \\
         --head-sizes 64,32 --dtype bfloat16
 
-Leaves out: writing the table, and tuning while training. A candidate that does not fit on the chip is left out.
+Leaves out: writing the table, and tuning while training. A candidate that does not fit on the chip is skipped.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def tune(
     candidates: Iterable[Launch] = CANDIDATES,
     repeats: int = 20,
 ) -> dict[str, list[tuple[float, Launch]]]:
-    """Median seconds and launch by pass ("forward", "backward"), the fastest first. `LAUNCH` is as it was after it."""
+    """Median seconds and launch by pass ("forward", "backward"), the fastest first. `LAUNCH` is left unchanged."""
     generator = torch.Generator().manual_seed(0)
     teacher, student = (
         torch.randn(rows, heads, tokens, size, generator=generator).to(device, dtype) for size in head_sizes

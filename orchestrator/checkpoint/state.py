@@ -39,7 +39,7 @@ def load(
 
 def optimizer_tensors(student: StudentState) -> dict[str, Tensor]:
     """Adam's two moments of every trained parameter, named `<moment>/<parameter>` (none before the first update),
-    and `refused` (see `StudentState`)."""
+    and `refused` (`StudentState.skipped`)."""
     state = student.optimizer.state
     moments = {
         f"{moment}/{name}": state[parameter][moment]
@@ -47,17 +47,17 @@ def optimizer_tensors(student: StudentState) -> dict[str, Tensor]:
         if parameter in state
         for moment in MOMENTS
     }
-    return moments | {"refused": student.refused}
+    return moments | {"refused": student.skipped}
 
 
 def load_optimizer(student: StudentState, tensors: dict[str, Tensor], step: int) -> None:
-    """Restore the moments. AdamW's own step counter is the number of updates that were not refused."""
-    refused = tensors["refused"]
-    student.refused = refused.to(student.refused.device)
+    """Put the moments back. AdamW's own counter is the number of updates that were not skipped."""
+    skipped = tensors["refused"]
+    student.skipped = skipped.to(student.skipped.device)
     for name, parameter in student.parameters.items():
         if f"exp_avg/{name}" not in tensors:
             continue
         state: dict[str, Tensor] = {m: tensors[f"{m}/{name}"].to(parameter.device) for m in MOMENTS}
-        updates = float(step - int(refused[0]))
+        updates = float(step - int(skipped[0]))
         state["step"] = torch.tensor(updates, dtype=torch.float32, device=parameter.device)
         student.optimizer.state[parameter] = state

@@ -150,6 +150,8 @@ class Driver:
         teacher = model_folder(recipe.teacher_ref(stage), recipe, self.workdir)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
+        sizes = resolved.students
+        fields["students"] = [s | {"ffn": sizes[s["name"]].ffn} for s in fields["students"]]
         inputs = {
             "stage": fields | {"teacher": teacher_digest},
             "seed": recipe.seed,
@@ -169,8 +171,8 @@ class Driver:
                     name=student.name,
                     layers=student.layers,
                     hidden=student.hidden,
-                    heads=resolved.students[student.name].num_attention_heads,
-                    ffn=student.ffn,
+                    heads=sizes[student.name].heads,
+                    ffn=sizes[student.name].ffn,
                     dropout=student.dropout,
                     init=student.init,
                 )

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedConfig
 
 from minilm.data.format.manifest import load_manifest
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters
-from minilm.model.encoder.shape import FAMILIES, tapped_layer
+from minilm.model.encoder.families import FAMILIES
+from minilm.model.encoder.shape import load_config, shape_of, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import RecipeErrors, UserError
@@ -30,7 +31,8 @@ def works(recipe: Recipe, seq_len: int | None) -> list[Work]:
     stages, problems = resolve_stages(recipe, config_source)
     if problems or (problems := check_data(stages, length, None)):
         raise RecipeErrors(problems)
-    return [work_of(resolved, recipe, length) for resolved in stages]
+    configs: dict[str, PreTrainedConfig] = {}
+    return [work_of(resolved, recipe, length, configs) for resolved in stages]
 
 
 def config_source(reference: str) -> str:
@@ -47,9 +49,12 @@ def config_source(reference: str) -> str:
     raise UserError(f"{reason}; give the teacher's folder: --set stages.NAME.teacher=FOLDER")
 
 
-def work_of(resolved: ResolvedStage, recipe: Recipe, seq_len: int) -> Work:
-    stage, config = resolved.stage, resolved.teacher
-    assert config is not None  # config_source gives one, or raises
+def work_of(
+    resolved: ResolvedStage, recipe: Recipe, seq_len: int, configs: dict[str, PreTrainedConfig]
+) -> Work:
+    """`configs`: of the students so far; this stage's are added."""
+    stage = resolved.stage
+    config = load_config(resolved.source) if resolved.source else configs[stage.teacher]
     objective, compute = Objective.named(**stage.objective_fields()), recipe.compute
     kind = AutoModelForMaskedLM if objective.needs_head else AutoModel
     with torch.device("meta"):
@@ -67,15 +72,14 @@ def work_of(resolved: ResolvedStage, recipe: Recipe, seq_len: int) -> Work:
             head=objective.needs_head,
         )
         students[student.name] = TappedEncoder(built, student.layers)
+        configs[student.name] = built.config
     distiller = Distiller(teacher, students, objective)
     teacher.requires_grad_(True)  # nothing is trained here: it tells what runs
-    to_the_end = bool({"hidden", "logits"} & objective.parts)
     return Work(
         stage=stage.name,
-        teacher=body(teacher, teacher.trained_parameters(), to_the_end),
+        teacher=body(teacher, teacher.trained_parameters()),
         students=tuple(
-            body(student, distiller.trained_parameters(name), to_the_end)
-            for name, student in students.items()
+            body(student, distiller.trained_parameters(name)) for name, student in students.items()
         ),
         relations=len(objective.names),
         seq_len=seq_len,
@@ -89,7 +93,7 @@ def work_of(resolved: ResolvedStage, recipe: Recipe, seq_len: int) -> Work:
     )
 
 
-def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter], to_the_end: bool) -> Body:
+def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter]) -> Body:
     """`trained`: what of the encoder runs."""
     running = {id(parameter) for parameter in trained.values()}
     linear = [m.weight for m in encoder.model.modules() if isinstance(m, nn.Linear)]
@@ -99,9 +103,9 @@ def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter], to_the_end: b
         trained=sum(parameter.numel() for parameter in trained.values()),
         matrices=sum(weight.numel() for weight in linear if id(weight) in running),
         layers=encoder.layer,
-        attentions=encoder.layer - (not to_the_end),
+        attentions=encoder.layer - encoder.stops_at_tap,
         hidden=config.hidden_size,
-        ffn=getattr(config, FAMILIES[config.model_type].ffn),
+        ffn=shape_of(config).ffn,
     )
 
 

@@ -8,7 +8,7 @@ Invariant: unknown keys are refused, and everything is frozen once read.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from minilm.model.loss.catalogue import OBJECTIVES, RELATION_FIELDS
 from minilm.orchestrator.recipe.fields import (
     CheckpointPlace,
     Count,
@@ -42,16 +43,12 @@ from minilm.orchestrator.recipe.fields import (
 )
 from minilm.orchestrator.recipe.references import Reference, parse_reference
 
-ObjectiveName = Literal[
-    "minilm",
-    "minilmv2",
-    "attention-only",
-    "value-mse",
-    "layer-to-layer",
-    "soft-label-mlm",
-    "hidden-relation",
-]
-RelationPart = Literal["q", "k", "v", "hidden"]
+if TYPE_CHECKING:  # a type checker can't see into the tables that these are made from
+    ObjectiveName = str
+    RelationField = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
+    RelationField = Literal[RELATION_FIELDS]
 
 
 class _Section(BaseModel):
@@ -212,8 +209,8 @@ class Student(_Section):
     """Transformer layers."""
     hidden: Count
     """Hidden size."""
-    ffn: Count = Field(default_factory=lambda known: 4 * known["hidden"])
-    """Inner size of the feed-forward part; default: 4 × hidden."""
+    ffn: Count | None = None
+    """Inner size of the feed-forward part; default: 4 × hidden (ModernBERT, which has gates: 1.5 × hidden)."""
     heads: Count | None = None
     """Attention heads; default: the teacher's."""
     dropout: Fraction = 0.1
@@ -228,9 +225,9 @@ class RelationTerm(_Section):
 
     name: Slug
     """Under which it is logged."""
-    x: RelationPart
+    x: RelationField
     """q, k, v, or hidden: the tapped layer's output."""
-    y: RelationPart
+    y: RelationField
     """Likewise."""
     weight: Positive = 1.0
     """Of this term in the loss."""
@@ -310,6 +307,10 @@ class Stage(_Section):
     def result_fields(self) -> dict[str, Any]:
         """Everything here that determines the result, as JSON values; paths as the file has them."""
         fields = self.model_dump(mode="json", exclude={"eval_every"})
+        for student in fields[
+            "students"
+        ]:  # the digest of a stage has the size that the teacher's family gives
+            student["ffn"] = student["ffn"] or 4 * student["hidden"]
         fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
         return fields
 

@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import MANIFEST, TokenizerInfo, load_manifest
 from minilm.data.storage.remote import is_remote
 from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
-from minilm.model.compatibility import check_student, has_head
-from minilm.model.encoder.shape import load_config, shape_of, student_config, tapped_layer
+from minilm.model.compatibility import check_teacher, fit_student
+from minilm.model.encoder.shape import EncoderShape, load_config, shape_of
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import UserError
@@ -33,15 +31,13 @@ class ResolvedStage:
     """A stage, its teacher and the configs that follow.
 
     source: the teacher's folder or hub id; None for an earlier student, and for a teacher that is not here.
-    teacher: its config; None where that is not known here. students: a config for each student, empty without one.
-    needs_head: whether teacher and students have a masked-language-model head.
+    teacher: its shape; None where that is not known here. students: a shape for each student, empty without one.
     """
 
     stage: Stage
     source: str | None
-    teacher: PreTrainedConfig | None
-    students: Mapping[str, PreTrainedConfig]
-    needs_head: bool
+    teacher: EncoderShape | None
+    students: Mapping[str, EncoderShape]
 
 
 def resolve(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
@@ -69,59 +65,38 @@ def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], lis
     """
     resolved: list[ResolvedStage] = []
     problems: list[str] = []
-    students: dict[str, PreTrainedConfig | None] = {}
-    heads: dict[str, bool] = {}
+    shapes: dict[str, EncoderShape | None] = {}
     for stage in recipe.stages:
-        source = config = head = None
-        found: dict[str, PreTrainedConfig] = {}
-        needs_head = False
+        source = teacher = None
+        students: dict[str, EncoderShape] = {}
         try:
-            if stage.teacher in students:
-                config, head = students[stage.teacher], heads[stage.teacher]
-            else:
-                source = find(stage.teacher)
-                config = load_config(source) if source else None
-                head = has_head(config) if config else None
             objective = Objective.named(**stage.objective_fields())
-            needs_head = objective.needs_head
-            if config is not None:
-                found = _students(stage, config, objective, head)
+            if stage.teacher in shapes:
+                teacher = shapes[stage.teacher]
+            elif source := find(stage.teacher):
+                teacher = shape_of(load_config(source))
+            if teacher is not None:
+                check_teacher(objective, teacher, stage.teacher_layer)
+                students = {
+                    student.name: fit_student(
+                        student.name,
+                        objective,
+                        teacher,
+                        layers=student.layers,
+                        hidden=student.hidden,
+                        heads=student.heads,
+                        ffn=student.ffn,
+                        layer=stage.teacher_layer,
+                        init=student.init,
+                    )
+                    for student in stage.students
+                }
         except (UserError, ModelError) as error:
             raise_unless_final(error)
             problems.append(f"stage {stage.name}: {error}")
-        resolved.append(ResolvedStage(stage, source, config, found, needs_head))
-        for student in stage.students:
-            students[student.name] = found.get(student.name)
-            heads[student.name] = needs_head
+        resolved.append(ResolvedStage(stage, source, teacher, students))
+        shapes |= {student.name: students.get(student.name) for student in stage.students}
     return resolved, problems
-
-
-def _students(
-    stage: Stage, teacher: PreTrainedConfig, objective: Objective, head: bool | None
-) -> dict[str, PreTrainedConfig]:
-    """The students' configs. Raises `ModelError` for a teacher or student that the objective can't be used with."""
-    tapped_layer(teacher, stage.teacher_layer)
-    if objective.needs_head and head is False:
-        raise ModelError(
-            f"objective {stage.objective} needs a teacher with a masked-language-model head, and {stage.teacher} has "
-            f"none; choose an objective of relations, such as minilm, or a teacher that was saved with its head"
-        )
-    found = {}
-    for student in stage.students:
-        try:
-            config = student_config(
-                teacher,
-                layers=student.layers,
-                hidden=student.hidden,
-                heads=student.heads,
-                ffn=student.ffn,
-                dropout=student.dropout,
-            )
-            check_student(objective, teacher, config, layer=stage.teacher_layer, init=student.init)
-        except ModelError as error:
-            raise ModelError(f"student {student.name}: {error}") from None
-        found[student.name] = config
-    return found
 
 
 def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None] | None:
@@ -154,7 +129,7 @@ def check_data(stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerIn
     for resolved in stages:
         if resolved.teacher is None:
             continue
-        where, shape = f"stage {resolved.stage.name}", shape_of(resolved.teacher)
+        where, shape = f"stage {resolved.stage.name}", resolved.teacher
         if seq_len > shape.max_tokens:
             problems.append(
                 f"{where}: rows are {seq_len} tokens long, the teacher takes at most {shape.max_tokens}; "
@@ -172,7 +147,8 @@ def check_data(stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerIn
                 f"{where}: the data's tokenizer is another one than the teacher's in {resolved.source} (the same ids "
                 f"would mean other tokens); make the data with `--tokenizer {resolved.source}`"
             )
-        if resolved.needs_head and tokenizer.mask_id < 0:
+        needs_head = Objective.named(**resolved.stage.objective_fields()).needs_head
+        if needs_head and tokenizer.mask_id < 0:
             problems.append(
                 f"{where}: objective {resolved.stage.objective} masks tokens, and the tokenizer of the data has no "
                 f"mask token; choose an objective of relations, such as minilm"

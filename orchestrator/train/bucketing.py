@@ -1,8 +1,8 @@
-"""Rows of unequal length → a few groups, each cut to its longest row: padding is hardly computed any more.
+"""Rows of unequal length → a few groups, each cut to its longest row, so that little padding is computed.
 
-The groups are a pure function of one micro-batch's mask, so that who computes it does not matter. Columns go at the
+The groups are a pure function of one micro-batch's mask, so it does not matter who computes it. Columns are cut at the
 end only, and only where every row of the group has padding: positions keep their numbers, and rows with padding in
-front are left as they are. The mask is read on the CPU, before anything goes to a device: no host sync.
+front stay as they are. The mask is read on the CPU, before anything goes to a device: no host sync.
 
 Leaves out: groups over several micro-batches, the unit of determinism.
 """
@@ -12,35 +12,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUND = 32  # widths are multiples of it: what matrix units like, and few shapes
-LEAST_GAIN = 0.1  # of a micro-batch's tokens, padding included: less is not worth one more group
+ROUND = 32  # widths are multiples of it: matrix units like them, and there are few shapes
+LEAST_GAIN = 0.1  # share of a micro-batch's tokens, padding included, that one more group must save
 
 
 def by_length(ids: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
     """Groups of (ids, mask) that hold every row of ids [rows, tokens] once, in their order, the widest group first.
 
-    mask: bool [rows, tokens] on the CPU, or None where no row has padding; a group's is None where it has none.
+    mask: bool [rows, tokens] on the CPU, None where no row has padding. A group's mask is None where it has none.
     """
     if mask is None:
         return [(ids, None)]
     tokens = ids.shape[1]
-    ends = (mask * torch.arange(1, tokens + 1)).amax(dim=1)  # behind the last valid token; 0 without any
+    ends = (mask * torch.arange(1, tokens + 1)).amax(dim=1)  # one after the last valid token; 0 without any
     widths = (ends + ROUND - 1).div(ROUND, rounding_mode="floor").clamp(min=1).mul(ROUND).clamp(max=tokens)
     sizes, counts = widths.unique(return_counts=True)
     groups = []
     narrower = 0
-    for width in cuts(sizes.tolist(), counts.tolist(), LEAST_GAIN * mask.numel()):
+    for width in group_widths(sizes.tolist(), counts.tolist(), LEAST_GAIN * mask.numel()):
         rows = ((widths > narrower) & (widths <= width)).nonzero().squeeze(1)
-        part_ids, part_mask = ids[rows, :width], mask[rows, :width]
-        groups.append((part_ids, None if part_mask.all() else part_mask))
+        group_mask = mask[rows, :width]
+        groups.append((ids[rows, :width], None if group_mask.all() else group_mask))
         narrower = width
     return groups[::-1]
 
 
-def cuts(sizes: list[int], counts: list[int], group_cost: float) -> list[int]:
+def group_widths(sizes: list[int], counts: list[int], group_cost: float) -> list[int]:
     """The widths of the groups, ascending, for `counts[i]` rows of width `sizes[i]` (ascending).
 
-    They minimise the tokens computed, a group's rows times its width, plus `group_cost` tokens a group.
+    They minimise the tokens computed, rows times width, plus `group_cost` tokens for each group.
     """
     best: list[tuple[float, list[int]]] = [(0.0, [])]  # for the first i sizes
     for end in range(1, len(sizes) + 1):

@@ -1,7 +1,7 @@
-"""From a stage's plain values to the modules that are trained: the frozen teacher, its students, their optimisers.
+"""A stage's plain values → the frozen teacher, its students and their optimisers.
 
-The order of initialisation is here: random weights from the run's seed, then, where the recipe asks for it, the
-teacher's layers copied over them. A checkpoint, if there is one, replaces both (`worker.StageRun.resume`).
+The order of initialisation is decided here: random weights from the run's seed, then, where the recipe asks for it,
+the teacher's layers copied over them. A checkpoint, if there is one, replaces both (`worker.loop.StageRun.resume`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, load_encoder
-from minilm.model.encoder.initialize import from_teacher
+from minilm.model.encoder.initialize import initialize
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import UserError
@@ -24,7 +24,7 @@ from minilm.orchestrator.train.step import StudentState, derive_seed, num_values
 def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
     """The frozen teacher and the freshly initialised students of a stage, on the device.
 
-    Raises `ModelError` for a teacher without the head that the objective needs, or that does not fit otherwise.
+    Raises `ModelError` when the teacher lacks a head that the objective needs, or teacher and students do not fit.
     """
     objective = build_objective(spec)
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer, head=objective.needs_head).to(device)
@@ -40,8 +40,7 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
             seed=derive_seed(spec.seed, "init", student.name),
             head=objective.needs_head,
         )
-        if student.init == "teacher-layers":
-            from_teacher(model, teacher.model)
+        initialize(model, teacher.model, student.init)
         students[student.name] = TappedEncoder(model, student.layers).to(device)
     distiller = Distiller(teacher, students, objective)
     distiller.train()
@@ -49,19 +48,25 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
 
 
 def build_objective(spec: StageSpec) -> Objective:
-    """The stage's objective; for soft labels with the mask token and special tokens of the data set's tokenizer."""
+    """The stage's objective; soft labels get the mask token and special tokens of the data set's tokenizer."""
     objective = Objective.named(**spec.objective)
     if not objective.needs_head:
         return objective
-    tokens = spec.data.vocabulary
-    if tokens.mask_id < 0:
+    vocabulary = spec.data.vocabulary
+    if vocabulary.mask_id < 0:
         raise UserError(
             f"stage {spec.stage}: objective {spec.objective['name']} masks tokens, and the tokenizer of the data "
             f"({spec.data.places}) has no mask token; choose an objective of relations, such as minilm"
         )
-    special = (tokens.mask_id, tokens.cls_id, tokens.sep_id, tokens.pad_id, tokens.unk_id)
+    special = (
+        vocabulary.mask_id,
+        vocabulary.cls_id,
+        vocabulary.sep_id,
+        vocabulary.pad_id,
+        vocabulary.unk_id,
+    )
     present = tuple(sorted({token for token in special if token >= 0}))
-    return replace(objective, mask_token_id=tokens.mask_id, special_ids=present)
+    return replace(objective, mask_token_id=vocabulary.mask_id, special_ids=present)
 
 
 def make_states(spec: StageSpec, distiller: Distiller) -> list[StudentState]:
@@ -83,7 +88,7 @@ def make_states(spec: StageSpec, distiller: Distiller) -> list[StudentState]:
 
 
 def compute_deterministically() -> None:
-    """Before the first kernel on a GPU: let torch pick those that add in a fixed order; it warns where it has none."""
+    """Before the first kernel: let torch pick GPU kernels that add in a fixed order; it warns where it has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""Who computes what: rank, size and device from torchrun's environment variables, and the two sums over ranks.
+"""Rank, world size and device from torchrun's environment variables, and sums over ranks.
 
 Ray Train sets the same variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so
-neither this file nor the loop knows who started it. Small host values (row counts, a stop request) travel by a
-gloo group on the CPU: reading them never waits for the device. A rank that fails closes its connections, so that
-the others end at once and not after the process group's timeout.
+neither this file nor the loop knows who started it. Small host values (row counts, a stop request) travel through a
+gloo group on the CPU, so reading them never waits for the device. A rank that fails closes its connections, so that
+the others end at once instead of after the process group's timeout.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ PEER_TIMEOUT = timedelta(seconds=300)
 
 
 def own_rank() -> int:
+    """This process's rank, 0 outside a process group."""
     return int(os.environ.get("RANK", 0))
 
 
 @dataclass(frozen=True)
 class World:
+    """The ranks that compute a stage together. control: the gloo group for host values, None for a single rank."""
+
     rank: int
     size: int
     device: torch.device
@@ -54,7 +57,7 @@ class World:
         return total.tolist()
 
     def broadcast(self, values: Sequence[int]) -> list[int]:
-        """The main rank's integers, on every rank; the others give as many of any value."""
+        """Rank 0's integers, on every rank; the other ranks give equally many, of any value."""
         return self.all_reduce_integers(values if self.is_rank_zero else [0] * len(values))
 
     def all_reduce(self, values: torch.Tensor) -> None:
@@ -64,7 +67,7 @@ class World:
 
 
 def pick_device(device: str, local_rank: int) -> torch.device:
-    """`auto` takes the GPU of this local rank where there is one."""
+    """The device for "cpu", "cuda" or "auto", which takes the GPU of this local rank where there is one."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "compute.device is cuda, but this machine has no usable CUDA device; "
@@ -77,10 +80,10 @@ def pick_device(device: str, local_rank: int) -> torch.device:
 
 @contextmanager
 def join_world(device: str, threads: int | None, timeout: timedelta = PEER_TIMEOUT) -> Iterator[World]:
-    """The world of this process; makes the process group where nobody has, and then also removes it.
+    """The world of this process; creates the process group unless there is one, and then also destroys it.
 
-    `threads`: CPU threads of each worker; None shares the visible cores among the workers of this node. `timeout`: of
-    waiting for the other workers in a sum.
+    threads: CPU threads of each worker; None divides the visible cores among the workers of this node. timeout: how
+    long a sum waits for the other workers.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone. MiniLM, section 4.1: linear warm-up, linear decay."""
+"""The learning rate as a function of the step alone (MiniLM, section 4.1: linear warm-up, linear decay)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import math
 def learning_rate(
     step: int, *, peak: float, warmup_steps: int, num_steps: int, schedule: str = "linear"
 ) -> float:
-    """The rate used by update number `step` (0-based).
+    """The learning rate of update number `step` (0-based).
 
-    Rises linearly and reaches `peak` at update `warmup_steps - 1`. Behind that, "constant" stays there; "linear" and
+    Rises linearly and reaches `peak` at update `warmup_steps - 1`. After that, "constant" stays there; "linear" and
     "cosine" (half a wave, Loshchilov and Hutter 2017, equation 5 without restarts) fall and would be 0 at `num_steps`.
     """
     if not 0 <= step < num_steps:

@@ -65,9 +65,9 @@ def _divergence(
             count += float(distiller.count(batch.mask, batch.input_ids.shape))
             for ids, mask in by_length(batch.input_ids, batch.mask):
                 ids, mask = ids.to(device), None if mask is None else mask.to(device)
-                taught = distiller.teacher_forward(ids, mask)
+                teacher_output = distiller.teacher_forward(ids, mask)
                 for row, name in enumerate(students):
-                    sums[row] += distiller.term_sums(name, taught, ids, mask)
+                    sums[row] += distiller.term_sums(name, teacher_output, ids, mask)
     *totals, count = world.all_reduce_host([*sums.flatten().tolist(), count])
     width = distiller.num_terms
     return {

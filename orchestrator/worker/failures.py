@@ -24,12 +24,12 @@ def name_rows(stream: Stream, step: int, record: Path) -> str:
     return f"rows {named}" + (f", … ({len(rows)} rows, all in {record})" if len(rows) > NAMED_ROWS else "")
 
 
-def check_finite(spec: StageSpec, stream: Stream, student: str, refused: list[int]) -> None:
+def check_finite(spec: StageSpec, stream: Stream, student: str, skipped: list[int]) -> None:
     """Raises `UserError` if a student has stopped, or skipped more updates than compute.max_skipped_steps.
 
-    refused: `StudentState.refused`, read from the device by the caller.
+    skipped: `StudentState.skipped`, read from the device by the caller.
     """
-    count, step, stopped = refused
+    count, step, stopped = skipped
     if not stopped and count <= spec.runtime.max_skipped_steps:
         return
     what = f"stage {spec.stage}: the loss or gradient of student {student} is not finite at step {step}"

@@ -208,8 +208,8 @@ class StageRun:
                 autocast=AUTOCAST[self.precision],
                 world=self.world,
                 seq_len=self.spec.data.seq_len,
-                tell=self.extra_values,
-                parts=self.num_chunks,
+                extra_values=self.extra_values,
+                num_chunks=self.num_chunks,
                 by_head=self.spec.measuring.per_head and is_logged(self.spec, step + 1),
             )
         except torch.OutOfMemoryError as error:
@@ -217,13 +217,13 @@ class StageRun:
                 f"stage {self.spec.stage}: out of memory at step {step}, even with half a micro-batch "
                 f"({self.spec.micro_batch // 2} rows) at once; lower micro_batch (now {self.spec.micro_batch})"
             ) from error
-        flags = RankFlags(*outcome.told[: len(RankFlags._fields)])
+        flags = RankFlags(*outcome.extra_sums[: len(RankFlags._fields)])
         if flags.save_failed:
             if self.save_policy:
                 self.save_policy.saver.wait()  # raises its error
             raise PeerFailed("rank 0 failed to save; see worker-0.log")
-        self.num_chunks = outcome.parts
-        self.row_loader.close_step(step, outcome.told[len(flags) :])
+        self.num_chunks = outcome.num_chunks
+        self.row_loader.close_step(step, outcome.extra_sums[len(flags) :])
         return outcome, flags
 
     def extra_values(self) -> list[int]:

@@ -53,11 +53,11 @@ def step_metrics(
         metrics |= head_metrics(student.name, distiller.objective.relation_names, values)
     rows = zip(students, outcome.terms.tolist(), outcome.norms.tolist(), strict=True)
     for student, means, norm in rows:
-        refused = student.refused.tolist()
-        check_finite(spec, row_loader.stream, student.name, refused)
+        skipped = student.skipped.tolist()
+        check_finite(spec, row_loader.stream, student.name, skipped)
         metrics |= student_metrics(student.name, distiller.term_names, weights, means, norm)
         if spec.runtime.on_nonfinite == "skip":
-            metrics[f"{student.name}/skipped_steps"] = refused[0]
+            metrics[f"{student.name}/skipped_steps"] = skipped[0]
     return metrics
 
 
