@@ -23,11 +23,11 @@ from tests.support import make_spec
 
 def dies_at(folder: Path, first: int, *steps: int) -> int | None:
     """An attempt that begins at `first` and dies while it computes the last of `steps`."""
-    attempts = CrashLoopGuard(folder)
-    answer = attempts.begin(first)
+    guard = CrashLoopGuard(folder)
+    answer = guard.begin(first)
     for step in steps if answer is None else ():
-        attempts.reach(step)
-    attempts.close()
+        guard.reach(step)
+    guard.close()
     return answer
 
 
@@ -49,11 +49,11 @@ def test_deaths_at_different_steps_are_a_machine_that_comes_and_goes(tmp_path):
 def test_a_good_end_forgets(tmp_path):
     for _ in range(2):
         dies_at(tmp_path, 0, 4)
-    attempts = CrashLoopGuard(tmp_path)
-    assert attempts.begin(0) is None
-    attempts.reach(4)
-    attempts.end()
-    attempts.close()
+    guard = CrashLoopGuard(tmp_path)
+    assert guard.begin(0) is None
+    guard.reach(4)
+    guard.end()
+    guard.close()
     for _ in range(3):
         assert dies_at(tmp_path, 0, 4) is None
 

@@ -19,8 +19,7 @@ from minilm.orchestrator.stage.folder import RunFolder, StageFolder
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.train.build import build_distiller, build_objective
-from minilm.orchestrator.worker import error_file
-from minilm.orchestrator.worker import loop
+from minilm.orchestrator.worker import error_file, loop
 from minilm.orchestrator.worker import watchdog as watchdog_module
 from minilm.orchestrator.worker.crash_loop import reached
 from minilm.orchestrator.worker.error_file import log_to_file, run_reporting
