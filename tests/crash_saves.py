@@ -1,4 +1,6 @@
-"""A process that is killed at every operation of a save in turn; run by test_saver. Prints a JSON line for each.
+"""A process that is killed at every operation of a save in turn. Prints a JSON line for each.
+
+Run by test_checkpoint_async_saver.
 
 usage: crash_saves.py FOLDER
 

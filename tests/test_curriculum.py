@@ -247,8 +247,8 @@ def test_with_the_work_directory_lost_it_goes_on_in_a_new_one_to_the_same_weight
         run(*command, work, **server.environment)
         first, second = (StageFolder(work / "stages" / name) for name in ("assistant", "small"))
         assert puts("/assistant/") == ["/bucket/kept/tiny/assistant/owner.json"]
-        assert [point.step for point in read_all_metrics(first.points)] == []
-        assert [point.step for point in read_all_metrics(second.points)] == list(range(8, 41, 4))
+        assert [point.step for point in read_all_metrics(first.step_metrics)] == []
+        assert [point.step for point in read_all_metrics(second.step_metrics)] == list(range(8, 41, 4))
         assert read_json(second.spec)["teacher"] == str(first.student("assistant").resolve())
         assert digests(work) == digests(finished / "work")
         models, undisturbed = (
@@ -361,9 +361,9 @@ def test_a_second_run_is_refused_until_the_first_is_dead_and_that_one_writes_no_
         second.send_signal(signal.SIGTERM)
         out, errors = second.communicate()
         assert second.returncode == 3, out + errors
-        steps = [p.step for p in read_all_metrics(folder.points)]
+        steps = [p.step for p in read_all_metrics(folder.step_metrics)]
         assert steps == list(range(4, 4 * len(steps) + 1, 4))
-        assert [json.loads(line)["step"] for line in folder.points.read_text().splitlines()] == steps
+        assert [json.loads(line)["step"] for line in folder.step_metrics.read_text().splitlines()] == steps
     finally:
         for process in (first, second):
             if process:

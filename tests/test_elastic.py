@@ -100,9 +100,9 @@ def test_nodes_come_and_go_and_the_weights_are_those_of_one_undisturbed_worker(
         for w in (work, tmp_path / "alone")
     )
     assert elastic == single, "the weights depend on who computed what"
-    points = read_all_metrics(folder.points)
+    points = read_all_metrics(folder.step_metrics)
     assert [p.step for p in points] == list(range(4, steps + 1, 4))
-    undisturbed = read_all_metrics(StageFolder(tmp_path / "alone" / "stages" / "assistant").points)
+    undisturbed = read_all_metrics(StageFolder(tmp_path / "alone" / "stages" / "assistant").step_metrics)
     for a, b in zip(points, undisturbed, strict=True):
         assert a.metrics["assistant/loss"] == pytest.approx(b.metrics["assistant/loss"], rel=1e-5)
 

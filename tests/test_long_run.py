@@ -80,6 +80,6 @@ def test_a_paper_length_run_ends_and_keeps_its_size(tmp_path, text):
         assert last[who] <= 1.05 * warm[who], f"the {who} has grown: {warm} → {last}"
     kept = sorted(path.name for path in folder.checkpoints.iterdir() if path.is_dir())
     assert len(kept) <= 2 + 4, kept  # the newest two, and each of every 100,000 steps
-    points = sum(1 for _ in folder.points.open())
+    points = sum(1 for _ in folder.step_metrics.open())
     assert points == STEPS // LOG_EVERY
     assert (work / "mlflow.db").stat().st_size < 20e6

@@ -355,7 +355,7 @@ def test_steps_go_on_while_a_store_is_slow(shards, teacher, server, tmp_path):
     assert steps[-1] == 16 and not set(steps) & set(range(4, 13))
 
 
-def test_points_and_heartbeats_ask_the_store_nothing(shards, teacher, server, tmp_path):
+def test_metrics_and_heartbeats_ask_the_store_nothing(shards, teacher, server, tmp_path):
     """The loop would wait for the answer, and a store that is away for a while would end the run."""
     asked = []
     url = f"s3://bucket/quiet-{tmp_path.name}"

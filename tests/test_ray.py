@@ -136,7 +136,7 @@ def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path
     assert (work / "stages" / "assistant" / "worker-1.log").exists(), "the second worker left no trace"
     for stage in ("assistant", "small"):
         ours, theirs = (
-            read_all_metrics(StageFolder(folder / "stages" / stage).points)
+            read_all_metrics(StageFolder(folder / "stages" / stage).step_metrics)
             for folder in (work, finished / "work")
         )
         assert [p.step for p in ours] == [p.step for p in theirs]

@@ -122,7 +122,7 @@ def test_a_new_step_begins_with_nothing():
 
 
 def logged(spec: StageSpec) -> list[tuple[int, dict[str, float]]]:
-    points = read_all_metrics(StageFolder(Path(spec.folder)).points)
+    points = read_all_metrics(StageFolder(Path(spec.folder)).step_metrics)
     return [(p.step, {k: v for k, v in p.metrics.items() if k not in CLOCK}) for p in points]
 
 

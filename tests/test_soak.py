@@ -1,4 +1,4 @@
-"""The soak itself: its strikes are reproducible, its checks find every fault, and a short one of them is run."""
+"""The soak: its fault schedule is reproducible, its invariants find every violation, and a short one is run."""
 
 from __future__ import annotations
 
@@ -24,32 +24,28 @@ from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.processes import status
-from tests.soak import round as soak_round
 from tests.soak import soak
-from tests.soak import testbed as soak_arena
 from tests.soak.corruption import damage_newest
-from tests.soak.faults import HASTY, PAUSE_SECONDS, WEIGHTS, Strike, plan
+from tests.soak.faults import HASTY, PAUSE_SECONDS, WEIGHTS, Fault, fault_schedule
 from tests.soak.invariants import check_round
 from tests.soak.recipe import write_soak_recipe
-from tests.soak.report import Recovery, Tally
+from tests.soak.report import Recovery, Report
 from tests.soak.round import Progress, Round
 from tests.soak.soak import check_room
-from tests.soak.testbed import Arena
+from tests.soak.testbed import Testbed
 
 
-def test_the_strikes_are_a_function_of_the_seed():
-    first = list(itertools.islice(plan(7, list(WEIGHTS)), 300))
-    assert first == list(itertools.islice(plan(7, list(WEIGHTS)), 300))
-    assert first != list(itertools.islice(plan(8, list(WEIGHTS)), 300))
-    assert {strike.kind for strike in first} == set(WEIGHTS)
-    assert [strike.number for strike in first] == list(range(1, 301))
-    assert all(
-        PAUSE_SECONDS[0] <= strike.pause <= PAUSE_SECONDS[1] and 0 <= strike.pick < 1 for strike in first
-    )
-    hasty = {strike.kind for strike in first if strike.hasty}
-    assert hasty == set(HASTY), "these, and only these, can strike a run that is just starting"
-    assert {strike.kind for strike in itertools.islice(plan(7, ["driver"]), 20)} == {"driver"}
-    assert first[0].text() == "#1 worker: 1.0 s of steps, pick 0.072, lasting 14.4 s"
+def test_the_fault_schedule_is_a_function_of_the_seed():
+    first = list(itertools.islice(fault_schedule(7, list(WEIGHTS)), 300))
+    assert first == list(itertools.islice(fault_schedule(7, list(WEIGHTS)), 300))
+    assert first != list(itertools.islice(fault_schedule(8, list(WEIGHTS)), 300))
+    assert {fault.kind for fault in first} == set(WEIGHTS)
+    assert [fault.number for fault in first] == list(range(1, 301))
+    assert all(PAUSE_SECONDS[0] <= fault.pause <= PAUSE_SECONDS[1] and 0 <= fault.pick < 1 for fault in first)
+    hasty = {fault.kind for fault in first if fault.hasty}
+    assert hasty == set(HASTY), "these, and only these, can fault a run that is just starting"
+    assert {fault.kind for fault in itertools.islice(fault_schedule(7, ["driver"]), 20)} == {"driver"}
+    assert first[0].text() == "#1 worker: 1.0 s of steps, pick 0.072, duration 14.4 s"
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +61,8 @@ def recipe(recipe_file: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe_file: Path) -> Workdir:
-    work = recipe_file.parent / "undisturbed"
+def without_faults(recipe_file: Path) -> Workdir:
+    work = recipe_file.parent / "without-faults"
     assert cli.main(["run", str(recipe_file), "--workdir", str(work), "--launcher", "inline"]) == 0
     return Workdir(work)
 
@@ -75,9 +71,9 @@ def store(work: Workdir) -> str:
     return f"sqlite:///{work.root / 'mlflow.db'}"
 
 
-def test_nothing_is_found_where_nothing_is_wrong(recipe, undisturbed):
-    found = check_round(recipe, undisturbed, undisturbed, store(undisturbed))
-    assert found == {name: [] for name in ("rows", "points", "MLflow", "weights", "teacher", "tidiness")}
+def test_nothing_is_found_where_nothing_is_wrong(recipe, without_faults):
+    found = check_round(recipe, without_faults, without_faults, store(without_faults))
+    assert found == {name: [] for name in ("rows", "metrics", "MLflow", "weights", "teacher", "tidiness")}
 
 
 def lines(path: Path) -> list[str]:
@@ -85,7 +81,7 @@ def lines(path: Path) -> list[str]:
 
 
 def a_point_doubled(work: Workdir) -> None:
-    path = work.stage("assistant").points
+    path = work.stage("assistant").step_metrics
     path.write_text("".join([*lines(path), lines(path)[1]]))
 
 
@@ -95,7 +91,7 @@ def a_point_lost(work: Workdir) -> None:
 
 
 def a_number_lost(work: Workdir) -> None:
-    path = work.stage("assistant").points
+    path = work.stage("assistant").step_metrics
     point = json.loads(lines(path)[0])
     del point["metrics"]["assistant/loss"]
     path.write_text("".join([json.dumps(point) + "\n", *lines(path)[1:]]))
@@ -142,7 +138,7 @@ def in_mlflow(work: Workdir, change) -> None:
     change(connect(store(work)), run)
 
 
-def a_point_told_twice(work: Workdir) -> None:
+def a_point_logged_twice(work: Workdir) -> None:
     in_mlflow(work, lambda client, run: client.log_metric(run, "assistant/loss", 0.5, timestamp=1, step=40))
 
 
@@ -155,29 +151,29 @@ def a_run_never_ended(work: Workdir) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "check", "text"),
+    ("violate", "invariant", "text"),
     [
-        (a_point_doubled, "points", "doubled [40] (1)"),
-        (a_point_lost, "points", "heldout.jsonl: steps lost [400] (1)"),
-        (a_number_lost, "points", "step 20 lacks ['assistant/loss']"),
+        (a_point_doubled, "metrics", "doubled [40] (1)"),
+        (a_point_lost, "metrics", "heldout.jsonl: steps lost [400] (1)"),
+        (a_number_lost, "metrics", "step 20 lacks ['assistant/loss']"),
         (another_ledger, "rows", "are NOT those that seed and data give"),
         (another_end, "rows", "done.json says"),
         (other_weights, "weights", "weights of assistant are"),
         (another_teacher, "teacher", "have changed"),
         (half_a_file, "tidiness", "left behind"),
         (a_checkpoint_too_many, "tidiness", "3 checkpoints instead of 2"),
-        (a_point_told_twice, "MLflow", "MLflow's assistant/loss: steps lost [] (0), doubled [40] (1)"),
-        (a_metric_of_nobody, "MLflow", "no points file has: ['assistant/strange']"),
+        (a_point_logged_twice, "MLflow", "MLflow's assistant/loss: steps lost [] (0), doubled [40] (1)"),
+        (a_metric_of_nobody, "MLflow", "no metrics file has: ['assistant/strange']"),
         (a_run_never_ended, "MLflow", "its MLflow run is RUNNING"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_every_fault_is_found(recipe, undisturbed, tmp_path, fault, check, text):
+def test_every_violation_is_found(recipe, without_faults, tmp_path, violate, invariant, text):
     work = Workdir(tmp_path / "work")
-    shutil.copytree(undisturbed.root, work.root)
-    fault(work)
-    found = check_round(recipe, work, undisturbed, store(work))
-    assert any(text in problem for problem in found[check]), found
+    shutil.copytree(without_faults.root, work.root)
+    violate(work)
+    found = check_round(recipe, work, without_faults, store(work))
+    assert any(text in problem for problem in found[invariant]), found
 
 
 def test_progress_is_read_from_the_small_files(recipe, tmp_path):
@@ -188,16 +184,18 @@ def test_progress_is_read_from_the_small_files(recipe, tmp_path):
     log = folder.worker_log(0)
     log.write_text("x INFO stage assistant: starts\nx INFO stage assi")
     (folder.root / "reached").write_bytes(b"%20d" % 31)
-    progress.look()
+    progress.update()
     assert (progress.stage, progress.step, progress.attempts, progress.resumed) == (0, 31, 1, 0)
     (folder.root / "reached").write_bytes(b"%20d" % 20)
-    progress.look()
-    assert (progress.step, progress.attempts) == (31, 1), "the next attempt has not told that it goes on"
+    progress.update()
+    assert (progress.step, progress.attempts) == (31, 1), (
+        "the next attempt has not logged yet that it resumes"
+    )
     log.write_text(log.read_text() + "stant: resumes at step 20\n")
-    progress.look()
+    progress.update()
     assert (progress.step, progress.attempts, progress.resumed, progress.repeated) == (20, 2, 20, 11)
     folder.published.write_text("{}")
-    progress.look()
+    progress.update()
     assert progress.stage == 1
 
 
@@ -219,73 +217,75 @@ def comes_to(worker: subprocess.Popen[bytes], state: str) -> bool:
 
 
 def test_a_checkpoint_is_damaged_with_the_workers_standing_still_which_then_end(
-    undisturbed, worker, tmp_path, monkeypatch
+    without_faults, worker, tmp_path, monkeypatch
 ):
     stage, pids = Workdir(tmp_path).stage("assistant"), []
-    shutil.copytree(undisturbed.stage("assistant").checkpoints, stage.checkpoints)
+    shutil.copytree(without_faults.stage("assistant").checkpoints, stage.checkpoints)
     names = LocalStore(stage.checkpoints).names()
-    arena = SimpleNamespace(workers=lambda: pids)
-    assert Arena.damage(arena, stage, 0.4) is None, "nobody would read it"
+    testbed = SimpleNamespace(workers=lambda: pids)
+    assert Testbed.damage(testbed, stage, 0.4) is None, "nobody would read it"
     read(stage.checkpoints / names[-1])
     pids = [worker.pid]
     damage = damage_newest
     monkeypatch.setattr(
-        soak_arena, "damage_newest", lambda *given: (comes_to(worker, "T") and damage(*given)) or None
+        "tests.soak.testbed.damage_newest", lambda *given: (comes_to(worker, "T") and damage(*given)) or None
     )
-    assert Arena.damage(arena, stage, 0.4).startswith(names[-1])
+    assert Testbed.damage(testbed, stage, 0.4).startswith(names[-1])
     assert comes_to(worker, "")
     with pytest.raises(DAMAGE):
         read(stage.checkpoints / names[-1])
 
 
-def test_the_only_sound_checkpoint_is_left_alone_and_the_workers_go_on(undisturbed, worker, tmp_path):
+def test_the_only_sound_checkpoint_is_left_alone_and_the_workers_go_on(without_faults, worker, tmp_path):
     stage = Workdir(tmp_path).stage("assistant")
-    newest = LocalStore(undisturbed.stage("assistant").checkpoints).names()[-1]
-    shutil.copytree(undisturbed.stage("assistant").checkpoints / newest, stage.checkpoints / newest)
-    assert Arena.damage(SimpleNamespace(workers=lambda: [worker.pid]), stage, 0.4) is None
+    newest = LocalStore(without_faults.stage("assistant").checkpoints).names()[-1]
+    shutil.copytree(without_faults.stage("assistant").checkpoints / newest, stage.checkpoints / newest)
+    assert Testbed.damage(SimpleNamespace(workers=lambda: [worker.pid]), stage, 0.4) is None
     read(stage.checkpoints / newest)
     assert comes_to(worker, "S")
 
 
-def test_a_run_may_end_by_a_full_disk_though_it_had_gone_on(recipe, undisturbed, tmp_path, monkeypatch):
+def test_a_run_may_end_by_a_full_disk_though_it_had_gone_on(recipe, without_faults, tmp_path, monkeypatch):
     """A worker that is started again makes steps until its first save: the disk is full all the while."""
     now = [0.0]
-    monkeypatch.setattr(soak_round, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("tests.soak.round.time", SimpleNamespace(monotonic=lambda: now[0]))
     (tmp_path / "log").write_text("minilm: error: no space left on the disk")
-    arena = SimpleNamespace(
+    testbed = SimpleNamespace(
         log=tmp_path / "log",
         fill_disk=lambda seconds: None,
         disk_is_full=False,
         server_is_up=True,
         start_driver=lambda: None,
     )
-    game = Round(recipe, Workdir(tmp_path), arena, iter(()), Tally(seed=0), undisturbed, 60)
-    assert game.hit(Strike(1, "full", 0.2, False, 0.4, 0.1))
-    game.progress.attempts, game.progress.step = 1, 5
-    game.settle()
-    assert game.wound is None and game.tally.recoveries, "it went on"
-    assert game.go_on(2) and not game.tally.problems["ends"]
-    now[0] = game.full_until
-    assert game.go_on(2) and game.tally.problems["ends"], "with room again it is an end like any other"
+    one_round = Round(recipe, Workdir(tmp_path), testbed, iter(()), Report(seed=0), without_faults, 60)
+    assert one_round.inject(Fault(1, "full", 0.2, False, 0.4, 0.1))
+    one_round.progress.attempts, one_round.progress.step = 1, 5
+    one_round.check_recovery()
+    assert one_round.pending is None and one_round.report.recoveries, "it went on"
+    assert one_round.go_on(2) and not one_round.report.problems["ends"]
+    now[0] = one_round.full_until
+    assert one_round.go_on(2) and one_round.report.problems["ends"], (
+        "with room again it is an end like any other"
+    )
 
 
-def test_the_tally_fails_with_any_problem_and_reckons_what_a_failure_costs():
-    tally = Tally(seed=1)
-    assert not tally.sound, "nothing was run to its end"
-    tally.rounds, tally.steps, tally.useful, tally.wall = 1, 1000, 10.0, 100.0
-    tally.problems["rows"] = []
-    assert tally.sound
-    tally.struck.update(["worker", "driver", "tracking"])
+def test_the_report_fails_with_any_problem_and_computes_what_a_failure_costs():
+    report = Report(seed=1)
+    assert not report.passed, "nothing was run to its end"
+    report.rounds, report.steps, report.useful, report.wall = 1, 1000, 10.0, 100.0
+    report.problems["rows"] = []
+    assert report.passed
+    report.injected.update(["worker", "driver", "tracking"])
     for kind, lost, alone in (("worker", 20.0, True), ("driver", 40.0, True), ("worker", 600.0, False)):
-        tally.recoveries.append(Recovery(kind, lost - 1, 5, lost, alone))
-    assert tally.kills == 2
-    assert tally.expected_goodput == pytest.approx(0.95)
-    text = tally.text()
+        report.recoveries.append(Recovery(kind, lost - 1, 5, lost, alone))
+    assert report.kills == 2
+    assert report.expected_goodput == pytest.approx(0.95)
+    text = report.text()
     assert "2 kills in 1 finished rounds of 1,000 steps" in text
     assert "at one in 10 minutes goodput would be 95.0%" in text
-    tally.problems["points"].append("round 1: a step lost")
-    assert not tally.sound
-    assert "1 PROBLEMS\n    round 1: a step lost" in tally.text()
+    report.problems["metrics"].append("round 1: a step lost")
+    assert not report.passed
+    assert "1 PROBLEMS\n    round 1: a step lost" in report.text()
 
 
 def test_a_disk_too_small_for_the_run_itself_is_refused(tmp_path):
@@ -333,26 +333,26 @@ def test_a_recipe_that_cannot_be_compared_is_refused(tmp_path, capsys, compute, 
 
 @pytest.mark.timeout(900)
 def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(
-    recipe_file, recipe, undisturbed, tmp_path
+    recipe_file, recipe, without_faults, tmp_path
 ):
-    """A real cluster, server and run, struck three times on purpose."""
-    tally = Tally(seed=0)
+    """A real cluster, server and run, with three faults on purpose."""
+    report = Report(seed=0)
     kinds = ("tracking", "worker", "damage")
-    strikes = iter([Strike(n, kind, 0.2, False, 0.4, 5.0) for n, kind in enumerate(kinds)])
+    faults = iter([Fault(n, kind, 0.2, False, 0.4, 5.0) for n, kind in enumerate(kinds)])
     handler = signal.getsignal(signal.SIGTERM)
-    with Arena(tmp_path / "soak", 1, 1) as arena:
+    with Testbed(tmp_path / "soak", 1, 1) as testbed:
         assert signal.getsignal(signal.SIGTERM) == handler, "Ray's would leave the server and the run behind"
-        work = Workdir(arena.disk / "work")
-        arena.begin(recipe_file, work.root, tmp_path / "run.log", [])
+        work = Workdir(testbed.disk / "work")
+        testbed.prepare(recipe_file, work.root, tmp_path / "run.log", [])
         log = tmp_path / "run.log"
-        assert Round(recipe, work, arena, strikes, tally, undisturbed, 240).play(float("inf")), (
+        assert Round(recipe, work, testbed, faults, report, without_faults, 240).run(float("inf")), (
             log.read_text()
         )
-        found = check_round(recipe, work, undisturbed, arena.server_uri)
-    assert tally.struck == dict.fromkeys(kinds, 1)
-    assert [recovery.kind for recovery in tally.recoveries] == ["worker", "damage"]
-    assert tally.recoveries[1].repeated >= 20, "it went on from the checkpoint before the damaged one"
-    assert not any(tally.problems.values()), tally.problems
+        found = check_round(recipe, work, without_faults, testbed.server_uri)
+    assert report.injected == dict.fromkeys(kinds, 1)
+    assert [recovery.kind for recovery in report.recoveries] == ["worker", "damage"]
+    assert report.recoveries[1].repeated >= 20, "it went on from the checkpoint before the damaged one"
+    assert not any(report.problems.values()), report.problems
     assert not any(found.values()), found
 
 

@@ -23,11 +23,11 @@ CONTEXT.set_forkserver_preload(["minilm.orchestrator.worker.loop"])
 def _work(
     spec: str, environment: dict[str, str], errors: str, dies_after: int | None, hangs_after: int | None
 ) -> None:
-    from minilm.orchestrator.worker import watchdog as guards
+    from minilm.orchestrator.worker import watchdog
     from minilm.orchestrator.worker.error_file import run_reporting
 
     if hangs_after is not None:
-        guards.LONG = 100  # a short `stall_seconds` is for its steps, not for its start
+        watchdog.LONG = 100  # a short `stall_seconds` is for its steps, not for its start
 
     os.environ.update(environment)
     sys.stderr = Path(errors).open("a", buffering=1)  # noqa: SIM115 (for the life of the process)

@@ -129,7 +129,7 @@ class Driver:
             self.line.say(f"{label}  done before")
             return [ModelEntry(**model) for model in published["models"]]
         run = self.tracking.stage(stage.name, {"stage": stage.model_dump(mode="json"), "digest": spec.digest})
-        run.follow([folder.points, folder.heldout_metrics])
+        run.follow([folder.step_metrics, folder.heldout_metrics])
         try:
             done = read_json(folder.done)
             if done is None or done["digest"] != spec.digest:

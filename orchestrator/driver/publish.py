@@ -43,7 +43,7 @@ def publish(
     heldout = read_all_metrics(folder.heldout_metrics)
     first = {} if heldout[0].step else heldout[0].metrics  # lost with another work directory
     curves = folder.root / "loss_curves.png"
-    pictures.loss_curves(read_all_metrics(folder.points), heldout, curves)
+    pictures.loss_curves(read_all_metrics(folder.step_metrics), heldout, curves)
     run.artifact(curves, "pictures")
 
     models = [teacher.model, *(encoder.model for encoder in students.values())]

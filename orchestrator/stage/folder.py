@@ -38,7 +38,7 @@ class StageFolder:
         return self.root / "checkpoints"
 
     @property
-    def points(self) -> Path:
+    def step_metrics(self) -> Path:
         """Loss terms and speeds by step (JSON lines, append-only)."""
         return self.root / "metrics.jsonl"
 

@@ -1,10 +1,10 @@
-"""The points file: every logged number of a stage, one JSON line a point, in the work directory.
+"""A metrics file: the logged metrics of a stage, one JSON line for each logged step, in the work directory.
 
-The training process appends and never waits for anybody; whoever wants the numbers (the MLflow uploader, the
-pictures, a terminal) tails the file. Knows neither MLflow nor torch.
+The training process appends and never waits for a reader. Readers (the MLflow uploader, the plots, a terminal) tail
+the file. Knows neither MLflow nor torch.
 
 Invariant: steps in a file strictly increase and a line is whole or absent. A resumed run replays steps that
-are already there; they are not written again, so no point is doubled. None is lost with the process: the line
+are already there; they are not written again, so no step is doubled. None is lost with the process: the line
 is in the kernel before `append` returns.
 
     {"step": 120, "time_ms": 1767225600000, "metrics": {"small/loss": 1.25, "learning_rate": 0.0004}}

@@ -6,9 +6,12 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from minilm.orchestrator.system.text import text_table
 from minilm.orchestrator.verbs.arguments import add_json, add_overrides, positive_whole, print_report
 
 
@@ -134,13 +137,12 @@ def bench_gradient_sum(options: argparse.Namespace) -> int:
     if not world.is_rank_zero:
         return 0
     if options.json:
-        print("\n".join(json.dumps(asdict(row)) for row in rows))
-        return 0
-    print(f"{'sum':7}{'ms a micro-batch':>18}{'ms to finish':>14}{'bytes a parameter':>19}{'error':>10}")
+        return _print_json(rows)
+    lines = [("sum", "ms a micro-batch", "ms to finish", "bytes a parameter", "error")]
     for row in rows:
-        print(
-            f"{row.gradient_sum:7}{row.add_ms:>18.2f}{row.finish_ms:>14.2f}{row.bytes_a_parameter:>19.1f}{row.error:>10.1e}"
-        )
+        times = f"{row.add_ms:.2f}", f"{row.finish_ms:.2f}"
+        lines.append((row.gradient_sum, *times, f"{row.bytes_a_parameter:.1f}", f"{row.error:.1e}"))
+    print(text_table(lines))
     return 0
 
 
@@ -156,8 +158,7 @@ def bench_save(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=options.stage.parent, prefix=".bench-") as folder:
         row = save_row(spec, Path(folder), torch.device(_device(options)), rounds=options.rounds)
     if options.json:
-        print(json.dumps(asdict(row)))
-        return 0
+        return _print_json([row])
     print(
         f"{row.megabytes:,.0f} MB ({row.parameters:,} trained parameters): the loop stands still for "
         f"{row.stall_ms:.0f} ms ({row.stall_cpu_ms:.0f} ms of processor time), "
@@ -178,14 +179,12 @@ def bench_overhead(options: argparse.Namespace) -> int:
     times = {"starts": options.starts, "rounds": options.rounds, "steps": options.steps}
     rows = overhead_rows(recipe, options.recipe, options.set, **times)
     if options.json:
-        print("\n".join(json.dumps(asdict(row)) for row in rows))
-        return 0
-    print(
-        f"{'':8}{'by the clock':>12}{'over worker (quartiles)':>30}{'processor':>14}{'over worker (quartiles)':>30}"
-    )
+        return _print_json(rows)
+    lines = [("way", "clock ms", "over worker (quartiles)", "processor ms", "over worker (quartiles)")]
     for row in rows:
-        clock = f"{row.wall_ms:>9.1f} ms{spread(row.wall_over, row.wall_quartiles):>30}"
-        print(f"{row.way:8}{clock}{row.cpu_ms:>11.1f} ms{spread(row.cpu_over, row.cpu_quartiles):>30}")
+        clock = f"{row.wall_ms:.1f}", spread(row.wall_over, row.wall_quartiles)
+        lines.append((row.way, *clock, f"{row.cpu_ms:.1f}", spread(row.cpu_over, row.cpu_quartiles)))
+    print(text_table(lines))
     return 0
 
 
@@ -231,6 +230,11 @@ def _common(options: argparse.Namespace) -> dict:
         "device": device,
         "dtype": getattr(torch, dtype),
     }
+
+
+def _print_json(rows: Sequence[Any]) -> int:
+    print("\n".join(json.dumps(asdict(row)) for row in rows))
+    return 0
 
 
 def _print(rows: list, as_json: bool) -> int:

@@ -31,7 +31,7 @@ class MetricLogger:
     def __init__(self, spec: StageSpec, *, writes: bool, workers: int, seq_len: int, fence: Fence):
         self.spec, self.workers, self.seq_len, self.fence = spec, workers, seq_len, fence
         self.folder, self.process = StageFolder(Path(spec.folder)), Process.this()
-        self.step_metrics = MetricsFile(self.folder.points) if writes else None
+        self.step_metrics = MetricsFile(self.folder.step_metrics) if writes else None
         self.heldout_metrics = MetricsFile(self.folder.heldout_metrics) if writes else None
         self.heartbeat_timer = Timer(HEARTBEAT_SECONDS, at_once=True)
         self.doing = ""

@@ -47,8 +47,8 @@ class SavePolicy:
 
         def check(copy: TensorsByFile) -> None:
             for student in self.saver.students:
-                refused = copy[f"{student.name}.optimizer"]["refused"].tolist()
-                check_finite(self.spec, self.row_loader.stream, student.name, refused)
+                skipped = copy[f"{student.name}.optimizer"]["refused"].tolist()
+                check_finite(self.spec, self.row_loader.stream, student.name, skipped)
             assert self.row_loader.expected is not None, "rank 0 saves"
             self.row_loader.expected.check(steps)
 

@@ -1,4 +1,4 @@
-"""Damage to a checkpoint, as disks do it."""
+"""Damages files as a failing disk does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minilm.orchestrator.checkpoint.local_store import LocalStore
 
 
 def damage_newest(checkpoints: Path, pick: float) -> str | None:
-    """Damage the newest checkpoint, if there is a sound one behind it; how, or None."""
+    """Damage the newest checkpoint if the one before it is sound. Returns what was damaged and how, or None."""
     found = [checkpoints / name for name in LocalStore(checkpoints).names()]
     try:
         read(found[-2])
@@ -24,15 +24,16 @@ def damage_newest(checkpoints: Path, pick: float) -> str | None:
         else:
             flip_bit(victim, pick)
         return f"{found[-1].name}/{victim.name} {how}"
-    except (IndexError, *DAMAGE):  # none behind it, or not sound itself
+    except (IndexError, *DAMAGE):  # there is none before it, or that one is damaged
         return None
 
 
 def flip_bit(path: Path, pick: float) -> None:
+    """Flip one bit of a file, at an offset chosen by `pick`."""
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
-        place = int(pick * 99_991) % max(size, 1)
-        file.seek(place)
+        offset = int(pick * 99_991) % max(size, 1)
+        file.seek(offset)
         byte = file.read(1)
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([byte[0] ^ 1]))

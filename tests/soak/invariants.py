@@ -1,6 +1,6 @@
-"""What has to be true of a run however it was disturbed: compared with data, points, MLflow and an undisturbed run.
+"""Invariants of a finished run with faults: it agrees with its data, with MLflow and with a run without faults.
 
-Each check returns the problems that it found, a line each; an empty list means that it holds.
+Each check returns the problems that it found, a line each; an empty list means that the invariant holds.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Problems = list[str]
 
 
 def check_round(recipe: Recipe, work: Workdir, reference: Workdir, server: str) -> dict[str, Problems]:
-    """Every check of the finished run in `work`, by name. `reference`: the undisturbed run; `server`: its MLflow."""
+    """All checks of the finished run in `work`, by name. reference: the run without faults. server: its MLflow."""
     found: dict[str, Problems] = {}
     for stage in recipe.stages:
         folder, model = work.stage(stage.name), reference.stage(stage.name)
         checks = {
             "rows": rows(folder),
-            "points": points(recipe, stage, folder, model),
+            "metrics": metrics(recipe, stage, folder, model),
             "MLflow": tracked(work, stage.name, folder, server),
             "weights": weights(stage, folder, model),
             "teacher": teacher(folder),
@@ -43,7 +43,7 @@ def check_round(recipe: Recipe, work: Workdir, reference: Workdir, server: str) 
 
 
 def rows(folder: StageFolder) -> Problems:
-    """The last checkpoint's ledger and that of `done.json` are what seed and data give: no row lost, none doubled."""
+    """The ledgers of the last checkpoint and of `done.json` are the ones recomputed: no row was lost or doubled."""
     spec = StageSpec.from_json(folder.spec.read_text(encoding="utf-8"))
     last = LocalStore(folder.checkpoints).names()[-1]
     check = verify_run(folder.checkpoints / last)
@@ -54,8 +54,8 @@ def rows(folder: StageFolder) -> Problems:
     return problems
 
 
-def points(recipe: Recipe, stage: Stage, folder: StageFolder, reference: StageFolder) -> Problems:
-    """Both points files have each step that they should have once, in order."""
+def metrics(recipe: Recipe, stage: Stage, folder: StageFolder, reference: StageFolder) -> Problems:
+    """Both metrics files have each step that they should have, once and in order, with every metric."""
     every, steps = recipe.tracking.log_every, stage.steps
     expected = sorted({*range(every, steps + 1, every), steps})
     heldout = sorted(
@@ -63,12 +63,12 @@ def points(recipe: Recipe, stage: Stage, folder: StageFolder, reference: StageFo
     )
     problems = []
     for path, wanted, other in (
-        (folder.points, expected, reference.points),
+        (folder.step_metrics, expected, reference.step_metrics),
         (folder.heldout_metrics, heldout, reference.heldout_metrics),
     ):
-        have, undisturbed = every_line(path), every_line(other)
+        have, without_faults = every_line(path), every_line(other)
         problems += differences(path.name, [p.step for p in have], wanted)
-        names = {name for point in undisturbed for name in point.metrics}
+        names = {name for point in without_faults for name in point.metrics}
         problems += [
             f"{path.name}: step {p.step} lacks {sorted(names - p.metrics.keys())}"
             for p in have
@@ -78,18 +78,18 @@ def points(recipe: Recipe, stage: Stage, folder: StageFolder, reference: StageFo
 
 
 def tracked(work: Workdir, name: str, folder: StageFolder, server: str) -> Problems:
-    """MLflow has every number of the points files, with its value, once, and no other."""
+    """MLflow has every value of the metrics files once, and no other."""
     from minilm.orchestrator.tracking.client import connect
 
     expected: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for point in every_line(folder.points) + every_line(folder.heldout_metrics):
+    for point in every_line(folder.step_metrics) + every_line(folder.heldout_metrics):
         for metric, value in point.metrics.items():
             expected[metric].append((point.step, value))
     client = connect(server)
     run = client.get_run(tracking_state(work)["runs"][name])
     problems = [] if run.info.status == "FINISHED" else [f"its MLflow run is {run.info.status}"]
     if unknown := run.data.metrics.keys() - expected.keys():
-        problems.append(f"MLflow has metrics that no points file has: {sorted(unknown)}")
+        problems.append(f"MLflow has metrics that no metrics file has: {sorted(unknown)}")
     for metric, wanted in expected.items():
         have = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, metric))
         steps = differences(f"MLflow's {metric}", [step for step, _ in have], [step for step, _ in wanted])
@@ -98,7 +98,7 @@ def tracked(work: Workdir, name: str, folder: StageFolder, server: str) -> Probl
 
 
 def runs_and_versions(recipe: Recipe, work: Workdir, server: str) -> Problems:
-    """One MLflow run for the recipe and one a stage; one registered version a student."""
+    """MLflow has one run for the recipe, one for each stage, and one registered version for each student."""
     from minilm.orchestrator.tracking.client import connect
 
     client, state = connect(server), tracking_state(work)
@@ -118,24 +118,24 @@ def runs_and_versions(recipe: Recipe, work: Workdir, server: str) -> Problems:
 
 
 def weights(stage: Stage, folder: StageFolder, reference: StageFolder) -> Problems:
-    """Every student is bit for bit that of the undisturbed run."""
+    """Every student has the same bits as in the run without faults."""
     problems = []
     for student in stage.students:
         have, wanted = (weights_digest(f.student(student.name)) for f in (folder, reference))
         if have != wanted:
-            problems.append(f"weights of {student.name} are {have[:12]}, undisturbed {wanted[:12]}")
+            problems.append(f"weights of {student.name} are {have[:12]}, without faults {wanted[:12]}")
     return problems
 
 
 def teacher(folder: StageFolder) -> Problems:
-    """The teacher is bit for bit what it was before the stage."""
+    """The teacher has the same bits as before the stage."""
     spec = StageSpec.from_json(folder.spec.read_text(encoding="utf-8"))
     same = weights_digest(Path(spec.teacher)) == spec.teacher_digest
     return [] if same else [f"the weights of teacher {spec.teacher} have changed"]
 
 
 def tidiness(recipe: Recipe, folder: StageFolder) -> Problems:
-    """No half-written file is left, and no more checkpoints than configured."""
+    """No half-written file is left over, and no more checkpoints than the recipe keeps."""
     left = [path.name for path in folder.root.rglob(".*.tmp")]
     problems = [f"left behind: {left}"] if left else []
     kept, every = LocalStore(folder.checkpoints).names(), recipe.compute.keep_every_steps
@@ -146,7 +146,7 @@ def tidiness(recipe: Recipe, folder: StageFolder) -> Problems:
 
 
 def every_line(path: Path) -> list[Point]:
-    """All points of a file as they stand there, doubled ones too."""
+    """All points of a metrics file in its order, doubled ones included."""
     found: list[Point] = []
     offset = 0
     while True:
@@ -172,5 +172,5 @@ def tracking_state(work: Workdir) -> dict:
 
 
 def median_step_seconds(reference: StageFolder, batch: int) -> float:
-    """Of the undisturbed run, from the speeds that it logged."""
-    return batch / statistics.median(p.metrics["rows_per_second"] for p in every_line(reference.points))
+    """Seconds a step in the run without faults, from the speeds that it logged."""
+    return batch / statistics.median(p.metrics["rows_per_second"] for p in every_line(reference.step_metrics))

@@ -1,8 +1,8 @@
-"""A recipe for soaks, with its text and its teacher, of sizes so small that starting is all that takes time.
+"""Writes a recipe for soaks, with text and teacher, so small that most of the time goes into starting.
 
 usage: python -m tests.soak.recipe FOLDER [STEPS]
 
-Two stages of so many steps (600), 1 to 3 workers, data behind a URL. Prints the recipe's path.
+The recipe has two stages of STEPS steps each (600), 1 to 3 workers, and data behind a URL. Prints its path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from tests.conftest import make_teacher, write_text
 def write_soak_recipe(
     folder: Path, *, steps: int, stages: int = 1, workers: object = 1, by_url: bool = False, **compute: object
 ) -> Path:
-    """A step is 6 rows of 32 tokens through 2 layers of 16. by_url: several shards that come through a cache."""
+    """Write the recipe into `folder`; a step is 6 rows of 32 tokens, the students have 2 layers or 1 of size 16.
+
+    by_url: the data are several shards behind a file:// URL, read through a cache.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = write_text(folder / "words.txt", documents=300)
     teacher = make_teacher(folder / "bert", layers=2, hidden=32)

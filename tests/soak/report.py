@@ -1,4 +1,4 @@
-"""What a soak has done and what came of it: counts, recoveries, goodput, and the verdict."""
+"""The report of a soak: faults, recoveries, goodput, and whether every invariant held."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAILURES = (
     "cache",
     "node killed",
     "stop",
-)  # what counts as a failure of machines
+)  # failures of machines
 KILLS = ("worker", "driver", "damage", "cache", "node killed")
 FAILURE_EVERY_SECONDS = 600.0
 GOODPUT_AIM = 0.9
@@ -27,9 +27,10 @@ GOODPUT_AIM = 0.9
 
 @dataclass
 class Recovery:
-    """seconds: from the strike to the end of the first step after it. repeated: steps computed again.
+    """A recovery from a fault.
 
-    lost: `seconds` and the time of the repeated steps. alone: no other strike fell into it.
+    seconds: from the fault to the end of the first step after it. repeated: steps computed again. lost: `seconds` plus
+    the time of the repeated steps. alone: no other fault fell into it.
     """
 
     kind: str
@@ -40,13 +41,16 @@ class Recovery:
 
 
 @dataclass
-class Tally:
-    """struck: by kind. problems: by the name of the check. useful: seconds that the steps which count would have
-    taken undisturbed; wall: seconds from the first start to the end, of all finished rounds."""
+class Report:
+    """Counts and problems of all rounds so far.
+
+    injected, without_effect: numbers of faults by kind. problems: by the name of the invariant. useful, wall: of all
+    finished rounds, the seconds that their steps take without faults and the seconds from first start to end.
+    """
 
     seed: int
-    struck: Counter[str] = field(default_factory=Counter)
-    idle: Counter[str] = field(default_factory=Counter)
+    injected: Counter[str] = field(default_factory=Counter)
+    without_effect: Counter[str] = field(default_factory=Counter)
     recoveries: list[Recovery] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     rounds: int = 0
@@ -56,21 +60,21 @@ class Tally:
 
     @property
     def kills(self) -> int:
-        return sum(self.struck[kind] for kind in KILLS)
+        return sum(self.injected[kind] for kind in KILLS)
 
     @property
-    def sound(self) -> bool:
+    def passed(self) -> bool:
         return self.rounds > 0 and not any(self.problems.values())
 
     @property
     def cost(self) -> float | None:
-        """Mean seconds that a failure costs, of those that no other strike fell into."""
+        """Mean seconds lost by a failure that no other fault fell into."""
         lost = [r.lost for r in self.recoveries if r.alone and r.kind in FAILURES]
         return statistics.fmean(lost) if lost else None
 
     @property
     def expected_goodput(self) -> float | None:
-        """At one failure in 10 minutes."""
+        """The goodput at one failure in 10 minutes."""
         return None if self.cost is None else max(0.0, 1 - self.cost / FAILURE_EVERY_SECONDS)
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,37 +83,40 @@ class Tally:
             "rounds": self.rounds,
             "steps": self.steps,
             "kills": self.kills,
-            "struck": dict(self.struck),
-            "without_effect": dict(self.idle),
+            "injected": dict(self.injected),
+            "without_effect": dict(self.without_effect),
             "recoveries": [vars(r) for r in self.recoveries],
             "seconds_lost_by_a_failure": self.cost,
             "goodput_at_one_failure_in_10_minutes": self.expected_goodput,
             "goodput_here": self.useful / self.wall if self.wall else None,
             "wall_seconds": self.wall,
             "problems": {name: list(found) for name, found in self.problems.items()},
-            "sound": self.sound,
+            "passed": self.passed,
         }
 
     def text(self) -> str:
         lines = [
             f"{self.kills} kills in {self.rounds} finished rounds of {self.steps:,} steps, {duration(self.wall)}",
             "",
-            f"{'strike':<14}{'count':>6}{'no effect':>11}{'recovered':>11}"
+            f"{'fault':<14}{'count':>6}{'no effect':>11}{'recovered':>11}"
             f"{'20 %':>8}{'median':>8}{'80 %':>8}{'max s':>8}"
             f"{'steps repeated':>16}",
         ]
-        for kind in sorted(self.struck):
+        for kind in sorted(self.injected):
             found = [r for r in self.recoveries if r.kind == kind and r.alone]
-            row = f"{kind:<14}{self.struck[kind]:>6}{self.idle[kind]:>11}{len(found):>11}"
+            row = f"{kind:<14}{self.injected[kind]:>6}{self.without_effect[kind]:>11}{len(found):>11}"
             if found:
                 row += "".join(f"{q:>8.1f}" for q in quantiles([r.seconds for r in found]))
                 row += f"{statistics.median(r.repeated for r in found):>16.0f}"
             lines.append(row)
         lines.append(
-            "(recovered: strikes that no other fell into; seconds to the next step, steps repeated: median)"
+            "(recovered: without another fault in between; seconds to the next step; steps repeated: median)"
         )
         if self.wall:
-            lines += ["", f"goodput here: {self.useful / self.wall:.1%} (useful step time over wall time)"]
+            lines += [
+                "",
+                f"goodput here: {self.useful / self.wall:.1%} (steps at their speed without faults)",
+            ]
         if self.cost is not None and self.expected_goodput is not None:
             lines.append(
                 f"a failure costs {self.cost:.1f} s on average; at one in 10 minutes goodput would be "
@@ -120,12 +127,12 @@ class Tally:
             lines.append(f"{name:<12}{'holds' if not problems else f'{len(problems)} PROBLEMS'}")
             lines += [f"    {problem}" for problem in problems]
         if not self.rounds:
-            lines.append("no round was finished, so nothing is shown")
+            lines.append("no round was finished, so nothing is proved")
         return "\n".join(lines)
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float, float]:
-    """20 %, median, 80 %, maximum."""
+    """The 20 % quantile, the median, the 80 % quantile and the maximum."""
     if len(values) == 1:
         return (values[0],) * 4
     tenths = statistics.quantiles(values, n=10, method="inclusive")
@@ -133,6 +140,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float, float]:
 
 
 def say(text: str) -> None:
+    """Print a line with the time on standard error."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""One round of a soak: a run from its beginning to its end, struck on its way, and what of it is counted.
+"""One round of a soak: a run from beginning to end with faults injected on its way, counted in the report.
 
-How far the run has come is read from its own small files, which no strike touches.
+The progress of the run is read from its own small files, which no fault damages.
 """
 
 from __future__ import annotations
@@ -16,46 +16,47 @@ from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.system.files import read_json
 from minilm.orchestrator.worker.crash_loop import reached
-from tests.soak.faults import Strike
+from tests.soak.faults import Fault
 from tests.soak.invariants import median_step_seconds
-from tests.soak.report import Recovery, Tally, last_line, say
-from tests.soak.testbed import Arena
+from tests.soak.report import Recovery, Report, last_line, say
+from tests.soak.testbed import Testbed
 
 POLL_SECONDS = 0.05
-IDLE_SECONDS = 20.0  # steps that go on for so long: the strike has hit nobody
-IDLE_SECONDS_ADDED = 60.0  # a new node is looked for every few seconds, and may be left unused
+NO_EFFECT_SECONDS = 20.0  # a run that went on for this long was not affected by the fault
+NO_EFFECT_SECONDS_ADDED = 60.0  # Ray looks for new nodes every few seconds, and may leave one unused
 VICTIM_SECONDS = 20.0
-ENDING_SECONDS = 15.0  # from a save that failed to the end of `minilm run`
+ENDING_SECONDS = 15.0  # from a failed save to the end of `minilm run`
 MAX_BAD_ENDS = 3
 BEGAN = re.compile(r"stage \S+: (?:resumes at step (\d+)|starts)")
 
 
 class Progress:
-    """How far a run has come, from its small files: stages that are done, steps of the current one.
+    """The progress of a run, read from its small files.
 
-    attempts: begun so far. resumed: the step at which the last one began. repeated: steps made again, of all.
+    stage: number of stages done. step: of the current one. attempts: begun so far. resumed: the step at which the last
+    attempt began. repeated: steps computed again, in all attempts together.
     """
 
     def __init__(self, recipe: Recipe, work: Workdir):
         self.stages = [work.stage(stage.name) for stage in recipe.stages]
         self.stage = self.step = self.attempts = self.resumed = self.repeated = 0
-        self.moved = time.monotonic()
+        self.last_change = time.monotonic()
         self._offset = 0
 
     @property
     def folder(self) -> Any:
         return self.stages[min(self.stage, len(self.stages) - 1)]
 
-    def look(self) -> None:
+    def update(self) -> None:
         before = (self.stage, self.step, self.attempts)
         while self.stage < len(self.stages) and self.folder.published.exists():
             self.stage, self.step, self._offset = self.stage + 1, 0, 0
         if self.stage < len(self.stages):
             self._read_log()
-            # not less: a new attempt takes it back just before it tells
+            # never less: a new attempt resets the file just before it logs where it resumes
             self.step = max(self.step, reached(self.folder.root))
         if before != (self.stage, self.step, self.attempts):
-            self.moved = time.monotonic()
+            self.last_change = time.monotonic()
 
     def _read_log(self) -> None:
         try:
@@ -73,8 +74,8 @@ class Progress:
 
 
 @dataclass
-class Wound:
-    """A strike that the run has not recovered from yet, with its progress at that moment."""
+class PendingRecovery:
+    """A fault that the run has not recovered from yet, with the progress at that moment."""
 
     kind: str
     at: float
@@ -86,180 +87,182 @@ class Wound:
 
 
 class Round:
-    """One run of the recipe from its beginning to its end, struck by `strikes`."""
+    """One run of the recipe from beginning to end, with `faults` injected."""
 
     def __init__(
         self,
         recipe: Recipe,
         work: Workdir,
-        arena: Arena,
-        strikes: Iterator[Strike],
-        tally: Tally,
+        testbed: Testbed,
+        faults: Iterator[Fault],
+        report: Report,
         reference: Workdir,
         hang_seconds: float,
     ):
-        self.recipe, self.work, self.arena, self.strikes, self.tally = recipe, work, arena, strikes, tally
+        self.recipe, self.work, self.testbed, self.faults, self.report = recipe, work, testbed, faults, report
         self.hang_seconds = hang_seconds
         self.step_seconds = [
             median_step_seconds(reference.stage(stage.name), stage.batch) for stage in recipe.stages
         ]
         self.progress = Progress(recipe, work)
-        self.wound: Wound | None = None
-        self.since = self.last_strike = time.monotonic()
-        self.due_since: float | None = None  # the next strike looks for a victim
-        self.full_until = 0.0  # so long the run may end because the disk is full, though it made steps again
+        self.pending: PendingRecovery | None = None
+        self.since = self.last_fault = time.monotonic()
+        self.due_since: float | None = None  # since when the next fault looks for a victim
+        self.full_until = 0.0  # until then a full disk may end the run, even if it made steps again
         self.bad_ends = 0
         for name in ("ends", "hangs"):
-            tally.problems[name] += []
+            report.problems[name] += []
 
-    def play(self, deadline: float) -> bool:
-        """True when the run has come to its end."""
+    def run(self, deadline: float) -> bool:
+        """Play the round. True if the run came to its end."""
         began = time.monotonic()
-        self.arena.mend()
+        self.testbed.end_faults()
         self.start()
-        strike = next(self.strikes, None)
+        fault = next(self.faults, None)
         while True:
             time.sleep(POLL_SECONDS)
-            self.arena.tick()
-            self.progress.look()
-            self.settle()
-            code = self.arena.driver.poll() if self.arena.driver else 1
+            self.testbed.tick()
+            self.progress.update()
+            self.check_recovery()
+            code = self.testbed.driver.poll() if self.testbed.driver else 1
             if code == 0:
                 break
             if code is not None and not self.go_on(code):
                 return False
-            if time.monotonic() - self.progress.moved > self.hang_seconds:
+            if time.monotonic() - self.progress.last_change > self.hang_seconds:
                 self.hang()
-            if strike and time.monotonic() < deadline and self.is_due(strike):
+            if fault and time.monotonic() < deadline and self.is_due(fault):
                 self.due_since = self.due_since or time.monotonic()
-                if self.hit(strike):
-                    strike, self.due_since = next(self.strikes, None), None
+                if self.inject(fault):
+                    fault, self.due_since = next(self.faults, None), None
         wall = time.monotonic() - began
-        self.tally.wall += wall
-        self.tally.steps += sum(stage.steps for stage in self.recipe.stages)
-        self.tally.useful += sum(
+        self.report.wall += wall
+        self.report.steps += sum(stage.steps for stage in self.recipe.stages)
+        self.report.useful += sum(
             stage.steps * seconds
             for stage, seconds in zip(self.recipe.stages, self.step_seconds, strict=True)
         )
         return self.repeat()
 
     def start(self) -> None:
-        self.arena.start_driver()
-        self.progress.moved = time.monotonic()
+        self.testbed.start_driver()
+        self.progress.last_change = time.monotonic()
 
     def repeat(self) -> bool:
-        """The same command on the finished run tells MLflow what is left, and changes nothing."""
-        self.arena.mend()
-        if left := self.arena.free_stopped():
-            self.tally.problems["ends"].append(f"{left} stopped workers were never replaced")
+        """Run the same command on the finished run, which sends MLflow what is left and changes nothing else."""
+        self.testbed.end_faults()
+        if left := self.testbed.kill_stopped():
+            self.report.problems["ends"].append(f"{left} stopped workers were never replaced")
         self.start()
-        code = self.arena.driver.wait(self.hang_seconds) if self.arena.driver else None
+        code = self.testbed.driver.wait(self.hang_seconds) if self.testbed.driver else None
         if code:
-            self.tally.problems["ends"].append(
-                f"the finished run, repeated, ended with {code}; {last_line(self.arena.log)}"
+            self.report.problems["ends"].append(
+                f"the finished run, repeated, ended with {code}; {last_line(self.testbed.log)}"
             )
         return not code
 
-    def settle(self) -> None:
-        """Is the wound healed? A step was made by a new attempt, or a stage was finished; or there was none."""
-        wound, now, progress = self.wound, time.monotonic(), self.progress
-        if wound is None:
+    def check_recovery(self) -> None:
+        """Count a recovery once a new attempt made a step or a stage ended; else, after a while, no effect."""
+        pending, now, progress = self.pending, time.monotonic(), self.progress
+        if pending is None:
             return
-        new_attempt = progress.attempts > wound.attempts and progress.step > progress.resumed
-        if new_attempt or progress.stage > wound.stage:
-            repeated, seconds = progress.repeated - wound.repeated, now - wound.at
-            lost = seconds + repeated * self.step_seconds[wound.stage]
-            self.tally.recoveries.append(Recovery(wound.kind, seconds, repeated, lost, wound.alone))
+        new_attempt = progress.attempts > pending.attempts and progress.step > progress.resumed
+        if new_attempt or progress.stage > pending.stage:
+            repeated, seconds = progress.repeated - pending.repeated, now - pending.at
+            lost = seconds + repeated * self.step_seconds[pending.stage]
+            self.report.recoveries.append(Recovery(pending.kind, seconds, repeated, lost, pending.alone))
             say(f"    recovered after {seconds:.1f} s, {repeated} steps again")
         elif (
-            progress.attempts == wound.attempts
-            and wound.kind != "driver"  # its workers may run on until the next driver takes over
-            and now - wound.at > (IDLE_SECONDS_ADDED if wound.kind == "node added" else IDLE_SECONDS)
-            and now - progress.moved < 1
-            and progress.step > wound.step + 1
+            progress.attempts == pending.attempts
+            and pending.kind != "driver"  # workers may run on until the next driver takes over
+            and now - pending.at
+            > (NO_EFFECT_SECONDS_ADDED if pending.kind == "node added" else NO_EFFECT_SECONDS)
+            and now - progress.last_change < 1
+            and progress.step > pending.step + 1
         ):
-            self.tally.idle[wound.kind] += 1
+            self.report.without_effect[pending.kind] += 1
             say("    without effect")
         else:
             return
-        self.wound = None
+        self.pending = None
 
-    def is_due(self, strike: Strike) -> bool:
+    def is_due(self, fault: Fault) -> bool:
         now = time.monotonic()
-        if strike.hasty:
-            return now - self.last_strike >= strike.pause
-        making_steps = self.progress.step > self.progress.resumed and now - self.progress.moved < 1
-        if self.wound is not None or not making_steps:
+        if fault.hasty:
+            return now - self.last_fault >= fault.pause
+        making_steps = self.progress.step > self.progress.resumed and now - self.progress.last_change < 1
+        if self.pending is not None or not making_steps:
             self.since = now
-        return now - self.since >= strike.pause
+        return now - self.since >= fault.pause
 
-    def hit(self, strike: Strike) -> bool:
-        """Do what the strike says, and note it. False to be asked again: there is no victim, and may be one soon."""
-        arena, kind = self.arena, strike.kind
-        detail, wounds = "", True
+    def inject(self, fault: Fault) -> bool:
+        """Inject the fault and count it. False if there is no victim now but may be one soon: call again."""
+        testbed, kind = self.testbed, fault.kind
+        detail, needs_recovery = "", True
         if kind == "worker":
-            done = arena.kill_worker(strike.pick)
+            injected = testbed.kill_worker(fault.pick)
         elif kind == "stop":
-            done = arena.stop_worker(strike.pick)
+            injected = testbed.stop_worker(fault.pick)
         elif kind == "driver":
-            arena.kill_driver()
+            testbed.kill_driver()
             self.start()
-            done = True
+            injected = True
         elif kind == "damage":
-            detail = arena.damage(self.progress.folder, strike.pick) or ""
-            done = bool(detail)
+            detail = testbed.damage(self.progress.folder, fault.pick) or ""
+            injected = bool(detail)
         elif kind == "cache":
             assert self.recipe.data.cache
-            detail = arena.damage_cache(Path(self.recipe.data.cache), strike.pick) or ""
-            done = bool(detail)
+            detail = testbed.damage_cache(Path(self.recipe.data.cache), fault.pick) or ""
+            injected = bool(detail)
         elif kind == "node":
-            kind, done = f"node {arena.change_nodes(strike.pick)}", True
+            kind, injected = f"node {testbed.change_nodes(fault.pick)}", True
         elif kind == "full":
-            arena.fill_disk(strike.lasting)
-            self.full_until = time.monotonic() + strike.lasting + ENDING_SECONDS
-            done = True
+            testbed.fill_disk(fault.duration)
+            self.full_until = time.monotonic() + fault.duration + ENDING_SECONDS
+            injected = True
         elif kind == "tracking":
-            arena.stop_server(strike.lasting)
-            done, wounds = True, False
+            testbed.stop_server(fault.duration)
+            injected, needs_recovery = True, False
         else:
-            done, wounds = self.rival(), False
+            self.start_second_driver()
+            injected, needs_recovery = True, False
         now = time.monotonic()
-        if not done and now - (self.due_since or now) < VICTIM_SECONDS:
+        if not injected and now - (self.due_since or now) < VICTIM_SECONDS:
             return False
-        self.last_strike = now
-        say(f"{strike.text()}{': ' + detail if detail else ''}{'' if done else ': no victim'}")
-        if not done:
+        self.last_fault = now
+        say(f"{fault.text()}{': ' + detail if detail else ''}{'' if injected else ': no victim'}")
+        if not injected:
             return True
-        self.tally.struck[kind] += 1
-        if not wounds:
+        self.report.injected[kind] += 1
+        if not needs_recovery:
             return True
-        if self.wound is not None:
-            self.wound.alone, self.wound.attempts = False, self.progress.attempts
-            self.wound.kind = kind
+        if self.pending is not None:
+            self.pending.alone, self.pending.attempts = False, self.progress.attempts
+            self.pending.kind = kind
         else:
             p = self.progress
-            self.wound = Wound(kind, now, p.stage, p.step, p.attempts, p.repeated)
+            self.pending = PendingRecovery(kind, now, p.stage, p.step, p.attempts, p.repeated)
         return True
 
-    def rival(self) -> bool:
-        code = self.arena.rival()
-        ended = self.arena.driver is not None and self.arena.driver.poll() is not None
+    def start_second_driver(self) -> None:
+        """A second driver must end with code 6, unless the first has ended meanwhile."""
+        code = self.testbed.start_second_driver()
+        ended = self.testbed.driver is not None and self.testbed.driver.poll() is not None
         if code != 6 and not ended:
-            self.tally.problems["ends"].append(f"a second driver ended with {code} instead of 6")
-        return True
+            self.report.problems["ends"].append(f"a second driver ended with {code} instead of 6")
 
     def go_on(self, code: int) -> bool:
-        """The run has ended by itself before its end: run it again. False when that has happened too often."""
-        away = not self.arena.server_is_up
+        """Start the run again, which has ended before its end. False if that happened too often without a reason."""
+        away = not self.testbed.server_is_up
         full = time.monotonic() < self.full_until
         why = "the disk is full" if full else "MLflow is away" if away else ""
-        text = f"ended with {code}; {last_line(self.arena.log)}"
+        text = f"ended with {code}; {last_line(self.testbed.log)}"
         say(f"    {text}{f' ({why})' if why else ''}")
         if why and code in (2, 10):
-            if self.arena.disk_is_full:
+            if self.testbed.disk_is_full:
                 time.sleep(1)
         else:
-            self.tally.problems["ends"].append(text)
+            self.report.problems["ends"].append(text)
             self.bad_ends += 1
             if self.bad_ends > MAX_BAD_ENDS:
                 return False
@@ -267,16 +270,17 @@ class Round:
         return True
 
     def hang(self) -> None:
+        """Count a hang, and start the run again."""
         beat = read_json(self.progress.folder.heartbeat)
         doing = f"{beat['doing']} at step {beat['step']}" if beat else "nothing yet"
-        wound = (
-            f", {time.monotonic() - self.wound.at:.0f} s after a strike {self.wound.kind!r}"
-            if self.wound
+        pending = (
+            f", {time.monotonic() - self.pending.at:.0f} s after a fault {self.pending.kind!r}"
+            if self.pending
             else ""
         )
-        text = f"no step for {self.hang_seconds:.0f} s{wound}; last heartbeat: {doing}; {last_line(self.arena.log)}"
-        self.tally.problems["hangs"].append(text)
+        text = f"no step for {self.hang_seconds:.0f} s{pending}; last heartbeat: {doing}; {last_line(self.testbed.log)}"
+        self.report.problems["hangs"].append(text)
         say(f"    HANG: {text}")
-        self.arena.kill_driver()
-        self.arena.free_stopped()
+        self.testbed.kill_driver()
+        self.testbed.kill_stopped()
         self.start()

@@ -1,11 +1,12 @@
-"""`python -m tests.soak`: run a recipe again and again while it is struck, and compare it with an undisturbed run.
+"""`python -m tests.soak`: run a recipe again and again with faults injected, and compare it with a run without faults.
 
-    WORKDIR/reference/     the undisturbed run: one worker, no Ray
-    WORKDIR/disk/round-N/  the work directory of a round; removed when every check holds, else kept as WORKDIR/round-N
-    WORKDIR/round-N.log    what `minilm run` said; WORKDIR/soak.json, the tally so far
+    WORKDIR/reference/     the run without faults: one worker, no Ray
+    WORKDIR/disk/round-N/  the work directory of a round; removed if all invariants hold, else kept as WORKDIR/round-N
+    WORKDIR/round-N.log    the output of `minilm run`
+    WORKDIR/soak.json      the report so far
 
-The strikes are `soak_plan`'s, what they do is in `soak_arena`, how a run is led through them in `soak_round`, what must
-be true afterwards in `soak_checks`.
+`faults` has the fault schedule, `testbed` the machinery that the faults act on, `round` leads a run through them, and
+`invariants` checks the finished run.
 """
 
 from __future__ import annotations
@@ -25,26 +26,32 @@ from typing import TYPE_CHECKING
 from minilm.orchestrator.cli import run_verb
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.system.files import write_json
-from tests.soak.faults import WEIGHTS, plan
-from tests.soak.report import Tally, last_line, say
+from tests.soak.faults import WEIGHTS, fault_schedule
+from tests.soak.report import Report, last_line, say
 
 if TYPE_CHECKING:
     from minilm.orchestrator.recipe.schema import Recipe
-    from tests.soak.testbed import Arena
+    from tests.soak.testbed import Testbed
 
 
 def main(arguments: list[str] | None = None) -> int:
     soak = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.partition("\n")[0])
     soak.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    soak.add_argument("--minutes", type=float, default=10.0, help="for how long it is struck (default: 10)")
-    soak.add_argument("--seed", type=int, default=0, help="of the strikes; a round takes the next one")
-    soak.add_argument("--workdir", type=Path, help="a new folder (default: runs/soak-NAME)")
-    soak.add_argument("--only", help=f"strikes to choose from, of {','.join(WEIGHTS)}")
-    soak.add_argument("--hang-seconds", type=float, default=300.0, help="no step for so long is a hang")
     soak.add_argument(
-        "--disk-mb", type=int, default=256, help="the disk that is filled, in memory (default: 256)"
+        "--minutes", type=float, default=10.0, help="how long faults are injected (default: 10)"
     )
-    soak.add_argument("--json", action="store_true", help="for programs")
+    soak.add_argument(
+        "--seed", type=int, default=0, help="seed of the fault schedule; each round takes the next one"
+    )
+    soak.add_argument("--workdir", type=Path, help="a new folder (default: runs/soak-NAME)")
+    soak.add_argument("--only", help=f"inject these faults only, of {','.join(WEIGHTS)}")
+    soak.add_argument(
+        "--hang-seconds", type=float, default=300.0, help="no step for so long is a hang (default: 300)"
+    )
+    soak.add_argument(
+        "--disk-mb", type=int, default=256, help="size of the disk, a tmpfs, that is filled (default: 256)"
+    )
+    soak.add_argument("--json", action="store_true", help="print the report as JSON")
     soak.set_defaults(run=soak_verb)
     return run_verb(soak.parse_args(arguments))
 
@@ -64,9 +71,9 @@ def soak_verb(options: argparse.Namespace) -> int:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)  # so that nothing is left behind
+    previous = signal.signal(signal.SIGTERM, interrupt)  # so that nothing is left over
     try:
-        tally = soak(
+        report = soak(
             recipe,
             options.recipe.resolve(),
             folder,
@@ -78,12 +85,12 @@ def soak_verb(options: argparse.Namespace) -> int:
         )
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(json.dumps(tally.as_dict(), indent=2) if options.json else tally.text())
-    return 0 if tally.sound else 1
+    print(json.dumps(report.as_dict(), indent=2) if options.json else report.text())
+    return 0 if report.passed else 1
 
 
 def check_options(recipe: Recipe, folder: Path, only: str | None) -> list[str]:
-    """The kinds of strikes asked for. Raises `UserError` for what can't be soaked."""
+    """The kinds of faults to inject. Raises `UserError` for a recipe or options that a soak cannot use."""
     if recipe.compute.gradient_sum != "exact" or recipe.compute.threads is None:
         raise UserError(
             f"recipe {recipe.name} cannot be soaked: weights are compared bit for bit, so it needs "
@@ -113,55 +120,61 @@ def soak(
     seconds: float,
     hang_seconds: float,
     disk_mb: int,
-) -> Tally:
-    """Rounds until `seconds` are over; the last one is let to its end. Ctrl-C gives the tally so far."""
+) -> Report:
+    """Play rounds until `seconds` are over; the last one runs to its end. Ctrl-C ends with the report so far."""
     from minilm.orchestrator.driver.workdir import Workdir
     from tests.soak.invariants import check_round
     from tests.soak.round import Round
-    from tests.soak.testbed import Arena
+    from tests.soak.testbed import Testbed
 
-    tally = Tally(seed)
+    report = Report(seed)
     reference = Workdir(folder / "reference")
     folder.mkdir(parents=True, exist_ok=True)
-    say("the undisturbed run, on one worker")
-    run_undisturbed(recipe_file, reference.root, folder / "reference.log")
+    say("the run without faults, on one worker")
+    run_without_faults(recipe_file, reference.root, folder / "reference.log")
     try:
         check_room(reference.root, disk_mb)
-        with Arena(folder, *recipe.compute.workers, disk_mb) as arena:
-            kinds = possible(kinds, recipe, arena)
+        with Testbed(folder, *recipe.compute.workers, disk_mb) as testbed:
+            kinds = possible(kinds, recipe, testbed)
             deadline = time.monotonic() + seconds
             number = 0
             while time.monotonic() < deadline:
                 number += 1
-                work = Workdir(arena.disk / f"round-{number}")
-                say(f"round {number}: strikes of seed {seed + number - 1}: {', '.join(kinds)}")
+                work = Workdir(testbed.disk / f"round-{number}")
+                say(f"round {number}: faults of seed {seed + number - 1}: {', '.join(kinds)}")
                 overrides = [f"tracking.experiment=soak-round-{number}"]
-                arena.begin(recipe_file, work.root, folder / f"round-{number}.log", overrides)
-                game = Round(
-                    recipe, work, arena, plan(seed + number - 1, kinds), tally, reference, hang_seconds
+                testbed.prepare(recipe_file, work.root, folder / f"round-{number}.log", overrides)
+                soak_round = Round(
+                    recipe,
+                    work,
+                    testbed,
+                    fault_schedule(seed + number - 1, kinds),
+                    report,
+                    reference,
+                    hang_seconds,
                 )
-                finished = game.play(deadline)
-                found = check_round(recipe, work, reference, arena.server_uri) if finished else {}
+                finished = soak_round.run(deadline)
+                found = check_round(recipe, work, reference, testbed.server_uri) if finished else {}
                 for name, problems in found.items():
-                    tally.problems[name] += [f"round {number}: {problem}" for problem in problems]
+                    report.problems[name] += [f"round {number}: {problem}" for problem in problems]
                 if not finished or any(found.values()):
                     shutil.copytree(work.root, folder / f"round-{number}")
                     say(f"round {number} is kept in {folder}/round-{number}")
                 shutil.rmtree(work.root)
-                tally.rounds += finished
-                write_json(folder / "soak.json", tally.as_dict())
+                report.rounds += finished
+                write_json(folder / "soak.json", report.as_dict())
                 say(
-                    f"round {number} is over: {tally.kills} kills, {'sound' if tally.sound else 'NOT sound'} so far"
+                    f"round {number} is over: {report.kills} kills, {'passed' if report.passed else 'FAILED'} so far"
                 )
                 if not finished:
                     break
     except KeyboardInterrupt:
         say("interrupted")
-    write_json(folder / "soak.json", tally.as_dict())
-    return tally
+    write_json(folder / "soak.json", report.as_dict())
+    return report
 
 
-def run_undisturbed(recipe: Path, work: Path, log: Path) -> None:
+def run_without_faults(recipe: Path, work: Path, log: Path) -> None:
     command = [sys.executable, "-m", "minilm", "run", str(recipe), "--workdir", str(work)]
     environment = dict(os.environ) | {"MLFLOW_TRACKING_URI": ""}
     with log.open("ab") as out:
@@ -169,30 +182,30 @@ def run_undisturbed(recipe: Path, work: Path, log: Path) -> None:
             [*command, "--launcher", "inline"], stdout=out, stderr=out, env=environment, check=False
         ).returncode
     if code:
-        raise UserError(f"the undisturbed run ended with exit code {code}; {last_line(log)}")
+        raise UserError(f"the run without faults ended with exit code {code}; {last_line(log)}")
 
 
 def check_room(reference: Path, disk_mb: int) -> None:
-    """Raises `UserError` when a round would fill the disk by itself: saves pass through it, logs of several workers."""
+    """Raises `UserError` if a round might fill the disk without a fault, by its saves and the logs of its workers."""
     taken = sum(path.stat().st_size for path in reference.rglob("*") if path.is_file()) / 2**20
     least = math.ceil(1.5 * taken)
     if disk_mb < least:
         raise UserError(
-            f"--disk-mb: given {disk_mb}; allowed: at least {least}, half as much again as the undisturbed run has "
-            f"taken ({taken:.1f} MB)"
+            f"--disk-mb: given {disk_mb}; allowed: at least {least}, half as much again as the run without faults "
+            f"took ({taken:.1f} MB)"
         )
 
 
-def possible(kinds: list[str], recipe: Recipe, arena: Arena) -> list[str]:
-    """Without the strikes that this machine or recipe leaves no room for, said once."""
+def possible(kinds: list[str], recipe: Recipe, testbed: Testbed) -> list[str]:
+    """The kinds of faults that this machine and recipe allow; says which ones are left out and why."""
     impossible = {
         "full": ""
-        if arena.has_own_disk
+        if testbed.has_own_disk
         else "mounting a small tmpfs is not allowed; try `unshare -Urm python -m tests.soak …`",
-        "node": "" if arena.most > arena.least else "compute.workers is not a range",
+        "node": "" if testbed.most > testbed.least else "compute.workers is not a range",
         "cache": "" if recipe.data.cache else "the recipe has no data.cache, with shards behind a URL",
     }
     for kind in kinds:
         if impossible.get(kind):
-            say(f"no strike {kind!r}: {impossible[kind]}")
+            say(f"fault {kind!r} is left out: {impossible[kind]}")
     return [kind for kind in kinds if not impossible.get(kind)]

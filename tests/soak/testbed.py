@@ -1,8 +1,8 @@
-"""The world of a soak: raylets, an MLflow server, a small disk and the run itself, with what can be done to them.
+"""The testbed of a soak: raylets, an MLflow server, a small disk and the run itself, and the faults they can have.
 
-Everything is real and on this machine: `ray.cluster_utils` nodes with a place for one worker each, `mlflow server` on
-loopback, `minilm run` as a process. Work directories lie on a tmpfs of their own where this process may mount one
-(root, or inside `unshare -Urm`), so that the disk can be full. Nothing is left behind when the context ends.
+Everything is real and on this machine: `ray.cluster_utils` nodes with room for one worker each, `mlflow server` on
+loopback, `minilm run` as a process. Work directories lie on a tmpfs of their own if this process may mount one (root,
+or inside `unshare -Urm`), so that the disk can be filled. Nothing is left over when the context ends.
 """
 
 from __future__ import annotations
@@ -28,19 +28,15 @@ from tests.ports import free_port
 from tests.soak.corruption import damage_newest, flip_bit
 
 SERVER_SECONDS = 180
-
-
-RIVAL_SECONDS = 120
-
-
+SECOND_DRIVER_SECONDS = 120
 ENVIRONMENT = {
     RESIZE_SECONDS: "5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # at the old size, after a node is lost
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # Ray waits this long for a lost node
 }
 
 
-class Arena:
-    """`least` to `most` raylets with a place each, beside a head without one. Enter it, `begin` a round, strike."""
+class Testbed:
+    """`least` to `most` raylets with room for one worker each, and a head node without room for any."""
 
     def __init__(self, folder: Path, least: int, most: int, disk_mb: int = 256):
         self.folder, self.least, self.most = folder, least, most
@@ -58,7 +54,7 @@ class Arena:
     def server_uri(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    def __enter__(self) -> Arena:
+    def __enter__(self) -> Testbed:
         self.disk.mkdir(parents=True)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={self.disk_mb}m", "tmpfs", str(self.disk)]
         self.has_own_disk = (
@@ -84,7 +80,7 @@ class Arena:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill_driver()
-        self.free_stopped()
+        self.kill_stopped()
         self.stop_server()
         if hasattr(self, "_cluster"):
             for node in (*self._nodes, self._cluster.head_node):
@@ -97,8 +93,8 @@ class Arena:
 
     # --- the run
 
-    def begin(self, recipe: Path, work: Path, log: Path, overrides: list[str]) -> None:
-        """The command of a round; it is not started yet."""
+    def prepare(self, recipe: Path, work: Path, log: Path, overrides: list[str]) -> None:
+        """Set the command of a run, which is not started yet."""
         sets = [part for override in overrides for part in ("--set", override)]
         self.command = [sys.executable, "-m", "minilm", "run", str(recipe), "--workdir", str(work)]
         self.command += ["--address", self._cluster.address, *sets]
@@ -113,11 +109,11 @@ class Arena:
             self.driver.wait()
             self.driver = None
 
-    def rival(self) -> int | None:
-        """The exit code of the same command beside the run; None when it did not end."""
-        process = self._start(self.command, self.log.with_name(f"{self.log.stem}-rival.log"))
+    def start_second_driver(self) -> int | None:
+        """Run the same command beside the run. Returns its exit code, None if it did not end."""
+        process = self._start(self.command, self.log.with_name(f"{self.log.stem}-second-driver.log"))
         try:
-            return process.wait(RIVAL_SECONDS)
+            return process.wait(SECOND_DRIVER_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -131,7 +127,7 @@ class Arena:
     # --- workers and nodes
 
     def workers(self) -> list[int]:
-        """The processes of Ray Train workers on our raylets, oldest first; stopped ones are not counted."""
+        """Process numbers of the Ray Train workers on our raylets in ascending order, without stopped ones."""
         raylets = {info.process.pid for node in self._nodes for info in node.all_processes.get("raylet", [])}
         found = []
         for folder in Path("/proc").iterdir():
@@ -161,15 +157,15 @@ class Arena:
         signal_all([pid], number)
         return pid
 
-    def free_stopped(self) -> int:
-        """End workers that are still stopped, which nobody has found; how many there were."""
+    def kill_stopped(self) -> int:
+        """Kill the workers that are still stopped, because nothing replaced them; returns how many there were."""
         left = [pid for pid in self._stopped if status(pid)[:1] == ["T"]]
         signal_all(left, signal.SIGKILL)
         self._stopped.clear()
         return len(left)
 
     @property
-    def places(self) -> int:
+    def num_nodes(self) -> int:
         return len(self._nodes)
 
     def add_node(self) -> None:
@@ -177,9 +173,9 @@ class Arena:
             self._nodes.append(self._cluster.add_node(num_cpus=1, resources={"trainer": 1}))
 
     def change_nodes(self, pick: float) -> str:
-        """Add a node or kill one, as `pick` and the limits have it; which of the two."""
-        if self.places > self.least and (pick < 0.5 or self.places == self.most):
-            victim = self._nodes.pop(int(pick * 997) % self.places)
+        """Add a node or kill one, as `pick` and the limits say. Returns "added" or "killed"."""
+        if self.num_nodes > self.least and (pick < 0.5 or self.num_nodes == self.most):
+            victim = self._nodes.pop(int(pick * 997) % self.num_nodes)
             self._cluster.remove_node(victim, allow_graceful=False)
             return "killed"
         self.add_node()
@@ -188,9 +184,9 @@ class Arena:
     # --- checkpoints
 
     def damage(self, stage: StageFolder, pick: float) -> str | None:
-        """Kill every worker and damage the newest checkpoint, if there is a sound one behind it; how, or None.
+        """Damage the newest checkpoint if the one before it is sound, and kill all workers. Returns how, or None.
 
-        Workers stand still from the choice on: the next checkpoint, saved in between, would hide the damaged one.
+        Workers are stopped meanwhile: a checkpoint saved in between would hide the damaged one.
         """
         pids = self.workers()
         signal_all(pids, signal.SIGSTOP)
@@ -202,7 +198,7 @@ class Arena:
         return how
 
     def damage_cache(self, cache: Path, pick: float) -> str | None:
-        """Kill every worker and damage a cached shard, if there is one; which. Living ones would not check it again."""
+        """Kill all workers, which would not check it again, and damage a cached shard. Returns which one, or None."""
         shards = sorted(path for path in cache.glob("shards/*") if len(path.name) == 64)
         if not shards or not self.workers():
             return None
@@ -214,11 +210,11 @@ class Arena:
     # --- disk and server
 
     def fill_disk(self, seconds: float) -> None:
-        """Take every free byte of the disk for so long."""
+        """Fill the disk for so many seconds."""
         with self.ballast.open("wb") as file, suppress(OSError):
-            while True:  # until it refuses
-                room = shutil.disk_usage(self.disk).free
-                os.posix_fallocate(file.fileno(), file.tell(), max(room, 1))
+            while True:  # until the disk refuses
+                free = shutil.disk_usage(self.disk).free
+                os.posix_fallocate(file.fileno(), file.tell(), max(free, 1))
                 file.seek(0, os.SEEK_END)
         self._later.append((time.monotonic() + seconds, self.free_disk))
 
@@ -247,14 +243,14 @@ class Arena:
         command += ["--artifacts-destination", str(folder / "artifacts")]
         environment = dict(os.environ) | {
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
-        }  # processes that we do not use
+        }  # saves processes that a soak does not use
         with (folder / "server.log").open("ab") as log:
             self._server = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=folder
             )
 
     def stop_server(self, seconds: float | None = None) -> None:
-        """Kill the server; it is started again after so many seconds, if any are given."""
+        """Kill the server; with `seconds`, it is started again after that time."""
         if self._server is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._server.pid, signal.SIGKILL)
@@ -273,14 +269,14 @@ class Arena:
             time.sleep(0.2)
 
     def tick(self) -> None:
-        """Do what is due: the server comes back, the disk gets room."""
+        """End the faults whose time is over: the server comes back, the disk is freed."""
         now = time.monotonic()
         for _, action in [item for item in self._later if item[0] <= now]:
             action()
         self._later = [item for item in self._later if item[0] > now]
 
-    def mend(self) -> None:
-        """End every disturbance: the server answers, the disk has room."""
+    def end_faults(self) -> None:
+        """End all faults: the server answers, the disk has room."""
         self._later.clear()
         self.free_disk()
         self.start_server()
@@ -289,7 +285,7 @@ class Arena:
 
 @contextmanager
 def keep_sigterm() -> Iterator[None]:
-    """Every node that Ray starts here would replace the handler with one that leaves server, run and disk behind."""
+    """Restores the handler: Ray replaces it with each node by one that would leave server, run and disk over."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

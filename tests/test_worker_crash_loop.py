@@ -1,4 +1,4 @@
-"""CrashLoopGuard that die at the same step are counted; those that get on, or end in good order, are not."""
+"""Attempts that die at the same step are counted; those that get further, or end in good order, are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from minilm.data.stream import Stream
 from minilm.orchestrator.errors import NoProgress
 from minilm.orchestrator.stage.folder import StageFolder
-from minilm.orchestrator.worker import export as finish
+from minilm.orchestrator.worker import export
 from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, count_start_failure
 from minilm.orchestrator.worker.error_file import run_reporting
 from minilm.orchestrator.worker.loop import run_stage
@@ -23,11 +23,11 @@ from tests.support import make_spec
 
 def dies_at(folder: Path, first: int, *steps: int) -> int | None:
     """An attempt that begins at `first` and dies while it computes the last of `steps`."""
-    attempts = CrashLoopGuard(folder)
-    answer = attempts.begin(first)
+    guard = CrashLoopGuard(folder)
+    answer = guard.begin(first)
     for step in steps if answer is None else ():
-        attempts.reach(step)
-    attempts.close()
+        guard.reach(step)
+    guard.close()
     return answer
 
 
@@ -49,11 +49,11 @@ def test_deaths_at_different_steps_are_a_machine_that_comes_and_goes(tmp_path):
 def test_a_good_end_forgets(tmp_path):
     for _ in range(2):
         dies_at(tmp_path, 0, 4)
-    attempts = CrashLoopGuard(tmp_path)
-    assert attempts.begin(0) is None
-    attempts.reach(4)
-    attempts.end()
-    attempts.close()
+    guard = CrashLoopGuard(tmp_path)
+    assert guard.begin(0) is None
+    guard.reach(4)
+    guard.end()
+    guard.close()
     for _ in range(3):
         assert dies_at(tmp_path, 0, 4) is None
 
@@ -97,7 +97,7 @@ def test_an_export_that_fails_again_and_again_ends_the_run(shards, teacher, tmp_
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "export_student", fails)
+        patch.setattr(export, "export_student", fails)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="broken"):
                 run_reporting(spec)

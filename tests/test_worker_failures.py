@@ -1,4 +1,4 @@
-"""A stage that can't go on ends, and says why: stalls, starts that fail again and again."""
+"""A stage that cannot go on ends with an error that says why: stalls, starts that fail again and again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from minilm.orchestrator.stage.folder import RunFolder, StageFolder
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.train.build import build_distiller, build_objective
-from minilm.orchestrator.worker import error_file as reporting
-from minilm.orchestrator.worker import loop as worker
-from minilm.orchestrator.worker import watchdog as guards
+from minilm.orchestrator.worker import error_file, loop
+from minilm.orchestrator.worker import watchdog as watchdog_module
 from minilm.orchestrator.worker.crash_loop import reached
 from minilm.orchestrator.worker.error_file import log_to_file, run_reporting
 from minilm.orchestrator.worker.errors import PeerFailed
@@ -67,7 +66,7 @@ def test_ranks_that_do_not_save_expect_to_wait_for_a_checkpoint_that_is_kept(
         armed += "s" if seconds == 300.0 else "l"
 
     monkeypatch.setattr(Watchdog, "_arm", arm)
-    monkeypatch.setattr(guards, "REARM_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog_module, "REARM_SECONDS", 0.0)
     watchdog = Watchdog(tmp_path / "log", 300.0)
     armed = ""
     run = SimpleNamespace(
@@ -77,7 +76,7 @@ def test_ranks_that_do_not_save_expect_to_wait_for_a_checkpoint_that_is_kept(
         crash_loop_guard=None,
     )
     for step in (2, 3, 4):
-        worker.StageRun.begin_step(run, step)
+        loop.StageRun.begin_step(run, step)
     assert armed == expected
 
 
@@ -102,7 +101,7 @@ def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
     threads = torch.get_num_threads()
     spec = make_spec(NO_DATA, tmp_path, tmp_path, stall_seconds=stall_seconds, threads=threads)
     with pytest.raises(ZeroDivisionError):
-        worker.run_stage(spec)
+        loop.run_stage(spec)
     launcher = RayLauncher(LaunchOptions(RunFolder(tmp_path), "cpu", (2, 2), 0.0), StopRequest())
     launcher.resource = "trainer"
     with pytest.raises(ZeroDivisionError):
@@ -144,7 +143,7 @@ def test_a_start_that_fails_three_times_the_same_way_is_not_tried_for_ever(
     def fails(*_):
         raise RuntimeError(f"first line\n{texts.pop(0)}")
 
-    monkeypatch.setattr(worker, "build_distiller", fails)
+    monkeypatch.setattr(loop, "build_distiller", fails)
     for _ in range(3):
         with pytest.raises(RuntimeError):
             run_reporting(spec)
@@ -170,7 +169,7 @@ def test_reaching_the_loop_forgets_failed_starts(shards, teacher, tmp_path, monk
 
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-            patch.setattr(worker, "build_distiller", fails)
+            patch.setattr(loop, "build_distiller", fails)
             run_reporting(spec)
         with pytest.raises(RuntimeError):
             run_reporting(spec, dies)
@@ -191,8 +190,8 @@ def test_a_rank_waits_for_the_report_that_a_peer_has_promised(tmp_path, monkeypa
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(worker, "run_stage", fails)
-    monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(loop, "run_stage", fails)
+    monkeypatch.setattr(error_file, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     monkeypatch.setenv("WORLD_SIZE", "2")
     if isinstance(error, PeerFailed):
         assert not run_reporting(spec)
@@ -258,7 +257,7 @@ def test_an_error_that_cannot_even_be_reported_is_raised(shards, teacher, tmp_pa
     def fails(path, *_):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(reporting, "write_json", fails)
+    monkeypatch.setattr(error_file, "write_json", fails)
     with pytest.raises(
         InfrastructureError, match=r"metrics\.jsonl cannot .*failure\.json cannot be written: Read-only"
     ):

@@ -1,4 +1,4 @@
-"""The points file: strictly increasing steps, whole lines, nothing doubled by a resumed run."""
+"""Metrics files: strictly increasing steps, whole lines, nothing doubled by a resumed run."""
 
 import errno
 import json
@@ -15,22 +15,22 @@ import pytest
 from minilm.orchestrator.stage.metrics_file import MetricsFile, read_all_metrics, read_metrics
 
 
-def test_points_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_metrics_come_back_as_they_were_written(tmp_path: Path) -> None:
     before = time.time_ns() // 1_000_000
-    with MetricsFile(tmp_path / "deep" / "points.jsonl") as log:
+    with MetricsFile(tmp_path / "deep" / "metrics.jsonl") as log:
         assert log.last_step is None
         assert log.append(0, {"small/loss": 0.1 + 0.2})
         assert log.append(10, {"small/loss": 1e-300, "learning_rate": 3})
-    points, offset = read_metrics(tmp_path / "deep" / "points.jsonl")
+    points, offset = read_metrics(tmp_path / "deep" / "metrics.jsonl")
     assert [point.step for point in points] == [0, 10]
     assert points[0].metrics == {"small/loss": 0.1 + 0.2}  # to the last bit
     assert points[1].metrics == {"small/loss": 1e-300, "learning_rate": 3.0}
     assert before <= points[0].time_ms <= points[1].time_ms <= time.time_ns() // 1_000_000
-    assert offset == (tmp_path / "deep" / "points.jsonl").stat().st_size
+    assert offset == (tmp_path / "deep" / "metrics.jsonl").stat().st_size
 
 
 def test_replayed_steps_are_not_written_twice(tmp_path: Path) -> None:
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as log:
         assert [log.append(step, {"loss": step}) for step in (1, 2, 3)] == [True] * 3
         assert not log.append(3, {"loss": 9})
@@ -44,7 +44,7 @@ def test_replayed_steps_are_not_written_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, 20, -1])
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, keep: int) -> None:
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as log:
         log.append(1, {"loss": 1.0})
         log.append(2, {"loss": 2.0})
@@ -58,7 +58,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, keep: int) -> None:
 
 
 def test_values_that_are_not_finite_survive_in_valid_json(tmp_path: Path) -> None:
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as log:
         log.append(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
 
@@ -73,7 +73,7 @@ def test_values_that_are_not_finite_survive_in_valid_json(tmp_path: Path) -> Non
 
 
 def test_tailing_takes_whole_lines_in_bounded_pieces(tmp_path: Path) -> None:
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "metrics.jsonl"
     assert read_metrics(path, 0) == ([], 0)
     with MetricsFile(path) as log:
         for step in range(50):
@@ -91,7 +91,7 @@ def test_tailing_takes_whole_lines_in_bounded_pieces(tmp_path: Path) -> None:
 def test_a_damaged_line_and_a_shortened_file_are_said_and_survived(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as log:
         log.append(1, {"loss": 1.0})
         os.write(log._file, b'{"step": 2, "tim\n')
@@ -105,7 +105,7 @@ def test_a_damaged_line_and_a_shortened_file_are_said_and_survived(
 
 
 def test_a_worker_that_was_replaced_can_not_double_a_step(tmp_path: Path) -> None:
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as old, MetricsFile(path) as new:
         assert old.append(1, {"loss": 1.0})
         assert new.append(2, {"loss": 2.0})
@@ -115,7 +115,7 @@ def test_a_worker_that_was_replaced_can_not_double_a_step(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "metrics.jsonl"
     real = os.write
     with MetricsFile(path) as log:
         log.append(1, {"loss": 1.0})
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_killed_writer_loses_no_point_that_was_appended(tmp_path: Path) -> None:
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "metrics.jsonl"
     code = (
         "import sys, pathlib, itertools; from minilm.orchestrator.stage.metrics_file import MetricsFile\n"
         f"log = MetricsFile(pathlib.Path({str(path)!r}))\n"

@@ -34,6 +34,7 @@ from minilm.orchestrator.worker.error_file import run_reporting
 from minilm.orchestrator.worker.errors import Evicted
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
+from tests.ports import free_port
 from tests.support import change, checkpoints_in, make_spec
 
 CLOCK = ("rows_per_second", "tokens_per_second", "input_wait_share", "data/rows_read", "data/bytes_read")
@@ -74,7 +75,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(shards, teacher, t
     assert run_stage(parts, on_step=seen.append)
     assert seen == list(range(6, 13))
     assert digest(parts) == digest(whole)
-    for file in ("points", "heldout_metrics"):
+    for file in ("step_metrics", "heldout_metrics"):
         ours, theirs = (
             [(p.step, {k: v for k, v in p.metrics.items() if k not in CLOCK}) for p in read_all_metrics(path)]
             for path in (getattr(folder, file), getattr(StageFolder(Path(whole.folder)), file))
@@ -95,7 +96,7 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_weights(shards, tea
         assert not folder.done.exists()
     assert worker_pool.join(worker_pool.start(spec, 1)) == [0], worker_pool.log(spec)
     assert digest(spec) == digest(whole)
-    assert [p.step for p in read_all_metrics(folder.points)] == list(range(2, 61, 2))
+    assert [p.step for p in read_all_metrics(folder.step_metrics)] == list(range(2, 61, 2))
 
 
 def test_killed_between_the_last_checkpoint_and_the_export(shards, teacher, tmp_path):
@@ -145,7 +146,7 @@ def test_values_by_head_are_logged_and_change_no_bit(shards, teacher, tmp_path):
     assert worker_pool.join(worker_pool.start(both, 2)) == [0, 0], worker_pool.log(both)
     assert digest(spec) == digest(plain)
     points, shared, without = (
-        read_all_metrics(StageFolder(Path(j.folder)).points) for j in (spec, both, plain)
+        read_all_metrics(StageFolder(Path(j.folder)).step_metrics) for j in (spec, both, plain)
     )
     assert [point.step for point in points] == [2, 4, 5]
     assert not any("head" in name for point in without for name in point.metrics)
@@ -186,7 +187,7 @@ def test_every_objective_is_logged_alike(shards, teacher, tmp_path, name):
     assert run_stage(spec)
     folder = StageFolder(tmp_path)
     terms = Objective.named(name).names
-    for point in read_all_metrics(folder.points):
+    for point in read_all_metrics(folder.step_metrics):
         values = [point.metrics[f"small/{term}"] for term in terms]
         assert point.metrics["small/loss"] == pytest.approx(sum(values)) and min(values) > 0
     for point in read_all_metrics(folder.heldout_metrics):
@@ -279,7 +280,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_bounded(shards, teach
 
     monkeypatch.setattr(Distiller, "term_sums", term_sums)
     assert run_stage(spec)
-    points = read_all_metrics(StageFolder(tmp_path).points)
+    points = read_all_metrics(StageFolder(tmp_path).step_metrics)
     assert [p.metrics["small/skipped_steps"] for p in points] == [0, 0, 0, 0, 1, 1, 1, 1, 1]
     meta, tensors = read(checkpoints_in(StageFolder(tmp_path).checkpoints)[-1])
     assert tensors["small.optimizer.safetensors"]["refused"].tolist() == [1, 4, 0]
@@ -298,6 +299,18 @@ def test_another_jobs_checkpoint_is_refused(shards, teacher, tmp_path):
     assert run_stage(spec)
     with pytest.raises(UserError, match="belongs to another recipe"):
         run_stage(replace(spec, digest="other"))
+
+
+def test_a_rank_says_that_rank_zero_failed_to_resume(shards, teacher, tmp_path):
+    spec = make_spec(shards, teacher, tmp_path)
+    assert run_stage(spec)
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    other = replace(spec, digest="other")
+    processes = [start_worker(other, RANK=str(rank), LOCAL_RANK=str(rank), **together) for rank in (0, 1)]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "belongs to another recipe" in errors[0]
+    assert errors[1] == "minilm: stopped: rank 0 failed to resume; see worker-0.log\n"
 
 
 def test_the_plain_command_does_not_heed_an_old_request_to_stop(shards, teacher, tmp_path, monkeypatch):

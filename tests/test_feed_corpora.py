@@ -118,9 +118,9 @@ def test_data_behind_urls_give_the_weights_of_data_on_disk(sets, teacher, tmp_pa
     assert run_stage(spec)
     assert digest(spec) == digest(local)
     assert verify_run(newest(spec), cache=cache).sound
-    counts = read_all_metrics(StageFolder(tmp_path / "far").points)[-1].metrics
+    counts = read_all_metrics(StageFolder(tmp_path / "far").step_metrics)[-1].metrics
     assert counts["data/bytes_fetched"] > 0 and counts["data/retries"] >= 1
-    assert "data/retries" not in read_all_metrics(StageFolder(tmp_path / "local").points)[-1].metrics
+    assert "data/retries" not in read_all_metrics(StageFolder(tmp_path / "local").step_metrics)[-1].metrics
     shards = [path for path in (tmp_path / "cache" / "shards").iterdir() if path.is_file()]
     assert len(shards) > 4
 

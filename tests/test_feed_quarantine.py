@@ -1,4 +1,4 @@
-"""A damaged shard: the run ends and says how to mend it, or leaves the same rows out on any number of workers."""
+"""A damaged shard: the run ends and says how to repair it, or masks the same rows on any number of workers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def masked_job(data: Path, teacher: Path, folder: Path, *, share: float = 0.1) -
 
 def quarantined(spec: StageSpec) -> list[float]:
     return [
-        p.metrics["data/quarantined_rows"] for p in read_all_metrics(StageFolder(Path(spec.folder)).points)
+        p.metrics["data/quarantined_rows"]
+        for p in read_all_metrics(StageFolder(Path(spec.folder)).step_metrics)
     ]
 
 
@@ -192,7 +193,7 @@ def test_on_ray_all_workers_start_again_and_the_run_ends(damaged, teacher, tmp_p
     done = subprocess.run(run, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     stage_folder = StageFolder(tmp_path / "w" / "stages" / "small")
-    points = read_all_metrics(stage_folder.points)
+    points = read_all_metrics(stage_folder.step_metrics)
     expected = [sum(counts[: step + 1]) for step in range(STEPS)]
     assert [point.metrics["data/quarantined_rows"] for point in points] == expected
     assert "are damaged and now in quarantine" in "".join(
