@@ -93,7 +93,7 @@ def test_a_data_source_with_an_option_of_its_own(tmp_path, teacher, monkeypatch,
     text = tmp_path / "a.txt"
     text.write_text("\n***\n".join(["time year people way day man thing"] * 60))
     by_hand = import_data(
-        [text], str(teacher), tmp_path / "one", source="dashes", options={"separator": "***"}
+        [text], str(teacher), tmp_path / "one", source="dashes", options={"separator": "***"}, seq_len=16
     )
     assert by_hand.documents == 60
     command = ["data", "import", str(text), "--from", "dashes", "--tokenizer", str(teacher), "--out"]
