@@ -99,7 +99,9 @@ def test_a_data_source_with_an_option_of_its_own(tmp_path, teacher, monkeypatch,
     command = ["data", "import", str(text), "--from", "dashes", "--tokenizer", str(teacher), "--out"]
     options = ["--option", "separator='***'", "--held-out", "0", "--processes", "1", "--seq-len", "16"]
     assert cli.main([*command, str(tmp_path / "two"), *options]) == 0
-    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "report" / "report.json").read_text()) for name in ("one", "two")
+    )
     assert one["documents"] == two["documents"] == 60
     assert cli.main([*command, str(tmp_path / "three"), "--option", "seperator=x"]) == 2
     assert "source 'dashes' has no option 'seperator'; allowed: separator" in capsys.readouterr().err
@@ -113,7 +115,7 @@ def test_a_data_source_with_an_option_of_its_own(tmp_path, teacher, monkeypatch,
     few = [word for stage in ("assistant", "small") for word in ("--set", f"stages.{stage}.steps=5")]
     run = ["run", str(recipe), "--launcher", "inline", "--workdir", str(tmp_path / "work")]
     assert cli.main([*run, *few]) == 0
-    report = json.loads((tmp_path / "work" / "data" / "report.json").read_text())
+    report = json.loads((tmp_path / "work" / "data" / "report" / "report.json").read_text())
     assert report["documents"] == 60
     assert cli.main(["check", str(recipe), "--set", "data.source=dots"]) == 2
     assert "data: source 'dots' is not known; there are: dashes, fairseq" in capsys.readouterr().err
