@@ -81,5 +81,6 @@ def mapped_layers(teacher: EncoderShape, layer: int, student_layers: int) -> lis
 def _check_head(objective: Objective, whose: str, shape: EncoderShape) -> None:
     if objective.needs_head and shape.has_head is False:
         raise ModelError(
-            f"soft labels need a masked-language-model head, and {whose} has none; load it with one"
+            f"soft labels need a masked-language-model head, and {whose} has none; give a model that was saved"
+            " with its head, or an objective of relations, such as minilm"
         )

@@ -250,7 +250,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.layers=4"],
-        "FILE: stage assistant: student 'assistant': 4 student layers cannot start from 3 teacher layers",
+        "FILE: stage assistant: student 'assistant': 4 student layers cannot start from 3 teacher layers; "
+        "give 3 or fewer, or start at random",
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.hidden=96"],
@@ -273,7 +274,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.small.student.init=teacher-layers", "stages.small.student.layers=4"],
-        "FILE: stage small: student 'small': 4 student layers cannot start from 3 teacher layers",
+        "FILE: stage small: student 'small': 4 student layers cannot start from 3 teacher layers; "
+        "give 3 or fewer, or start at random",
     ),
     (
         [
@@ -307,12 +309,12 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.objective=soft-label-mlm", "stages.assistant.teacher=«headless»"],
         "FILE: stage assistant: soft labels need a masked-language-model head, and the teacher "
-        "has none; load it with one",
+        "has none; give a model that was saved with its head, or an objective of relations, such as minilm",
     ),
     (
         ["stages.small.objective=soft-label-mlm"],
         "FILE: stage small: soft labels need a masked-language-model head, and the teacher has "
-        "none; load it with one",
+        "none; give a model that was saved with its head, or an objective of relations, such as minilm",
     ),
     (
         ["stages.assistant.objective=layer-to-layer", "stages.assistant.student.layers=4"],

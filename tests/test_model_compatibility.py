@@ -73,7 +73,7 @@ def test_a_student_that_fits_has_its_whole_shape():
         ),
         (
             lambda: fit(init="teacher-layers", layers=7),
-            "student 's': 7 student layers cannot start from 6 teacher layers",
+            "student 's': 7 student layers cannot start from 6 teacher layers; give 6 or fewer, or start at random",
         ),
         (
             lambda: fit(init="teacher-layers", hidden=96, ffn=96),
@@ -103,7 +103,8 @@ def test_a_student_that_fits_has_its_whole_shape():
         ),
         (
             lambda: check_teacher(Objective.named("soft-label-mlm"), replace(BERT, has_head=False)),
-            "soft labels need a masked-language-model head, and the teacher has none; load it with one",
+            "soft labels need a masked-language-model head, and the teacher has none; give a model that was"
+            " saved with its head, or an objective of relations, such as minilm",
         ),
         (
             lambda: Objective.named("layer-to-layer", relations=[{"name": "a", "x": "q", "y": "hidden"}]),

@@ -60,7 +60,10 @@ def initialize(student: "PreTrainedModel", teacher: "PreTrainedModel", how: str)
 def picked_layers(teacher_layers: int, student_layers: int) -> list[int]:
     """The teacher layer (1-based) that each student layer starts from: 12 -> 6 gives 2, 4, 6, 8, 10, 12."""
     if student_layers > teacher_layers:
-        raise ModelError(f"{student_layers} student layers cannot start from {teacher_layers} teacher layers")
+        raise ModelError(
+            f"{student_layers} student layers cannot start from {teacher_layers} teacher layers; give"
+            f" {teacher_layers} or fewer, or start at random"
+        )
     return [-(-i * teacher_layers // student_layers) for i in range(1, student_layers + 1)]
 
 

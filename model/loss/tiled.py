@@ -3,8 +3,7 @@
 The forward computes the gradients too. The weight of every query in the loss is known beforehand, so each tile yields
 both its part of the loss and its part of the student's gradient ∂KL/∂score = p_S - p_T; the backward only multiplies
 by the upstream scalar. That takes four matrix products and two exponentials a score, where recomputing tiles in the
-backward takes six and four. Kept for the backward: the gradients, O(batch · tokens ·
-hidden).
+backward takes six and four. Kept for the backward: the gradients, O(batch · tokens · hidden).
 
 Leaves out: second derivatives. Invariant: at most four tiles, of `TILE` scores (or one row) each, are in memory at a
 time; no host sync.

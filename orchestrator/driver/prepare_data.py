@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from minilm.data.builder.build import build
+from minilm.data.builder.build import import_data
 from minilm.data.builder.phases import BuildProgress
 from minilm.data.format.files import replacing_folder
 from minilm.data.storage.remote import is_remote
@@ -33,15 +33,19 @@ def prepare_data(
     data = recipe.data
     tokenizer = "" if data.tokenizer is None else str(model_folder(data.tokenizer_ref, recipe, workdir))
     if data.text is not None:
-        build(
+        import_data(
             text_inputs(data.text),
             tokenizer,
             workdir.data,
+            source=data.source,
+            options={
+                **(data.options or {}),
+                **({"text_field": data.text_field} if data.source == "text" else {}),
+            },
             seq_len=data.seq_len,
             packing=data.packing,
             held_out=data.held_out,
             seed=recipe.seed,
-            text_field=data.text_field,
             progress=progress,
         )
         corpora = [CorpusSpec("text", str(workdir.data.resolve()))]

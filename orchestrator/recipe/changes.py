@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-BUILT_WITH = ("text", "tokenizer", "seq_len", "packing", "held_out", "text_field")
+from minilm.orchestrator.recipe.schema import BUILT_WITH
+
 SHARED = ("seed", "data", "compute")
 
 

@@ -98,6 +98,7 @@ class Corpus(_Section):
         return fields
 
 
+BUILT_WITH = ("text", "tokenizer", "seq_len", "packing", "held_out", "text_field", "source", "options")
 NOT_RESULT = {"cache", "cache_gigabytes", "on_corrupt", "max_quarantined_share"}
 CORPUS_PLACES = ("shards", "tokens", "source_tokenizer", "fairseq_dict", "encoder")
 
@@ -122,6 +123,10 @@ class Data(_Section):
     """Share of the documents (of tokens: of the rows) kept out of training and used to measure the divergence."""
     text_field: str | None = None
     """Field or column that holds the text in json, jsonl, csv and parquet; default: found by itself."""
+    source: str = "text"
+    """What reads the files of `text`: text, or the name of an installed plug-in (entry points `minilm.sources`)."""
+    options: dict[str, str | int | float | bool | list[str] | None] | None = None
+    """Options of that source's own."""
     window: Count | None = None
     """Shuffle by windows of so many shards, the next of which is fetched ahead; default: fully."""
     cache: LocalFolder | None = None
@@ -155,10 +160,14 @@ class Data(_Section):
             raise ValueError(
                 "either shards: FOLDER, tokens: PREFIX or a list of such, or text: FILES with tokenizer: REFERENCE"
             )
+        if self.text_field is not None and self.source != "text":
+            raise ValueError(
+                f"text_field with source: text; {self.source} has options of its own, under options"
+            )
         if "text" in given and "tokenizer" not in given:
             raise ValueError("text: FILES with tokenizer: REFERENCE, the teacher's own")
         if "corpora" in given:
-            self._check_corpora(given & {"tokenizer", "seq_len", "packing", "held_out", "text_field"})
+            self._check_corpora(given & set(BUILT_WITH) - {"text"})
         return self
 
     def _check_corpora(self, built_with: set[str]) -> None:
@@ -196,6 +205,10 @@ class Data(_Section):
         fields["tokenizer"] = self._as_written.get(fields["tokenizer"], fields["tokenizer"])
         fields["text"] = fields["text"] and [self._as_written.get(path, path) for path in fields["text"]]
         fields["corpora"] = self.corpora and [corpus.result_fields() for corpus in self.corpora]
+        if (
+            self.source == "text" and self.options is None
+        ):  # as recipes were recorded before there were others
+            del fields["source"], fields["options"]
         return fields
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import MANIFEST, TokenizerInfo, load_manifest
+from minilm.data.sources.plugin import find_source
 from minilm.data.storage.remote import is_remote
 from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
 from minilm.model.compatibility import check_teacher, fit_student
@@ -44,6 +45,8 @@ def resolve(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]
     """The stages, and a line for each reason why a run is refused before any text is tokenized."""
     stages, problems = resolve_stages(recipe, find)
     try:
+        if recipe.data.text is not None:
+            find_source(recipe.data.source)
         if known := known_data(recipe, find):
             problems += check_data(stages, *known)
     except (UserError, DataError) as error:

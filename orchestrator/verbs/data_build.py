@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
+
+from minilm.orchestrator.errors import UserError
 
 
 def add_build(verbs: Any) -> None:
@@ -39,6 +42,13 @@ def add_import(verbs: Any) -> None:
         "--field", help="part of a sample that is read, as txt, json or tokens.npy (webdataset)"
     )
     imported.add_argument("--text-field", help="field of a json part (webdataset)")
+    imported.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of a plug-in's own; the value is read as YAML; may be given several times",
+    )
     _add_building(imported)
     imported.set_defaults(run=import_tokens)
 
@@ -71,7 +81,27 @@ def import_tokens(options: argparse.Namespace) -> int:
         from minilm.orchestrator.resolve.folders import tokenizer_name
 
         given["source_tokenizer"] = tokenizer_name(given["source_tokenizer"])
-    return _import(options, options.inputs, options.source, given)
+    return _import(options, options.inputs, options.source, given | source_options(options.option))
+
+
+def source_options(texts: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` each. Raises `UserError` for what is none, or has no value of JSON."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        try:
+            read = yaml.safe_load(value)
+            json.dumps(read)
+        except (yaml.YAMLError, TypeError):
+            read = equals = ""
+        if not key or not equals:
+            raise UserError(
+                f"--option: given {text!r}; allowed: KEY=VALUE with a text, number, list or true/false"
+            )
+        found[key] = read
+    return found
 
 
 def _import(options: argparse.Namespace, inputs: Any, source: str, given: dict[str, Any]) -> int:

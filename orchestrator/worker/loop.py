@@ -30,7 +30,7 @@ from minilm.orchestrator.train.numerics import AUTOCAST
 from minilm.orchestrator.train.step import StepOutcome, train_step
 from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, forget_start_failures
 from minilm.orchestrator.worker.errors import Evicted, PeerFailed
-from minilm.orchestrator.worker.evaluate import heldout_divergence
+from minilm.orchestrator.worker.evaluate import HeldOutPass, evaluate
 from minilm.orchestrator.worker.export import finish_stage
 from minilm.orchestrator.worker.metric_logger import MetricLogger
 from minilm.orchestrator.worker.resume import resume
@@ -244,16 +244,18 @@ class StageRun:
 
     def evaluate(self, done: int) -> None:
         self.expect_long("evaluating", done)
-        divergence = heldout_divergence(
-            self.distiller,
-            self.held_out,
-            rows=self.spec.measuring.held_out_rows,
-            micro_batch=self.spec.micro_batch,
-            autocast=AUTOCAST[self.precision],
-            world=self.world,
+        measured = evaluate(
+            HeldOutPass(
+                self.distiller,
+                self.held_out,
+                rows=self.spec.measuring.held_out_rows,
+                micro_batch=self.spec.micro_batch,
+                autocast=AUTOCAST[self.precision],
+                world=self.world,
+            )
         )
         with self.writing():
-            self.metric_logger.heldout(done, divergence)
+            self.metric_logger.heldout(done, measured)
         self.watchdog.alive()
 
     def save_if_due(self, done: int, stop: bool) -> None:

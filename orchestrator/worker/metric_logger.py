@@ -66,13 +66,13 @@ class MetricLogger:
             self.fence.check()
             self.step_metrics.append(step, self.metrics)
 
-    def heldout(self, step: int, divergence: dict[str, dict[str, float]]) -> None:
-        """Log the held-out divergence, by student and term. The time it took does not count as training."""
+    def heldout(self, step: int, measured: dict[str, dict[str, float]]) -> None:
+        """Log what was measured on held-out rows, by student and name. The time it took does not count as training."""
         self.restart(step)
         if self.heldout_metrics:
             self.fence.check()
             self.heldout_metrics.append(
-                step, {f"{s}/heldout/{t}": v for s, terms in divergence.items() for t, v in terms.items()}
+                step, {f"{s}/heldout/{t}": v for s, terms in measured.items() for t, v in terms.items()}
             )
 
     def beat(self, doing: str, step: int, *, force: bool = False) -> None:
