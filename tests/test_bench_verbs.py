@@ -65,12 +65,8 @@ def test_gradient_sum_prints_a_row_for_each_sum(capsys):
     ]
     options = parser.parse_args(words)
     assert options.run(options) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "sum",
-        "---",
-        "exact",
-        "fast",
-    ]
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in (header, *rows)] == ["sum", "exact", "fast"]
     options = parser.parse_args([*words, "--json"])
     assert options.run(options) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

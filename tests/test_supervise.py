@@ -103,19 +103,19 @@ def test_what_may_take_long_has_ten_times_the_time(scene, doing):
 def test_the_heartbeat_says_at_once_that_something_else_is_done(tmp_path, monkeypatch):
     """A worker that is stopped in the second after an evaluation must not have ten times as long."""
     monkeypatch.setattr("minilm.orchestrator.worker.metric_logger.HEARTBEAT_SECONDS", 3600.0)
-    journal = MetricLogger(
+    metric_logger = MetricLogger(
         make_spec(NO_DATA, tmp_path, tmp_path), writes=True, workers=1, seq_len=8, fence=Fence("")
     )
 
     def told(doing: str, step: int) -> tuple[str, int]:
-        journal.beat(doing, step)
+        metric_logger.beat(doing, step)
         beat = read_json(StageFolder(tmp_path).heartbeat)
         assert beat is not None
         return beat["doing"], beat["step"]
 
     assert [told("evaluating", 5), told("training", 6)] == [("evaluating", 5), ("training", 6)]
     assert told("training", 7) == ("training", 6), "steps are told by the clock"
-    journal.close()
+    metric_logger.close()
 
 
 def test_a_heartbeat_of_an_older_attempt_or_half_a_file_is_none(scene, tmp_path):

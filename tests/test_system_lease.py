@@ -246,3 +246,17 @@ def test_storage_that_does_not_say_who_may_write_is_asked_again_and_is_no_refuse
             Fence(str(held.path)).check()
         assert not is_final(raised.value)
     held.release()
+
+
+@pytest.mark.parametrize("owner", [None, "ours", "theirs"])
+def test_a_fence_with_a_store_asks_who_owns_it(owner):
+    fence = Fence("", SimpleNamespace(where="s3://bucket/stage", owner=lambda: owner), "ours")
+    if owner != "theirs":
+        fence.check()
+        return
+    with pytest.raises(LeaseHeld) as refused:
+        fence.check()
+    assert str(refused.value) == (
+        "another run (theirs) has taken over the checkpoints in s3://bucket/stage; let one of the two go on, or give "
+        "this one another compute.checkpoints"
+    )

@@ -84,7 +84,7 @@ def test_ranks_that_do_not_save_expect_to_wait_for_a_checkpoint_that_is_kept(
 def test_workers_wait_for_each_other_as_long_as_one_may_be_busy(
     tmp_path, monkeypatch, stall_seconds, expected
 ):
-    """A main worker that fetches a large checkpoint keeps the others waiting, with and without Ray."""
+    """While rank 0 fetches a large checkpoint the others wait, with and without Ray."""
     asked: list[float] = []
 
     def joins(backend, timeout):

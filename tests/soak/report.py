@@ -127,7 +127,7 @@ class Report:
             lines.append(f"{name:<12}{'holds' if not problems else f'{len(problems)} PROBLEMS'}")
             lines += [f"    {problem}" for problem in problems]
         if not self.rounds:
-            lines.append("no round was finished, so nothing is proved")
+            lines.append("no round was finished, so nothing was checked")
         return "\n".join(lines)
 
 
