@@ -136,9 +136,9 @@ def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow(finished):
 def test_a_driver_imports_no_modelling_code_before_its_workers_run(finished, tmp_path):
     """Seconds that every start, and every recovery from a dead driver, would wait for."""
     program = (
-        "import sys; from minilm.orchestrator.launch import trainer; from minilm.orchestrator.cli import main\n"
+        "import sys; from minilm.orchestrator.launch.inline import InlineLauncher; from minilm.orchestrator.cli import main\n"
         "heavy = {'transformers.modeling_utils', 'minilm.model.encoder.build'}\n"
-        "trainer.start_inline = lambda spec, pool: sys.exit(f'has {heavy & set(sys.modules) or None}')\n"
+        "InlineLauncher.start = lambda self, spec: sys.exit(f'has {heavy & set(sys.modules) or None}')\n"
         f"main(['run', {str(finished / 'tiny.yaml')!r}, '--workdir', {str(tmp_path)!r}, '--launcher', 'inline'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

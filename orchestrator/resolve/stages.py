@@ -130,8 +130,8 @@ def check_data(stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerIn
     """
     problems = []
     for resolved in stages:
-        if resolved.teacher is None:
-            continue
+        if resolved.teacher is None or resolved.source is None:
+            continue  # not here, or a student, which takes the rows and the ids of its teacher
         where, shape = f"stage {resolved.stage.name}", resolved.teacher
         if seq_len > shape.max_tokens:
             problems.append(
