@@ -136,7 +136,8 @@ def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow(finished):
 def test_a_driver_imports_no_modelling_code_before_its_workers_run(finished, tmp_path):
     """Seconds that every start, and every recovery from a dead driver, would wait for."""
     program = (
-        "import sys; from minilm.orchestrator.launch.inline import InlineLauncher; from minilm.orchestrator.cli import main\n"
+        "import sys; from minilm.orchestrator.launch.inline import InlineLauncher\n"
+        "from minilm.orchestrator.cli import main\n"
         "heavy = {'transformers.modeling_utils', 'minilm.model.encoder.build'}\n"
         "InlineLauncher.start = lambda self, spec: sys.exit(f'has {heavy & set(sys.modules) or None}')\n"
         f"main(['run', {str(finished / 'tiny.yaml')!r}, '--workdir', {str(tmp_path)!r}, '--launcher', 'inline'])"
@@ -400,7 +401,7 @@ def bad_tokenizer(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, 
     other = make_teacher(tmp_path / "other", extra_words=("zebra",))
     shutil.copy(teacher / "config.json", other / "config.json")
     data = {"text": str(text), "tokenizer": str(other), "seq_len": 32, "held_out": 0.1}
-    return {"data": data}, "the data was made with a vocabulary of"
+    return {"data": data}, "the data's vocabulary has"
 
 
 def missing_text(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, object], str]:

@@ -91,7 +91,9 @@ def test_a_data_source_with_an_option_of_its_own(tmp_path, teacher, monkeypatch,
     monkeypatch.syspath_prepend(site)
     plugin.find_source.cache_clear()
     text = tmp_path / "a.txt"
-    text.write_text("\n***\n".join(["time year people way day man thing"] * 60))
+    words = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child"]
+    texts = (" ".join(words[i % 10 :] + words[: i % 7] + words[: i % 4]) for i in range(60))
+    text.write_text("\n***\n".join(texts))
     by_hand = import_data(
         [text], str(teacher), tmp_path / "one", source="dashes", options={"separator": "***"}, seq_len=16
     )
