@@ -27,7 +27,7 @@ from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.system.processes import descendants
 from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, reached
 from tests.support import make_spec
-from tests.test_curriculum import write_recipe
+from tests.test_driver_curriculum import write_recipe
 
 
 def test_processor_time_is_that_of_the_whole_tree():

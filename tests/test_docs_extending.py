@@ -26,7 +26,7 @@ from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.worker.evaluate import EVALUATORS
 from minilm.orchestrator.worker.loop import run_stage
 from tests.support import make_spec
-from tests.test_curriculum import write_recipe
+from tests.test_driver_curriculum import write_recipe
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
 FAMILY, TERM, SOURCE, LAUNCHER, MEASUREMENT = re.findall(

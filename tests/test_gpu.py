@@ -1,6 +1,7 @@
 """What only a GPU shows: no host sync in a step, the CPU's gradients, the same bits twice, bounded memory.
 
-`pytest -m gpu` runs these and the compiled twins of tests/test_kernels.py; docs/benchmarks.md lists what to measure.
+`pytest -m gpu` runs these and the compiled twins of tests/test_model_kernels.py; docs/benchmarks.md lists what to
+measure.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
 from tests.support import make_spec
-from tests.test_encoder import batch, tiny_model
-from tests.test_step import one_step
+from tests.test_model_encoder import batch, tiny_model
+from tests.test_train_step import one_step
 
 pytestmark = pytest.mark.gpu
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on the device

@@ -27,7 +27,7 @@ from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.step import StudentState, num_values, train_step
 from tests.conftest import make_teacher
-from tests.test_curriculum import write_recipe
+from tests.test_driver_curriculum import write_recipe
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.rooms import PACKAGES, ROOT, module_name, modules
 from tests.support import crowded_folder
-from tests.test_curriculum import write_recipe
+from tests.test_driver_curriculum import write_recipe
 
 BUILD = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
 IMPORT_ALL = """

@@ -1,8 +1,8 @@
 """Encoder families: everything that is known of an architecture by its name, one row each.
 
 To add one, write its row: what its config calls things, how its weight matrices are divided, and an adapter if its
-attention does not call transformers' attention interface (mpnet.py is an example). `tests/test_encoder.py` and
-`tests/test_initialize.py` run over every row.
+attention does not call transformers' attention interface (mpnet.py is an example). `tests/test_model_encoder.py` and
+`tests/test_model_initialize.py` run over every row.
 
 Leaves out: modelling code, which takes seconds to import and is not needed to check a recipe.
 """

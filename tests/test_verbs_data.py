@@ -12,7 +12,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.data import add_data_verbs
 from tests.data_cases import make_documents, make_tokenizer
-from tests.test_foreign import write_megatron
+from tests.test_data_foreign_formats import write_megatron
 
 
 def minilm_data(*words):

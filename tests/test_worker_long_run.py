@@ -15,7 +15,7 @@ import pytest
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.system.files import read_json
 from tests.conftest import make_teacher
-from tests.test_curriculum import write_recipe
+from tests.test_driver_curriculum import write_recipe
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
 

@@ -1,7 +1,7 @@
 """MPNet with real, base-sized weights: the tap against a forward written by hand from the file, and a short lesson.
 
 MINILM_MPNET names a folder with config.json, model.safetensors and a tokenizer, of microsoft/mpnet-base or of an
-encoder fine-tuned from it: MINILM_MPNET=FOLDER pytest -m slow tests/test_real_mpnet.py. Without it nothing runs.
+encoder fine-tuned from it: MINILM_MPNET=FOLDER pytest -m slow tests/test_model_real_mpnet.py. Without it nothing runs.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from minilm.orchestrator.system.files import read_json
 from minilm.orchestrator.system.processes import Process, family
 from tests.ports import free_port
 from tests.support import crowded_folder, has_checkpoint
-from tests.test_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
+from tests.test_driver_curriculum import digests, finished, minilm, run, wait_for, write_recipe  # noqa: F401 (a fixture)
 
 # the first one also starts the head and makes the run that is left alone
 pytestmark = pytest.mark.timeout(900)

@@ -16,7 +16,7 @@ import pytest
 
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.system.files import read_json
-from tests.test_curriculum import minilm, wait_for, write_recipe
+from tests.test_driver_curriculum import minilm, wait_for, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = Path(sys.executable).parent / "ray"

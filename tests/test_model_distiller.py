@@ -170,7 +170,9 @@ def test_a_student_that_is_the_teacher():
         Distiller(same, {"s": TappedEncoder(same.model, 1)}, Objective.named("minilm"))
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"soft-label-mlm"}))  # see test_softlabels.py
+@pytest.mark.parametrize(
+    "name", sorted(OBJECTIVES.keys() - {"soft-label-mlm"})
+)  # see test_model_soft_labels.py
 def test_every_objective_trains_exactly_what_it_names(name):
     """The same loop for all of them; two students of unequal depth share the teacher pass."""
     students = {"deep": student(1, layers=2), "flat": student(2, layers=1)}

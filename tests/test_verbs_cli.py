@@ -81,7 +81,7 @@ def test_check_says_everything_that_is_wrong_with_all_recipes(tmp_path, capsys):
 
 def test_check_looks_at_the_configs_of_teachers_that_are_here(tmp_path, capsys, text, teacher):
     """And refuses what a run would refuse, with what is allowed; weights are not read."""
-    from tests.test_curriculum import write_recipe
+    from tests.test_driver_curriculum import write_recipe
 
     here = tmp_path / "teacher"
     shutil.copytree(teacher, here)
@@ -118,7 +118,7 @@ def test_pull_needs_to_know_which_registry(tmp_path, capsys, monkeypatch):
 
 
 def test_a_work_directory_that_cannot_be_made(tmp_path, capsys, text, teacher):
-    from tests.test_curriculum import write_recipe
+    from tests.test_driver_curriculum import write_recipe
 
     (tmp_path / "file").touch()
     assert (
@@ -134,8 +134,8 @@ def test_a_finished_run_tells_the_tracker_what_it_could_not(tmp_path, monkeypatc
 
     import minilm.orchestrator.tracking.tracking
     from minilm.orchestrator.recipe.load import load_recipe
-    from tests.test_curriculum import write_recipe
-    from tests.test_progress import make_summary
+    from tests.test_driver_curriculum import write_recipe
+    from tests.test_driver_status_line import make_summary
 
     recipe_file = write_recipe(tmp_path, text, teacher)
     recipe, work = load_recipe(recipe_file), tmp_path / "work"

@@ -1,6 +1,6 @@
 """Rows grouped by length: every row once, gradients as without groups.
 
-That the bits are the same for any worker count is in test_two_workers.py.
+That the bits are the same for any worker count is in test_worker_two_workers.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, gr
 from minilm.orchestrator.train.build import build_distiller
 from minilm.orchestrator.worker.evaluate import heldout_divergence
 from tests.support import make_spec
-from tests.test_encoder import tiny_config
-from tests.test_step import ALONE, one_step
+from tests.test_model_encoder import tiny_config
+from tests.test_train_step import ALONE, one_step
 
 
 def padded(lengths, tokens=512, pad=1, seed=0):

@@ -14,7 +14,7 @@ import pytest
 from minilm.model.export import weights_digest
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.system.files import read_json
-from tests.test_curriculum import minilm, run, wait_for, write_recipe
+from tests.test_driver_curriculum import minilm, run, wait_for, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
