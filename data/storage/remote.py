@@ -22,7 +22,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 
 from minilm.data.errors import DataError, OriginError
-from minilm.data.format.manifest import CHECKSUMS, TOKENIZER
+from minilm.data.format.manifest import CHECKSUMS, TOKENIZER, check_files
 from minilm.data.storage.retry import RetryPolicy, TransientError, one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -204,11 +204,13 @@ class _Sequential(io.RawIOBase):
         return count
 
 
-def fetch_small_files(store: Store, split: str, into: Path) -> None:
-    """Everything of a data set but its manifest and shards; `split` is "" or "held-out/"."""
+def fetch_small_files(store: Store, into: Path, pinned: dict[str, str]) -> None:
+    """Checksums and tokenizer of a data set. OriginError for a file that does not have its sha256 in `pinned`."""
     (into / TOKENIZER).mkdir(parents=True, exist_ok=True)
-    for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
-        write_whole(into / name, store.read(split + name))
+    for name in (CHECKSUMS, *(pinned or [f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES])):
+        write_whole(into / name, store.read(name))
+    for name, what in check_files(into, pinned).items():
+        raise OriginError(f"{store.url}/{name}: {what} in the manifest; put a whole copy there")
 
 
 def write_whole(path: Path, raw: bytes) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from minilm.data.errors import DataError
-from minilm.data.tokenizer import load_tokenizer, vocabulary_fingerprint
+from minilm.data.tokenizer import (
+    has_tokenizer,
+    load_tokenizer,
+    pipeline_difference,
+    pipeline_fingerprint,
+    vocabulary_fingerprint,
+)
 from minilm.model.encoder.shape import EncoderShape, load_config, shape_of, tapped_layer
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
@@ -118,12 +123,23 @@ def check_vocabulary(where: str, teacher: Path, shape: EncoderShape, data: DataS
             f"{where}: the data was made with a vocabulary of {info.vocab_size} tokens, the teacher knows "
             f"{shape.vocab_size}; build the data with the teacher's tokenizer"
         )
-    try:
-        own = load_tokenizer(str(teacher))
-    except DataError:
-        return  # a teacher without tokenizer files: the sizes are all there is to compare
+    if not has_tokenizer(teacher):
+        return  # the sizes are all there is to compare
+    own = load_tokenizer(str(teacher))
     if vocabulary_fingerprint(own) != info.vocabulary_fingerprint:
         raise UserError(
             f"{where}: the data was made with another tokenizer than the teacher's in {teacher} (same ids would mean "
             f"other tokens); build the data with `--tokenizer {teacher}`"
+        )
+    if pipeline_fingerprint(own) == info.pipeline_fingerprint:
+        return
+    made_with = load_tokenizer(
+        data.tokenizer
+    )  # older data do not pin how text becomes tokens; other versions say it
+    if pipeline_fingerprint(own) != pipeline_fingerprint(made_with):
+        example = pipeline_difference(made_with, own)
+        raise UserError(
+            f"{where}: the data was made with another lower-casing, normalization or pre-tokenization than that of "
+            f"the teacher's tokenizer in {teacher}{example and f' ({example})'}; build the data with "
+            f"`--tokenizer {teacher}`"
         )
