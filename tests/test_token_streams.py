@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from minilm.data.builder.build import import_data
@@ -13,8 +14,9 @@ from minilm.data.errors import DataError
 from minilm.data.read.indexed_dataset import IndexedRows
 from minilm.data.sources.megatron import read as read_megatron
 from minilm.data.sources.vocabulary import DROPPED, END, from_fairseq_dict, from_tokenizer
-from tests.data_cases import CLS, SEP, make_tokenizer, write_megatron
+from tests.data_cases import CLS, SEP, SPECIAL, make_tokenizer, write_megatron
 from tests.test_foreign import SMALL, documents_in, write_fairseq, write_legacy
+from tests.test_tokenizer import save, with_normalizer
 
 PAD = 0
 
@@ -82,6 +84,22 @@ def test_documents_are_cut_at_every_end_of_document(tmp_path, teacher, dtype, co
     report = bring(prefix, teacher, tmp_path / "out")
     assert report.documents == len(documents) and documents_in(tmp_path / "out") == pieces_of(expected)
     assert any("a document ends at '[SEP]' (id 3)" in note for note in report.notes)
+
+
+def test_two_documents_packed_into_one_sequence_with_the_ids_of_bert(tmp_path):
+    names = [f"t{i}" for i in range(20_000)]
+    for name, number in zip(SPECIAL, (0, 100, 101, 102, 103), strict=True):
+        names[number] = name
+    tokenizer = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    bert = save(tokenizer, tmp_path / "bert")
+    one = [1996, 4937, 2938, 2006, 1996, 13523]
+    two, three = [1037, 3899, 2743, 1999, 1996, 2380], [5055, 6170, 2012, 6440]
+    prefix = write_megatron(tmp_path / "d", [[[*one, 102, *two, 102]], [[*three, 102]]])
+    assert bring(prefix, bert, tmp_path / "out").documents == 3
+    assert documents_in(tmp_path / "out") == sorted([tuple(one), tuple(two), tuple(three)])
+    rows = IndexedRows(prefix, tokenizer=bert, seq_len=16, source_tokenizer=bert)
+    assert rows.read([0]).input_ids.tolist() == [[101, *one, 102, *two, 102, 102]]
 
 
 def test_doubled_ends_padding_and_begins_make_no_documents(tmp_path, teacher):
@@ -234,10 +252,6 @@ def test_dictionaries_are_split_at_line_feeds_and_counts_may_be_anything(tmp_pat
 
 
 def test_a_source_of_the_same_vocabulary_and_other_lower_casing_is_refused(tmp_path, teacher):
-    from tokenizers import normalizers
-
-    from tests.test_tokenizer import with_normalizer
-
     cased = with_normalizer(teacher, tmp_path / "cased", normalizers.BertNormalizer(lowercase=False))
     prefix = write_megatron(tmp_path / "m", [[[5] * 20]])
     with pytest.raises(

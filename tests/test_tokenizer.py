@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from minilm.data.errors import DataError
@@ -108,14 +108,8 @@ def test_bytes_need_no_unknown_token(tmp_path):
 
 def test_a_normalizer_that_takes_foreign_letters_out_is_the_makers_choice(tmp_path):
     tokenizer = trained("bpe", "only latin letters live here")
-    tokenizer.normalizer = normalizers.Replace(pre_tokenizers_regex("[^a-z ]"), "")
+    tokenizer.normalizer = normalizers.Replace(Regex("[^a-z ]"), "")
     assert load_tokenizer(save(tokenizer, tmp_path))("xγ")["input_ids"]
-
-
-def pre_tokenizers_regex(pattern):
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 def test_a_vocabulary_that_its_own_rules_never_reach_is_refused(tmp_path):
