@@ -50,7 +50,8 @@ class SpecialIds(NamedTuple):
 
 
 def load_tokenizer(path_or_hub_id: str) -> Any:
-    """A fast tokenizer from a folder or hub id. DataError when it cannot be loaded or fails a round trip."""
+    """A fast tokenizer from a folder or hub id. DataError when it cannot be loaded, has no unknown token
+    for what its vocabulary does not hold, or does not know its own tokens."""
     where = str(Path(path_or_hub_id).expanduser()) if path_or_hub_id.startswith("~") else path_or_hub_id
     if (where.startswith((".", "/")) or Path(where).exists()) and not has_tokenizer(Path(where)):
         raise DataError(

@@ -148,6 +148,18 @@ def test_a_data_set_of_before_there_were_pins_stays_usable(data, tmp_path):
         describe([CorpusSpec("a", str(old))])
 
 
+def test_behind_a_url_what_an_older_data_set_does_not_pin_is_named(data, tmp_path):
+    server = BadServer(without_pins(data, tmp_path / "old"))
+    report = verify(server.url)
+    server.close()
+    assert report.whole and report.not_pinned == [
+        "tokenizer/",
+        "held-out/tokenizer/",
+        "build.json",
+        "report/",
+    ]
+
+
 def test_pins_change_no_fingerprint_and_cannot_be_lost(data):
     manifest = load_manifest(data)
     assert replace(manifest, files={}).fingerprint == manifest.fingerprint

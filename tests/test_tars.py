@@ -31,7 +31,9 @@ PACKERS = {
     "gz": gzip.compress,
     "xz": lzma.compress,
     "bz2": bz2.compress,
-    "zst": zstandard.ZstdCompressor().compress,
+    "zst": zstandard.ZstdCompressor(
+        write_checksum=True
+    ).compress,  # as zstd writes it; without, damage is not told
 }
 
 
@@ -405,3 +407,48 @@ def test_damage_in_tars_is_never_silent(tmp_path):
 @pytest.mark.timeout(3600)
 def test_a_thousand_damages_in_tars_are_never_silent(tmp_path):
     assert damage_tars(tmp_path, random.Random(6), 1000) == []
+
+
+def damage_packed(tmp_path, packer, rng, count):
+    """Damages packed bytes `count` times; a line for each time that the format's own program sees it otherwise."""
+    program = {"gz": "gzip", "zst": "zstd", "bz2": "bzip2"}.get(packer, packer)
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    raw = " ".join(make_documents(60)).encode()
+    whole = PACKERS[packer](raw[:3000]) + PACKERS[packer](raw[3000:])
+    path, wrong = tmp_path / f"a.{packer}", []
+    for _ in range(count):
+        damaged, at = bytearray(whole), rng.randrange(len(whole))
+        match rng.choice(["flip", "cut", "insert", "append"]):
+            case "flip":
+                damaged[at] ^= 1 << rng.randrange(8)
+            case "cut":
+                del damaged[max(6, at) :]
+            case "insert":
+                damaged[at:at] = rng.randbytes(rng.randint(1, 9))
+            case "append":
+                damaged += rng.choice([rng.randbytes(rng.randint(1, 40)), bytes(rng.randint(1, 40))])
+        path.write_bytes(damaged)
+        done = subprocess.run([program, "-dc", str(path)], capture_output=True, check=False)
+        theirs = None if done.returncode else done.stdout
+        ours, stream = b"", unpacked_stream(io.BytesIO(bytes(damaged)), "a")
+        try:
+            while piece := stream.read(1 << 20):
+                ours += piece
+        except DataError:
+            continue
+        if ours != theirs and ours != bytes(damaged):  # without its first bytes it is no packed file
+            wrong.append(f"{packer}: {len(ours)} bytes, {program} {done.stderr[:80]!r}")
+    return wrong
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_damage_in_packed_bytes_is_never_silent(tmp_path, packer):
+    assert damage_packed(tmp_path, packer, random.Random(7), 40) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("packer", PACKERS)
+def test_a_thousand_damages_in_packed_bytes_are_never_silent(tmp_path, packer):
+    assert damage_packed(tmp_path, packer, random.Random(8), 1000) == []

@@ -20,6 +20,7 @@ from typing import Any
 
 from minilm.data.errors import DataError, OriginError
 from minilm.data.format.manifest import (
+    BUILD_FILE,
     CHECKSUMS,
     HELD_OUT,
     MANIFEST,
@@ -153,6 +154,7 @@ def _verify_url(
     damage += _in_threads(check, shards, sizes, threads, progress)
     seconds = time.monotonic() - begin
     not_pinned = [f"{split}{TOKENIZER}/" for split, manifest in manifests.items() if not manifest.files]
+    not_pinned += [] if manifests[""].files else [BUILD_FILE, "report/"]
     fingerprint = manifests[""].fingerprint
     return VerifyReport(store.url, fingerprint, len(shards), sum(sizes), seconds, damage, not_pinned)
 
