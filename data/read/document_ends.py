@@ -1,6 +1,6 @@
 """Where documents end in a stream of tokens that is read in place, so that no two are glued together.
 
-Most streams hold an end-of-document id behind every document; then every end that is read is checked for it. Others
+Most streams hold an end-of-document id after every document; then every end that is read is checked for it. Others
 hold none, and only the index knows: then one is put in, in closed form, when rows are read. A stream that has some and
 lacks others is refused.
 """
@@ -27,7 +27,7 @@ class Places(NamedTuple):
 
 
 class DocumentEnds:
-    """`ends` (ascending): the places behind the last token of each document. `is_end(places)` tells whether tokens are
+    """`ends` (ascending): the places after the last token of each document. `is_end(places)` tells whether tokens are
     end-of-document ids (bool)."""
 
     def __init__(self, index: Index, is_end: Callable[[Integers], npt.NDArray[np.bool_]]):

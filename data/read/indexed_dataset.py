@@ -83,9 +83,7 @@ class IndexedRows:
         size = max(teacher.get_vocab().values()) + 1
         pipeline = pipeline_fingerprint(teacher)
         self.tokenizer = TokenizerInfo(vocabulary_fingerprint(teacher), size, *special, pipeline)
-        ids = [
-            DROPPED if number == END else number for number in mapping.ids
-        ]  # as fingerprints always had them
+        ids = [DROPPED if number == END else number for number in mapping.ids]  # keeps older fingerprints
         self.fingerprint = _fingerprint(index.prefix, seq_len, ids, "separated" if self._ends.inserts else "")
         self.counters = Counters()
 

@@ -1,6 +1,6 @@
 """The source "megatron": documents of Megatron's `.bin`/`.idx` pairs. Options: source_tokenizer.
 
-A document is the run of sequences between two document indices, cut behind every end-of-document id (the tokenizer's
+A document is the run of sequences between two document indices, cut after every end-of-document id (the tokenizer's
 SEP and EOS) inside it. Those ids and padding are dropped.
 """
 
@@ -64,7 +64,7 @@ def documents(
     *,
     sequences_end: bool = False,
 ) -> Iterator[Document]:
-    """Documents first … last - 1: the sequences between bounds, joined, mapped, and cut behind every END.
+    """Documents first … last - 1: the sequences between bounds, joined, mapped, and cut after every END.
 
     `sequences_end`: an END that is a sequence's last token ends the sequence alone (fairseq's). The first piece of a
     document has its number as position, every further one 2^63 + the number of tokens before it.

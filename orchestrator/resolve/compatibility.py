@@ -133,9 +133,8 @@ def check_vocabulary(where: str, teacher: Path, shape: EncoderShape, data: DataS
         )
     if pipeline_fingerprint(own) == info.pipeline_fingerprint:
         return
-    made_with = load_tokenizer(
-        data.tokenizer
-    )  # older data do not pin how text becomes tokens; other versions say it
+    # Older data do not pin how text becomes tokens, and another version of `tokenizers` may write the same otherwise.
+    made_with = load_tokenizer(data.tokenizer)
     if pipeline_fingerprint(own) != pipeline_fingerprint(made_with):
         example = pipeline_difference(made_with, own)
         raise UserError(
