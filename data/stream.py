@@ -205,9 +205,9 @@ def _corpora(
                 f"{first.seq_len}; "
                 "corpora that are mixed need the same seq_len: build one of them again"
             )
-        if corpus.rows.tokenizer != first.tokenizer:
+        if differs := corpus.rows.tokenizer.difference(first.tokenizer):
             raise DataError(
-                f"corpus {number} was tokenized with another vocabulary than the first one; "
+                f"corpus {number} was tokenized with another {differs} than the first one; "
                 "build one of them again with the teacher's tokenizer"
             )
     return corpora

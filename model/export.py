@@ -39,6 +39,11 @@ _TOKENIZER_FILES = (
 )
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in `folder` that an export takes along."""
+    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+
+
 def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, card: str) -> None:
     """Write `model` with the tokenizer of `tokenizer_folder` and `card` as README.md to the folder `out`,
     atomically.
@@ -48,19 +53,15 @@ def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, 
     """
     from minilm.model.encoder.build import quiet_transformers
 
-    tokenizer_files = [
-        tokenizer_folder / name for name in _TOKENIZER_FILES if (tokenizer_folder / name).is_file()
-    ]
-    if not any(
-        file.suffix in (".json", ".txt", ".model") and "config" not in file.name for file in tokenizer_files
-    ):
+    files = tokenizer_files(tokenizer_folder)
+    if not any(file.suffix in (".json", ".txt", ".model") and "config" not in file.name for file in files):
         raise ModelError(f"{tokenizer_folder} holds no tokenizer; give the tokenizer/ folder of the data set")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary, lock = _temporary_folder(out)
     try:
         with quiet_transformers():
             model.save_pretrained(temporary)
-        for file in tokenizer_files:
+        for file in files:
             shutil.copyfile(file, temporary / file.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for file in temporary.iterdir():

@@ -407,11 +407,12 @@ def test_verify_of_a_url_reads_everything_that_a_reader_would(tmp_path):
     assert told.keys() == {
         "blocks.xxh3",
         "held-out/blocks.xxh3",
-        "held-out/tokenizer",
+        "held-out/tokenizer/tokenizer.json",
+        "held-out/tokenizer/tokenizer_config.json",
         "held-out/shard-000000.tar",
     }
     assert told["blocks.xxh3"] == "its entries of shard-000000.tar are not what the manifest pins"
-    assert told["held-out/tokenizer"] == "its vocabulary is not the one that the manifest pins"
+    assert told["held-out/tokenizer/tokenizer.json"] == "its bytes do not have the pinned sha256"
     assert f"{server.url}/tokenizer/tokenizer.json: there is no such object" in less.text()
 
 

@@ -59,7 +59,8 @@ def damage(data):
         "shard-000002.tar",
         "held-out/shard-000000.tar",
         "blocks.xxh3",
-        "held-out/tokenizer",
+        "held-out/tokenizer/tokenizer.json",
+        "held-out/tokenizer/tokenizer_config.json",
     }
 
 

@@ -178,7 +178,7 @@ def test_a_pair_is_read_in_place_and_its_end_is_held_out(pair, sets, teacher, tm
     data = describe([pair, CorpusSpec("books", str(sets[0]), 0.5)])
     assert DataSpec.from_values(data.to_values()) == data
     (held, _), stream = open_held_out(data), open_stream(data, **ORDER)
-    total = 60 * 40 // 30
+    total = 60 * 41 // 30  # documents of 40 tokens, and a SEP put after each
     assert (held.rows.num_rows, stream.corpora[0].rows.num_rows) == (total // 10, total - total // 10)
     trained, kept = (rows.read(range(rows.num_rows)) for rows in (stream.corpora[0].rows, held.rows))
     assert trained.row_ids.tolist() == list(range(total - total // 10))

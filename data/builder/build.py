@@ -30,7 +30,7 @@ from minilm.data.format.manifest import FORMAT_VERSION, TokenizerInfo
 from minilm.data.format.pack import PACKINGS, content_len, dtype_for
 from minilm.data.format.shard import Layout, blocks_for
 from minilm.data.sources.plugin import find_source
-from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
+from minilm.data.tokenizer import load_tokenizer, pipeline_fingerprint, special_ids, vocabulary_fingerprint
 
 __all__ = ["BuildProgress", "BuildReport", "build", "import_data"]
 
@@ -123,7 +123,12 @@ def import_data(
             if (done := finished_build(out, arguments, plan.files)) is not None:
                 shutil.rmtree(out / WORK, ignore_errors=True)  # of a build that was killed when all was done
                 return done
-            info = TokenizerInfo(vocabulary_fingerprint(loaded), _vocab_size(loaded), *special_ids(loaded))
+            info = TokenizerInfo(
+                vocabulary_fingerprint(loaded),
+                _vocab_size(loaded),
+                *special_ids(loaded),
+                pipeline_fingerprint(loaded),
+            )
             layout = _layout(info, seq_len, packing, rows_per_block, shard_bytes)
             ids = (info.cls_id, info.sep_id, info.pad_id, info.unk_id)
             work = Work(source, plan.spec, plan.units, seed, held_out, packing, layout, *ids)

@@ -12,10 +12,8 @@ import xxhash
 
 from minilm.data.builder.report import BuildReport
 from minilm.data.errors import DataError
-from minilm.data.format.manifest import MANIFEST, load_manifest
+from minilm.data.format.manifest import BUILD_FILE, MANIFEST, load_manifest
 from minilm.data.storage.remote import Identity, Store, is_remote, split_url
-
-BUILD_FILE = "build.json"
 
 
 def stamps_of(paths: list[str]) -> list[dict[str, Any]]:

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from minilm.data.builder.fingerprint import BUILD_FILE
 from minilm.data.builder.local_pool import Task, run_tasks
 from minilm.data.builder.ray_pool import run_tasks_on_ray
-from minilm.data.builder.report import REPORT, BuildReport, make_report, save_report
-from minilm.data.builder.work import SPLITS, Work, save_json, save_work
+from minilm.data.builder.report import REPORT, REPORT_FILES, BuildReport, make_report, save_report
+from minilm.data.builder.work import SPLITS, Work, _whole, save_json, save_work
 from minilm.data.errors import DataError
 from minilm.data.format.files import is_temporary, sweep
 from minilm.data.format.manifest import (
+    BUILD_FILE,
     CHECKSUMS,
     HELD_OUT,
     MANIFEST,
@@ -33,8 +33,11 @@ from minilm.data.format.manifest import (
     TokenizerInfo,
     pin_of,
     save_manifest,
+    sha256_of,
+    with_pins,
 )
 from minilm.data.format.pack import content_len
+from minilm.data.format.seal import sealed
 from minilm.data.sources.plugin import Plan
 from minilm.data.sources.progress import ProgressListener
 
@@ -230,14 +233,17 @@ class BuildRun:
                     path.replace(target / path.name)
             if split == "train":
                 save_report(report, self.work.layout.seq_len, self.out / REPORT)
-                save_json(self.out / BUILD_FILE, self._saved_build(report))
+                _whole(self.out / BUILD_FILE, [sealed(self._saved_build(report))])
+            save_manifest(with_pins(manifests[split], target), self.folder / split / MANIFEST)
             os.sync()
             (self.folder / split / MANIFEST).replace(target / MANIFEST)
         shutil.rmtree(self.folder)
 
     def _saved_build(self, report: BuildReport) -> dict[str, Any]:
         arguments = {name: value for name, value in self.saved.items() if name != "files"}
-        return {"arguments": arguments, "files": self.saved["files"], "report": report.as_dict()}
+        pins = {f"{REPORT}/{name}": sha256_of(self.out / REPORT / name) for name in REPORT_FILES}
+        told = {"files": self.saved["files"], "report": report.as_dict(), "pins": pins}
+        return {"arguments": arguments, **told}
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -9,6 +9,7 @@ from minilm.data.builder.work import Work
 from minilm.data.format.pack import content_len
 
 REPORT = "report"
+REPORT_FILES = ("report.json", "report.txt", "lengths.png")
 MAX_UNKNOWN_SHARE = 0.01
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from minilm.data.errors import DamageError, DataError, OriginError
 from minilm.data.format.files import write_whole
-from minilm.data.format.manifest import MANIFEST, Shard, parse_manifest
+from minilm.data.format.manifest import MANIFEST, Shard, check_files, parse_manifest
 from minilm.data.read.quarantine import Quarantine
 from minilm.data.read.reader import RowReader
 from minilm.data.read.rows import I64, Counters
@@ -53,13 +53,14 @@ class RemoteReader(RowReader):
                 f"this run began with {fingerprint[:16]}…; put the right one back or start a new run"
             )
         folder = Path(cache) / "sets" / manifest.fingerprint
-        self._mirror_small_files(folder, raw)
+        self._mirror_small_files(folder, raw, manifest.tokenizer_files)
         super().__init__(folder, pin=pin, quarantine=quarantine)
 
-    def _mirror_small_files(self, folder: Path, manifest: bytes) -> None:
-        if (folder / MANIFEST).exists():
+    def _mirror_small_files(self, folder: Path, manifest: bytes, pinned: dict[str, str]) -> None:
+        mirrored = (folder / MANIFEST).exists() and (folder / MANIFEST).read_bytes() == manifest
+        if mirrored and not check_files(folder, pinned):
             return
-        fetch_small_files(self.store, "", folder)
+        fetch_small_files(self.store, folder, pinned)
         write_whole(folder / MANIFEST, manifest)
 
     @property

@@ -1,7 +1,7 @@
 """The source "fairseq": documents of fairseq's memory-mapped `.bin`/`.idx` pairs. Options: dict, encoder.
 
 A sequence ends with EOS. A sequence that is EOS alone separates documents; where there is none, every sequence is a
-document. EOS and padding are dropped: packing puts SEP between documents.
+document. An EOS inside a sequence ends a document too. EOS and padding are dropped: packing puts SEP between documents.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minilm.data.errors import DataError
-from minilm.data.sources.indexed import Index, read_index
+from minilm.data.sources.indexed import Index, read_index, read_once
 from minilm.data.sources.megatron import cut, documents
 from minilm.data.sources.plugin import Document, Plan, take
 from minilm.data.sources.vocabulary import Mapper, from_fairseq_dict
@@ -35,20 +35,18 @@ def plan_layout(layout: str, inputs: Sequence[str | Path], tokenizer: Any, optio
             f"files of {layout} need fairseq's dict.txt to say what their ids mean; name it as `dict`"
         )
     mapping = from_fairseq_dict(Path(dictionary), tokenizer, Path(encoder) if encoder else None)
-    indices = [read_index(given, layout) for given in inputs]
-    if not indices:
-        raise DataError("no .bin/.idx pair was given; name at least one prefix")
+    indices, notes = read_once(inputs, layout)
     units = [[n, *bounds] for n, index in enumerate(indices) for bounds in cut(document_bounds(index), index)]
     files = [index.prefix + ending for index in indices for ending in (".idx", ".bin")]
     spec = {"prefixes": [index.prefix for index in indices], "ids": mapping.ids, "names": mapping.names}
-    return Plan(spec, units, files, [f"{index.prefix}: {mapping.note}" for index in indices])
+    return Plan(spec, units, files, [f"{index.prefix}: {mapping.note}" for index in indices] + notes)
 
 
 def read_layout(layout: str, spec: Any, unit: Any) -> Iterator[Document]:
     file, first, last = unit
     index = read_index(spec["prefixes"][file], layout)
     mapper = Mapper(spec["ids"], spec["names"], index.prefix)
-    return documents(index, document_bounds(index), file, first, last, mapper)
+    return documents(index, document_bounds(index), file, first, last, mapper, sequences_end=True)
 
 
 def document_bounds(index: Index) -> np.ndarray:

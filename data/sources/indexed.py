@@ -9,7 +9,9 @@ The first two share magic and version and are told apart by the file's size. Eve
 size of the `.bin`, which is mapped, not read.
 """
 
+import hashlib
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +57,30 @@ def clean_prefix(given: str | Path) -> str:
                 f"{prefix + ending!r} is missing; name the common prefix of a .bin and an .idx file"
             )
     return prefix
+
+
+def read_once(inputs: Sequence[str | Path], layout: str) -> tuple[list[Index], list[str]]:
+    """The indices of all pairs, each pair once however often it is named, and a note for every other time."""
+    indices: list[Index] = []
+    notes: list[str] = []
+    first: dict[tuple[int, int, bytes], str] = {}
+    for given in inputs:
+        prefix = clean_prefix(given)
+        stat = Path(prefix + ".bin").stat()
+        key = (stat.st_dev, stat.st_ino, hashlib.sha256(Path(prefix + ".idx").read_bytes()).digest())
+        if key in first:
+            notes.append(f"{given}: the same pair as {first[key]}, taken once")
+            continue
+        first[key] = str(given)
+        indices.append(read_index(prefix, layout))
+    if not indices:
+        raise DataError("no .bin/.idx pair was given; name at least one prefix")
+    if not any(len(index.lengths) for index in indices):
+        raise DataError(
+            f"{indices[0].prefix + '.idx'!r} holds no sequences: the text that it was made from was empty; "
+            "run the program that wrote it again"
+        )
+    return indices, notes
 
 
 def read_index(given: str | Path, *layouts: str) -> Index:
@@ -116,6 +142,11 @@ def _mapped(prefix: str, raw: bytes) -> Index:
     if fits_megatron:
         documents = np.frombuffer(raw, "<i8", d, at + 12 * n).astype(np.int64)
         steps = np.diff(documents)
+        if n and d < 2:
+            raise DataError(
+                f"{name!r} has {n} sequences and no documents: its writer never called end_document(), which ends "
+                "each document; write it again with that call"
+            )
         if not d or documents[0] != 0 or documents[-1] != n or (steps < 0).any():
             raise DataError(
                 f"{name!r} has document bounds that do not cover its {n} sequences; it is damaged"

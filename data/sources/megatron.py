@@ -1,6 +1,7 @@
 """The source "megatron": documents of Megatron's `.bin`/`.idx` pairs. Options: source_tokenizer.
 
-A document is the run of sequences between two document indices; end-of-document and padding tokens are dropped.
+A document is the run of sequences between two document indices, cut after every end-of-document id (the tokenizer's
+SEP and EOS) inside it. Those ids and padding are dropped.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from minilm.data.errors import DataError
-from minilm.data.sources.indexed import Index, read_index
+from minilm.data.sources.indexed import Index, read_index, read_once
 from minilm.data.sources.plugin import Document, Plan, take
-from minilm.data.sources.vocabulary import Mapper, from_tokenizer, needs_tokenizer
+from minilm.data.sources.vocabulary import DROPPED, END, Mapper, from_tokenizer, needs_tokenizer
 
 UNIT_TOKENS = 1 << 22
 
@@ -22,13 +22,11 @@ def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) 
     if named is None:
         raise needs_tokenizer("megatron")
     mapping = from_tokenizer(named, tokenizer)
-    indices = [read_index(given, "megatron") for given in inputs]
-    if not indices:
-        raise DataError("no .bin/.idx pair was given; name at least one prefix")
+    indices, notes = read_once(inputs, "megatron")
     units = [[n, *bounds] for n, index in enumerate(indices) for bounds in cut(document_bounds(index), index)]
     files = [index.prefix + ending for index in indices for ending in (".idx", ".bin")]
     spec = {"prefixes": [index.prefix for index in indices], "ids": mapping.ids, "names": mapping.names}
-    return Plan(spec, units, files, [f"{index.prefix}: {mapping.note}" for index in indices])
+    return Plan(spec, units, files, [f"{index.prefix}: {mapping.note}" for index in indices] + notes)
 
 
 def read(spec: Any, unit: Any) -> Iterator[Document]:
@@ -57,12 +55,33 @@ def cut(bounds: np.ndarray, index: Index) -> list[list[int]]:
 
 
 def documents(
-    index: Index, bounds: np.ndarray, file: int, first: int, last: int, mapper: Mapper
+    index: Index,
+    bounds: np.ndarray,
+    file: int,
+    first: int,
+    last: int,
+    mapper: Mapper,
+    *,
+    sequences_end: bool = False,
 ) -> Iterator[Document]:
-    """Documents first … last - 1: the sequences between bounds, joined and mapped."""
-    tokens = index.tokens()
+    """Documents first … last - 1: the sequences between bounds, joined, mapped, and cut after every END.
+
+    `sequences_end`: an END that is a sequence's last token ends the sequence alone (fairseq's). The first piece of a
+    document has its number as position, every further one 2^63 + the number of tokens before it.
+    """
+    tokens, before = index.tokens(), np.concatenate([[0], np.cumsum(index.lengths)])
     for number in range(first, last):
-        sequences = range(int(bounds[number]), int(bounds[number + 1]))
-        parts = [tokens[index.starts[s] : index.starts[s] + index.lengths[s]] for s in sequences]
-        joined = np.concatenate(parts).astype(np.int64) + index.shift if parts else np.zeros(0, np.int64)
-        yield Document(file, number, mapper(joined))
+        begin, end = int(bounds[number]), int(bounds[number + 1])
+        parts = []
+        for sequence in range(begin, end):
+            stored = tokens[index.starts[sequence] : index.starts[sequence] + index.lengths[sequence]]
+            parts.append(mapper.map_all(stored.astype(np.int64) + index.shift))
+            if sequences_end and len(stored) and parts[-1][-1] == END:
+                parts[-1][-1] = DROPPED
+        joined = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        cuts = np.concatenate([[0], np.flatnonzero(joined == END) + 1])
+        pieces = [piece[piece >= 0].astype(np.uint32) for piece in np.split(joined, cuts[1:])]
+        found = [(int(cut), piece) for cut, piece in zip(cuts, pieces, strict=True) if len(piece)]
+        yield Document(file, number, found[0][1] if found else np.zeros(0, np.uint32))
+        for cut, piece in found[1:]:
+            yield Document(file, (1 << 63) + int(before[begin]) + cut, piece)

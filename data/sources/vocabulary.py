@@ -13,14 +13,21 @@ import numpy as np
 import numpy.typing as npt
 
 from minilm.data.errors import DataError
-from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
+from minilm.data.tokenizer import (
+    load_tokenizer,
+    pipeline_difference,
+    pipeline_fingerprint,
+    special_ids,
+    vocabulary_fingerprint,
+)
 
-DROPPED = -2  # separators and padding of the source: packing puts its own
+END = -3  # ends a document of the source; packing puts its own separators
+DROPPED = -2  # begin of sequence and padding of the source
 UNMAPPED = -1
 
 
 class Mapping(NamedTuple):
-    """`ids[i]`: the teacher's id of the source's token i, or UNMAPPED or DROPPED; `names[i]` what it is called."""
+    """`ids[i]`: the teacher's id of the source's token i, or UNMAPPED, DROPPED or END; `names[i]` what it is called."""
 
     ids: list[int]
     names: list[str]
@@ -40,12 +47,25 @@ def from_tokenizer(source: str, teacher: Any) -> Mapping:
     for theirs, our in ((special.unk, ours.unk), (special.mask, ours.mask)):
         if theirs >= 0:
             ids[theirs] = our
-    for dropped in (special.cls, special.sep, special.pad, loaded.eos_token_id, loaded.bos_token_id):
+    for dropped in (special.cls, special.pad, loaded.bos_token_id):
         if dropped is not None and dropped >= 0:
             ids[dropped] = DROPPED
+    ends = sorted({end for end in (special.sep, loaded.eos_token_id) if end is not None and end >= 0})
+    for end in ends:
+        ids[end] = END
     same = vocabulary_fingerprint(loaded) == vocabulary_fingerprint(teacher)
+    if same and pipeline_fingerprint(loaded) != pipeline_fingerprint(teacher):
+        example = pipeline_difference(loaded, teacher)
+        raise DataError(
+            f"source_tokenizer {source!r} has the teacher's vocabulary, but another lower-casing, normalization or "
+            f"pre-tokenization{example and f' ({example})'}; if the ids are the teacher's own nevertheless, name the "
+            "teacher's tokenizer as `source_tokenizer`"
+        )
     how = "the teacher's own vocabulary" if same else "tokens mapped by name to the teacher's vocabulary"
-    return Mapping(ids, names, f"{how} (tokenized with {source})")
+    cuts = ", ".join(f"{names[end]!r} (id {end})" for end in ends)
+    return Mapping(
+        ids, names, f"{how} (tokenized with {source}); a document ends at {cuts or 'bounds of the index'}"
+    )
 
 
 def from_fairseq_dict(path: Path, teacher: Any, encoder: Path | None) -> Mapping:
@@ -60,21 +80,25 @@ def from_fairseq_dict(path: Path, teacher: Any, encoder: Path | None) -> Mapping
             f"the symbols of {str(path)!r} are numbers of another vocabulary; name its encoder.json as `encoder`"
         )
     target, ours = teacher.get_vocab(), special_ids(teacher)
-    ids = [DROPPED, DROPPED, DROPPED, ours.unk, *(target.get(name, UNMAPPED) for name in names[4:])]
+    ids = [DROPPED, DROPPED, END, ours.unk, *(target.get(name, UNMAPPED) for name in names[4:])]
     return Mapping(ids, names, f"symbols of {path.name} mapped by name to the teacher's vocabulary")
 
 
 def _symbols(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = (
+            path.read_bytes().decode("utf-8").split("\n")
+        )  # symbols may be what else Unicode calls a line end
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"dictionary {str(path)!r} cannot be read ({error}); name fairseq's dict.txt"
         ) from error
+    if not lines[-1]:
+        lines.pop()
     symbols = []
     for number, line in enumerate(lines, start=1):
-        parts = line.removesuffix(" #fairseq:overwrite").rsplit(" ", 1)
-        if len(parts) != 2 or not parts[1].isdigit():
+        parts = line.removesuffix("\r").removesuffix(" #fairseq:overwrite").rsplit(" ", 1)
+        if len(parts) != 2:  # the count may be anything: nothing is made of it
             raise DataError(
                 f"dictionary {str(path)!r}, line {number}: `symbol count` is expected, got {line[:40]!r}"
             )
@@ -103,10 +127,10 @@ class Mapper:
     def __call__(self, tokens: npt.NDArray) -> npt.NDArray[np.uint32]:
         """Teacher ids of the tokens that are kept. DataError names a token that cannot be mapped."""
         mapped = self.map_all(tokens)
-        return mapped[mapped != DROPPED].astype(np.uint32)
+        return mapped[mapped >= 0].astype(np.uint32)
 
     def map_all(self, tokens: npt.NDArray) -> npt.NDArray[np.int64]:
-        """As above, with DROPPED left in place."""
+        """As above, with DROPPED and END left in place."""
         if len(tokens) and (tokens.min() < 0 or tokens.max() >= len(self._ids)):
             wrong = int(tokens[(tokens < 0) | (tokens >= len(self._ids))][0])
             raise DataError(

@@ -1,50 +1,88 @@
 """The source "webdataset": other people's tars, one text or one array of token ids a sample.
 
-Options: field (which part of a sample: txt, json, npy or one ending in those; the first that fits by default),
-text_field (the field of a json part), source_tokenizer (for token ids).
+Options: field (which part of a sample: one named txt, text, caption, json or npy, or ending in those), text_field (the
+field of a json part), source_tokenizer (for token ids).
 
-Tars are files or URLs (data.remote: its schemes, its retries), read once, front to back. `tarfile`, and `webdataset`
-on top of it, takes a damaged header for the end of the archive (cpython#120740) and drops the rest without a word;
-so a strict walk of our own sees every byte that goes by, and must find the same members. Nothing is executed: no
-pipe:, no pickles, and of a sample only the chosen field is decoded.
+Tars are files, also packed ones, or URLs (data.storage.remote: its schemes, its retries). Members of one key, the name
+up to its first dot, that follow one another are a sample, as webdataset has it. The text is the first that the samples
+have of the parts txt, text, caption, json (there text, txt, content, caption, …, then the one field that reads like
+prose), npy; where that leaves a choice the import asks. Folders, devices, hidden files, names without an ending and
+README's are no samples, and are counted. A text that is a link or a sparse file, or that a sample lacks, is an error.
+Nothing is executed: no pipe:, no pickles, and of a sample only the chosen field is decoded.
 """
 
 import io
 import json
-import tarfile
+import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from minilm.data.errors import DataError
 from minilm.data.sources.plugin import Document, Plan, take
 from minilm.data.sources.progress import tell
+from minilm.data.sources.tar_members import Member, members
+from minilm.data.sources.unpack import unpacked_stream
 from minilm.data.sources.vocabulary import Mapper, from_tokenizer, needs_tokenizer
 from minilm.data.storage.remote import Identity, Store, is_remote, split_url
 
-KINDS = ("txt", "json", "npy")
-_RECORD = 512
+_TEXT = ("txt", "text", "caption")
+KINDS = (*_TEXT, "json", "npy")  # in the order in which they are preferred
+_TEXT_FIELDS = ("text", "txt", "content", "caption", "body", "article", "document", "sentence")
+_LOOKED_AT, _LOOKED_AT_REMOTE = 64, 4  # samples, to choose the text by
+_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+_ABOUT = {"readme", "license", "licence", "notice", "changelog", "citation"}
+
+
+class Sample(NamedTuple):
+    """`parts`: the members of one key by what follows its first dot; `contents`: the bytes of those that were read."""
+
+    key: str
+    parts: dict[str, Member]
+    contents: dict[str, bytes]
+
+
+class Counts:
+    """What a walk over a tar has met: samples, members that are none, and archives one after another."""
+
+    def __init__(self) -> None:
+        self.samples = self.archives = 0
+        self.left_out: list[str] = []
+
+    def text(self) -> str:
+        told = [f"{self.samples} samples"]
+        if self.archives > 1:
+            told.append(f"{self.archives} archives one after another")
+        if self.left_out:
+            named = ", ".join(self.left_out[:3]) + (", …" if len(self.left_out) > 3 else "")
+            told.append(f"{len(self.left_out)} members that are no samples left out ({named})")
+        return ", ".join(told)
 
 
 def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) -> Plan:
     field, text_field, named = take(options, "webdataset", "field", "text_field", "source_tokenizer")
-    paths = [_place(given) for given in inputs]
+    paths, notes = _once([_place(given) for given in inputs])
     if not paths:
         raise DataError("no tar was given; name at least one")
     identities = [_identity(path) for path in paths]
-    first = next(_samples(paths[0], identities[0], Walk(paths[0])), None)
-    if first is None:
+    looked_at: list[Sample] = []
+    path = paths[0]
+    for path, identity in zip(paths, identities, strict=True):
+        count = _LOOKED_AT if identity is None else _LOOKED_AT_REMOTE
+        looked_at = list(islice(_samples(path, identity, KINDS, Counts()), count))
+        if looked_at:
+            break
+    else:
         raise DataError(f"{paths[0]!r} holds no samples; give tars with text or token ids")
-    field = field or next((name for name in first if name.rsplit(".", 1)[-1] in KINDS), None)
-    if field not in first or field.rsplit(".", 1)[-1] not in KINDS:
-        parts = ", ".join(name for name in first if not name.startswith("__"))
-        raise DataError(
-            f"{paths[0]!r} has no field {field!r} of kind {', '.join(KINDS)}; its samples have: {parts}"
-        )
-    if field.endswith("json") and text_field is None:
-        text_field = _longest_field(paths[0], first[field])
+    field = _choose_part(path, looked_at, field)
+    example = ""
+    if _kind(field) == "json":
+        text_field, example = _choose_field(path, looked_at, field, text_field)
+    elif _kind(field) in _TEXT:
+        example = _example(looked_at, field)
     spec: dict[str, Any] = {
         "paths": paths,
         "identities": identities,
@@ -54,45 +92,133 @@ def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) 
         "names": None,
     }
     note = f"text from part {field!r}" + (f", field {text_field!r}" if text_field else "")
-    if field.endswith("npy"):
+    note += f", such as {example!r}" if example else ""
+    if _kind(field) == "npy":
         if named is None:
             raise needs_tokenizer("webdataset")
         mapping = from_tokenizer(named, tokenizer)
         spec.update(ids=mapping.ids, names=mapping.names)
         note = f"token ids from part {field!r}, {mapping.note}"
-    return Plan(spec, [[file] for file in range(len(paths))], paths, [f"{path}: {note}" for path in paths])
+    told = [f"{path}: {note}{_walked(path)}" for path in paths]
+    return Plan(spec, [[file] for file in range(len(paths))], paths, told + notes)
 
 
 def read(spec: Any, unit: Any) -> Iterator[Document]:
     [file] = unit
     path, field = spec["paths"][file], spec["field"]
     mapper = Mapper(spec["ids"], spec["names"], path) if spec["ids"] is not None else None
-    walk, seen = Walk(path), 0
-    for position, sample in enumerate(_samples(path, spec["identities"][file], walk)):
-        seen += sum(not name.startswith("__") for name in sample)
-        if field not in sample:
-            raise DataError(
-                f"{path!r}, sample {sample['__key__']!r}: part {field!r} is missing; mend or remove it"
-            )
+    for position, sample in enumerate(_samples(path, spec["identities"][file], (field,), Counts())):
+        if field not in sample.parts:
+            raise DataError(f"{path!r}, sample {sample.key!r}: part {field!r} is missing; mend or remove it")
+        if field not in sample.contents:
+            raise DataError(_not_stored(path, sample.parts[field]))
         yield Document(file, position, _content(path, sample, field, spec["text_field"], mapper))
-    if seen != walk.num_files:
+
+
+def _not_stored(path: str, member: Member) -> str:
+    if "link" in member.kind:
+        what, way = f"a {member.kind} to {member.target!r}", "tar --dereference --hard-dereference"
+    else:
+        what, way = f"a {member.kind}", "tar without --sparse"
+    return (
+        f"{path!r}, at byte {member.at}: {member.name!r} is {what}, not the text itself; write it with {way}"
+    )
+
+
+def _walked(path: str) -> str:
+    """The counts of a local tar, all of whose headers are read for it; a remote one is read once, by the import."""
+    if is_remote(path):
+        return ""
+    counts = Counts()
+    for _ in _samples(path, None, (), counts):
+        pass
+    return f" ({counts.text()})"
+
+
+def _once(paths: list[str]) -> tuple[list[str], list[str]]:
+    """Every tar once, however often it is named, and a note for every other time."""
+    first: dict[Any, str] = {}
+    notes = []
+    for path in paths:
+        stat = None if is_remote(path) else Path(path).stat()
+        key = path if stat is None else (stat.st_dev, stat.st_ino)
+        if key in first:
+            notes.append(f"{path}: the same tar as {first[key]}, taken once")
+        else:
+            first[key] = path
+    return list(first.values()), notes
+
+
+def _kind(part: str) -> str:
+    return part.rsplit(".", 1)[-1]
+
+
+def _choose_part(path: str, samples: list[Sample], field: str | None) -> str:
+    """The part that is read: `field`, or the only one of the most preferred kind that the samples have."""
+    parts = sorted({part for sample in samples for part in sample.parts})
+    if field is not None:
+        if field in parts and _kind(field) in KINDS:
+            return field
+    else:
+        for kind in KINDS:
+            found = [part for part in parts if part == kind] or [
+                part for part in parts if _kind(part) == kind
+            ]
+            if len(found) > 1:
+                raise DataError(
+                    f"{path!r}: which part of a sample is the text is not clear: {', '.join(found)}; "
+                    "name it with --field"
+                )
+            if found:
+                return found[0]
+    raise DataError(
+        f"{path!r} has no field {field!r} of kind txt, json, npy; its samples have: {', '.join(parts)}"
+    )
+
+
+def _choose_field(path: str, samples: list[Sample], part: str, named: str | None) -> tuple[str | None, str]:
+    """The field of JSON records that is read, None where they are plain strings, and an example of its text."""
+    texts: dict[str, list[str]] = {}
+    for sample in samples:
+        if part not in sample.contents:
+            continue
+        try:
+            record = json.loads(sample.contents[part])
+        except ValueError as error:
+            raise DataError(
+                f"{path!r}, sample {sample.key!r}, part {part!r}: it is not JSON ({error}); mend or remove it"
+            ) from error
+        if isinstance(record, str):
+            return None, record.strip()[:60]
+        for name, value in record.items() if isinstance(record, dict) else ():
+            if isinstance(value, str) and value.strip():
+                texts.setdefault(name, []).append(value.strip())
+    if named is None:
+        found = [name for name in _TEXT_FIELDS if name in texts][:1] or [
+            name for name in sorted(texts) if _like_prose(texts[name])
+        ]
+        if len(found) != 1:
+            raise DataError(
+                f"{path!r}: which field of part {part!r} is the text is not clear; it has: "
+                f"{', '.join(sorted(texts)) or 'no strings'}; name it with --text-field, or another part with --field"
+            )
+        named = found[0]
+    if named not in texts:
         raise DataError(
-            f"{path!r}: webdataset gave {seen} of its {walk.num_files} members; write the tar again"
+            f"{path!r}: no text in field {named!r} of part {part!r} of its first {len(samples)} samples; "
+            f"it has: {', '.join(sorted(texts)) or 'no strings'}"
         )
+    return named, texts[named][0][:60]
 
 
-def _longest_field(path: str, raw: bytes) -> str | None:
-    """The string field with the most text of the first record; None where records are plain strings."""
-    try:
-        record = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{path!r}: its first sample is not JSON ({error}); mend or remove it") from error
-    if not isinstance(record, dict):
-        return None
-    texts = {name: len(value) for name, value in record.items() if isinstance(value, str)}
-    if not texts:
-        raise DataError(f"{path!r}: its first sample has no string field; name another part as `field`")
-    return max(sorted(texts), key=lambda name: texts[name])
+def _like_prose(texts: list[str]) -> bool:
+    """Whether most are several words: no id, hash, date or URL."""
+    return sum(len(text.split()) > 1 and "://" not in text.split()[0] for text in texts) * 2 > len(texts)
+
+
+def _example(samples: list[Sample], part: str) -> str:
+    found = [sample.contents[part] for sample in samples if sample.contents.get(part, b"").strip()]
+    return found[0].decode("utf-8", "replace").strip()[:60] if found else ""
 
 
 def _place(given: str | Path) -> str:
@@ -125,93 +251,71 @@ def _open(path: str, identity: list[Any] | None) -> IO[bytes]:
     return Store(folder).open(name, Identity(*identity))
 
 
-def _samples(path: str, identity: list[Any] | None, walk: "Walk") -> Iterator[dict[str, Any]]:
-    """Samples as webdataset groups them: {"__key__": …, "txt": bytes, …}, nothing decoded; `walk` sees every byte."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
+def _samples(
+    path: str, identity: list[Any] | None, wanted: Sequence[str], counts: Counts
+) -> Iterator[Sample]:
+    """The samples of a tar, in order, with the contents of parts that are `wanted`, by name or by kind."""
     size = Path(path).stat().st_size if identity is None else identity[0]
+    key, parts, contents = "", dict[str, Member](), dict[str, bytes]()
+    archive = 0
     with _open(path, identity) as stream:
-        walked = _Walked(stream, size, walk)
-        try:
-            yield from group_by_keys(tar_file_expander([{"url": path, "stream": walked}]))
-        except DataError:  # webdataset writes into the texts of errors
-            assert walked.error is not None
-            raise walked.error from None
-        except tarfile.ReadError as error:
-            raise DataError(f"{path!r} is no tar, or is cut short ({error}); fetch it again") from error
-        while walked.read(1 << 20):
-            pass
-        walk.finish()
-
-
-class _Walked:
-    """A stream whose bytes are seen by a `Walk`."""
-
-    def __init__(self, stream: IO[bytes], size: int, walk: "Walk"):
-        self._stream, self._size, self._walk = stream, size, walk
-        self.error: DataError | None = None
-
-    def read(self, size: int) -> bytes:
-        try:
-            raw = self._stream.read(size)
-            self._walk.see(raw)
-        except DataError as error:
-            self.error = DataError(str(error))
-            raise
-        tell(self._walk.at / max(1, self._size))
-        return raw
-
-
-class Walk:
-    """Checks every header of a tar as its bytes go by; `num_files` counts the regular files."""
-
-    def __init__(self, path: str):
-        self._path, self._header, self._member, self._ended = path, b"", "", False
-        self._next = 0  # where the next header begins
-        self.at = self.num_files = 0
-
-    def see(self, raw: bytes) -> None:
-        """The next bytes of the archive. DataError at a damaged header."""
-        left = memoryview(raw)
-        while left and not self._ended:
-            if self.at < self._next:
-                skipped = min(len(left), self._next - self.at)
-                self.at, left = self.at + skipped, left[skipped:]
+        for member in members(unpacked_stream(_Telling(stream, size), path), path):
+            counts.archives = member.archive + 1
+            named = _sample_name(member)
+            if named is None:
+                if member.kind != "folder":
+                    counts.left_out.append(member.name)
                 continue
-            taken = min(len(left), _RECORD - len(self._header))
-            self._header += left[:taken]
-            self.at, left = self.at + taken, left[taken:]
-            self._next = self.at
-            if len(self._header) == _RECORD:
-                self._take_header()
-
-    def _take_header(self) -> None:
-        header, self._header = self._header, b""
-        if header == bytes(_RECORD):
-            self._ended = True
-            return
-        try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise DataError(
-                f"{self._path!r} is damaged at byte {self.at - _RECORD} ({error}); fetch it again"
-            ) from error
-        self._member = member.name
-        self.num_files += member.isreg()
-        self._next = self.at + -(-member.size // _RECORD) * _RECORD
-
-    def finish(self) -> None:
-        """All bytes were seen. DataError when that was not the end of the archive."""
-        if not self._ended:
-            raise DataError(
-                f"{self._path!r} is cut short behind {self._member!r}, at byte {self.at}; fetch it again"
-            )
+            if parts and (named[0] != key or member.archive != archive):
+                counts.samples += 1
+                yield Sample(key, parts, contents)
+                parts, contents = {}, {}
+            (key, part), archive = named, member.archive
+            if part in parts:  # in another spelling
+                raise DataError(
+                    f"{path!r} holds part {part!r} of sample {key!r} twice, at bytes {parts[part].at} and {member.at}; "
+                    "write it again with one of them"
+                )
+            parts[part] = member
+            if member.kind == "file" and (part in wanted or _kind(part) in wanted):
+                contents[part] = member.read()
+    if parts:
+        counts.samples += 1
+        yield Sample(key, parts, contents)
 
 
-def _content(
-    path: str, sample: dict[str, Any], field: str, text_field: str | None, mapper: Mapper | None
-) -> Any:
-    raw: bytes = sample[field]
+def _sample_name(member: Member) -> tuple[str, str] | None:
+    """Key and part of a member; None for one that is no part of a sample."""
+    name = member.name.removeprefix("./")
+    folders, _, base = name.rpartition("/")
+    hidden = base.startswith(".") or any(
+        folder.startswith(".") or folder in ("__MACOSX", "PaxHeaders") for folder in folders.split("/")
+    )
+    match = _KEY.fullmatch(name)
+    if member.kind not in ("file", "sparse file", "hard link", "symbolic link") or hidden or match is None:
+        return None
+    return None if base.split(".")[0].lower() in _ABOUT else (match[1], match[2].lower())
+
+
+class _Telling(io.RawIOBase):
+    """A stream that tells how much of it was read."""
+
+    def __init__(self, stream: IO[bytes], size: int):
+        self._stream, self._size, self._at = stream, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        raw = self._stream.read(len(buffer))
+        buffer[: len(raw)] = raw
+        self._at += len(raw)
+        tell(self._at / max(1, self._size))
+        return len(raw)
+
+
+def _content(path: str, sample: Sample, field: str, text_field: str | None, mapper: Mapper | None) -> Any:
+    raw = sample.contents[field]
     try:
         if mapper is not None:
             tokens = np.load(io.BytesIO(raw), allow_pickle=False)
@@ -219,12 +323,20 @@ def _content(
                 raise ValueError(f"a row of integers is expected, got {tokens.dtype} {tokens.shape}")
             return mapper(tokens)
         text = raw.decode("utf-8")
-        if field.rsplit(".", 1)[-1] == "txt":
+        if _kind(field) != "json":
             return text.strip()
-        record = json.loads(text)
+        return _text_of(json.loads(text), text_field)
     except ValueError as error:
-        place = f"{path!r}, sample {sample['__key__']!r}, part {field!r}"
+        place = f"{path!r}, sample {sample.key!r}, part {field!r}"
         raise DataError(f"{place}: {error}; mend or remove it") from error
-    if isinstance(record, dict):
-        record = record.get(text_field)
-    return record.strip() if isinstance(record, str) else ""
+
+
+def _text_of(record: Any, text_field: str | None) -> str:
+    """The text of a JSON record; a null is an empty document."""
+    if isinstance(record, dict) and text_field is not None:
+        if text_field not in record:
+            raise ValueError(f"it has no field {text_field!r}")
+        record = record[text_field]
+    if record is not None and not isinstance(record, str):
+        raise ValueError(f"a text is expected, got {type(record).__name__}")
+    return (record or "").strip()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from minilm.data.errors import DataError, OriginError
 from minilm.data.format.files import write_whole
-from minilm.data.format.manifest import CHECKSUMS, TOKENIZER
+from minilm.data.format.manifest import CHECKSUMS, TOKENIZER, check_files
 from minilm.data.storage.client import ObjectClient, RefusedError
 from minilm.data.storage.retry import RetryPolicy, TransientError
 
@@ -162,11 +162,13 @@ class _Sequential(io.RawIOBase):
         return count
 
 
-def fetch_small_files(store: Store, split: str, into: Path) -> None:
-    """Fetch all files of a data set except its manifest and shards; `split` is "" or "held-out/"."""
+def fetch_small_files(store: Store, into: Path, pinned: dict[str, str]) -> None:
+    """Checksums and tokenizer of a data set. OriginError for a file that does not have its sha256 in `pinned`."""
     (into / TOKENIZER).mkdir(parents=True, exist_ok=True)
-    for name in (CHECKSUMS, *(f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES)):
-        write_whole(into / name, store.read(split + name))
+    for name in (CHECKSUMS, *(pinned or [f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES])):
+        write_whole(into / name, store.read(name))
+    for name, what in check_files(into, pinned).items():
+        raise OriginError(f"{store.url}/{name}: {what} in the manifest; put a whole copy there")
 
 
 def split_url(url: str | Path) -> tuple[str, str]:

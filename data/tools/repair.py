@@ -1,6 +1,7 @@
 """Replaces damaged files of a data set, from a copy of it or by building it again.
 
-A file is checked against the manifest before it replaces another.
+Whatever replaces a file is checked against the manifest before it takes the name. build.json and the reports tell of
+one build, so they are replaced together.
 """
 
 import json
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from minilm.data.builder.build import import_data
-from minilm.data.builder.fingerprint import BUILD_FILE
+from minilm.data.builder.report import REPORT, REPORT_FILES
 from minilm.data.errors import DataError
 from minilm.data.format.files import replacing, replacing_folder
-from minilm.data.format.manifest import HELD_OUT, MANIFEST, TOKENIZER, load_manifest
+from minilm.data.format.manifest import BUILD_FILE, HELD_OUT, MANIFEST, TOKENIZER, load_manifest
 from minilm.data.storage.remote import TOKENIZER_FILES, Store, is_remote
 from minilm.data.tools.verify import verify
 
 _REPAIR = ".repair"
+_OF_THE_BUILD = {BUILD_FILE, *(f"{REPORT}/{name}" for name in REPORT_FILES)}
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ def repair(
     rebuilt = folder / _REPAIR
     source = rebuilt if mirror is None or is_remote(mirror) else Path(mirror)
     names = sorted({damage.file for damage in report.damage})
+    if _OF_THE_BUILD & set(names):
+        names = sorted({*names, *_OF_THE_BUILD})
     try:
         if mirror is None:
-            _build_again(folder, rebuilt, inputs, processes)
+            _build_again(folder, rebuilt, inputs, processes, _whole_tokenizer(folder, names))
         elif is_remote(mirror):
             _fetch(str(mirror), folder, names, rebuilt)
         _same_data(folder, source)
@@ -87,7 +91,7 @@ def _fetch(url: str, folder: Path, names: list[str], into: Path) -> None:
         str(split / shard.name): shard for split in splits for shard in load_manifest(folder / split).shards
     }
     for name in names:
-        (into / name).parent.mkdir(exist_ok=True)
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
         if name in shards:
             store.fetch(name, shards[name].num_bytes, shards[name].sha256, into / name)
         elif Path(name).name == TOKENIZER:
@@ -98,7 +102,19 @@ def _fetch(url: str, folder: Path, names: list[str], into: Path) -> None:
             (into / name).write_bytes(store.read(name))
 
 
-def _build_again(folder: Path, out: Path, inputs: Iterable[str | Path] | None, processes: int | None) -> None:
+def _whole_tokenizer(folder: Path, damaged: list[str]) -> Path:
+    """The copy of the tokenizer that a new build may use: beside the data, or beside their held-out split."""
+    for split in (Path(), Path(HELD_OUT)):
+        name = str(split / TOKENIZER)
+        hurt = any(file == name or file.startswith(f"{name}/") for file in damaged)
+        if not hurt and (folder / name).is_dir():
+            return (folder / name).absolute()
+    raise DataError(f"{str(folder)!r} holds no whole tokenizer to build with; name a whole copy as mirror")
+
+
+def _build_again(
+    folder: Path, out: Path, inputs: Iterable[str | Path] | None, processes: int | None, tokenizer: Path
+) -> None:
     try:
         saved = json.loads((folder / BUILD_FILE).read_text())
         arguments, files = saved["arguments"], [stamp["path"] for stamp in saved["files"]]
@@ -109,8 +125,7 @@ def _build_again(folder: Path, out: Path, inputs: Iterable[str | Path] | None, p
         ) from error
     kept = ("seq_len", "packing", "held_out", "seed", "rows_per_block", "shard_bytes", "source", "options")
     options = {name: arguments[name] for name in kept}
-    tokenizer = str((folder / TOKENIZER).absolute())
-    import_data(list(inputs or files), tokenizer, out, processes=processes, **options)
+    import_data(list(inputs or files), str(tokenizer), out, processes=processes, **options)
 
 
 def _same_data(folder: Path, source: Path) -> None:
@@ -123,6 +138,7 @@ def _same_data(folder: Path, source: Path) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if source.is_dir():
             with replacing_folder(target) as folder:

@@ -1,7 +1,8 @@
 """Compare every byte of a data set with its manifest, in parallel, in a folder or behind a URL.
 
 Damage is listed with file, block and offset, and nothing is changed (tools.repair does that). The sha256 of a shard
-says whether it is damaged, the checksums of its blocks say where.
+says whether it is damaged, the checksums of its blocks say where. Files that the manifest does not pin, because they
+came later or the data set is older than such pins, are named: "whole" is said of nothing else.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any
 
 from minilm.data.errors import DataError, OriginError
 from minilm.data.format.manifest import (
+    BUILD_FILE,
     CHECKSUMS,
     HELD_OUT,
     MANIFEST,
@@ -25,11 +27,14 @@ from minilm.data.format.manifest import (
     Manifest,
     Shard,
     block_checksums,
+    check_files,
     load_manifest,
+    other_files,
     parse_manifest,
+    pinned_names,
 )
 from minilm.data.read.shard_files import damaged_blocks
-from minilm.data.storage.remote import Store, fetch_small_files, is_remote
+from minilm.data.storage.remote import TOKENIZER_FILES, Store, is_remote
 from minilm.data.tokenizer import load_tokenizer, vocabulary_fingerprint
 
 
@@ -49,12 +54,15 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
+    """`not_pinned`: files of the folder that nothing says how they should be, by their paths in it."""
+
     folder: str
     fingerprint: str
     shards: int
     num_bytes: int
     seconds: float
     damage: list[Damage]
+    not_pinned: list[str]
 
     @property
     def whole(self) -> bool:
@@ -73,11 +81,17 @@ class VerifyReport:
             else:
                 lines.append(f"repair it with: minilm data repair {self.folder} [--mirror FOLDER|URL]")
         else:
-            lines.append(f"whole: every byte is what the manifest {self.fingerprint[:16]} pins")
+            what = "every byte of all other files" if self.not_pinned else "every byte"
+            lines.append(f"whole: {what} is what the manifest {self.fingerprint[:16]} pins")
+        if self.not_pinned:
+            named = ", ".join(self.not_pinned[:_NAMED])
+            more = len(self.not_pinned) - _NAMED
+            lines.append(f"not pinned, so not compared: {named}" + (f" and {more} more" if more > 0 else ""))
         return "\n".join(lines)
 
 
 Progress = Callable[[int, int], None]
+_NAMED = 12
 
 
 def verify(
@@ -99,12 +113,19 @@ def verify(
     splits = [folder, *([folder / HELD_OUT] if (folder / HELD_OUT).is_dir() else [])]
     manifests = {split: load_manifest(split) for split in splits}
     shards = [(split, manifest, shard) for split, manifest in manifests.items() for shard in manifest.shards]
-    damage = [d for split, manifest in manifests.items() for d in _check_tokenizer(split, manifest, folder)]
+    damage = [d for split, manifest in manifests.items() for d in _check_files(split, manifest, folder)]
+    not_pinned = [
+        str((split / name).relative_to(folder))
+        for split, manifest in manifests.items()
+        for name in other_files(split, manifest)
+        if name not in pinned_names(split, manifest) and name != f"{HELD_OUT}/{MANIFEST}"
+    ]
     sizes = [shard.num_bytes for _, _, shard in shards]
     workers = threads or len(os.sched_getaffinity(0))
     damage += _in_threads(partial(_check_shard, folder), shards, sizes, workers, progress)
     seconds = time.monotonic() - begin
-    return VerifyReport(str(folder), manifests[folder].fingerprint, len(shards), sum(sizes), seconds, damage)
+    fingerprint = manifests[folder].fingerprint
+    return VerifyReport(str(folder), fingerprint, len(shards), sum(sizes), seconds, damage, not_pinned)
 
 
 def _verify_url(
@@ -131,18 +152,27 @@ def _verify_url(
     sizes = [shard.num_bytes for _, shard in shards]
     damage += _in_threads(check, shards, sizes, threads, progress)
     seconds = time.monotonic() - begin
-    return VerifyReport(store.url, manifests[""].fingerprint, len(shards), sum(sizes), seconds, damage)
+    not_pinned = [f"{split}{TOKENIZER}/" for split, manifest in manifests.items() if not manifest.files]
+    not_pinned += [] if manifests[""].files else [BUILD_FILE, "report/"]
+    fingerprint = manifests[""].fingerprint
+    return VerifyReport(store.url, fingerprint, len(shards), sum(sizes), seconds, damage, not_pinned)
 
 
 def _check_small_files(store: Store, split: str, manifest: Manifest) -> list[Damage]:
-    """The damage of block checksums and tokenizer behind a URL."""
+    """The damage of all files but manifest and shards behind a URL."""
     with tempfile.TemporaryDirectory(prefix="minilm-verify-") as temporary:
-        here = Path(temporary)
-        try:
-            fetch_small_files(store, split, here)
-        except DataError as error:
-            return [Damage(split.rstrip("/") or ".", None, None, str(error))]
-        damage = [Damage(split + d.file, None, None, d.what) for d in _check_tokenizer(here, manifest, here)]
+        here, missing = Path(temporary), []
+        names = [CHECKSUMS, *(manifest.files or [f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES])]
+        for name in names:
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (here / name).write_bytes(store.read(split + name))
+            except DataError as error:
+                missing.append(Damage(split + name, None, None, str(error)))
+            names += sorted(pinned_names(here, manifest) - set(names))  # those that build.json pins
+        if missing:
+            return missing
+        damage = [Damage(split + d.file, None, None, d.what) for d in _check_files(here, manifest, here)]
         try:
             for shard in manifest.shards:
                 block_checksums(here, manifest, shard.number)
@@ -169,7 +199,22 @@ def _in_threads(
     return damage
 
 
-def _check_tokenizer(split: Path, manifest: Manifest, folder: Path) -> list[Damage]:
+def _check_files(split: Path, manifest: Manifest, folder: Path) -> list[Damage]:
+    """Everything but shards and block checksums against its pins; in a data set without pins the vocabulary alone."""
+    whole = 8 * manifest.num_blocks
+    damage = []
+    if (split / CHECKSUMS).is_file() and (size := (split / CHECKSUMS).stat().st_size) > whole:
+        what = f"the file has {size} bytes instead of {whole}"
+        damage.append(Damage(str((split / CHECKSUMS).relative_to(folder)), None, None, what))
+    if not manifest.files:
+        return damage + _check_vocabulary(split, manifest, folder)
+    wrong = check_files(split, manifest.files)
+    return damage + [
+        Damage(str((split / n).relative_to(folder)), None, None, what) for n, what in wrong.items()
+    ]
+
+
+def _check_vocabulary(split: Path, manifest: Manifest, folder: Path) -> list[Damage]:
     name = str((split / TOKENIZER).relative_to(folder))
     if not (split / TOKENIZER).is_dir():
         return [Damage(name, None, None, "the tokenizer is missing")]
@@ -180,6 +225,13 @@ def _check_tokenizer(split: Path, manifest: Manifest, folder: Path) -> list[Dama
     if found != manifest.tokenizer.vocabulary_fingerprint:
         return [Damage(name, None, None, "its vocabulary is not the one that the manifest pins")]
     return []
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the tokenizer beside a data set, a line each; empty where nothing is."""
+    if not manifest.tokenizer_files:
+        return [damage.text() for damage in _check_vocabulary(folder, manifest, folder)]
+    return [f"{name}: {what}" for name, what in check_files(folder, manifest.tokenizer_files).items()]
 
 
 def _check_shard(folder: Path, found: tuple[Path, Manifest, Shard]) -> list[Damage]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minilm.data.errors import DataError
-from minilm.data.format.manifest import HELD_OUT, MANIFEST, TOKENIZER
+from minilm.data.format.manifest import HELD_OUT, MANIFEST, TOKENIZER, check_files, sha256_of
 from minilm.data.read.cached_reader import CachedReader
 from minilm.data.read.indexed_dataset import IndexedRows
 from minilm.data.read.quarantine import Quarantine
@@ -24,6 +24,8 @@ from minilm.data.read.row_range import RowRange
 from minilm.data.read.rows import Corpus, Rows
 from minilm.data.storage.remote import is_remote
 from minilm.data.stream import Stream
+from minilm.data.tools.verify import check_tokenizer
+from minilm.model.export import tokenizer_files
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec
 
@@ -108,6 +110,9 @@ def describe(
             close([HeldOut(corpus.name, corpus.weight, _held_out_rows(corpus, cache))])
         stream = Stream(opened, seed=0, batch=1, micro_batch=1, window=window)
         _check_cache([part.rows for part in opened], window, cache)
+        for part in opened:
+            _check_tokenizer(part.rows)
+        tokenizer = _tokenizer_folder(corpora[0], opened[0].rows)
         return DataSpec(
             corpora=tuple(
                 replace(corpus, fingerprint=part.rows.fingerprint)
@@ -116,9 +121,10 @@ def describe(
             fingerprint=stream.fingerprint,
             seq_len=opened[0].rows.seq_len,
             vocabulary=opened[0].rows.tokenizer,
-            tokenizer=_tokenizer_folder(corpora[0], opened[0].rows),
+            tokenizer=tokenizer,
             window=window,
             cache=cache,
+            tokenizer_files={path.name: sha256_of(path) for path in tokenizer_files(Path(tokenizer))},
         )
     finally:
         close(opened)
@@ -214,6 +220,26 @@ def _tokenizer_folder(corpus: CorpusSpec, rows: Rows) -> str:
         return corpus.pair.tokenizer
     assert isinstance(rows, RowReader)
     return str((rows.folder / TOKENIZER).resolve())
+
+
+def check_exported_tokenizer(data: DataSpec) -> None:
+    """DataError when the files that an export is about to copy are not those that the stage began with."""
+    for name, what in check_files(Path(data.tokenizer), data.tokenizer_files).items():
+        raise DataError(
+            f"{str(Path(data.tokenizer) / name)!r} is damaged ({what}), so no model is exported with it; put the file "
+            "back (`minilm data repair`, or from a copy), then run the same command again: it goes on from here"
+        )
+
+
+def _check_tokenizer(rows: Rows) -> None:
+    """DataError when the tokenizer beside a data set is not the one that it was made with."""
+    if not isinstance(rows, RowReader):
+        return
+    damage = check_tokenizer(rows.folder, rows.manifest)
+    if damage:
+        raise DataError(
+            f"data set {rows.location} is damaged: {damage[0]}; repair it with `minilm data repair`"
+        )
 
 
 def _check_cache(opened: Sequence[Rows], window: int | None, cache: CacheSpec) -> None:

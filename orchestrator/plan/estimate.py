@@ -29,7 +29,7 @@ def works(recipe: Recipe, seq_len: int | None) -> list[Work]:
     """A `Work` for each stage. Raises `UserError` where a teacher's config or the length of rows is not here."""
     length = seq_len or row_length(recipe)
     stages, problems = resolve_stages(recipe, config_source)
-    if problems or (problems := check_data(stages, length, None)):
+    if problems or (problems := check_data(stages, length, None, "")):
         raise RecipeErrors(problems)
     configs: dict[str, PreTrainedConfig] = {}
     return [work_of(resolved, recipe, length, configs) for resolved in stages]

@@ -11,10 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilm.data.errors import DataError
-from minilm.data.format.manifest import MANIFEST, TokenizerInfo, load_manifest
+from minilm.data.format.manifest import MANIFEST, TOKENIZER, TokenizerInfo, load_manifest
 from minilm.data.sources.plugin import find_source
 from minilm.data.storage.remote import is_remote
-from minilm.data.tokenizer import load_tokenizer, special_ids, vocabulary_fingerprint
+from minilm.data.tokenizer import (
+    has_tokenizer,
+    load_tokenizer,
+    pipeline_difference,
+    pipeline_fingerprint,
+    special_ids,
+    vocabulary_fingerprint,
+)
 from minilm.model.compatibility import check_teacher, fit_student
 from minilm.model.encoder.shape import EncoderShape, load_config, shape_of
 from minilm.model.errors import ModelError
@@ -102,8 +109,8 @@ def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], lis
     return resolved, problems
 
 
-def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None] | None:
-    """Tokens a row and the tokenizer's identity, before any text is tokenized and any row is read.
+def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None, str] | None:
+    """Tokens a row, the tokenizer's identity and its folder, before any text is tokenized and any row is read.
 
     From the tokenizer where text or tokens are read, else from the first data set on this machine; None without
     either. Raises `DataError` for a tokenizer or manifest that can't be used.
@@ -112,21 +119,28 @@ def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None] |
     if data.tokenizer is not None:
         folder = find(data.tokenizer)
         if folder is None or not Path(folder).is_dir():
-            return data.seq_len, None
+            return data.seq_len, None, ""
         loaded = load_tokenizer(folder)
         size = max(loaded.get_vocab().values()) + 1
-        return data.seq_len, TokenizerInfo(vocabulary_fingerprint(loaded), size, *special_ids(loaded))
+        pipeline = pipeline_fingerprint(loaded)
+        return (
+            data.seq_len,
+            TokenizerInfo(vocabulary_fingerprint(loaded), size, *special_ids(loaded), pipeline),
+            folder,
+        )
     for corpus in data.corpora or ():
         if corpus.shards and not is_remote(corpus.shards) and (Path(corpus.shards) / MANIFEST).is_file():
             manifest = load_manifest(Path(corpus.shards))
-            return manifest.seq_len, manifest.tokenizer
+            return manifest.seq_len, manifest.tokenizer, str(Path(corpus.shards) / TOKENIZER)
     return None
 
 
-def check_data(stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerInfo | None) -> list[str]:
+def check_data(
+    stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerInfo | None, folder: str
+) -> list[str]:
     """A line for each stage whose teacher can't read rows of `seq_len` tokens, or means other tokens by their ids.
 
-    `tokenizer`: the data's, None where that is not known yet.
+    `tokenizer`, `folder`: the data's, None and "" where they are not known yet.
     """
     problems = []
     for resolved in stages:
@@ -145,10 +159,10 @@ def check_data(stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerIn
                 f"{where}: the data's vocabulary has {tokenizer.vocab_size} tokens, the teacher knows "
                 f"{shape.vocab_size}; make the data with the teacher's tokenizer"
             )
-        elif resolved.source is not None and _differs(tokenizer, resolved.source):
+        elif difference := _difference(tokenizer, folder, resolved.source):
             problems.append(
-                f"{where}: the data's tokenizer is another one than the teacher's in {resolved.source} (the same ids "
-                f"would mean other tokens); make the data with `--tokenizer {resolved.source}`"
+                f"{where}: the data's tokenizer is another one than the teacher's in {resolved.source} ({difference}); "
+                f"make the data with `--tokenizer {resolved.source}`"
             )
         needs_head = Objective.named(**resolved.stage.objective_fields()).needs_head
         if needs_head and tokenizer.mask_id < 0:
@@ -159,12 +173,21 @@ def check_data(stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerIn
     return problems
 
 
-def _differs(tokenizer: TokenizerInfo, teacher: str) -> bool:
-    """Token ids must mean the same to data and teacher. A teacher without tokenizer files can't be compared."""
-    if not Path(teacher).is_dir():
-        return False
-    try:
-        own = load_tokenizer(teacher)
-    except DataError:
-        return False
-    return vocabulary_fingerprint(own) != tokenizer.vocabulary_fingerprint
+def _difference(tokenizer: TokenizerInfo, folder: str, teacher: str) -> str:
+    """How the teacher's tokenizer differs from the data's, "" if it does not. A teacher without one can't be compared.
+
+    Older data do not pin how text becomes tokens, and another version of `tokenizers` may write the same otherwise:
+    then the data's own tokenizer, in `folder`, is compared.
+    """
+    if not Path(teacher).is_dir() or not has_tokenizer(Path(teacher)):
+        return ""
+    own = load_tokenizer(teacher)
+    if vocabulary_fingerprint(own) != tokenizer.vocabulary_fingerprint:
+        return "the same ids would mean other tokens"
+    if pipeline_fingerprint(own) == tokenizer.pipeline_fingerprint or not Path(folder).is_dir():
+        return ""
+    made_with = load_tokenizer(folder)
+    if pipeline_fingerprint(own) == pipeline_fingerprint(made_with):
+        return ""
+    example = pipeline_difference(made_with, own)
+    return "another lower-casing, normalization or pre-tokenization" + (f": {example}" if example else "")

@@ -8,7 +8,7 @@ no secrets: credentials of a storage come from each node's environment.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minilm.data.format.manifest import TokenizerInfo
@@ -59,7 +59,8 @@ class QuarantineSpec:
 @dataclass(frozen=True)
 class DataSpec:
     """`fingerprint`: of all corpora and weights. `tokenizer`: the folder that students are exported with. `window`:
-    shuffled by so many shards, None for fully. `quarantine`: None where damage ends the run."""
+    shuffled by so many shards, None for fully. `quarantine`: None where damage ends the run. `tokenizer_files`: the
+    sha256 of each file in `tokenizer` that an export copies."""
 
     corpora: tuple[CorpusSpec, ...]
     fingerprint: str
@@ -69,6 +70,7 @@ class DataSpec:
     window: int | None
     cache: CacheSpec
     quarantine: QuarantineSpec | None = None
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def places(self) -> str:

@@ -39,7 +39,8 @@ def add_import(verbs: Any) -> None:
         "--encoder", help="encoder.json, where the dictionary's symbols are numbers (fairseq)"
     )
     imported.add_argument(
-        "--field", help="part of a sample that is read, as txt, json or tokens.npy (webdataset)"
+        "--field",
+        help="part of a sample that is read, as txt or tokens.npy (webdataset; default: see docs/data.md)",
     )
     imported.add_argument("--text-field", help="field of a json part (webdataset)")
     imported.add_argument(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minilm.model.distiller import Distiller
 from minilm.model.export import export_student, model_card, weights_digest
+from minilm.orchestrator.feed.corpora import check_exported_tokenizer
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
@@ -14,6 +15,7 @@ from minilm.orchestrator.system.files import write_json
 def finish_stage(spec: StageSpec, distiller: Distiller, *, data: str, ledger: str) -> None:
     """Export every student and write `done.json`. `data`: fingerprint; `ledger`: running digest (hex)."""
     stage = StageFolder(Path(spec.folder))
+    check_exported_tokenizer(spec.data)
     digests = {}
     for student in spec.students:
         encoder = distiller.students[student.name]

@@ -1,0 +1,127 @@
+"""A packed stream (gzip, xz, zstd, bzip2; known by its first bytes) unpacked strictly, front to back.
+
+Every member, stream and frame is read, and the zero bytes that may legally follow one. Anything else after it, and an
+end in the middle of one, is an error: the standard library's readers drop what follows without a word.
+"""
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import zstandard
+
+from minilm.data.errors import DataError
+
+_PIECE = 1 << 16
+_MAGICS: dict[bytes, Callable[[], Any]] = {
+    b"\x1f\x8b": lambda: zlib.decompressobj(31),
+    b"\xfd7zXZ\x00": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+    b"BZh": bz2.BZ2Decompressor,
+    b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+}
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_PADDING = {b"\x1f\x8b": 1, b"\xfd7zXZ\x00": 4}  # zeros that may follow come in multiples of this
+_SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1-3 of a zstd frame that holds nothing
+
+
+class Readable(Protocol):
+    """A stream of bytes that is read front to back; `read` may give less than was asked for, at the end nothing."""
+
+    def read(self, size: int, /) -> bytes | None: ...
+
+
+def unpacked_stream(raw: Readable, name: str) -> Readable:
+    """`raw`, whatever it is packed with; the stream itself where it is not. Errors call it `name`."""
+    begin = _read_exactly(raw, max(map(len, _MAGICS)))
+    whole = _Rest(begin, raw)
+    magic = _magic_of(begin)
+    if magic is None:
+        return whole
+    return _Unpacked(whole, name, magic)
+
+
+def _magic_of(begin: bytes) -> bytes | None:
+    if begin[1:4] == _SKIPPABLE and begin[0] & 0xF0 == 0x50:
+        return _ZSTD
+    return next((magic for magic in _MAGICS if begin.startswith(magic)), None)
+
+
+def _read_exactly(raw: Readable, size: int) -> bytes:
+    found = b""
+    while len(found) < size and (piece := raw.read(size - len(found))):
+        found += piece
+    return found
+
+
+class _Rest(io.RawIOBase):
+    """Bytes that were read already, then the rest of their stream."""
+
+    def __init__(self, begin: bytes, raw: Readable):
+        self._begin, self._raw = begin, raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._begin[: len(buffer)] or self._raw.read(len(buffer)) or b""
+        self._begin = self._begin[len(piece) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+class _Unpacked(io.RawIOBase):
+    def __init__(self, raw: _Rest, name: str, magic: bytes):
+        self._raw, self._name, self._magic = raw, name, magic
+        self._unpacker = _MAGICS[magic]()
+        self._packed = b""  # read and not unpacked yet
+        self._at = 0  # bytes read from `raw`
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._unpacker.eof and not self._next_part():
+                return 0
+            if not self._packed and not self._more():
+                raise DataError(f"{self._name!r} is cut short at byte {self._at}; fetch it again")
+            try:
+                self._ready = memoryview(self._unpacker.decompress(self._packed))
+            except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFError) as error:
+                raise DataError(
+                    f"{self._name!r} is damaged before byte {self._at} ({error}); fetch it again"
+                ) from error
+            self._packed = self._unpacker.unused_data if self._unpacker.eof else b""
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _more(self) -> bool:
+        piece = self._raw.read(_PIECE) or b""
+        self._packed += piece
+        self._at += len(piece)
+        return bool(piece)
+
+    def _next_part(self) -> bool:
+        """Go to the next member. False at the end of the file."""
+        zeros = 0
+        while True:
+            left = self._packed.lstrip(b"\0")
+            zeros, self._packed = zeros + len(self._packed) - len(left), left
+            if self._packed or not self._more():
+                break
+        while len(self._packed) < max(map(len, _MAGICS)) and self._more():
+            pass
+        if zeros % _PADDING.get(self._magic, zeros + 1) or (
+            self._packed and _magic_of(self._packed) != self._magic
+        ):
+            at = self._at - len(self._packed) - zeros
+            raise DataError(
+                f"{self._name!r}: what follows at byte {at} is no further packed part; remove it, or fetch it again"
+            )
+        self._unpacker = _MAGICS[self._magic]() if self._packed else self._unpacker
+        return bool(self._packed)
