@@ -291,6 +291,8 @@ def check_files(folder: Path, pinned: dict[str, str]) -> dict[str, str]:
                 wrong[name] = "its bytes do not have the pinned sha256"
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             wrong[name] = "the file is missing"
+        except OSError as error:  # a disk that fails
+            wrong[name] = f"its bytes cannot be read ({error.strerror})"
         except (ValueError, KeyError):
             wrong[name] = "its bytes do not have the sha256 that it holds"
     return wrong

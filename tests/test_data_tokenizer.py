@@ -250,7 +250,7 @@ def test_corpora_of_different_lower_casing_are_not_mixed(tmp_path, data):
     def altered(fingerprint):
         reader = RowReader(data)
         info = replace(reader.manifest, tokenizer=reader.tokenizer._replace(pipeline_fingerprint=fingerprint))
-        reader.manifest = info
+        reader.manifest, reader.tokenizer = info, info.tokenizer
         return reader
 
     mix(RowReader(data), RowReader(data))

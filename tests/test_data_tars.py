@@ -20,7 +20,7 @@ from minilm.data.sources.tar_members import members
 from minilm.data.sources.unpack import unpacked_stream
 from minilm.data.sources.web import plan, read
 from tests.data_cases import make_documents, make_tokenizer
-from tests.test_foreign import SMALL, npy, write_tar
+from tests.test_data_foreign_formats import SMALL, npy, write_tar
 
 GNU_TAR = (
     shutil.which("tar") is not None

@@ -15,8 +15,8 @@ from minilm.data.read.indexed_dataset import IndexedRows
 from minilm.data.sources.megatron import read as read_megatron
 from minilm.data.sources.vocabulary import DROPPED, END, from_fairseq_dict, from_tokenizer
 from tests.data_cases import CLS, SEP, SPECIAL, make_tokenizer, write_megatron
-from tests.test_foreign import SMALL, documents_in, write_fairseq, write_legacy
-from tests.test_tokenizer import save, with_normalizer
+from tests.test_data_foreign_formats import SMALL, documents_in, write_fairseq, write_legacy
+from tests.test_data_tokenizer import save, with_normalizer
 
 PAD = 0
 

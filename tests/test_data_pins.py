@@ -19,7 +19,7 @@ from minilm.orchestrator.feed.corpora import check_exported_tokenizer, describe
 from minilm.orchestrator.stage.data import CorpusSpec, DataSpec
 from tests.bad_server import BadServer
 from tests.data_cases import make_data
-from tests.test_tokenizer import without_pins
+from tests.test_data_tokenizer import without_pins
 
 SMALL_FILES = [
     "tokenizer/tokenizer.json",
