@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minilm.data.format import files
-from minilm.data.format.files import is_temporary, replacing, replacing_folder, sweep, write_whole
+from minilm.data.format.files import copy_tree, is_temporary, replacing, replacing_folder, sweep, write_whole
 
 WRITER = """
 import sys
@@ -151,3 +151,19 @@ def test_many_writers_of_one_file_disturb_nobody(tmp_path):
     for thread in threads:
         thread.join()
     assert not errors and names(tmp_path) == ["a"]
+
+
+def test_a_folder_is_copied_whole_or_the_error_keeps_its_number(tmp_path, monkeypatch):
+    (tmp_path / "from" / "inner").mkdir(parents=True)
+    for name in ("a", "inner/b"):
+        (tmp_path / "from" / name).write_text(name)
+    copy_tree(tmp_path / "from", tmp_path / "to")
+    assert (tmp_path / "to" / "inner" / "b").read_text() == "inner/b" and (tmp_path / "to" / "a").exists()
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(files.shutil, "copyfile", full)
+    with pytest.raises(OSError) as caught, replacing_folder(tmp_path / "again") as part:
+        copy_tree(tmp_path / "from", part)
+    assert caught.value.errno == errno.ENOSPC and not (tmp_path / "again").exists()

@@ -22,7 +22,7 @@ from minilm.data.builder.ray_pool import run_tasks_on_ray
 from minilm.data.builder.report import REPORT, REPORT_FILES, BuildReport, make_report, save_report
 from minilm.data.builder.work import SPLITS, Work, _whole, save_json, save_work
 from minilm.data.errors import DataError
-from minilm.data.format.files import is_temporary, sweep
+from minilm.data.format.files import copy_tree, is_temporary, sweep
 from minilm.data.format.manifest import (
     BUILD_FILE,
     CHECKSUMS,
@@ -227,7 +227,7 @@ class BuildRun:
             target.mkdir(exist_ok=True)
             sweep(target)
             shutil.rmtree(target / TOKENIZER, ignore_errors=True)
-            shutil.copytree(self.folder / TOKENIZER, target / TOKENIZER)
+            copy_tree(self.folder / TOKENIZER, target / TOKENIZER)
             for path in sorted((self.folder / split).iterdir()):
                 if path.name != MANIFEST and not is_temporary(path):  # such as a killed build has left
                     path.replace(target / path.name)

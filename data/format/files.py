@@ -71,6 +71,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     fsync_path(path.parent)
 
 
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder's files and folders into `target`, which may exist. Raises `OSError` as the system does;
+    `shutil.copytree` gathers errors and loses their numbers, so that a full disk is told from nothing else."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            copy_tree(entry, target / entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)
+
+
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Replace `path` by `content`; a reader sees the old file or the new one."""
     with replacing(path, durable=durable) as file:

@@ -1,6 +1,5 @@
 """Writes a data set as tars with one record a row, for other programs."""
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from minilm.data.errors import DataError
-from minilm.data.format.files import replacing_folder
+from minilm.data.format.files import copy_tree, replacing_folder
 from minilm.data.format.manifest import TOKENIZER, shard_name
 from minilm.data.format.shard import record_tar
 from minilm.data.read.reader import RowReader
@@ -42,7 +41,7 @@ def convert(folder: Path, out: Path, *, to: str = "rows", rows_per_file: int = 1
             files.append(shard_name(len(files)))
             rows = range(first, min(first + rows_per_file, reader.num_rows))
             record_tar(temporary / files[-1], _records(reader, rows))
-        shutil.copytree(reader.folder / TOKENIZER, temporary / TOKENIZER)
+        copy_tree(reader.folder / TOKENIZER, temporary / TOKENIZER)
     return ConvertReport(str(out), reader.num_rows, files)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from minilm.data.builder.build import import_data
 from minilm.data.builder.report import REPORT, REPORT_FILES
 from minilm.data.errors import DataError
-from minilm.data.format.files import replacing, replacing_folder
+from minilm.data.format.files import copy_tree, replacing, replacing_folder
 from minilm.data.format.manifest import BUILD_FILE, HELD_OUT, MANIFEST, TOKENIZER, load_manifest
 from minilm.data.storage.remote import TOKENIZER_FILES, Store, is_remote
 from minilm.data.tools.verify import verify
@@ -142,7 +142,7 @@ def _replace(source: Path, target: Path) -> None:
     try:
         if source.is_dir():
             with replacing_folder(target) as folder:
-                shutil.copytree(source, folder, dirs_exist_ok=True)
+                copy_tree(source, folder)
         else:
             with source.open("rb") as there, replacing(target) as file:
                 shutil.copyfileobj(there, file, 1 << 20)

@@ -7,14 +7,13 @@ starts, from the configurations alone.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from minilm.data.builder.build import import_data
 from minilm.data.builder.phases import BuildProgress
-from minilm.data.format.files import replacing_folder
+from minilm.data.format.files import copy_tree, replacing_folder
 from minilm.data.storage.remote import is_remote
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.feed.corpora import describe
@@ -82,4 +81,4 @@ def corpus_job(corpus: Corpus, recipe: Recipe, workdir: Workdir, tokenizer: str)
 def copy_whole(folder: Path, to: Path) -> None:
     """Copy a folder; it is there whole or not at all."""
     with replacing_folder(to) as part:
-        shutil.copytree(folder, part, dirs_exist_ok=True)
+        copy_tree(folder, part)
