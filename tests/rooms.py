@@ -28,7 +28,7 @@ MAY_IMPORT = {
         "worker": "errors system stage train feed checkpoint",
         "tracking": "errors system stage",
         "launch": "errors system stage checkpoint worker",
-        "resolve": "errors system recipe stage tracking",
+        "resolve": "errors system recipe stage feed tracking",
         "plan": "errors system recipe resolve",
         "driver": "errors system stage recipe train feed checkpoint worker tracking launch resolve plan",
         "bench": "errors system stage recipe train feed checkpoint worker resolve plan driver",

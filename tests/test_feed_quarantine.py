@@ -24,6 +24,7 @@ from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.feed.corpora import open_stream
 from minilm.orchestrator.feed.quarantine import QuarantineMask
 from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.resolve.folders import folder_here
 from minilm.orchestrator.stage.data import QuarantineSpec
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
@@ -159,10 +160,10 @@ def test_the_recipe_says_what_happens(whole, teacher, tmp_path):
     recipe = {"name": "r", "data": data, "stages": [stage | {"peak_lr": 1e-3, "warmup_steps": 1}]}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     loaded, work = load_recipe(tmp_path / "r.yaml"), Workdir(tmp_path / "work")
-    spec = prepare_data(loaded, work, None)
+    spec = prepare_data(loaded, work, folder_here, None)
     assert spec.quarantine == QuarantineSpec(str(tmp_path / "work" / "quarantine.json"), 0.02)
     stopping = load_recipe(tmp_path / "r.yaml", ["data.on_corrupt=stop"])
-    assert prepare_data(stopping, work, None).quarantine is None
+    assert prepare_data(stopping, work, folder_here, None).quarantine is None
     assert stopping.result_fields() == loaded.result_fields()
 
 

@@ -166,7 +166,7 @@ def test_paths_count_from_where_they_are_written(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     recipe = load(tmp_path / "here", BASE, "stages.0.teacher=./teacher")
     assert recipe.data.text == (str(tmp_path / "here" / "corpus.txt"),)
-    assert recipe.data.tokenizer_ref == FolderRef(tmp_path / "here" / "tokenizer")
+    assert parse_reference(recipe.data.tokenizer) == FolderRef(tmp_path / "here" / "tokenizer")
     assert recipe.teacher_ref(recipe.stages[0]) == FolderRef(tmp_path / "elsewhere" / "teacher")
     home = load(tmp_path / "here", BASE, "data.text=~/*.txt", "stages.0.teacher=../here/model")
     assert home.data.text == (str(tmp_path / "home" / "*.txt"),)

@@ -4,7 +4,7 @@ import pytest
 
 from minilm.orchestrator.recipe.json_schema import SCHEMA_FILE, schema_text
 from minilm.orchestrator.recipe.load import load_recipe
-from minilm.orchestrator.recipe.references import HubRef, RegistryRef
+from minilm.orchestrator.recipe.references import HubRef, RegistryRef, parse_reference
 from minilm.orchestrator.recipe.schema import Recipe
 
 LIBRARY = SCHEMA_FILE.parent
@@ -49,7 +49,9 @@ def test_a_recipe_is_its_row(row: list[str]) -> None:
     recipe = load_recipe(LIBRARY / f"{name}.yaml")
     assert recipe.name == name
     assert (
-        recipe.teacher_ref(recipe.stages[0]) == recipe.data.tokenizer_ref == TEACHERS[name.partition("-")[0]]
+        recipe.teacher_ref(recipe.stages[0])
+        == parse_reference(recipe.data.tokenizer)
+        == TEACHERS[name.partition("-")[0]]
     )
     assert {stage.objective for stage in recipe.stages} == {"minilm"}
     assert f"{int(vocabulary):,} tokens" in header(f"{name}.yaml")

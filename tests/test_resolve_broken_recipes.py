@@ -103,14 +103,61 @@ def test_check_and_run_refuse_with_the_same_sentence(
     monkeypatch.chdir(tmp_path)
     words = [re.sub("«(.*?)»", lambda m: str(folders[m[1]]), override) for override in overrides]
     changes = [word for override in words for word in ("--set", override)]
+    checked = refusals(recipe, tmp_path, changes, capsys)
+    short = "\n".join(line.removeprefix("minilm: error: ") for line in checked).replace(f"{recipe}", "FILE")
+    for name, folder in sorted(folders.items(), key=lambda item: -len(str(item[1]))):
+        short = short.replace(str(folder), f"«{name}»")
+    assert short == sentence
+
+
+def refusals(recipe, tmp_path, changes, capsys) -> list[str]:
+    """What `check` and `run` say, which is the same, before anything is written."""
     said = []
     for verb in (["check"], ["run", "--launcher", "inline", "--workdir", str(tmp_path / "work")]):
         assert cli.main([verb[0], str(recipe), *verb[1:], *changes]) == 2
         said.append(capsys.readouterr().err)
     checked, ran = ([line for line in text.splitlines() if line.startswith("minilm: ")] for text in said)
     assert checked == ran and "Traceback" not in "".join(said)
-    short = "\n".join(line.removeprefix("minilm: error: ") for line in checked).replace(f"{recipe}", "FILE")
-    for name, folder in sorted(folders.items(), key=lambda item: -len(str(item[1]))):
-        short = short.replace(str(folder), f"«{name}»")
-    assert short == sentence
     assert not (tmp_path / "work" / "data").exists() and not (tmp_path / "work" / "stages").exists()
+    return checked
+
+
+def without_held_out(data: Path) -> None:
+    shutil.rmtree(data / "held-out")
+
+
+def damaged_tokenizer(data: Path) -> None:
+    file = data / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"time"', '"tine"', 1))
+
+
+def damaged_manifest(data: Path) -> None:
+    file = data / "manifest.json"
+    file.write_text(file.read_text().replace('"seq_len":32', '"seq_len":33', 1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (without_held_out, "has no held-out split, which every stage is measured on; build it again with"),
+        (damaged_tokenizer, "is damaged: tokenizer/tokenizer.json: its bytes do not have the pinned sha256"),
+        (damaged_manifest, "manifest.json"),
+    ],
+)
+def test_check_opens_data_sets_that_are_here_as_run_does(wrong, words, recipe, shards, tmp_path, capsys):
+    data = tmp_path / "rows"
+    shutil.copytree(shards, data)
+    values = yaml.safe_load(recipe.read_text()) | {"data": {"shards": str(data)}}
+    recipe.write_text(yaml.safe_dump(values))
+    assert cli.main(["check", str(recipe)]) == 0
+    capsys.readouterr()
+    wrong(data)
+    (line,) = refusals(recipe, tmp_path, [], capsys)
+    assert line.startswith(f"minilm: error: {recipe}: data: ") and words in line
+
+
+def test_a_source_that_is_not_known_is_refused_though_nothing_else_is_here(recipe, capsys):
+    hub = ["--set", "stages.assistant.teacher=owner/teacher", "--set", "data.tokenizer=owner/teacher"]
+    assert cli.main(["check", str(recipe), *hub]) == 0
+    assert cli.main(["check", str(recipe), *hub, "--set", "data.source=dots"]) == 2
+    assert "data: source 'dots' is not known; there are: " in capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_shards_without_a_held_out_split(tmp_path, teacher, text):
     with pytest.raises(
         UserError, match=r"has no held-out split.*build it again with `minilm data build --held-out"
     ):
-        prepare_data(recipe, Workdir(tmp_path / "work"), None)
+        prepare_data(recipe, Workdir(tmp_path / "work"), folder_here, None)
 
 
 def test_a_folder_that_is_no_model(tmp_path, teacher, shards):

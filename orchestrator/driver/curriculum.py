@@ -62,7 +62,7 @@ def run_recipe(
 
         stages, problems = resolve(recipe, fetch)
         if not problems:
-            data = prepare_data(recipe, workdir, build_reporter(line, stop))
+            data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop))
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)
         if problems:
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])

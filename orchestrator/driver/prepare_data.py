@@ -1,9 +1,4 @@
-"""What a stage needs becomes folders that every worker can read: the data set, and the teacher.
-
-Text becomes shards (once), a registry URI or hub id becomes a folder in the work directory, an earlier student is
-the folder that its stage exported. Then teacher, data and students are checked against each other before anything
-starts, from the configurations alone.
-"""
+"""What the recipe's stages read becomes a `DataSpec` that every worker can open. Text is built into shards first."""
 
 from __future__ import annotations
 
@@ -17,30 +12,34 @@ from minilm.data.format.files import copy_tree, replacing_folder
 from minilm.data.storage.remote import is_remote
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.feed.corpora import describe
-from minilm.orchestrator.recipe.references import (
-    parse_reference,
-)
-from minilm.orchestrator.recipe.schema import Corpus, Recipe
-from minilm.orchestrator.resolve.folders import model_folder, text_inputs
-from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec, PairSpec, QuarantineSpec
+from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.resolve.folders import text_inputs
+from minilm.orchestrator.resolve.stages import corpus_spec
+from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec, QuarantineSpec
 
 
 def prepare_data(
-    recipe: Recipe, workdir: Workdir, progress: Callable[[BuildProgress], None] | None
+    recipe: Recipe,
+    workdir: Workdir,
+    fetch: Callable[[str], str],
+    progress: Callable[[BuildProgress], None] | None,
 ) -> DataSpec:
-    """What the recipe's stages read, opened once; built into the work directory first when the recipe names text."""
+    """What the recipe's stages read, opened once; built into the work directory first when the recipe names text.
+
+    `fetch(reference)`: the folder of a tokenizer.
+    """
     data = recipe.data
-    tokenizer = "" if data.tokenizer is None else str(model_folder(data.tokenizer_ref, recipe, workdir))
     if data.text is not None:
+        assert data.tokenizer is not None  # recipe.schema: text with a tokenizer
+        options = dict(data.options or {})
+        if data.source == "text":
+            options["text_field"] = data.text_field
         import_data(
             text_inputs(data.text),
-            tokenizer,
+            fetch(data.tokenizer),
             workdir.data,
             source=data.source,
-            options={
-                **(data.options or {}),
-                **({"text_field": data.text_field} if data.source == "text" else {}),
-            },
+            options=options,
             seq_len=data.seq_len,
             packing=data.packing,
             held_out=data.held_out,
@@ -49,7 +48,7 @@ def prepare_data(
         )
         corpora = [CorpusSpec("text", str(workdir.data.resolve()))]
     else:
-        corpora = [corpus_job(corpus, recipe, workdir, tokenizer) for corpus in data.corpora or ()]
+        corpora = [corpus_spec(corpus, recipe, fetch) for corpus in data.corpora or ()]
     cache = CacheSpec(None if data.cache is None else str(data.cache), data.cache_gigabytes)
     spec = describe(corpora, window=data.window, cache=cache)
     if data.on_corrupt == "quarantine":
@@ -59,23 +58,6 @@ def prepare_data(
         copy_whole(Path(spec.tokenizer), workdir.tokenizer)
         spec = replace(spec, tokenizer=str(workdir.tokenizer.resolve()))
     return spec
-
-
-def corpus_job(corpus: Corpus, recipe: Recipe, workdir: Workdir, tokenizer: str) -> CorpusSpec:
-    """The corpus as plain values, not opened yet. `tokenizer`: the teacher's, for pairs that are read in place."""
-    if corpus.shards is not None:
-        return CorpusSpec(corpus.name, corpus.shards, corpus.weight)
-    source = corpus.source_tokenizer
-    pair = PairSpec(
-        tokenizer=tokenizer,
-        seq_len=recipe.data.seq_len,
-        held_out=recipe.data.held_out,
-        source_tokenizer=source and str(model_folder(parse_reference(source), recipe, workdir)),
-        fairseq_dict=corpus.fairseq_dict,
-        encoder=corpus.encoder,
-    )
-    assert corpus.tokens is not None  # recipe_types: shards or tokens
-    return CorpusSpec(corpus.name, corpus.tokens, corpus.weight, pair=pair)
 
 
 def copy_whole(folder: Path, to: Path) -> None:

@@ -193,12 +193,6 @@ class Data(_Section):
             raise ValueError(f"a name for each corpus; {double[0]!r} is there twice")
         return tuple(named) or None
 
-    @property
-    def tokenizer_ref(self) -> Reference:
-        """Of a recipe with text or tokens. Raises UserError when a package that it names is not installed."""
-        assert self.tokenizer is not None, "a recipe with shards names no tokenizer"
-        return parse_reference(self.tokenizer)
-
     def result_fields(self) -> dict[str, Any]:
         """Everything here that determines the result, as JSON values; paths as the file has them."""
         fields = self.model_dump(mode="json", exclude=NOT_RESULT | {"corpora"})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilm.data.errors import DataError
-from minilm.data.format.manifest import MANIFEST, TOKENIZER, TokenizerInfo, load_manifest
+from minilm.data.format.manifest import MANIFEST, TokenizerInfo
 from minilm.data.sources.plugin import find_source
 from minilm.data.storage.remote import is_remote
 from minilm.data.tokenizer import (
@@ -27,16 +27,17 @@ from minilm.model.encoder.shape import EncoderShape, load_config, shape_of
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.recipe.schema import Recipe, Stage
+from minilm.orchestrator.feed.corpora import describe
+from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
+from minilm.orchestrator.stage.data import CorpusSpec, PairSpec
 
-Find = Callable[
-    [str], str | None
-]  # of a reference in the recipe: a folder or hub id; None where it is not here
+# From a reference in the recipe to a folder or hub id; None where it is not here.
+Find = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage, its teacher and the configs that follow.
+    """A stage, its teacher and the shapes that follow.
 
     source: the teacher's folder or hub id; None for an earlier student, and for a teacher that is not here.
     teacher: its shape; None where that is not known here. students: a shape for each student, empty without one.
@@ -52,17 +53,15 @@ def resolve(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]
     """The stages, and a line for each reason why a run is refused before any text is tokenized."""
     stages, problems = resolve_stages(recipe, find)
     try:
-        if recipe.data.text is not None:
-            find_source(recipe.data.source)
         if known := known_data(recipe, find):
             problems += check_data(stages, *known)
     except (UserError, DataError) as error:
-        raise_unless_final(error)
+        raise_passing(error)
         problems.append(f"data: {error}")
     return stages, problems
 
 
-def raise_unless_final(error: Exception) -> None:
+def raise_passing(error: Exception) -> None:
     """Raise an error that may pass, such as a hub or a registry that is away: it says nothing about the recipe."""
     if isinstance(error, UserError) and error.exit_code != UserError.exit_code:
         raise error
@@ -102,7 +101,7 @@ def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], lis
                     for student in stage.students
                 }
         except (UserError, ModelError) as error:
-            raise_unless_final(error)
+            raise_passing(error)
             problems.append(f"stage {stage.name}: {error}")
         resolved.append(ResolvedStage(stage, source, teacher, students))
         shapes |= {student.name: students.get(student.name) for student in stage.students}
@@ -112,27 +111,55 @@ def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], lis
 def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None, str] | None:
     """Tokens a row, the tokenizer's identity and its folder, before any text is tokenized and any row is read.
 
-    From the tokenizer where text or tokens are read, else from the first data set on this machine; None without
-    either. Raises `DataError` for a tokenizer or manifest that can't be used.
+    From the tokenizer where text is read, else from the data sets that are on this machine, which are opened; None
+    without either. Raises `UserError` or `DataError` for a source, tokenizer or data set that can't be used.
     """
     data = recipe.data
-    if data.tokenizer is not None:
-        folder = find(data.tokenizer)
-        if folder is None or not Path(folder).is_dir():
-            return data.seq_len, None, ""
-        loaded = load_tokenizer(folder)
-        size = max(loaded.get_vocab().values()) + 1
-        pipeline = pipeline_fingerprint(loaded)
-        return (
-            data.seq_len,
-            TokenizerInfo(vocabulary_fingerprint(loaded), size, *special_ids(loaded), pipeline),
-            folder,
-        )
-    for corpus in data.corpora or ():
-        if corpus.shards and not is_remote(corpus.shards) and (Path(corpus.shards) / MANIFEST).is_file():
-            manifest = load_manifest(Path(corpus.shards))
-            return manifest.seq_len, manifest.tokenizer, str(Path(corpus.shards) / TOKENIZER)
-    return None
+    if data.text is None:
+        here = [spec for corpus in data.corpora or () if (spec := corpus_here(corpus, recipe, find))]
+        if not here:
+            return None
+        described = describe(here, window=data.window)
+        return described.seq_len, described.vocabulary, described.tokenizer
+    find_source(data.source)
+    assert data.tokenizer is not None  # recipe.schema: text with a tokenizer
+    folder = find(data.tokenizer)
+    if folder is None or not Path(folder).is_dir():
+        return data.seq_len, None, ""
+    loaded = load_tokenizer(folder)
+    size = max(loaded.get_vocab().values()) + 1
+    ids, pipeline = special_ids(loaded), pipeline_fingerprint(loaded)
+    return data.seq_len, TokenizerInfo(vocabulary_fingerprint(loaded), size, *ids, pipeline), folder
+
+
+def corpus_here(corpus: Corpus, recipe: Recipe, find: Find) -> CorpusSpec | None:
+    """The corpus as plain values; None where a file or tokenizer of it is not on this machine."""
+    if corpus.shards is not None:
+        here = not is_remote(corpus.shards) and (Path(corpus.shards) / MANIFEST).is_file()
+        return CorpusSpec(corpus.name, corpus.shards, corpus.weight) if here else None
+    files = [f"{corpus.tokens}.bin", f"{corpus.tokens}.idx", corpus.fairseq_dict, corpus.encoder]
+    if not all(Path(file).is_file() for file in files if file is not None):
+        return None
+    tokenizers = [find(name) for name in (recipe.data.tokenizer, corpus.source_tokenizer) if name is not None]
+    if not all(folder is not None and Path(folder).is_dir() for folder in tokenizers):
+        return None
+    return corpus_spec(corpus, recipe, lambda reference: str(find(reference)))
+
+
+def corpus_spec(corpus: Corpus, recipe: Recipe, find: Callable[[str], str]) -> CorpusSpec:
+    """The corpus as plain values, not opened yet."""
+    if corpus.shards is not None:
+        return CorpusSpec(corpus.name, corpus.shards, corpus.weight)
+    assert corpus.tokens is not None and recipe.data.tokenizer is not None  # recipe.schema: one of the two
+    pair = PairSpec(
+        tokenizer=find(recipe.data.tokenizer),
+        seq_len=recipe.data.seq_len,
+        held_out=recipe.data.held_out,
+        source_tokenizer=corpus.source_tokenizer and find(corpus.source_tokenizer),
+        fairseq_dict=corpus.fairseq_dict,
+        encoder=corpus.encoder,
+    )
+    return CorpusSpec(corpus.name, corpus.tokens, corpus.weight, pair=pair)
 
 
 def check_data(

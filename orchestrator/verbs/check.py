@@ -50,9 +50,11 @@ def problems_here(recipe: Recipe) -> list[str]:
 
     references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
     references |= {recipe.data.tokenizer} if recipe.data.tokenizer else set()
+    data_sets = [corpus.shards or f"{corpus.tokens}.bin" for corpus in recipe.data.corpora or ()]
     with suppress(UserError):  # a folder without a model: `resolve` says so
-        if not any(folder_here(reference) for reference in references):
-            return []  # nothing to compare, and torch takes seconds to import
+        here = any(Path(path).exists() for path in data_sets) or any(map(folder_here, references))
+        if not here and recipe.data.source == "text":
+            return []  # nothing to look at, and torch takes seconds to import
     from minilm.orchestrator.resolve.stages import resolve
 
     return resolve(recipe, folder_here)[1]
