@@ -1,4 +1,4 @@
-"""The Python examples of docs/data.md run as they stand."""
+"""The Python examples of docs/data.md run as they stand, and the links of all pages lead somewhere."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 from tests.data_cases import make_data
 
-PAGE = Path(__file__).parent.parent / "docs" / "data.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "data.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
@@ -23,7 +24,11 @@ def test_an_example_runs(places, number):
     exec(compile(EXAMPLES[number], f"docs/data.md, example {number}", "exec"), dict(places))
 
 
-def test_there_are_examples_and_every_link_leads_somewhere():
+def test_there_are_examples():
     assert len(EXAMPLES) == 4
-    for target in re.findall(r"\]\((\.\./[^)#]+)\)", PAGE.read_text(encoding="utf-8")):
-        assert (PAGE.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target in re.findall(r"\]\(((?!https?://)[^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

@@ -19,7 +19,7 @@ from minilm.orchestrator.feed.corpora import HeldOut
 from minilm.orchestrator.train import step as step_module
 from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, group_widths
 from minilm.orchestrator.train.build import build_distiller
-from minilm.orchestrator.worker.evaluate import heldout_divergence
+from minilm.orchestrator.worker.evaluate import HeldOutPass, evaluate
 from tests.support import make_spec
 from tests.test_model_encoder import tiny_config
 from tests.test_train_step import ALONE, one_step
@@ -174,7 +174,7 @@ def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, mo
             monkeypatch.setattr(
                 "minilm.orchestrator.worker.evaluate.by_length", lambda ids, mask: [(ids, mask)]
             )
-        found = heldout_divergence(distiller, held_out, rows=12, micro_batch=6, autocast=None, world=ALONE)
+        found = evaluate(HeldOutPass(distiller, held_out, rows=12, micro_batch=6, autocast=None, world=ALONE))
         values.append(found["small"])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 

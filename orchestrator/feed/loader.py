@@ -15,7 +15,7 @@ from minilm.data.storage.remote import is_remote
 from minilm.data.stream import partition
 from minilm.orchestrator.feed.corpora import close, open_stream
 from minilm.orchestrator.feed.ledger import Expected, Ledger
-from minilm.orchestrator.feed.quarantine import QuarantineMask
+from minilm.orchestrator.feed.quarantine_mask import QuarantineMask
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.step import MicroBatch

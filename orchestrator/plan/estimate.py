@@ -1,4 +1,4 @@
-"""`minilm plan RECIPE`: a recipe and the configs of its teachers → `plan`, as a table or JSON. Reads no weights.
+"""A recipe and its teachers' configs become the numbers that `cost` reckons with. Reads no weights, reckons nothing.
 
 Encoders are built without storage, so that parameters are counted and not guessed, for every architecture.
 """

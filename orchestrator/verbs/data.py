@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from minilm.orchestrator.verbs import data_build, data_care, data_order
+from minilm.orchestrator.verbs import data_build, data_order, data_verify
 
 
 def add_data_verbs(data: argparse.ArgumentParser) -> None:
     verbs = data.add_subparsers(title="verbs", required=True, metavar="VERB")
     data_build.add_build(verbs)
     data_build.add_import(verbs)
-    data_care.add_verify(verbs)
+    data_verify.add_verify(verbs)
     data_order.add_verify_run(verbs)
-    data_care.add_repair(verbs)
-    data_care.add_inspect(verbs)
-    data_care.add_convert(verbs)
+    data_verify.add_repair(verbs)
+    data_verify.add_inspect(verbs)
+    data_verify.add_convert(verbs)
     data_order.add_explain(verbs)
     data_order.add_where(verbs)

@@ -29,13 +29,26 @@ class HeldOutPass:
     autocast: torch.dtype | None
     world: World
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """This worker's part of the first held-out rows, on its device: input_ids int64 [rows, tokens], mask bool of
-        the same shape or None without padding."""
+    def parts(self) -> Iterator[tuple[HeldOut, int, float]]:
+        """Each corpus with how many of its first rows are measured, at least one, and its fraction of the mixture."""
         total = sum(corpus.weight for corpus in self.corpora)
         for corpus in self.corpora:
-            rows = max(1, round(self.rows * corpus.weight / total))
-            yield from held_out_batches(corpus.rows, rows, self.micro_batch, self.world)
+            fraction = corpus.weight / total
+            yield corpus, min(max(1, round(self.rows * fraction)), corpus.rows.num_rows), fraction
+
+    def batches_of(self, held_out: Rows, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This worker's micro-batches of the first `rows` rows, cut by length where rows have padding, on its device:
+        input_ids int64 [rows, tokens], mask bool of the same shape or None without padding."""
+        size, world = self.micro_batch, self.world
+        for index in partition(-(-rows // size), world.rank, world.size):
+            batch = held_out.read(range(index * size, min((index + 1) * size, rows)))
+            for ids, mask in by_length(batch.input_ids, batch.mask):
+                yield ids.to(world.device), None if mask is None else mask.to(world.device)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This worker's micro-batches of all corpora."""
+        for corpus, rows, _ in self.parts():
+            yield from self.batches_of(corpus.rows, rows)
 
 
 Evaluator = Callable[[HeldOutPass], dict[str, float]]  # a value by student, the same on every worker
@@ -43,18 +56,14 @@ EVALUATORS: dict[str, Evaluator] = {}
 
 
 def evaluate(held_out: HeldOutPass) -> dict[str, dict[str, float]]:
-    """Every measurement, by student and name: the divergence's terms, and probe/NAME for each row of `EVALUATORS`."""
-    found = heldout_divergence(
-        held_out.distiller,
-        held_out.corpora,
-        rows=held_out.rows,
-        micro_batch=held_out.micro_batch,
-        autocast=held_out.autocast,
-        world=held_out.world,
-    )
+    """Every measurement, by student and name: the divergence's terms, and probe/NAME for each row of `EVALUATORS`.
+
+    Leaves the students in training mode.
+    """
     held_out.distiller.eval()
     device = held_out.world.device.type
     with torch.no_grad(), torch.autocast(device, held_out.autocast, enabled=held_out.autocast is not None):
+        found = heldout_divergence(held_out)
         for name, evaluator in EVALUATORS.items():
             for student, value in evaluator(held_out).items():
                 found[student][f"probe/{name}"] = value
@@ -62,70 +71,37 @@ def evaluate(held_out: HeldOutPass) -> dict[str, dict[str, float]]:
     return found
 
 
-def heldout_divergence(
-    distiller: Distiller,
-    corpora: Sequence[HeldOut],
-    *,
-    rows: int,
-    micro_batch: int,
-    autocast: torch.dtype | None,
-    world: World,
-) -> dict[str, dict[str, float]]:
+def heldout_divergence(held_out: HeldOutPass) -> dict[str, dict[str, float]]:
     """The objective's mean over about `rows` held-out rows, without dropout, by student and term.
 
     Values are in the objective's unit (nats a query). In a mixture each corpus gives its first held-out rows, in
     proportion to its weight (at least one row), and the mean over corpora is weighted in the same way; each corpus's
-    own mean is under TERM/CORPUS. Leaves the students in training mode.
+    own mean is under TERM/CORPUS.
     """
-    total = sum(corpus.weight for corpus in corpora)
-    found: dict[str, dict[str, float]] = {name: {} for name in distiller.students}
-    distiller.eval()
-    for corpus in corpora:
-        part = corpus.weight / total
-        means = _divergence(distiller, corpus.rows, max(1, round(rows * part)), micro_batch, autocast, world)
-        for name, terms in means.items():
+    found: dict[str, dict[str, float]] = {name: {} for name in held_out.distiller.students}
+    for corpus, rows, fraction in held_out.parts():
+        for name, terms in _divergence(held_out, corpus.rows, rows).items():
             for term, mean in terms.items():
-                found[name][term] = found[name].get(term, 0.0) + part * mean
-                if len(corpora) > 1:
+                found[name][term] = found[name].get(term, 0.0) + fraction * mean
+                if len(held_out.corpora) > 1:
                     found[name][f"{term}/{corpus.name}"] = mean
-    distiller.train()
     return found
 
 
-def _divergence(
-    distiller: Distiller,
-    held_out: Rows,
-    rows: int,
-    micro_batch: int,
-    autocast: torch.dtype | None,
-    world: World,
-) -> dict[str, dict[str, float]]:
+def _divergence(held_out: HeldOutPass, corpus: Rows, rows: int) -> dict[str, dict[str, float]]:
     """Means over the first `rows` rows. Each worker takes a part of the micro-batches and all get the same result;
     sums are float64."""
-    device = world.device
-    students = list(distiller.students)
-    sums = torch.zeros(len(students), distiller.num_terms, dtype=torch.float64, device=device)
+    distiller, world = held_out.distiller, held_out.world
+    students, width = list(distiller.students), distiller.num_terms
+    sums = torch.zeros(len(students), width, dtype=torch.float64, device=world.device)
     count = 0.0
-    with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for ids, mask in held_out_batches(held_out, rows, micro_batch, world):
-            count += float(distiller.count(mask, ids.shape))
-            teacher_output = distiller.teacher_forward(ids, mask)
-            for row, name in enumerate(students):
-                sums[row] += distiller.term_sums(name, teacher_output, ids, mask)
+    for ids, mask in held_out.batches_of(corpus, rows):
+        count += float(distiller.count(mask, ids.shape))
+        teacher_output = distiller.teacher_forward(ids, mask)
+        for row, name in enumerate(students):
+            sums[row] += distiller.term_sums(name, teacher_output, ids, mask)
     *totals, count = world.all_reduce_host([*sums.flatten().tolist(), count])
-    width = distiller.num_terms
     return {
         name: {term: totals[i * width + j] / count for j, term in enumerate(distiller.term_names)}
         for i, name in enumerate(students)
     }
-
-
-def held_out_batches(
-    held_out: Rows, rows: int, micro_batch: int, world: World
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """This worker's micro-batches of the first `rows` rows, cut by length where rows have padding, on its device."""
-    rows = min(rows, held_out.num_rows)
-    for index in partition(-(-rows // micro_batch), world.rank, world.size):
-        batch = held_out.read(range(index * micro_batch, min((index + 1) * micro_batch, rows)))
-        for ids, mask in by_length(batch.input_ids, batch.mask):
-            yield ids.to(world.device), None if mask is None else mask.to(world.device)

@@ -22,7 +22,7 @@ from minilm.orchestrator.driver.prepare_data import prepare_data
 from minilm.orchestrator.driver.verify_run import verify_run
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.feed.corpora import open_stream
-from minilm.orchestrator.feed.quarantine import QuarantineMask
+from minilm.orchestrator.feed.quarantine_mask import QuarantineMask
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.resolve.folders import folder_here
 from minilm.orchestrator.stage.data import QuarantineSpec
