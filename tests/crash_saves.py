@@ -2,7 +2,7 @@
 
 Run by test_checkpoint_async_saver.
 
-usage: crash_saves.py FOLDER
+usage: python -m tests.crash_saves FOLDER
 
 Faults: kill (SIGKILL itself) and full (no space left on device, for good). Each round forks a child with two sound
 checkpoints of steps 1 and 2. The child saves step 3 (which removes step 1) and is struck at its n-th operation: open,

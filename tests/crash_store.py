@@ -1,6 +1,8 @@
 """A process that is killed at every request of a save to object storage in turn; run by test_object_store.
 
-usage: crash_store.py URL FOLDER    (the server of s3_server, which does the killing; credentials in the environment)
+usage: python -m tests.crash_store URL FOLDER
+
+The server of s3_server does the killing. Credentials are in the environment.
 
 Each round forks a child that starts as a run does, finds two sound checkpoints, and saves the next step, which removes
 the older one. Prints what each child found and how it ended, as JSON lines.

@@ -36,10 +36,9 @@ def make_saver(folder: Path, models, states, *, keep: int = 2, keep_every=None, 
 
 
 def test_struck_at_any_operation_of_a_save_the_next_start_finds_a_whole_one(tmp_path):
-    script = Path(__file__).with_name("crash_saves.py")
-    run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-m", "tests.crash_saves", str(tmp_path)]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     rounds: dict[str, list[tuple[str, dict]]] = {"kill": [], "full": []}
     for line in run.stdout.splitlines():

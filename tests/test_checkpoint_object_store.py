@@ -171,9 +171,9 @@ def test_only_damaged_ones_are_an_error_and_not_a_fresh_start(store):
 
 @pytest.mark.slow  # a process a request
 def test_killed_at_any_request_the_next_start_finds_a_whole_one(server, tmp_path):
-    script = Path(__file__).with_name("crash_store.py")
-    command = [sys.executable, str(script), "s3://bucket/killed", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "tests.crash_store", "s3://bucket/killed", str(tmp_path)]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     told = [json.loads(line) for line in run.stdout.splitlines()]
     starts, ends = told[0::2], [line["status"] for line in told[1::2]]
