@@ -14,7 +14,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minilm.data.format.manifest import MANIFEST
 from minilm.model.export import weights_digest
+from minilm.orchestrator.driver.preflight import check_checkpoints, check_device
 from minilm.orchestrator.driver.prepare_data import prepare_data
 from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
@@ -60,7 +62,10 @@ def run_recipe(
         def fetch(reference: str) -> str:
             return str(model_folder(parse_reference(reference), recipe, workdir))
 
-        stages, problems = resolve(recipe, fetch)
+        if launcher.is_here:
+            check_device(recipe.compute)
+        check_checkpoints(recipe.compute, workdir.root)
+        stages, problems = resolve(recipe, fetch, built=(workdir.data / MANIFEST).exists())
         if not problems:
             data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop))
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,16 @@ def add_check(verbs: Any) -> None:
     check = verbs.add_parser("check", help="say everything that is wrong with recipes")
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE.yaml")
     add_overrides(check)
+    check.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail on what can't be looked at here: teachers, data, devices, buckets",
+    )
     check.set_defaults(run=check_recipes)
 
 
 def check_recipes(options: argparse.Namespace) -> int:
     from minilm.orchestrator.recipe.load import load_recipe
-    from minilm.orchestrator.recipe.missing import missing_inputs
 
     problems: list[str] = []
     for path in options.recipes:
@@ -35,9 +40,13 @@ def check_recipes(options: argparse.Namespace) -> int:
         if wrong := problems_here(recipe):
             problems += [f"{path}: {problem}" for problem in wrong]
             continue
+        notes = lacking(recipe)
+        if options.strict and notes:
+            problems += [f"{path}: not here: {note}" for note in notes]
+            continue
         stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
         print(f"{path}: sound; stages: {stages}")
-        for note in missing_inputs(recipe):
+        for note in notes:
             print(f"{path}: not here: {note}")
     if problems:
         raise RecipeErrors(problems)
@@ -58,3 +67,22 @@ def problems_here(recipe: Recipe) -> list[str]:
     from minilm.orchestrator.resolve.stages import resolve
 
     return resolve(recipe, folder_here)[1]
+
+
+def lacking(recipe: Recipe) -> list[str]:
+    """What a run needs and this machine lacks, or can't look at."""
+    from minilm.orchestrator.recipe.missing import missing_inputs, unseen_inputs
+
+    notes = missing_inputs(recipe) + unseen_inputs(recipe)
+    compute, corpora = recipe.compute, recipe.data.corpora or ()
+    places = [compute.checkpoints, *(corpus.shards for corpus in corpora)]
+    if compute.device == "cuda" or any("://" in place for place in places if place):
+        from minilm.orchestrator.driver.preflight import check_checkpoints, check_device, check_shards
+
+        looks = [partial(check_device, compute), partial(check_checkpoints, compute, Path())]
+        for look in [*looks, *(partial(check_shards, corpus) for corpus in corpora)]:
+            try:
+                look()
+            except UserError as error:
+                notes.append(str(error))
+    return notes
