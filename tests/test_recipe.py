@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from minilm.orchestrator.recipe.changes import first_difference
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.missing import missing_inputs
 from minilm.orchestrator.recipe.references import FolderRef, HubRef, RegistryRef, StudentRef, parse_reference
-from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.recipe.schema import SECTIONS, Recipe
 
 BASE = """\
 name: tiny
@@ -139,6 +140,61 @@ def test_aliases_work(tmp_path: Path) -> None:
     text = BASE.replace("student: {layers: 4", "student: &shape {layers: 4")
     text = text.replace("student: {layers: 2, hidden: 24}", "student: *shape")
     assert load(tmp_path, text).stages[1].students[0].layers == 4
+
+
+MERGED = """\
+x-both: &both {batch: 64, steps: 100, warmup_steps: 10}
+x-slow: &slow {steps: 900, peak_lr: 1e-4}
+name: tiny
+data: {text: corpus.txt, tokenizer: ./tokenizer}
+stages:
+  - &first
+    <<: [*both, *slow]
+    name: assistant
+    teacher: owner/teacher
+    student: {layers: 4, hidden: 48, heads: 12}
+  - <<: *first
+    name: student
+    teacher: assistant
+    peak_lr: 1e-3
+"""
+
+
+def test_merge_keys_fill_in_what_a_mapping_lacks(tmp_path: Path) -> None:
+    first, second = load(tmp_path, MERGED).stages
+    assert (first.batch, first.steps, first.peak_lr) == (64, 100, 1e-4), "the first of a list wins"
+    assert (second.name, second.peak_lr, second.steps) == ("student", 1e-3, 100), "own keys win"
+    assert second.students[0].layers == 4
+    assert load(tmp_path, MERGED, "stages.student.batch=32").stages[0].batch == 64, (
+        "a copy, not the same mapping"
+    )
+    wrong = MERGED.replace("steps: 100", "steps: many")
+    assert problems(tmp_path, wrong) == [
+        f"recipe.yaml:1: stages.{i}.steps: given 'many'; allowed: a whole number from 1 to 1e9"
+        for i in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MERGED.replace("*first", "3"), ":11: stages.1.<<: given no mapping; allowed: <<: *NAME or <<: [*NAME, …] of"),
+        (MERGED.replace("*first", "[*both, 3]"), ":11: stages.1.<<: given no mapping; allowed: <<: *NAME or"),
+        (MERGED.replace("  - <<: *first\n", "  - <<: *first\n    <<: *slow\n"), "stages.1.<<: given twice; keep one, "
+         "with a list: <<: [*ONE, *TWO]"),
+        (MERGED.replace("[*both, *slow]", "[*both, *first]"), ":6: stages.0.peak_lr: missing; add it"),
+        (MERGED.replace("*first", "*none"), ":11: not valid YAML: found undefined alias 'none'; mark what"),
+        (MERGED.replace("x-slow", "slow"), ":2: slow: unknown key (what merge keys take from is called x-…, as x-"),
+        ("a: &a {<<: *a}\n", "missing; add it"),
+        ("a: &a {<<: *a, ? [x] : 1}\n", ":1: a: given a key that is not a word"),
+        ("a: " + "{<<: " * 25 + "{x: 1}" + "}" * 25, ":1: a.<<: given merge keys within merge keys over more than 20 "
+         "levels"),
+        ("a: &a {" + "".join(f"k{i}: 1, " for i in range(500)) + "}\n" + "".join(f"b{i}: {{<<: *a}}\n" for i in
+         range(50)), "more than 20000 values"),
+    ],
+)  # fmt: skip
+def test_merge_keys_that_can_not_be(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in problems(tmp_path, text)[0]
 
 
 def test_checkpoints_go_to_a_folder_or_a_bucket(tmp_path: Path) -> None:
@@ -496,7 +552,7 @@ def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, expected: str)
         (["stages.0.student.name=first"], "given 'assistant', a stage whose students have other names; "
                                           "allowed: a student's name: first"),
         (["stages.0.student.heads=10", "stages.1.student.heads=10", "stages.1.student.hidden=20"],
-         "stages.0.student.heads: given 10; (48 / 10 is not whole); hidden: 50 would do if the teacher has 10 heads"),
+         "(48 / 10 is not whole); hidden: 50 would do if the teacher has 10 heads"),
         (["stages.1.student.hidden=32"], "given 32; allowed: heads that divide hidden (32 / 12 is not"),
         (["stages.1.student.heads=6"], "given 6; allowed: 12, the heads of the teacher 'assistant'"),
         (["stages.1.relation_heads=9"], "that divides all hidden sizes (student 24, assistant 48); 8 would do"),
@@ -556,6 +612,78 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> N
     (line,) = problems(tmp_path, text)
     assert line.startswith("recipe.yaml:")
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "line", "expected"),
+    [
+        ("    batch: 64", "\tbatch: 64", 9, "that is a tab: indent with spaces"),
+        ("batch: 64", "batch 64", 9, "write KEY: VALUE here, with a space after the colon"),
+        ("batch: 64", "batch:64", 9, "write KEY: VALUE here, with a space after the colon"),
+        ("    batch: 64", "      batch: 64", 9, "begin the keys of a mapping in one column"),
+        (
+            "  - name: student",
+            "  -name: student",
+            13,
+            "and the dashes of a list, each with a space behind it",
+        ),
+        ("heads: 12}", "heads: 12", 8, "close what is opened here, or put a comma between its parts"),
+        ("owner/teacher", "'owner/teacher", 7, "close the quotes that are opened here"),
+        ("owner/teacher", "a: b", 7, "put quotes around a value with ': ' in it"),
+        ("owner/teacher", "@a", 7, "put quotes around a value that begins with this character"),
+        ("corpus.txt", "*.txt", 3, "put quotes around a value that begins with *"),
+        ("corpus.txt", "&", 3, "put quotes around a value that begins with &"),
+        (
+            "{layers: 4, hidden: 48, heads: 12}",
+            "{layers:4, hidden: 48}",
+            8,
+            "write layers: 4, with a colon and a space",
+        ),
+        ("batch: 64", "batch: 64,000", 9, "given '64,000'; allowed: a whole number from 1 to 1e9"),
+    ],
+)
+def test_slips_in_the_yaml_are_told_with_their_line_and_their_remedy(
+    tmp_path, right, wrong, line, expected
+) -> None:
+    said = problems(tmp_path, BASE.replace(right, wrong, 1))
+    assert any(text.startswith(f"recipe.yaml:{line}: ") and expected in text for text in said), said
+
+
+def test_what_is_not_utf_8_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(BASE.encode().replace(b"corpus", b"caf\xe9"))
+    with pytest.raises(
+        RecipeErrors, match="recipe.yaml:3: given the byte 0xe9, which is not UTF-8 here; save the file as"
+    ):
+        load_recipe(file)
+    for encoding in ("utf-8-sig", "utf-16"):
+        file.write_text(BASE, encoding=encoding)
+        assert load_recipe(file) == load(tmp_path)
+
+
+def numbers() -> list[tuple[str, str]]:
+    """Every key of the types that holds a number, as `--set` takes it, and one of another kind."""
+    places = {"Corpus": "data.0", "Data": "data", "Compute": "compute", "Tracking": "tracking", "Recipe": ""}
+    places |= {"Stage": "stages.0", "Student": "stages.0.student", "RelationTerm": "stages.0.relations.0"}
+    found = []
+    for kind in {Recipe, *SECTIONS.values()}:
+        for key, field in kind.model_fields.items():
+            words = str(field.annotation) + str(field.metadata)
+            if re.search(r"\b(int|float)\b", words) and not re.search(r"\bstr\b|tuple|dict|Literal", words):
+                found.append((f"{places[kind.__name__]}.{key}".lstrip("."), kind.__name__))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("path", "kind"), numbers())
+def test_a_number_out_of_bounds_is_told_both_bounds(tmp_path: Path, path: str, kind: str) -> None:
+    text = MIXED if kind == "Corpus" else BASE
+    if kind == "RelationTerm":
+        text = BASE.replace("    batch: 64", "    relations: [{name: a, x: q, y: k}]\n    batch: 64")
+    for value in ("-1", "1e300", "1e999", "9" * 50, "x", "true", "[1]"):
+        (told,) = [line for line in problems(tmp_path, text, f"{path}={value}") if line.startswith("--set: ")]
+        assert re.search(
+            r"allowed: .*(from \d+ to|above 0,? (and )?at most|at least \d.* below) [\d2]", told
+        ), told
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:

@@ -171,7 +171,8 @@ def _fitting(stages: Mapping[int, Stage], index: int, place: int, teacher: _Know
     )
     tries = [("heads", number) for number in other_heads[:8]] + [("hidden", number) for number in sizes[:8]]
     before = set(check_across(stages, None, advise=False))
-    own, found = ("stages", index, "students", place), {}
+    own: KeyPath = ("stages", index, "students", place)
+    found: dict[int, str] = {}  # by the number of problems that are left
     for key, value in tries:
         changed = [*stage.students]
         changed[place] = student.model_copy(update={key: value})

@@ -31,9 +31,8 @@ def told(error: yaml.MarkedYAMLError) -> tuple[int, str]:
     """The line (0-based) and the sentence."""
     words = " ".join(f"{error.problem or error.context}".split())
     whole = f"{error.context} {error.problem}"
+    marks = [mark for mark in (error.problem_mark, error.context_mark) if mark]
     for part, (remedy, at_beginning) in REMEDIES.items():
         if part in whole:
-            mark = error.context_mark if at_beginning else error.problem_mark
-            return (mark or error.problem_mark).line, f"not valid YAML: {words}; {remedy}"
-    mark = error.problem_mark or error.context_mark
-    return mark.line if mark else 0, f"not valid YAML: {words}"
+            return marks[-1 if at_beginning else 0].line, f"not valid YAML: {words}; {remedy}"
+    return marks[0].line if marks else 0, f"not valid YAML: {words}"

@@ -154,31 +154,29 @@ def _merge(node: yaml.MappingNode, path: KeyPath, level: int = 0) -> None:
 
     What is merged keeps the line where it was written.
     """
-    sources: list[yaml.Node] = []
-    own = []
-    for key_node, value in node.value:
-        if key_node.tag != _PREFIX + "merge":
-            own.append((key_node, value))
-            continue
-        line = key_node.start_mark.line
-        if sources:
-            raise _Malformed(line, (*path, "<<"), "given twice; keep one, with a list: <<: [*ONE, *TWO]")
+    merges = [(key_node, value) for key_node, value in node.value if key_node.tag == _PREFIX + "merge"]
+    node.value = [
+        pair for pair in node.value if pair not in merges
+    ]  # so that one that merges itself ends here
+    for key_node, value in merges:
         sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        if not sources or not all(isinstance(source, yaml.MappingNode) for source in sources):
+        if len(merges) > 1:
+            what = "given twice; keep one, with a list: <<: [*ONE, *TWO]"
+        elif not sources or not all(isinstance(source, yaml.MappingNode) for source in sources):
             what = "given no mapping; allowed: <<: *NAME or <<: [*NAME, …] of mappings that are marked &NAME above"
-            raise _Malformed(line, (*path, "<<"), what)
-        if level > 20:
-            raise _Malformed(
-                line, (*path, "<<"), "given merge keys within merge keys over more than 20 levels"
-            )
-    node.value = own  # first, so that a mapping that merges itself ends here
-    present = {key_node.value for key_node, _ in own if isinstance(key_node, yaml.ScalarNode)}
-    for source in {id(source): source for source in sources}.values():
-        _merge(source, path, level + 1)
-        for key_node, value in source.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.value not in present:
-                node.value.append((key_node, value))
-                present.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else None)
+        elif level == 20:
+            what = "given merge keys within merge keys over more than 20 levels"
+        else:
+            for source in {id(source): source for source in sources}.values():
+                _merge(source, path, level + 1)
+                present = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+                node.value += [
+                    (key, value)
+                    for key, value in source.value
+                    if not (isinstance(key, yaml.ScalarNode) and key.value in present)
+                ]
+            continue
+        raise _Malformed(key_node.start_mark.line, (*path, "<<"), what)
 
 
 def _scalar(node: yaml.ScalarNode, path: KeyPath) -> str | int | float | bool | None:
