@@ -45,9 +45,16 @@ def check_enough(
             tokens[split] += num_tokens + (packing == "full")  # there every document is ended by SEP
         if min(tokens.values()) >= needed:
             return
+    if not any(documents.values()):
+        raise DataError(no_text([str(path) for path in text.find_files(inputs)]))
     for split in splits:
-        if tokens[split] < needed and any(documents.values()):
+        if tokens[split] < needed:
             raise DataError(too_little(split, tokens[split], documents[split], seq_len))
+
+
+def no_text(files: Sequence[str]) -> str:
+    """What is said of files that hold no document."""
+    return f"no text in {', '.join(map(repr, files[:3]))}; give files with text"
 
 
 def too_little(split: str, num_tokens: int, num_documents: int, seq_len: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from minilm.data.builder.enough import too_little
+from minilm.data.builder.enough import no_text, too_little
 from minilm.data.builder.local_pool import Task, run_tasks
 from minilm.data.builder.ray_pool import run_tasks_on_ray
 from minilm.data.builder.report import REPORT, REPORT_FILES, BuildReport, make_report, save_report
@@ -114,7 +114,7 @@ class BuildRun:
         self.tokenize_seconds = time.monotonic() - before
         total = {name: sum(count[name] for count in counts) for name in counts[0]}
         if not total["documents"]:
-            raise DataError(f"no text in {', '.join(map(repr, self.plan.files[:3]))}; give files with text")
+            raise DataError(no_text(self.plan.files))
         buckets, manifests = {}, {}
         for split in SPLITS if self.work.held_out else SPLITS[:1]:
             buckets[split] = self._sort(split, total["tokens"])
