@@ -1,4 +1,4 @@
-"""What a run needs besides files of this machine: told by `check`, an error with --strict, and no text is built first."""
+"""What a run needs besides its files: `check` tells it, --strict fails on it, and `run` ends before text is built."""
 
 from __future__ import annotations
 
