@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
+from typing import Any
 
 from minilm.orchestrator.verbs import data_build, data_order, data_verify
+from minilm.orchestrator.verbs.arguments import add_group
 
 
-def add_data_verbs(data: argparse.ArgumentParser) -> None:
-    verbs = data.add_subparsers(title="verbs", required=True, metavar="VERB")
+def add_data_verbs(top: Any) -> None:
+    verbs = add_group(
+        top,
+        "data",
+        "build, import, look at and care for data sets",
+        "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books",
+        "minilm data inspect books",
+    )
     data_build.add_build(verbs)
     data_build.add_import(verbs)
     data_verify.add_verify(verbs)
