@@ -20,7 +20,7 @@ from minilm.data.errors import DataError
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import RecipeErrors, Stopped, UserError
 from minilm.orchestrator.verbs.about import Version, add_completion, add_list
-from minilm.orchestrator.verbs.arguments import Parser, add_verbs
+from minilm.orchestrator.verbs.arguments import Parser, add_group, add_verbs
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
 from minilm.orchestrator.verbs.data import add_data_verbs
@@ -104,8 +104,11 @@ def parser() -> Parser:
     add_plan(verbs)
     add_status(verbs)
     add_list(verbs)
-    add_data_verbs(verbs)
-    add_bench_verbs(verbs)
+    build = "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books"
+    what = "build, import, look at and care for data sets"
+    add_data_verbs(add_group(verbs, "data", what, build, "minilm data inspect books"))
+    what = "measure this machine: the loss, a step, the stream"
+    add_bench_verbs(add_group(verbs, "bench", what, "minilm bench step", "minilm bench stream --json"))
     add_pull(verbs)
     add_promote(verbs)
     add_completion(verbs, top)

@@ -146,7 +146,7 @@ def test_run_as_json_is_an_event_a_line(tmp_path, capsys, text, teacher):
     built = [event for event in events if event["event"] == "built"]
     assert len(built) == 1 and built[0]["report"]["documents"] == 120
     assert {event.get("stage") for event in events} == {None, "assistant", "small"}
-    assert {"starting", "publishing"} <= {event.get("doing") for event in events}
+    assert {"building", "publishing"} <= {event.get("doing") for event in events}
     assert events[-1]["event"] == "result"
     assert [model["name"] for model in events[-1]["models"]][1:] == ["assistant", "small"]
     assert main(command) == 0

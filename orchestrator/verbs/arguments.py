@@ -34,12 +34,13 @@ def did_you_mean(text: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def add_group(verbs: Any, name: str, help: str, *examples: str) -> Any:
-    """Add a verb that has verbs of its own; to what comes back they are added."""
-    return add_verbs(_add(verbs, name, help, examples))
+def add_group(verbs: Any, name: str, help: str, *examples: str) -> Parser:
+    """Add a verb that has verbs of its own (`add_verbs`)."""
+    return _add(verbs, name, help, examples)
 
 
-def add_verbs(parser: Parser) -> Any:
+def add_verbs(parser: argparse.ArgumentParser) -> Any:
+    """What a parser's verbs are added to."""
     return parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
 

@@ -13,24 +13,18 @@ from typing import Any
 
 from minilm.orchestrator.system.text import text_table
 from minilm.orchestrator.verbs.arguments import (
-    add_group,
     add_json,
     add_overrides,
     add_verb,
+    add_verbs,
     positive_whole,
     print_report,
 )
 
 
-def add_bench_verbs(top: Any) -> None:
+def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     """Add the verbs; each sets `run`, a function of the parsed options."""
-    verbs = add_group(
-        top,
-        "bench",
-        "measure this machine: the loss, a step, the stream",
-        "minilm bench step",
-        "minilm bench stream --json",
-    )
+    verbs = add_verbs(bench)
     _add_stream(
         add_verb(
             verbs,

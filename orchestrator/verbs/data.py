@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
 
 from minilm.orchestrator.verbs import data_build, data_order, data_verify
-from minilm.orchestrator.verbs.arguments import add_group
+from minilm.orchestrator.verbs.arguments import add_verbs
 
 
-def add_data_verbs(top: Any) -> None:
-    verbs = add_group(
-        top,
-        "data",
-        "build, import, look at and care for data sets",
-        "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books",
-        "minilm data inspect books",
-    )
+def add_data_verbs(data: argparse.ArgumentParser) -> None:
+    verbs = add_verbs(data)
     data_build.add_build(verbs)
     data_build.add_import(verbs)
     data_verify.add_verify(verbs)
