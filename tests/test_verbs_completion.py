@@ -50,6 +50,10 @@ def test_bash_completes(script, tmp_path):
     assert completed(script, "minilm", "run", "--work") == {"--workdir"}
     assert completed(script, "minilm", "run", "--launcher", "") == {"ray", "inline"}
     assert completed(script, "minilm", "run", "mi", folder=tmp_path) == {"mine.yaml"}
+    assert completed(script, "minilm", "data", "build", "mi", folder=tmp_path) == {"mine.yaml"}
+    assert completed(script, "minilm", "data", "repair", "x", "--mirror", "mi", folder=tmp_path) == {
+        "mine.yaml"
+    }
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

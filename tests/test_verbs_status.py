@@ -40,7 +40,7 @@ def work(tmp_path):
     checkpoint.mkdir(parents=True)
     (checkpoint / "checkpoint.json").touch()
     os.utime(checkpoint / "checkpoint.json", (time.time() - 90, time.time() - 90))
-    beat = {"attempt": "a", "doing": "training", "step": 23, "time": time.time() - 5, "metrics": {}}
+    beat = {"attempt": "a", "doing": "evaluating", "part": [3, 16], "step": 23, "time": time.time() - 5}
     write_json(second.heartbeat, beat)
     with MetricsFile(second.heldout_metrics) as points:
         points.append(0, {"six/heldout/attention": 2.0})
@@ -68,7 +68,7 @@ def test_a_run_under_way(work, capsys):
     assert told["driver"] == str(Process.this())
     assert [stage["state"] for stage in told["stages"]] == ["done", "begun", "waiting"]
     second = told["stages"][1]
-    assert (second["step"], second["steps"], second["doing"]) == (23, 60, "training")
+    assert (second["step"], second["steps"], second["doing"]) == (23, 60, "evaluating 3/16")
     assert second["checkpoint"]["step"] == 20
     assert 89 < second["checkpoint"]["age_seconds"] < 300
     assert second["held_out"]["six"] == {"step": 20, "sum": 0.75, "terms": {"attention": 0.5, "value": 0.25}}

@@ -10,6 +10,7 @@ from typing import Any
 
 from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.checkpoint.store import META, step_of
+from minilm.orchestrator.driver.status_line import doing_text
 from minilm.orchestrator.driver.summary import terms
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.folder import RunFolder, StageFolder
@@ -124,7 +125,7 @@ def stage_status(folder: StageFolder, stage: dict[str, Any]) -> StageStatus:
         state=state,
         step=stage["steps"] if done else reached,
         steps=stage["steps"],
-        doing="" if done or not beat else beat["doing"],
+        doing="" if done or not beat else doing_text(beat),
         heartbeat_seconds=None if done or not beat else max(time.time() - beat["time"], 0.0),
         checkpoint=checkpoint,
         checkpoint_error=error,

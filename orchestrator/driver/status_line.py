@@ -162,6 +162,12 @@ def say_built(line: StatusLine, report: BuildReport) -> None:
     line.say(report.text(), event="built", report=report.as_dict())
 
 
+def doing_text(beat: dict[str, Any]) -> str:
+    """`evaluating 3/16`, of a heartbeat."""
+    done, total = beat.get("part") or (0, 0)
+    return f"{beat['doing']} {done}/{total}" if total else str(beat["doing"])
+
+
 class StageProgress:
     """Turns heartbeats into lines such as
     `[1/2] assistant  step 120/240  loss 0.812 (attention 0.41 value 0.40)  312 rows/s  40.0k tokens/s  1m02s left`."""
@@ -186,8 +192,7 @@ class StageProgress:
         spec, metrics = self.spec, beat["metrics"]
         parts = [self.prefix, f"step {beat['step']}/{spec.steps}"]
         if beat["doing"] != "training":
-            done, total = beat.get("part") or (0, 0)
-            parts.append(f"{beat['doing']} {done}/{total}" if total else beat["doing"])
+            parts.append(doing_text(beat))
         for student in spec.students:
             if f"{student.name}/loss" in metrics:
                 label = f"{student.name} loss" if len(spec.students) > 1 else "loss"

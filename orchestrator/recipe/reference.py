@@ -45,7 +45,8 @@ def reference_text() -> str:
 def row(key: str, value: dict[str, Any], section: dict[str, Any], schema: dict[str, Any]) -> str:
     required = key in section.get("required", ())
     default = value.get("default")
-    shown = "" if default is None else f"`{default if isinstance(default, str) else json.dumps(default)}`"
+    written = default if isinstance(default, str) else json.dumps(default)
+    shown = "" if default is None else f"`{written}`"
     name = f"**`{key}`**" if required else f"`{key}`"
     meaning = one_line(value.get("description") or referred(value, schema)["description"])
     cells = (cell.replace("|", "\\|") for cell in (name, allowed(value), shown, meaning))
@@ -55,8 +56,7 @@ def row(key: str, value: dict[str, Any], section: dict[str, Any], schema: dict[s
 def allowed(value: dict[str, Any]) -> str:
     """What a value may be, in words."""
     if "$ref" in value:
-        kind = kind_of(value)
-        return f"[a section](#{anchor(kind)})"
+        return f"[a section](#{anchor(kind_of(value))})"
     if "anyOf" in value:
         return " or ".join(allowed(one) for one in value["anyOf"] if one.get("type") != "null")
     if "const" in value:
@@ -69,8 +69,8 @@ def allowed(value: dict[str, Any]) -> str:
             return f"[{', '.join(allowed(one) for one in value['prefixItems'])}]"
         if "$ref" in value["items"]:
             return f"[a list](#{anchor(kind_of(value['items']))})"
-        several = f"{value['minItems']} of" if value.get("maxItems") == value.get("minItems") else "of"
-        return f"a list {several}: {allowed(value['items'])}"
+        number = f" {value['minItems']}" if value.get("maxItems") == value.get("minItems") else ""
+        return f"a list of{number}: {allowed(value['items'])}"
     if kind in ("integer", "number"):
         word = "whole number" if kind == "integer" else "number"
         bounds = [f"{sign} {value[key]:,}" for key, sign in BOUNDS.items() if key in value]

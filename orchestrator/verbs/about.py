@@ -78,7 +78,7 @@ def print_completion(top: Parser, shell: str) -> int:
     import shtab
 
     for action in actions(top):
-        if action.type is Path:
+        if action.type in (None, Path) and action.nargs != 0 and not action.choices:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(top, shell))
     return 0

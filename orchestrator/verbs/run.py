@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
+import sys
+from contextlib import closing, nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.launch.base import LAUNCHERS, LaunchOptions, load_launcher
 from minilm.orchestrator.tracking.pending import has_pending
 from minilm.orchestrator.verbs.arguments import add_json, add_overrides, add_recipe, add_verb
+
+if TYPE_CHECKING:
+    from minilm.orchestrator.driver.status_line import StatusLine
+    from minilm.orchestrator.driver.summary import Summary
 
 
 def add_run(verbs: Any) -> None:
@@ -38,12 +43,24 @@ def add_run(verbs: Any) -> None:
 
 def run_recipe(options: argparse.Namespace) -> int:
     from minilm.orchestrator.driver.status_line import JsonLines, StatusLine
+
+    line = JsonLines() if options.json else StatusLine(quiet=options.quiet)
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # only our lines are JSON
+        summary = run_or_read(options, line)
+    if options.json:
+        line.say(summary.table(), event="result", **summary.to_json())
+    else:
+        print(f"\n{summary.table()}\n\n{summary.next_steps()}")
+    return 0
+
+
+def run_or_read(options: argparse.Namespace, line: StatusLine) -> Summary:
+    """Run the recipe; of one that is done already, tell the tracker what is left and read the summary."""
     from minilm.orchestrator.driver.summary import Summary
     from minilm.orchestrator.driver.workdir import Workdir, default_workdir
     from minilm.orchestrator.recipe.load import load_recipe
     from minilm.orchestrator.system.signals import StopRequest
 
-    line = JsonLines() if options.json else StatusLine(quiet=options.quiet)
     launcher_type = load_launcher(options.launcher)
     launcher_type.configure_process()
     recipe = load_recipe(options.recipe, options.set)
@@ -85,8 +102,4 @@ def run_recipe(options: argparse.Namespace) -> int:
                 line,
                 redo_from=options.redo_from,
             )
-    if options.json:
-        line.say(summary.table(), event="result", **summary.to_json())
-    else:
-        print(f"\n{summary.table()}\n\n{summary.next_steps()}")
-    return 0
+    return summary
