@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import RecipeErrors, UserError
-from minilm.orchestrator.verbs.arguments import add_overrides
+from minilm.orchestrator.verbs.arguments import add_json, add_overrides, add_verb
 
 if TYPE_CHECKING:
     from minilm.orchestrator.recipe.schema import Recipe
 
 
 def add_check(verbs: Any) -> None:
-    check = verbs.add_parser("check", help="say everything that is wrong with recipes")
+    check = add_verb(
+        verbs,
+        "check",
+        "say everything that is wrong with recipes",
+        "minilm check recipes/*.yaml",
+        "minilm check mine.yaml --set data.text=/corpora/wiki",
+        "minilm check --json mine.yaml",
+    )
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE.yaml")
     add_overrides(check)
     check.add_argument(
@@ -24,6 +32,7 @@ def add_check(verbs: Any) -> None:
         action="store_true",
         help="fail on what can't be looked at here: teachers, data, devices, buckets",
     )
+    add_json(check, "print a JSON object a recipe: recipe, sound, problems, not_here, stages")
     check.set_defaults(run=check_recipes)
 
 
@@ -32,25 +41,32 @@ def check_recipes(options: argparse.Namespace) -> int:
 
     problems: list[str] = []
     for path in options.recipes:
+        recipe, wrong, notes = None, [], []
         try:
             recipe = load_recipe(path, options.set)
+            wrong = [f"{path}: {problem}" for problem in problems_here(recipe)]
         except RecipeErrors as error:
-            problems += error.problems
-            continue
-        if wrong := problems_here(recipe):
-            problems += [f"{path}: {problem}" for problem in wrong]
-            continue
-        notes = lacking(recipe)
-        if options.strict and notes:
-            problems += [f"{path}: not here: {note}" for note in notes]
-            continue
-        stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
-        print(f"{path}: sound; stages: {stages}")
-        for note in notes:
-            print(f"{path}: not here: {note}")
+            wrong = list(error.problems)
+        if recipe and not wrong:
+            notes = lacking(recipe)
+            wrong = [f"{path}: not here: {note}" for note in notes] if options.strict else []
+        problems += wrong
+        if options.json:
+            print(as_json(path, recipe, wrong, notes))
+        elif recipe and not wrong:
+            stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
+            print(f"{path}: sound; stages: {stages}")
+            for note in notes:
+                print(f"{path}: not here: {note}")
     if problems:
         raise RecipeErrors(problems)
     return 0
+
+
+def as_json(path: Path, recipe: Recipe | None, problems: list[str], not_here: list[str]) -> str:
+    stages = [{"name": stage.name, "steps": stage.steps} for stage in recipe.stages] if recipe else []
+    values = {"recipe": str(path), "sound": not problems, "problems": problems, "not_here": not_here}
+    return json.dumps(values | {"stages": stages}, ensure_ascii=False)
 
 
 def problems_here(recipe: Recipe) -> list[str]:
