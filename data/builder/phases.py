@@ -38,6 +38,7 @@ from minilm.data.format.manifest import (
 )
 from minilm.data.format.pack import content_len
 from minilm.data.format.seal import sealed
+from minilm.data.sources.accounts import Accounts, books_of
 from minilm.data.sources.plugin import Plan
 from minilm.data.sources.progress import ProgressListener
 
@@ -75,9 +76,10 @@ class BuildRun:
         processes: int,
         progress: Progress | None,
         on_ray: bool,
+        allow_skipped: float | None,
     ):
         self.out, self.folder, self.work, self.info = out, out / WORK, work, info
-        self.plan = plan
+        self.plan, self.allow_skipped = plan, allow_skipped
         self.processes, self.progress, self.on_ray = processes, progress, on_ray
         self.started, self.share_at_start = time.monotonic(), -1.0
         self.documents = self.tokens = 0
@@ -111,7 +113,13 @@ class BuildRun:
         before = time.monotonic()
         counts = self._phase("tokenize", [{"unit": unit} for unit in range(len(self.work.units))])
         self.tokenize_seconds = time.monotonic() - before
-        total = {name: sum(count[name] for count in counts) for name in counts[0]}
+        total = {
+            name: sum(count[name] for count in counts)
+            for name in ("documents", "tokens", "unknown", "held_out")
+        }
+        accounts = Accounts.sum_of(count["accounts"] for count in counts)
+        inputs = accounts.named(self.work.names or [])
+        books_of(inputs).refuse(self.allow_skipped)
         if not total["documents"]:
             raise DataError(f"no text in {', '.join(map(repr, self.plan.files[:3]))}; give files with text")
         buckets, manifests = {}, {}
@@ -128,6 +136,7 @@ class BuildRun:
             self.tokenize_seconds,
             time.monotonic() - self.started,
             self.plan.notes,
+            inputs,
         )
         self._publish(manifests, report)
         return report

@@ -22,7 +22,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from minilm.data.errors import DataError
-from minilm.data.sources.plugin import Document, Plan, take
+from minilm.data.records.fields import TEXT_FIELDS, WrongType, as_text, like_prose, look_up
+from minilm.data.sources.accounts import LeftOut, Noticed
+from minilm.data.sources.plugin import Document, Item, Plan, take
 from minilm.data.sources.progress import tell
 from minilm.data.sources.tar_members import Member, members
 from minilm.data.sources.unpack import unpacked_stream
@@ -31,7 +33,6 @@ from minilm.data.storage.remote import Identity, Store, is_remote, split_url
 
 _TEXT = ("txt", "text", "caption")
 KINDS = (*_TEXT, "json", "npy")  # in the order in which they are preferred
-_TEXT_FIELDS = ("text", "txt", "content", "caption", "body", "article", "document", "sentence")
 _LOOKED_AT, _LOOKED_AT_REMOTE = 64, 4  # samples, to choose the text by
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 _ABOUT = {"readme", "license", "licence", "notice", "changelog", "citation"}
@@ -103,16 +104,26 @@ def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) 
     return Plan(spec, [[file] for file in range(len(paths))], paths, told + notes)
 
 
-def read(spec: Any, unit: Any) -> Iterator[Document]:
+def read(spec: Any, unit: Any) -> Iterator[Item]:
     [file] = unit
     path, field = spec["paths"][file], spec["field"]
     mapper = Mapper(spec["ids"], spec["names"], path) if spec["ids"] is not None else None
-    for position, sample in enumerate(_samples(path, spec["identities"][file], (field,), Counts())):
+    counts = Counts()
+    for position, sample in enumerate(_samples(path, spec["identities"][file], (field,), counts)):
+        place = f"sample {sample.key!r}"
         if field not in sample.parts:
-            raise DataError(f"{path!r}, sample {sample.key!r}: part {field!r} is missing; mend or remove it")
+            yield LeftOut(file, place, f"without the part {field!r}")
+            continue
         if field not in sample.contents:
             raise DataError(_not_stored(path, sample.parts[field]))
-        yield Document(file, position, _content(path, sample, field, spec["text_field"], mapper))
+        content = _content(path, sample, field, spec["text_field"], mapper)
+        if isinstance(content, WrongType):
+            yield LeftOut(file, place, content.reason)
+        else:
+            yield Document(file, position, content, place=place)
+    if counts.left_out:
+        told = "members that are no samples, left out"
+        yield Noticed(file, f"member {counts.left_out[0]!r}", told, len(counts.left_out))
 
 
 def _not_stored(path: str, member: Member) -> str:
@@ -194,8 +205,8 @@ def _choose_field(path: str, samples: list[Sample], part: str, named: str | None
             if isinstance(value, str) and value.strip():
                 texts.setdefault(name, []).append(value.strip())
     if named is None:
-        found = [name for name in _TEXT_FIELDS if name in texts][:1] or [
-            name for name in sorted(texts) if _like_prose(texts[name])
+        found = [name for name in TEXT_FIELDS if name in texts][:1] or [
+            name for name in sorted(texts) if _mostly_prose(texts[name])
         ]
         if len(found) != 1:
             raise DataError(
@@ -211,9 +222,8 @@ def _choose_field(path: str, samples: list[Sample], part: str, named: str | None
     return named, texts[named][0][:60]
 
 
-def _like_prose(texts: list[str]) -> bool:
-    """Whether most are several words: no id, hash, date or URL."""
-    return sum(len(text.split()) > 1 and "://" not in text.split()[0] for text in texts) * 2 > len(texts)
+def _mostly_prose(texts: list[str]) -> bool:
+    return sum(map(like_prose, texts)) * 2 > len(texts)
 
 
 def _example(samples: list[Sample], part: str) -> str:
@@ -331,12 +341,11 @@ def _content(path: str, sample: Sample, field: str, text_field: str | None, mapp
         raise DataError(f"{place}: {error}; mend or remove it") from error
 
 
-def _text_of(record: Any, text_field: str | None) -> str:
+def _text_of(record: Any, text_field: str | None) -> str | WrongType:
     """The text of a JSON record; a null is an empty document."""
     if isinstance(record, dict) and text_field is not None:
-        if text_field not in record:
-            raise ValueError(f"it has no field {text_field!r}")
-        record = record[text_field]
-    if record is not None and not isinstance(record, str):
-        raise ValueError(f"a text is expected, got {type(record).__name__}")
-    return (record or "").strip()
+        found, record = look_up(record, text_field)
+        if not found:
+            return WrongType(f"without the field {text_field!r}")
+    text = as_text(record, text_field or "")
+    return text.strip() if isinstance(text, str) else text

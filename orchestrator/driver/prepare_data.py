@@ -12,7 +12,7 @@ from minilm.data.format.files import copy_tree, replacing_folder
 from minilm.data.storage.remote import is_remote
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.feed.corpora import describe
-from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.recipe.schema import TEXT_OPTIONS, Recipe
 from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.resolve.stages import corpus_spec
 from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec, QuarantineSpec
@@ -33,7 +33,7 @@ def prepare_data(
         assert data.tokenizer is not None  # recipe.schema: text with a tokenizer
         options = dict(data.options or {})
         if data.source == "text":
-            options["text_field"] = data.text_field
+            options |= {name: getattr(data, name) for name in TEXT_OPTIONS}
         import_data(
             text_inputs(data.text),
             fetch(data.tokenizer),
@@ -44,6 +44,8 @@ def prepare_data(
             packing=data.packing,
             held_out=data.held_out,
             seed=recipe.seed,
+            special_tokens=data.special_tokens,
+            allow_skipped=data.allow_skipped,
             progress=progress,
         )
         corpora = [CorpusSpec("text", str(workdir.data.resolve()))]

@@ -103,6 +103,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63), _NO_BOOL]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NO_BOOL]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NO_BOOL]
 Fraction = Annotated[float, Field(ge=0, lt=1), _NO_BOOL]
+Share = Annotated[float, Field(ge=0, le=1), _NO_BOOL]
 HeldOutShare = Annotated[float, Field(gt=0, le=0.5), _NO_BOOL]
 CountOrAuto = Annotated[
     Count | None,
