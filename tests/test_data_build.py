@@ -31,7 +31,7 @@ from minilm.data.format.manifest import load_manifest
 from minilm.data.read.reader import RowReader
 from minilm.data.sources import progress as telling
 from minilm.data.sources import text as source
-from minilm.data.sources import text_formats
+from minilm.data.sources import unpack
 from tests.data_cases import CLS, PAD, SEP, make_documents, make_tokenizer
 
 
@@ -187,7 +187,7 @@ def test_one_process_tells_progress_inside_a_task(tokenizer, tmp_path, monkeypat
     monkeypatch.setattr(build_tasks, "_BATCH_CHARACTERS", 4000)
     raw = "\n\n".join(make_documents(600)).encode()
     pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": frames}[packer]
-    monkeypatch.setattr(text_formats, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(unpack, "BUFFER_BYTES", 4096)
     text = tmp_path / f"text.txt{packer}"
     text.write_bytes(pack(raw))
     seen = []

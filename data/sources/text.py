@@ -16,17 +16,13 @@ Left out: markup, languages, de-duplication. Invariant: every record is yielded 
 """
 
 import csv
-import gzip
-import lzma
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import zstandard
-
 from minilm.data.errors import DataError
+from minilm.data.sources.find import find_files, format_of
 from minilm.data.sources.plugin import Document, Plan, take
 from minilm.data.sources.progress import tell
 from minilm.data.sources.text_formats import (
@@ -34,13 +30,9 @@ from minilm.data.sources.text_formats import (
     documents_of_lines,
     json_line,
     records,
-    unpacked,
     with_offsets,
 )
-
-FORMATS = {".txt": "txt", ".text": "txt", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-FORMATS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-PACKERS = (".gz", ".xz", ".zst")
+from minilm.data.sources.unpack import open_unpacked, packer_of
 
 _PEEK_BYTES = 16 << 20
 _PEEK_RECORDS = 200
@@ -77,57 +69,21 @@ def read(spec: Any, unit: Any) -> Iterator[Document]:
     return read_unit(TextFile(*spec[share.file]), share)
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files that `inputs` (files, folders, glob patterns) name, in the order given, each once."""
-    found: dict[Path, None] = {}
-    for given in inputs:
-        path = Path(given).expanduser()
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.is_file() and _format_of(p) is not None)
-        else:
-            matches = sorted(p for p in _glob(path) if p.is_file())
-        if not matches:
-            raise DataError(
-                f"text {str(given)!r} does not exist; give files, folders or patterns that match text files"
-            )
-        for match in matches:
-            if _format_of(match) is None:
-                allowed = " ".join(sorted(FORMATS))
-                raise DataError(
-                    f"text {str(match)!r} has an ending that is not known; allowed: {allowed}, "
-                    f"each also with {' '.join(PACKERS)}"
-                )
-            found[match.absolute()] = None
-    if not found:
-        raise DataError("no text was given; name at least one file, folder or pattern")
-    return list(found)
-
-
-def _glob(pattern: Path) -> Iterator[Path]:
-    if not any(c in str(pattern) for c in "*?["):
-        return iter(())
-    anchor = Path(pattern.anchor) if pattern.anchor else Path()
-    return anchor.glob(str(pattern.relative_to(pattern.anchor) if pattern.anchor else pattern))
-
-
-def _format_of(path: Path) -> tuple[str, str | None] | None:
-    packer = path.suffix if path.suffix in PACKERS else None
-    inner = Path(path.stem).suffix if packer else path.suffix
-    kind = FORMATS.get(inner.lower())
-    return (kind, packer) if kind and not (packer and kind == "parquet") else None
-
-
 def describe(path: Path, text_field: str | None) -> TextFile:
     """Look into a file and decide how it is read. DataError when it is empty, damaged or lacks
     `text_field`."""
-    kind_packer = _format_of(path)
-    assert kind_packer is not None, "find_files lets only known endings pass"
-    kind, packer = kind_packer
+    known = format_of(path)
+    assert known is not None, "find_files lets only known endings pass"
+    kind, named = known
     num_bytes = path.stat().st_size
     if num_bytes == 0:
         raise DataError(f"text {str(path)!r} is empty (0 bytes); give a file with text in it")
+    packer = packer_of(str(path))
+    if named and not packer:
+        raise DataError(
+            f"text {str(path)!r} is not packed, though its name ends in {named}; "
+            f"name it {path.stem!r} if it is text, or fetch it again"
+        )
     file = TextFile(str(path), num_bytes, kind, packer, text_field, False, "")
     if kind == "txt":
         by_line = _has_no_blank_line(file)
@@ -176,7 +132,7 @@ def read_unit(file: TextFile, unit: Unit) -> Iterator[Document]:
             f"{error.object[error.start : error.start + 4]!r}); "
             "convert it first, for instance with iconv -t UTF-8"
         ) from error
-    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, csv.Error) as error:
+    except csv.Error as error:
         raise DataError(f"text {file.path!r} is damaged or cut short ({error}); fetch it again") from error
 
 
@@ -187,11 +143,10 @@ def _text_of(record: Any, field: str | None) -> str:
 
 
 def _first_records(file: TextFile) -> list[Any]:
-    whole = Unit(0, 0, file.num_bytes, 0, 1)
     try:
         return [record for record, _ in zip(records(file), range(_PEEK_RECORDS), strict=False)]
-    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, UnicodeDecodeError):
-        list(read_unit(file, whole))  # says it properly
+    except UnicodeDecodeError:
+        list(read_unit(file, Unit(0, 0, file.num_bytes, 0, 1)))  # says it properly
         raise
 
 
@@ -210,18 +165,15 @@ def _longest_field(file: TextFile, records: list[Any]) -> str:
 
 def _has_no_blank_line(file: TextFile) -> bool:
     seen, after_blank = 0, False
-    try:
-        with unpacked(file) as stream:
-            for line in stream:
-                blank = not line.strip()
-                if seen and after_blank and not blank:
-                    return False
-                after_blank = blank
-                seen += 0 if blank else len(line)
-                if seen > _PEEK_BYTES:
-                    break
-    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise DataError(f"text {file.path!r} is damaged or cut short ({error}); fetch it again") from error
+    with open_unpacked(file.path) as stream:
+        for line in stream:
+            blank = not line.strip()
+            if seen and after_blank and not blank:
+                return False
+            after_blank = blank
+            seen += 0 if blank else len(line)
+            if seen > _PEEK_BYTES:
+                break
     return True
 
 

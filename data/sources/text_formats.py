@@ -1,30 +1,26 @@
-"""The insides of text files: unpacked streams, records of every format, runs of lines.
+"""The insides of text files: records of every format, runs of lines.
 
 Records are texts, or objects with named fields. Memory holds one record, whatever the file: JSON is decoded piece
-by piece, and a zstandard file that ends inside a frame is an error (the library's own reader is silent there).
+by piece.
 """
 
 import csv
-import gzip
 import io
 import json
-import lzma
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
-
-import zstandard
+from typing import IO, Any, NamedTuple
 
 from minilm.data.errors import DataError, one_line
 from minilm.data.sources.progress import tell
+from minilm.data.sources.unpack import open_unpacked
 
 MAX_DOCUMENT_BYTES = 1 << 20
-BUFFER_BYTES = 1 << 17
 
 
 class TextFile(NamedTuple):
-    """One input file and how it is read. `field` is None where records are plain text."""
+    """One input file and how it is read. `packer` is what its bytes are packed with, `field` is None where records are
+    plain text."""
 
     path: str
     num_bytes: int
@@ -40,7 +36,7 @@ def records(file: TextFile) -> Iterator[Any]:
     if file.format == "parquet":
         yield from _parquet(file)
         return
-    with unpacked(file) as stream:
+    with open_unpacked(file.path) as stream:
         if file.format == "txt":
             lines = with_offsets(stream, 0)
             yield from (text for _, text in documents_of_lines(lines, file.by_line))
@@ -73,72 +69,6 @@ def _parquet(file: TextFile) -> Iterator[Any]:
         raise DataError(
             f"text {file.path!r} is damaged or no parquet file ({one_line(error)}); fetch it again"
         ) from error
-
-
-def unpacked(file: TextFile) -> IO[bytes]:
-    """The unpacked bytes of a file as a stream, which tells how much of the file was read. Whoever closes it closes
-    the file."""
-    raw = io.BufferedReader(_Telling(file.path), buffer_size=BUFFER_BYTES)
-    if file.packer == ".gz":
-        return cast(IO[bytes], _Gzip(raw))
-    if file.packer == ".xz":
-        return cast(IO[bytes], _Xz(raw))
-    if file.packer == ".zst":
-        return io.BufferedReader(_Zstd(raw), buffer_size=1 << 20)
-    return raw
-
-
-class _Telling(io.FileIO):
-    def readinto(self, buffer: Any) -> int:
-        count = super().readinto(buffer) or 0
-        tell(self.tell() / max(1, os.fstat(self.fileno()).st_size))
-        return count
-
-
-class _Gzip(gzip.GzipFile):
-    def __init__(self, raw: IO[bytes]):
-        super().__init__(fileobj=raw, mode="rb")
-        self.myfileobj = raw  # type: ignore[assignment]  # what it closes
-
-
-class _Xz(lzma.LZMAFile):
-    def __init__(self, raw: IO[bytes]):
-        super().__init__(raw)
-        self._packed_file = raw
-
-    def close(self) -> None:
-        super().close()
-        self._packed_file.close()
-
-
-class _Zstd(io.RawIOBase):
-    """Unpacked zstandard frames; a file that ends inside a frame is an EOFError (the library's reader is
-    silent)."""
-
-    def __init__(self, raw: IO[bytes]):
-        self._raw, self._packed, self._ready = raw, b"", b""
-        self._frame: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._packed or self._raw.read(BUFFER_BYTES)
-            if not packed:
-                if self._frame is not None:
-                    raise EOFError("it ends inside a zstandard frame")
-                return 0
-            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._ready = frame.decompress(packed)
-            self._packed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
 
 
 def with_offsets(lines: Iterable[bytes], start: int) -> Iterator[tuple[int, bytes]]:
