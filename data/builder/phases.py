@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from minilm.data.builder.fingerprint import check_unchanged
 from minilm.data.builder.local_pool import Task, run_tasks
 from minilm.data.builder.ray_pool import run_tasks_on_ray
 from minilm.data.builder.report import REPORT, REPORT_FILES, BuildReport, make_report, save_report
@@ -129,6 +130,7 @@ class BuildRun:
             time.monotonic() - self.started,
             self.plan.notes,
         )
+        check_unchanged(self.saved["files"])
         self._publish(manifests, report)
         return report
 

@@ -3,9 +3,10 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from minilm.data.builder.work import Work
+from minilm.data.format.files import replacing, write_whole
 from minilm.data.format.pack import content_len
 
 REPORT = "report"
@@ -114,12 +115,13 @@ def save_report(report: BuildReport, seq_len: int, folder: Path) -> None:
     """Write `report.json`, `report.txt` and `lengths.png` into `folder`."""
     folder.mkdir(exist_ok=True)
     told = {**report.as_dict(), "warning": report.warning}
-    (folder / "report.json").write_text(json.dumps(told, indent=2) + "\n")
-    (folder / "report.txt").write_text(report.text() + "\n")
-    _draw_lengths(report, seq_len, folder / "lengths.png")
+    write_whole(folder / "report.json", (json.dumps(told, indent=2) + "\n").encode())
+    write_whole(folder / "report.txt", (report.text() + "\n").encode("utf-8", "backslashreplace"))
+    with replacing(folder / "lengths.png") as picture:
+        _draw_lengths(report, seq_len, picture)
 
 
-def _draw_lengths(report: BuildReport, seq_len: int, path: Path) -> None:
+def _draw_lengths(report: BuildReport, seq_len: int, file: IO[bytes]) -> None:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     bins = report.length_histogram
@@ -135,4 +137,4 @@ def _draw_lengths(report: BuildReport, seq_len: int, path: Path) -> None:
     axes.set_ylabel("documents")
     axes.set_title(f"{report.documents:,} documents, {report.tokens:,} tokens")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})

@@ -42,12 +42,14 @@ class Document(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`files`: every file that is read (their content identifies the build); `notes`: one line each for the report."""
+    """`files`: every file that is read (their content identifies the build); `notes`: one line each for the report;
+    `left_out`: (path, reason) of what was met in folders and is not read."""
 
     spec: Any
     units: list[Any]
     files: list[str]
     notes: list[str]
+    left_out: Sequence[tuple[str, str]] = ()
 
 
 class Source(Protocol):

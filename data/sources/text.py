@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from minilm.data.errors import DataError
-from minilm.data.sources.find import find_files, format_of
+from minilm.data.sources.find import changed, find_files, format_of, shown, summary
+from minilm.data.sources.magic import is_parquet, refuse_other
 from minilm.data.sources.plugin import Document, Plan, take
 from minilm.data.sources.progress import tell
 from minilm.data.sources.text_formats import (
@@ -55,12 +56,12 @@ class Unit(NamedTuple):
 def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) -> Plan:
     """The source "text": files, how each is read, and their units. Option: text_field."""
     [text_field] = take(options, "text", "text_field")
-    files = [describe(path, text_field) for path in find_files(inputs)]
+    found = find_files(inputs)
+    files = [describe(path, text_field) for path in found.files]
     every = [unit for number, file in enumerate(files) for unit in units(file, number)]
-    notes = [f"{file.path}: {file.note}" for file in files]
-    return Plan(
-        [list(file) for file in files], [list(unit) for unit in every], [f.path for f in files], notes
-    )
+    notes = [f"{shown(file.path)}: {file.note}" for file in files] + summary(found.left_out)
+    spec, paths = [list(file) for file in files], [file.path for file in files]
+    return Plan(spec, [list(unit) for unit in every], paths, notes, left_out=found.left_out)
 
 
 def read(spec: Any, unit: Any) -> Iterator[Document]:
@@ -79,11 +80,16 @@ def describe(path: Path, text_field: str | None) -> TextFile:
     if num_bytes == 0:
         raise DataError(f"text {str(path)!r} is empty (0 bytes); give a file with text in it")
     packer = packer_of(str(path))
+    if not packer and named is None and is_parquet(path):
+        kind = "parquet"
     if named and not packer:
         raise DataError(
             f"text {str(path)!r} is not packed, though its name ends in {named}; "
             f"name it {path.stem!r} if it is text, or fetch it again"
         )
+    if kind != "parquet" or packer:
+        with open_unpacked(str(path)) as stream:
+            refuse_other(stream.read(1 << 10), str(path))
     file = TextFile(str(path), num_bytes, kind, packer, text_field, False, "")
     if kind == "txt":
         by_line = _has_no_blank_line(file)
@@ -119,6 +125,8 @@ def units(file: TextFile, number: int) -> list[Unit]:
 
 def read_unit(file: TextFile, unit: Unit) -> Iterator[Document]:
     """The documents of one unit, in file order. DataError names the file and place of damage."""
+    if Path(file.path).stat().st_size != file.num_bytes:
+        raise changed(file.path)
     try:
         if file.packer is None and file.format in ("txt", "jsonl"):
             yield from _read_range(file, unit)

@@ -20,15 +20,16 @@ from minilm.data.sources.progress import tell
 
 BUFFER_BYTES = 1 << 17
 _MAGICS: dict[bytes, Callable[[], Any]] = {
-    b"\x1f\x8b": lambda: zlib.decompressobj(31),
+    b"\x1f\x8b\x08": lambda: zlib.decompressobj(31),
     b"\xfd7zXZ\x00": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
     b"BZh": bz2.BZ2Decompressor,
     b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
-_NAMES = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
-_LONGEST = max(map(len, _MAGICS))
+_NAMES = {b"\x1f\x8b\x08": "gzip", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+_LONGEST = 10
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_PADDING = {b"\x1f\x8b": 1, b"\xfd7zXZ\x00": 4}  # zeros that may follow come in multiples of this
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # a block, and the end of an empty file
+_PADDING = {b"\x1f\x8b\x08": 1, b"\xfd7zXZ\x00": 4}  # zeros that may follow come in multiples of this
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1-3 of a zstd frame that holds nothing
 
 
@@ -64,6 +65,8 @@ def unpacked_stream(raw: Readable, name: str) -> Readable:
 def _magic_of(begin: bytes) -> bytes | None:
     if begin[1:4] == _SKIPPABLE and begin[0] & 0xF0 == 0x50:
         return _ZSTD
+    if begin.startswith(b"BZh") and begin[4:10] not in _BZIP2_BLOCKS:  # words may begin with these letters
+        return None
     return next((magic for magic in _MAGICS if begin.startswith(magic)), None)
 
 

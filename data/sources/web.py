@@ -3,11 +3,12 @@
 Options: field (which part of a sample: one named txt, text, caption, json or npy, or ending in those), text_field (the
 field of a json part), source_tokenizer (for token ids).
 
-Tars are files, also packed ones, or URLs (data.storage.remote: its schemes, its retries). Members of one key, the name
-up to its first dot, that follow one another are a sample, as webdataset has it. The text is the first that the samples
-have of the parts txt, text, caption, json (there text, txt, content, caption, …, then the one field that reads like
-prose), npy; where that leaves a choice the import asks. Folders, devices, hidden files, names without an ending and
-README's are no samples, and are counted. A text that is a link or a sparse file, or that a sample lacks, is an error.
+Tars are files, also packed ones, folders of them, or URLs (data.storage.remote: its schemes, its retries). Members of
+one key, the name up to its first dot, that follow one another are a sample, as webdataset has it. The text is the first
+that the samples have of the parts txt, text, caption, json (there text, txt, content, caption, …, then the one field
+that reads like prose), npy; where that leaves a choice the import asks. Folders, devices, hidden files, names without
+an ending and README's are no samples, and are counted. A text that is a link or a sparse file, or that a sample lacks,
+is an error.
 Nothing is executed: no pipe:, no pickles, and of a sample only the chosen field is decoded.
 """
 
@@ -22,6 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from minilm.data.errors import DataError
+from minilm.data.sources.find import Walk, summary
 from minilm.data.sources.plugin import Document, Plan, take
 from minilm.data.sources.progress import tell
 from minilm.data.sources.tar_members import Member, members
@@ -29,6 +31,7 @@ from minilm.data.sources.unpack import unpacked_stream
 from minilm.data.sources.vocabulary import Mapper, from_tokenizer, needs_tokenizer
 from minilm.data.storage.remote import Identity, Store, is_remote, split_url
 
+_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.zst", ".tar.bz2", ".tbz2")  # in folders
 _TEXT = ("txt", "text", "caption")
 KINDS = (*_TEXT, "json", "npy")  # in the order in which they are preferred
 _TEXT_FIELDS = ("text", "txt", "content", "caption", "body", "article", "document", "sentence")
@@ -64,7 +67,8 @@ class Counts:
 
 def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) -> Plan:
     field, text_field, named = take(options, "webdataset", "field", "text_field", "source_tokenizer")
-    paths, notes = _once([_place(given) for given in inputs])
+    places, left_out = _places(inputs)
+    paths, notes = _once(places)
     if not paths:
         raise DataError("no tar was given; name at least one")
     identities = [_identity(path) for path in paths]
@@ -100,7 +104,8 @@ def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) 
         spec.update(ids=mapping.ids, names=mapping.names)
         note = f"token ids from part {field!r}, {mapping.note}"
     told = [f"{path}: {note}{_walked(path)}" for path in paths]
-    return Plan(spec, [[file] for file in range(len(paths))], paths, told + notes)
+    notes = told + notes + summary(left_out)
+    return Plan(spec, [[file] for file in range(len(paths))], paths, notes, left_out=left_out)
 
 
 def read(spec: Any, unit: Any) -> Iterator[Document]:
@@ -221,6 +226,23 @@ def _example(samples: list[Sample], part: str) -> str:
     return found[0].decode("utf-8", "replace").strip()[:60] if found else ""
 
 
+def _places(inputs: Sequence[str | Path]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Tars and URLs in the order given, folders by the tars in them, and what of these is left out."""
+    places, walk = list[str](), Walk(lambda path: path.name.lower().endswith(_ENDINGS))
+    for given in inputs:
+        folder = Path(given).expanduser()
+        if is_remote(str(given)) or not folder.is_dir():
+            places.append(_place(given))
+            continue
+        before = len(walk.files)
+        walk.below(folder)
+        if len(walk.files) == before:
+            why = "".join(f"; {line}" for line in summary(walk.left_out))
+            raise DataError(f"{str(given)!r} holds no tars{why}; allowed endings: {' '.join(_ENDINGS)}")
+        places += [str(path) for path in walk.files[before:]]
+    return places, walk.left_out
+
+
 def _place(given: str | Path) -> str:
     """A local tar's path, or a URL."""
     text = str(given)
@@ -229,10 +251,12 @@ def _place(given: str | Path) -> str:
         return text
     scheme = text.split(":", 1)[0] if ":" in text else ""
     if scheme and not Path(text).exists():
-        raise DataError(f"{text!r}: scheme {scheme!r} is not read by the importer; give tar files or URLs")
+        raise DataError(
+            f"{text!r}: scheme {scheme!r} is not read by the importer; give tar files, folders or URLs"
+        )
     path = Path(text).expanduser().absolute()
     if not path.is_file():
-        raise DataError(f"{str(path)!r} does not exist; give tar files or URLs")
+        raise DataError(f"{str(path)!r} does not exist; give tar files, folders or URLs")
     return str(path)
 
 
