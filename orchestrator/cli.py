@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import os
 import select
@@ -26,6 +27,9 @@ from minilm.orchestrator.verbs.run import add_run
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever a file is called: printing never fails
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return run_verb(parser().parse_args(arguments))

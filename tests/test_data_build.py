@@ -498,7 +498,7 @@ def test_the_report_reads_well(text, tokenizer, tmp_path):
     told = report.text()
     assert (tmp_path / "out" / "report" / "report.txt").read_text() == told + "\n"
     saved = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
-    assert saved["rows"] == report.rows and saved["warning"] is None and "WARNING" not in told
+    assert saved["rows"] == report.rows and not saved["warnings"] and "WARNING" not in told
     assert (tmp_path / "out" / "report" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
     assert f"rows        {report.rows:,}  (held out: {report.held_out_rows} rows of" in told
     assert "b.jsonl: text from field 'body' (the string field with the most text)" in told

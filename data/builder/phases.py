@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from minilm.data.builder.fingerprint import check_unchanged
 from minilm.data.builder.local_pool import Task, run_tasks
 from minilm.data.builder.ray_pool import run_tasks_on_ray
 from minilm.data.builder.report import REPORT, REPORT_FILES, BuildReport, make_report, save_report
@@ -137,7 +139,9 @@ class BuildRun:
             time.monotonic() - self.started,
             self.plan.notes,
             inputs,
+            dict(Counter(reason for _, reason in self.plan.left_out)),
         )
+        check_unchanged(self.saved["files"])
         self._publish(manifests, report)
         return report
 

@@ -3,9 +3,10 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from minilm.data.builder.work import Work
+from minilm.data.format.files import replacing, write_whole
 from minilm.data.format.pack import content_len
 from minilm.data.sources.accounts import Books, books_of
 
@@ -18,7 +19,8 @@ MAX_UNKNOWN_SHARE = 0.01
 class BuildReport:
     """Counts of a build. `tokens` are those of the text, without CLS, SEP and padding; shares lie in 0..1.
 
-    `inputs`: of every input its records, documents, empty ones, those left out and what was noticed, by reason.
+    `inputs`: of every input its records, documents, empty ones, those left out and what was noticed, by reason;
+    `files_left_out`: of what lies in folders, counts by reason.
     `truncated_share`: tokens that stand in no row (what is left behind the last whole row of packing "full").
     `split_share`: documents longer than one row. `length_histogram[i]`: documents of 2^(i/2) … 2^((i+1)/2)
     tokens. `tokens_per_second` is that of tokenizing, by all processes together.
@@ -39,6 +41,7 @@ class BuildReport:
     length_histogram: list[int]
     notes: list[str]
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    files_left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def books(self) -> Books:
@@ -94,6 +97,7 @@ def make_report(
     seconds: float,
     notes: list[str],
     inputs: list[dict[str, Any]],
+    files_left_out: dict[str, int],
 ) -> BuildReport:
     """Add up the counts of all tasks."""
     every = [bucket for split in buckets.values() for bucket in split]
@@ -118,6 +122,7 @@ def make_report(
         length_histogram=[sum(column) for column in zip(*(b["histogram"] for b in every), strict=True)],
         notes=notes,
         inputs=inputs,
+        files_left_out=files_left_out,
     )
 
 
@@ -125,12 +130,13 @@ def save_report(report: BuildReport, seq_len: int, folder: Path) -> None:
     """Write `report.json`, `report.txt` and `lengths.png` into `folder`."""
     folder.mkdir(exist_ok=True)
     told = {**report.as_dict(), "books": report.books._asdict(), "warnings": report.warnings}
-    (folder / "report.json").write_text(json.dumps(told, indent=2) + "\n")
-    (folder / "report.txt").write_text(report.text() + "\n")
-    _draw_lengths(report, seq_len, folder / "lengths.png")
+    write_whole(folder / "report.json", (json.dumps(told, indent=2) + "\n").encode())
+    write_whole(folder / "report.txt", (report.text() + "\n").encode("utf-8", "backslashreplace"))
+    with replacing(folder / "lengths.png") as picture:
+        _draw_lengths(report, seq_len, picture)
 
 
-def _draw_lengths(report: BuildReport, seq_len: int, path: Path) -> None:
+def _draw_lengths(report: BuildReport, seq_len: int, file: IO[bytes]) -> None:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     bins = report.length_histogram
@@ -146,4 +152,4 @@ def _draw_lengths(report: BuildReport, seq_len: int, path: Path) -> None:
     axes.set_ylabel("documents")
     axes.set_title(f"{report.documents:,} documents, {report.tokens:,} tokens")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})

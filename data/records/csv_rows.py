@@ -101,8 +101,8 @@ def find_dialect(begin: str, whole: bool, name: str, tabs: bool, given: Asked, f
     if len(set(columns)) < len(columns):
         double = next(column for column in columns if columns.count(column) > 1)
         raise DataError(
-            f"text {name!r} has two columns called {double!r}; rename one, or give --csv-no-header and name the text by "
-            "its number"
+            f"text {name!r} has two columns called {double!r}; rename one, or give --csv-no-header and name "
+            "the text by its number"
         )
     return Dialect(sign, quoting, header, columns, given.ragged)
 
@@ -184,8 +184,8 @@ def _no_fit(tried: dict[str, list[list[str]]], name: str) -> DataError:
         odd = next((number for number, row in enumerate(found, 1) if len(row) != width), 1)
         what = f"row {odd} has {len(found[odd - 1])} columns, the first {width}"
     return DataError(
-        f"text {name!r} has no dialect that fits (separated by {SEPARATORS.get(sign, repr(sign))}, {what}); mend it, name "
-        "the dialect with --csv-separator and --csv-quoting, or take rows of any length with --csv-ragged"
+        f"text {name!r} has no dialect that fits (separated by {SEPARATORS.get(sign, repr(sign))}, {what}); mend it, "
+        "name the dialect with --csv-separator and --csv-quoting, or take rows of any length with --csv-ragged"
     )
 
 

@@ -31,6 +31,11 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes | None: ...
 
 
+def _some(raw: Readable) -> bytes:
+    """What one read gives, so that progress is told in between."""
+    return getattr(raw, "read1", raw.read)(_PIECE) or b""
+
+
 def refuse_pointer(begin: bytes, name: str) -> None:
     """DataError when a file that begins with these bytes is git-lfs's stand-in for the file."""
     if begin.startswith(_LFS):
@@ -87,7 +92,7 @@ class Utf8Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready and not self._ended:
-            piece = self._raw.read(_PIECE) or b""
+            piece = _some(self._raw)
             self._ended = not piece
             self._ready = memoryview(self._decode(piece).encode("utf-8", "replace"))
             self._at += len(piece)
@@ -124,7 +129,7 @@ class LineEnds(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            piece = self._raw.read(_PIECE) or b""
+            piece = _some(self._raw)
             whole = self._held + piece
             if not whole:
                 return 0

@@ -1,9 +1,9 @@
 """JSON as records, whatever the file is called: one array, one object, lines, several values one after the other.
 
-A file is a row of values. An array at the top holds records; an object is a record, unless it is the file's only value
-and plainly holds records: objects by title, pandas' columns ({"text": {"0": …}}, {"text": […]}), split or table. What is
-decoded is one record at a time. Strict as Python's json; what follows the end, a comma too many and a name twice in one
-object are errors with their line.
+A file is a row of values. An array at the top holds records; an object is a record, unless it is the file's only
+value and plainly holds records: objects by title, pandas' columns ({"text": {"0": …}}, {"text": […]}), split or table.
+One record at a time is decoded. Strict as Python's json; what follows the end, a comma too many and a name twice in
+one object are errors with their line.
 """
 
 import json
@@ -97,7 +97,8 @@ class Scanner:
                 if near_end and len(self._buffer) - self._at < MAX_RECORD and self._more():
                     continue
                 line = self._lines + self._buffer.count("\n", 0, min(error.pos, len(self._buffer)))
-                if near_end and len(self._buffer) - self._at < MAX_RECORD:
+                at_end = error.pos >= len(self._buffer.rstrip()) or error.msg.startswith("Unterminated")
+                if at_end and len(self._buffer) - self._at < MAX_RECORD:
                     raise DataError(
                         f"text {self._name!r} is cut short in line {line} ({error.msg}); fetch it again"
                     ) from error
@@ -277,8 +278,8 @@ def _only_object(sample: dict[str, Any], field: str | None, name: str) -> str:
     ]
     if inside and not named:
         raise DataError(
-            f"text {name!r} is one object whose {inside[0]!r} is a list of objects; if those are the records, write them "
-            f"alone, for instance with jq -c '.{inside[0]}[]', else name the text with --text-field"
+            f"text {name!r} is one object whose {inside[0]!r} is a list of objects; if those are the records, write "
+            f"them alone, for instance with jq -c '.{inside[0]}[]', else name the text with --text-field"
         )
     return "values"
 

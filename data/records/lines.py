@@ -1,5 +1,7 @@
-"""Lines of plain text into documents: runs of lines that a blank line ends, or lines. Memory holds a piece, however long
-a line or a document is: long ones come in pieces, cut before white space where there is some.
+"""Lines of plain text into documents: runs of lines that a blank line ends, or lines.
+
+Memory holds a piece, however long a line or a document is: long ones come in pieces, cut before white space where
+there is some.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -23,7 +23,7 @@ class LeftOut(NamedTuple):
 
 
 class Noticed(NamedTuple):
-    """Something that was put right, or seen, so many `times` at or after `place`; the record has its account besides."""
+    """Something that was put right, or seen, so many `times` from `place` on; its record has an account besides."""
 
     file: int
     place: str
@@ -130,8 +130,8 @@ class Books(NamedTuple):
         bound = MAX_SKIPPED if allowed is None else allowed
         if self.skipped_share > bound:
             raise DataError(
-                f"{self.skipped_share:.1%} of {self.records:,} records gave no document, more than the {bound:.0%} that "
-                f"are allowed: {self._reasons()}; mend the input, name the text's field, or allow it with "
+                f"{self.skipped_share:.1%} of {self.records:,} records gave no document, more than the {bound:.0%} "
+                f"that are allowed: {self._reasons()}; mend the input, name the text's field, or allow it with "
                 "--allow-skipped SHARE (recipe: data.allow_skipped)"
             )
 

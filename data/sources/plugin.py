@@ -55,13 +55,15 @@ Item = Document | LeftOut | Noticed
 
 class Plan(NamedTuple):
     """`files`: every file that is read (their content identifies the build); `notes`: one line each for the report;
-    `names`: what the file numbers of documents are called in the accounts, where that is not `files`."""
+    `names`: what the file numbers of documents are called in the accounts, where that is not `files`; `left_out`:
+    (path, reason) of what was met in folders and is not read."""
 
     spec: Any
     units: list[Any]
     files: list[str]
     notes: list[str]
     names: list[str] | None = None
+    left_out: Sequence[tuple[str, str]] = ()
 
 
 class Source(Protocol):

@@ -39,7 +39,8 @@ from minilm.data.records.json_values import (
 )
 from minilm.data.records.lines import Line, documents, is_blank, lines_from
 from minilm.data.sources.accounts import LeftOut, Noticed
-from minilm.data.sources.find import find_files, format_of
+from minilm.data.sources.find import changed, find_files, format_of, shown, summary
+from minilm.data.sources.magic import is_parquet, refuse_other
 from minilm.data.sources.plugin import Document, Item, Plan, take
 from minilm.data.sources.progress import tell
 from minilm.data.sources.unpack import open_unpacked, packer_of
@@ -91,11 +92,11 @@ class Settings(NamedTuple):
 
 def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) -> Plan:
     """The source "text": files, how each is read, and their units. Options: those of `Settings`."""
-    files, notes = describe_all(find_files(inputs), settings_of(options))
-    every = [unit for number, file in enumerate(files) for unit in units(file, number)]
-    return Plan(
-        [list(file) for file in files], [list(unit) for unit in every], [f.path for f in files], notes
-    )
+    settings, found = settings_of(options), find_files(inputs)
+    files, notes = describe_all(found.files, settings)
+    every = [list(unit) for number, file in enumerate(files) for unit in units(file, number)]
+    spec, paths = [list(file) for file in files], [file.path for file in files]
+    return Plan(spec, every, paths, notes + summary(found.left_out), left_out=found.left_out)
 
 
 def read(spec: Any, unit: Any) -> Iterator[Item]:
@@ -161,7 +162,7 @@ def summed_up(paths: list[str], notes: list[str]) -> list[str]:
     for path, note in zip(paths, notes, strict=True):
         by_note.setdefault(note, []).append(path)
     return [
-        f"{found[0]}{f' and {len(found) - 1:,} more files' if len(found) > 1 else ''}: {note}"
+        f"{shown(found[0])}{f' and {len(found) - 1:,} more files' if len(found) > 1 else ''}: {note}"
         for note, found in by_note.items()
     ]
 
@@ -197,25 +198,29 @@ def describe(path: Path, settings: Settings) -> tuple[TextFile, fields.Seen]:
     seen = fields.Seen(str(path))
     if num_bytes == 0:
         raise DataError(f"text {str(path)!r} is empty (0 bytes); give a file with text in it")
-    packer = packer_of(str(path)) if kind not in _TABLES else None
+    with path.open("rb") as raw:
+        refuse_pointer(raw.read(_BEGIN_BYTES), str(path))
+    packer = packer_of(str(path))
+    if not packer and named is None and is_parquet(path):
+        kind = "parquet"
     if named and not packer:
-        with path.open("rb") as raw:
-            refuse_pointer(raw.read(_BEGIN_BYTES), str(path))
         raise DataError(
             f"text {str(path)!r} is not packed, though its name ends in {named}; "
             f"name it {path.stem!r} if it is text, or fetch it again"
         )
     file = TextFile(str(path), num_bytes, kind, packer, "utf-8", settings.replace, None, {})
+    if kind in _TABLES and packer:
+        raise DataError(
+            f"text {str(path)!r} is packed with {packer}, though its name says {kind}; unpack it first"
+        )
     if kind in _TABLES:
-        with path.open("rb") as raw:
-            refuse_pointer(raw.read(_BEGIN_BYTES), str(path))
         columns = tables.columns_with_text(file.path, kind)
         file = file._replace(how={"columns": columns})
         _look(file, seen)
         return file, seen
     with open_unpacked(file.path) as stream:
         begin = stream.read(_BEGIN_BYTES)
-    refuse_pointer(begin, file.path)
+    refuse_other(begin, file.path)
     file = file._replace(encoding=encoding_of(begin, file.path))
     if kind == "txt":
         by_line = settings.line_documents or _has_no_blank_line(file)
@@ -277,6 +282,8 @@ def _in_ranges(file: TextFile) -> bool:
 
 def read_unit(file: TextFile, unit: Unit) -> Iterator[Item]:
     """The documents of one unit, in file order. DataError names the file and place of damage."""
+    if Path(file.path).stat().st_size != file.num_bytes:
+        raise changed(file.path)
     noticed: list[Noticed] = []
     told = _teller(unit, noticed)
     if _in_ranges(file):

@@ -10,6 +10,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import zstandard
@@ -18,17 +19,17 @@ from minilm.data.errors import DataError
 from minilm.data.sources.progress import tell
 
 BUFFER_BYTES = 1 << 17
-_PIECE = 1 << 16
 _MAGICS: dict[bytes, Callable[[], Any]] = {
-    b"\x1f\x8b": lambda: zlib.decompressobj(31),
+    b"\x1f\x8b\x08": lambda: zlib.decompressobj(31),
     b"\xfd7zXZ\x00": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
     b"BZh": bz2.BZ2Decompressor,
     b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
-_NAMES = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
-_LONGEST = max(map(len, _MAGICS))
+_NAMES = {b"\x1f\x8b\x08": "gzip", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+_LONGEST = 10
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_PADDING = {b"\x1f\x8b": 1, b"\xfd7zXZ\x00": 4}  # zeros that may follow come in multiples of this
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # a block, and the end of an empty file
+_PADDING = {b"\x1f\x8b\x08": 1, b"\xfd7zXZ\x00": 4}  # zeros that may follow come in multiples of this
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1-3 of a zstd frame that holds nothing
 
 
@@ -46,7 +47,7 @@ def open_unpacked(path: str) -> io.BufferedReader:
 
 def packer_of(path: str) -> str | None:
     """gzip, xz, bzip2 or zstd: what the first bytes of a file say that it is packed with."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         magic = _magic_of(file.read(_LONGEST))
     return None if magic is None else _NAMES[magic]
 
@@ -64,6 +65,8 @@ def unpacked_stream(raw: Readable, name: str) -> Readable:
 def _magic_of(begin: bytes) -> bytes | None:
     if begin[1:4] == _SKIPPABLE and begin[0] & 0xF0 == 0x50:
         return _ZSTD
+    if begin.startswith(b"BZh") and begin[4:10] not in _BZIP2_BLOCKS:  # words may begin with these letters
+        return None
     return next((magic for magic in _MAGICS if begin.startswith(magic)), None)
 
 
@@ -84,7 +87,7 @@ class _TellingFile(io.FileIO):
 class _OfFile(io.RawIOBase):
     """A stream that closes its file."""
 
-    def __init__(self, file: io.BufferedReader, stream: Any):
+    def __init__(self, file: Any, stream: Any):
         self._file, self._stream = file, stream
 
     def readable(self) -> bool:
@@ -143,7 +146,7 @@ class _Unpacked(io.RawIOBase):
         return count
 
     def _more(self) -> bool:
-        piece = self._raw.read(_PIECE) or b""
+        piece = self._raw.read(BUFFER_BYTES) or b""
         self._packed += piece
         self._at += len(piece)
         return bool(piece)
