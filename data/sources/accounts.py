@@ -98,7 +98,8 @@ class Books(NamedTuple):
 
     def lines(self) -> list[str]:
         """The books in words: the sum, then a line for each reason and thing noticed."""
-        told = f"{self.files:,} files, {self.records:,} records: {self.documents:,} documents, {self.empty:,} empty"
+        told = f"{counted(self.files, 'file')}, {counted(self.records, 'record')}: "
+        told += f"{counted(self.documents, 'document')}, {self.empty:,} empty"
         if self.left_out:
             told += f", {sum(self.left_out.values()):,} left out"
         named = sorted(self.left_out.items(), key=lambda item: -item[1])
@@ -134,6 +135,10 @@ class Books(NamedTuple):
                 f"that are allowed: {self._reasons()}; mend the input, name the text's field, or allow it with "
                 "--allow-skipped SHARE (recipe: data.allow_skipped)"
             )
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def books_of(inputs: list[dict[str, Any]]) -> Books:

@@ -38,7 +38,7 @@ from minilm.data.records.json_values import (
     values_of_line,
 )
 from minilm.data.records.lines import Line, documents, is_blank, lines_from
-from minilm.data.sources.accounts import LeftOut, Noticed
+from minilm.data.sources.accounts import LeftOut, Noticed, counted
 from minilm.data.sources.find import changed, find_files, format_of, shown, summary
 from minilm.data.sources.magic import is_parquet, refuse_other
 from minilm.data.sources.plugin import Document, Item, Plan, take
@@ -161,10 +161,11 @@ def summed_up(paths: list[str], notes: list[str]) -> list[str]:
     by_note: dict[str, list[str]] = {}
     for path, note in zip(paths, notes, strict=True):
         by_note.setdefault(note, []).append(path)
-    return [
-        f"{shown(found[0])}{f' and {len(found) - 1:,} more files' if len(found) > 1 else ''}: {note}"
-        for note, found in by_note.items()
-    ]
+    found = []
+    for note, named in by_note.items():
+        more = f" and {counted(len(named) - 1, 'more file')}" if len(named) > 1 else ""
+        found.append(f"{shown(named[0])}{more}: {note}")
+    return found
 
 
 def _look_further(files: list[TextFile], seen: list[fields.Seen], field: str) -> None:
