@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import logging
 import os
@@ -33,6 +34,9 @@ LOG_LEVELS = (logging.NOTSET, logging.INFO, logging.DEBUG)  # by number of -v; N
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever a file is called: printing never fails
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             options, unknown = parser().parse_known_args(arguments)
