@@ -17,7 +17,8 @@ import pytest
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.metrics_file import MetricsFile
 from minilm.orchestrator.system.versions import flatten, git_commit, package_tags, versions
-from minilm.orchestrator.tracking.client import connect, patiently, tracking_uri
+from minilm.orchestrator.tracking.calls import patiently
+from minilm.orchestrator.tracking.client import connect, tracking_uri
 from minilm.orchestrator.tracking.outbox import Metric
 from minilm.orchestrator.tracking.pending import has_pending
 from minilm.orchestrator.tracking.tracking import Tracking, flush_pending

@@ -13,7 +13,8 @@ import pytest
 
 from minilm.orchestrator.errors import InfrastructureError, UserError
 from minilm.orchestrator.tracking import registry
-from minilm.orchestrator.tracking.client import MlflowClient, connect, patiently
+from minilm.orchestrator.tracking.calls import patiently
+from minilm.orchestrator.tracking.client import MlflowClient, connect
 from minilm.orchestrator.tracking.model_files import folder_digest
 from minilm.orchestrator.tracking.pull import pull, pull_once
 from minilm.orchestrator.tracking.registry import promote, register, resolve

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.metrics_file import Point
 from minilm.orchestrator.system.text import one_line, shown
+from minilm.orchestrator.tracking.calls import refusal
 from minilm.orchestrator.tracking.runs import MlflowRuns
 from minilm.orchestrator.tracking.uploader import Uploader
 
@@ -79,7 +81,7 @@ class Outbox:
                 "MLflow at %s could not be told; what is left stays in %s and is told later (%s)",
                 shown(self.runs.uri),
                 self.runs.path,
-                one_line(error),
+                refusal(error) or one_line(error),
             )
 
     def _warn_refused(self, note: dict[str, Any], error: Exception) -> None:
@@ -137,7 +139,12 @@ class Outbox:
                 for point in points
                 for name, value in point.metrics.items()
             ]
-            self.runs.client.log_batch(self.runs.of(stage, stage), metrics=metrics)
+            try:
+                self.runs.client.log_batch(self.runs.of(stage, stage), metrics=metrics)
+            except (MlflowException, OSError) as error:
+                if words := refusal(error):
+                    raise UserError(f"MLflow {words}") from error
+                raise
             with self.runs.lock:
                 if stage not in self.runs.state.sent:
                     self.runs.state.sent[stage] = [

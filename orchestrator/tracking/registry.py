@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.tracking.client import connect, is_missing, patiently
+from minilm.orchestrator.tracking.calls import patiently
+from minilm.orchestrator.tracking.client import connect, is_missing
 from minilm.orchestrator.tracking.model_files import folder_digest, model_files
 
 # isort: split

@@ -14,7 +14,8 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.system.files import read_json
 from minilm.orchestrator.system.text import one_line, shown
 from minilm.orchestrator.system.versions import flatten, git_commit, package_tags
-from minilm.orchestrator.tracking.client import MlflowClient, is_missing, patiently, tracking_uri
+from minilm.orchestrator.tracking.calls import patiently, refusal
+from minilm.orchestrator.tracking.client import MlflowClient, is_missing, tracking_uri
 from minilm.orchestrator.tracking.outbox import ENDED, Outbox
 from minilm.orchestrator.tracking.pending import STATE_FILE, has_pending
 from minilm.orchestrator.tracking.runs import MlflowRuns
@@ -79,8 +80,8 @@ class Tracking:
         """Opens the recipe's run, a new one or the one this work directory had before.
 
         name: of the run. params: the recipe as nested mappings. tags: recipe digest and what else is known;
-        versions and commit are added. UserError if a new run finds no MLflow; a run that goes on can wait
-        for it.
+        versions and commit are added. UserError if MLflow refuses, or if a new run finds none; a run that goes
+        on can wait for it.
         """
         tracking = cls(workdir, tracking_uri(workdir), experiment)
         with tracking.runs.lock:
@@ -90,6 +91,8 @@ class Tracking:
             except UserError:
                 raise
             except Exception as error:
+                if words := refusal(error):
+                    raise UserError(f"MLflow at {shown(tracking.uri)} {words}") from error
                 if not tracking.runs.state.runs:
                     raise UserError(
                         f"MLflow at {shown(tracking.uri)} does not answer ({one_line(error)}): start it, or unset "
