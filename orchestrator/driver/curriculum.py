@@ -19,7 +19,7 @@ from minilm.orchestrator.driver.prepare_data import prepare_data
 from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
-from minilm.orchestrator.errors import RecipeErrors, Stopped
+from minilm.orchestrator.errors import InfrastructureError, RecipeErrors, Stopped
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
 from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.launch.liveness import Heartbeats
@@ -33,6 +33,7 @@ from minilm.orchestrator.stage.spec import StageSpec, StudentSpec, grouped
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.lease import Lease
 from minilm.orchestrator.system.signals import StopRequest
+from minilm.orchestrator.tracking.registry import check_rights
 from minilm.orchestrator.tracking.tracking import Tracking
 
 POLL_SECONDS = 0.25
@@ -82,6 +83,7 @@ def run_recipe(
         )
         driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, launcher, line, stop)
         try:
+            driver.check_rights()
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
         except Stopped:
             tracking.finish("KILLED")
@@ -117,6 +119,16 @@ class Driver:
     launcher: Launcher
     line: StatusLine
     stop: StopRequest
+
+    def check_rights(self) -> None:
+        """Raises `UserError` where a student that is left to train may not be registered; MLflow may be away."""
+        stages = [
+            stage for stage in self.recipe.stages if not self.workdir.stage(stage.name).published.exists()
+        ]
+        names = [self.recipe.registered_name(student.name) for stage in stages for student in stage.students]
+        if not self.tracking.num_pending:
+            with suppress(InfrastructureError):
+                check_rights(self.tracking.uri, names, patience_seconds=0.0)
 
     def run_stage(self, number: int) -> list[ModelEntry]:
         """Train and publish stage `number` (0-based) unless that is done; its teacher and students for the summary."""

@@ -57,7 +57,7 @@ def publish(
     for (name, encoder), speed in zip(students.items(), speeds[1:], strict=True):
         registered = registry.register(
             tracking.uri,
-            f"{recipe.name}-{name}",
+            recipe.registered_name(name),
             folder.student(name),
             alias=recipe.tracking.alias,
             tags={"minilm.stage_digest": spec.digest, "minilm.teacher": spec.teacher_name},

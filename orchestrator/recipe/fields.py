@@ -34,6 +34,15 @@ def _slug(value: Any) -> Any:
     return value
 
 
+def _alias(value: Any) -> Any:
+    text = _slug(value)
+    if text == "latest" or (text[0] == "v" and text[1:].isdecimal()):
+        raise ValueError(
+            "a name of a-z, 0-9, - and _ that MLflow does not keep for itself (latest, v1, v2, …)"
+        )
+    return text
+
+
 def _reference(value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError("a reference written as text")
@@ -124,6 +133,7 @@ Workers = Annotated[
 ]
 LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
+Alias = Annotated[Slug, BeforeValidator(_alias)]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
 CheckpointPlace = Annotated[str, BeforeValidator(_checkpoint_place)]
 LocalFolder = Annotated[Path, BeforeValidator(_local_path)]

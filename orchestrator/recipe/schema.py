@@ -22,6 +22,7 @@ from pydantic import (
 
 from minilm.model.loss.catalogue import OBJECTIVES, RELATION_FIELDS
 from minilm.orchestrator.recipe.fields import (
+    Alias,
     CheckpointPlace,
     Count,
     CountOrAuto,
@@ -374,8 +375,8 @@ class Tracking(_Section):
     per_head: bool = False
     """Log each relation's divergence by head too, as STUDENT/TERM/head-01 and so on; at the steps of points, that is
     one forward pass of the loss more."""
-    alias: Slug = "newest"
-    """Alias that the registered students get."""
+    alias: Alias = "newest"
+    """Alias that the registered students get; MLflow keeps latest, v1, v2 and so on for itself."""
 
 
 class Recipe(_Section):
@@ -421,6 +422,10 @@ class Recipe(_Section):
     def student_names(self) -> tuple[str, ...]:
         """All students in the order of their stages."""
         return tuple(student.name for stage in self.stages for student in stage.students)
+
+    def registered_name(self, student: str) -> str:
+        """What a student is called in the model registry."""
+        return f"{self.name}-{student}"
 
     def result_fields(self) -> dict[str, Any]:
         """Everything in the recipe that determines the result, as JSON values in canonical form.

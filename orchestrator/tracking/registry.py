@@ -17,10 +17,11 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.errors import InfrastructureError, UserError
 from minilm.orchestrator.tracking.calls import patiently
 from minilm.orchestrator.tracking.client import connect, is_missing
 from minilm.orchestrator.tracking.model_files import folder_digest, model_files
@@ -41,6 +42,9 @@ _RUN_TAG = "minilm.run_id"
 
 
 _ALIASED_TAG = "minilm.aliased"
+
+
+_IMPOSSIBLE_TAG = {"minilm.may-register?": ""}
 
 
 _URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
@@ -89,11 +93,12 @@ def register(
     digest = folder_digest(folder)
 
     def attempt(client: MlflowClient) -> RegisteredModel:
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        if not _is_registered(client, name):
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
         version = _find_version(client, name, digest, run_id)
         if version is None:
             model = _logged_model(client, name, folder, digest, run_id, tags or {})
@@ -116,6 +121,31 @@ def register(
     return _patiently(store, attempt, patience_seconds)
 
 
+def check_rights(store: str, names: Iterable[str], *, patience_seconds: float = 10.0) -> None:
+    """UserError where no version of one of these models may be registered; registers nothing.
+
+    It asks for each, with a tag that MLflow does not take: a server looks at rights before it looks at tags.
+    """
+
+    def attempt(client: MlflowClient, name: str) -> None:
+        try:
+            if _is_registered(client, name):
+                client.create_model_version(name, "none", tags=_IMPOSSIBLE_TAG, await_creation_for=0)
+            else:
+                client.create_registered_model(name, tags=_IMPOSSIBLE_TAG)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+
+    for name in names:
+        try:
+            _patiently(store, partial(attempt, name=name), patience_seconds)
+        except InfrastructureError:
+            raise
+        except UserError as error:
+            raise UserError(f"model {name!r} can't be registered: {error}") from error
+
+
 def resolve(store: str, uri: str, *, patience_seconds: float = 10.0) -> RegisteredModel:
     """What models:/NAME@ALIAS or models:/NAME/VERSION is now; UserError names what there is instead."""
     return _patiently(store, lambda client: _resolve(client, uri), patience_seconds)
@@ -132,6 +162,16 @@ def promote(
         return RegisteredModel(name, version, alias, found.uri, found.digest)
 
     return _patiently(store, attempt, patience_seconds)
+
+
+def _is_registered(client: MlflowClient, name: str) -> bool:
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
 
 
 def _find_version(client: MlflowClient, name: str, digest: str, run_id: str) -> ModelVersion | None:
