@@ -163,7 +163,12 @@ class Driver:
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
         sizes = resolved.students
-        fields["students"] = [s | {"ffn": sizes[s["name"]].ffn} for s in fields["students"]]
+        references = {student["name"]: student["init"] for student in fields["students"]}
+        starts = {name: weights_digest(Path(folder)) for name, folder in resolved.starts.items()}
+        fields["students"] = [
+            s | {"ffn": sizes[s["name"]].ffn, "init": starts.get(s["name"], s["init"])}
+            for s in fields["students"]
+        ]
         inputs = {
             "stage": fields | {"teacher": teacher_digest},
             "seed": recipe.seed,
@@ -186,7 +191,9 @@ class Driver:
                     heads=sizes[student.name].heads,
                     ffn=sizes[student.name].ffn,
                     dropout=student.dropout,
-                    init=student.init,
+                    init=references[student.name],
+                    start=resolved.starts.get(student.name, ""),
+                    start_digest=starts.get(student.name, ""),
                 )
                 for student in stage.students
             ),

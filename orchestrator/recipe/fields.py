@@ -13,6 +13,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.references import check_form
 from minilm.orchestrator.stage.folder import CHECKPOINT_SCHEMES
 
+INITIALIZATIONS = ("random", "teacher-layers")  # the model's own list, a test says
 URL_SCHEMES = ("s3", "gs", "https", "http", "file")  # the data layer reads from these, a test says
 
 
@@ -50,6 +51,19 @@ def _reference(value: Any) -> Any:
         check_form(value)
     except UserError as error:
         raise ValueError(str(error).partition("allowed: ")[2]) from None
+    return value
+
+
+def _start(value: Any) -> Any:
+    if value in INITIALIZATIONS:
+        return value
+    try:
+        check_form(value if isinstance(value, str) and "/" in value else "")
+    except UserError:
+        raise ValueError(
+            f"{', '.join(INITIALIZATIONS)}, or a model to go on from: models:/NAME@ALIAS, models:/NAME/VERSION, a "
+            "folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME"
+        ) from None
     return value
 
 
@@ -135,6 +149,7 @@ LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
 Alias = Annotated[Slug, BeforeValidator(_alias)]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
+Start = Annotated[str, BeforeValidator(_start)]
 CheckpointPlace = Annotated[str, BeforeValidator(_checkpoint_place)]
 LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
 LocalPath = Annotated[str, BeforeValidator(_local_path)]

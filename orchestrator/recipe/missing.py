@@ -33,6 +33,12 @@ def missing_inputs(recipe: Recipe) -> list[str]:
         if corpus.source_tokenizer
     ]
     references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
+    references += [
+        (f"stages.{stage.name}.students.{student.name}.init", student.starts_from)
+        for stage in recipe.stages
+        for student in stage.students
+        if student.starts_from
+    ]
     for key, text in references:
         if absent := absent_package(text):
             notes.append(f"{key}: {absent}, or give another{_override(key)}")

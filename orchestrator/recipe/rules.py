@@ -49,7 +49,7 @@ def check_across(stages: Mapping[int, Stage], compute: Compute | None) -> Iterat
                 what = f"given {student.name!r} a second time; allowed: a name for each student of the recipe"
                 yield (*path, "name"), what
             yield from _heads(path, student, stage, teacher)
-            here[student.name] = _Known(student.layers, student.hidden, student.heads or teacher.heads)
+            here[student.name] = _Known(student.layers, student.hidden, _own_heads(student, teacher))
         stage_names.add(stage.name)
         earlier = here | earlier
 
@@ -98,8 +98,13 @@ def _numbers(at: KeyPath, stage: Stage, compute: Compute | None) -> Iterator[Pro
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"
 
 
+def _own_heads(student: Student, teacher: _Known) -> int | None:
+    """A student's heads: its teacher's unless given, or those of the model it starts from, which is not known here."""
+    return student.heads or (None if student.starts_from else teacher.heads)
+
+
 def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> Iterator[Problem]:
-    heads = student.heads or teacher.heads
+    heads = _own_heads(student, teacher)
     if heads and student.hidden % heads:
         key = "heads" if student.heads else "hidden"
         given = student.heads or student.hidden

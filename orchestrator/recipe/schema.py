@@ -22,6 +22,7 @@ from pydantic import (
 
 from minilm.model.loss.catalogue import OBJECTIVES, RELATION_FIELDS
 from minilm.orchestrator.recipe.fields import (
+    INITIALIZATIONS,
     Alias,
     CheckpointPlace,
     Count,
@@ -39,6 +40,7 @@ from minilm.orchestrator.recipe.fields import (
     Seed,
     SequenceLength,
     Slug,
+    Start,
     TextPaths,
     Workers,
 )
@@ -223,9 +225,15 @@ class Student(_Section):
     """Attention heads; default: the teacher's."""
     dropout: Fraction = 0.1
     """Dropout of the student while it trains."""
-    init: Literal["random", "teacher-layers"] = "random"
-    """How the weights start: random, or teacher-layers: a uniform pick of the teacher's layers, sliced where
-    the student is narrower."""
+    init: Start = "random"
+    """How the weights start: random; teacher-layers: a uniform pick of the teacher's layers, sliced where
+    the student is narrower; or a model of this very shape that training goes on from: `models:/NAME@ALIAS`,
+    `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
+
+    @property
+    def starts_from(self) -> str | None:
+        """The reference of the model that it goes on from; None where `init` names a method."""
+        return None if self.init in INITIALIZATIONS else self.init
 
 
 class RelationTerm(_Section):
@@ -319,6 +327,7 @@ class Stage(_Section):
             "students"
         ]:  # the digest of a stage has the size that the teacher's family gives
             student["ffn"] = student["ffn"] or 4 * student["hidden"]
+            student["init"] = self._as_written.get(student["init"], student["init"])
         fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
         return fields
 
