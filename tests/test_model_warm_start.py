@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from minilm.model.compatibility import fit_student
@@ -16,7 +17,9 @@ from minilm.model.encoder.warm_start import load_start
 from minilm.model.errors import ModelError
 from minilm.model.export import weights_digest
 from minilm.model.loss.objective import Objective
+from minilm.orchestrator import cli
 from minilm.orchestrator.recipe import fields
+from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
@@ -74,6 +77,38 @@ def test_sizes_come_from_the_start_or_must_be_its_own(teacher, tmp_path):
         fit(start=replace(start, vocab_size=9))
     with pytest.raises(ModelError, match="the teacher has 4 heads and the student 2"):
         fit(start=replace(start, heads=2))
+
+
+def test_a_start_that_is_not_here_is_told_by_check_and_passes(teacher, shards, tmp_path, capsys, monkeypatch):
+    """By a path that counts from the recipe's folder, and by one that would need the network."""
+    stage = {
+        "name": "small",
+        "teacher": str(teacher),
+        "batch": 8,
+        "steps": 3,
+        "peak_lr": 1e-3,
+        "warmup_steps": 1,
+    }
+    path = tmp_path / "there" / "r.yaml"
+    path.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    for init, note in [
+        ("./none", f"given '{tmp_path}/there/none', but there is no such folder; give yours"),
+        ("models:/a@b", ""),
+    ]:
+        student = {"layers": 1, "hidden": 30, "init": init}  # of 4 heads at least: those of the model count
+        path.write_text(
+            yaml.safe_dump(
+                {"name": "r", "data": {"shards": str(shards)}, "stages": [stage | {"student": student}]}
+            )
+        )
+        assert cli.main(["check", str(path), "--set", "compute.micro_batch=4"]) == 0
+        said = capsys.readouterr().out
+        assert (
+            f"not here: stage small, student small: init: {note}" in said if note else "not here" not in said
+        )
+    recipe = load_recipe(path, ["compute.micro_batch=4", "stages.small.student.init=./other"])
+    assert recipe.stages[0].students[0].starts_from == str(tmp_path / "other")
 
 
 def started(shards: Path, teacher: Path, folder: Path, start: Path) -> StageSpec:

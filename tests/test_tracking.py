@@ -139,6 +139,26 @@ def test_a_run_holds_everything_and_a_resumed_one_goes_on_in_it(workdir: Path) -
     assert again.look == f"mlflow ui --backend-store-uri 'sqlite:///{workdir}/mlflow.db'"
 
 
+def test_the_recipes_run_has_what_its_stages_came_to_and_what_they_read(workdir: Path) -> None:
+    tracking = open_tracking(workdir)
+    stage = tracking.stage("small", {})
+    read = [("wiki", "ab" * 32, "s3://bucket/wiki", {"seq_len": 32, "weight": 0.5})]
+    for _ in range(2):  # a resumed run
+        tracking.datasets(read)
+        tracking.datasets(read, "small")
+    tracking.metrics({"small/heldout/attention": 0.25, "small/heldout_sum": 0.5}, step=40)
+    assert tracking.finish() == 0
+    parent = tracking.client.get_run(tracking.run_id)
+    assert parent.data.metrics == {"small/heldout/attention": 0.25, "small/heldout_sum": 0.5}
+    assert history(tracking, tracking.run_id, "small/heldout_sum") == [(40, 0.5)]
+    for run_id in (tracking.run_id, stage.run_id):
+        (found,) = tracking.client.get_run(run_id).inputs.dataset_inputs
+        assert (found.dataset.name, found.dataset.digest) == ("wiki", "ab" * 18)
+        assert json.loads(found.dataset.source) == {"uri": "s3://bucket/wiki"}
+        assert json.loads(found.dataset.profile) == {"seq_len": 32, "weight": 0.5}
+        assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "training")]
+
+
 def test_a_driver_that_dies_before_it_saves_the_id_finds_the_run_again(workdir: Path) -> None:
     tracking = open_tracking(workdir)
     run_id = tracking.run_id

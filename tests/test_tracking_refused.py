@@ -1,5 +1,6 @@
 """A server that refuses is told apart from one that is away, at every call, with what to set."""
 
+import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -148,6 +149,35 @@ def test_an_alias_that_mlflow_would_refuse_after_training_is_refused_before(tmp_
         ):
             Section(experiment="e", alias=alias)
     assert Section(experiment="e", alias="v1-good").alias == "v1-good"
+
+
+def test_a_bucket_that_refuses_the_files_is_told_with_its_own_variables(
+    gate, tmp_path, empty_store, monkeypatch
+):
+    url, answer = gate
+    answer.append((403, ""))
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = connect(store)
+    run = client.create_run(client.create_experiment("e", artifact_location="s3://bucket/files"))
+    folder = model_folder(tmp_path / "m")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
+    with pytest.raises(UserError, match="keeps its files in a bucket that refused .*403") as error:
+        register(store, "m", folder, run_id=run.info.run_id, alias="newest")
+    said = str(error.value)
+    assert "set that bucket's credentials, such as AWS_ACCESS_KEY_ID" in said
+    assert "\n" not in said and "s3cret" not in said
+
+
+def test_a_package_that_the_files_need_is_named():
+    with pytest.raises(
+        UserError, match="where package 'no_such_package' is needed: install it here, or start"
+    ):
+        patiently("http://h", lambda: importlib.import_module("no_such_package"), 0.0)
 
 
 def test_asking_for_the_right_leaves_nothing_in_the_registry(tmp_path, empty_store):

@@ -13,6 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from minilm.model.export import weights_digest
 from minilm.orchestrator.driver.prepare_data import prepare_data
@@ -81,6 +82,7 @@ def run_recipe(
             },
             recipe_file=recipe_file,
         )
+        tracking.datasets(inputs_of(data))
         driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, launcher, line, stop)
         try:
             driver.check_rights()
@@ -104,6 +106,14 @@ def run_recipe(
         )
         write_json(workdir.summary, summary.to_json())
         return summary
+
+
+def inputs_of(data: DataSpec) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """The data sets as MLflow lists inputs: (name, fingerprint, place, what else is known)."""
+    return [
+        (corpus.name, corpus.fingerprint, corpus.place, {"seq_len": data.seq_len, "weight": corpus.weight})
+        for corpus in data.corpora
+    ]
 
 
 @dataclass
@@ -141,7 +151,8 @@ class Driver:
             self.line.say(f"{label}  done before")
             return [ModelEntry(**model) for model in published["models"]]
         run = self.tracking.stage(stage.name, {"stage": stage.model_dump(mode="json"), "digest": spec.digest})
-        run.follow([folder.step_metrics, folder.heldout_metrics])
+        self.tracking.datasets(inputs_of(self.data), stage.name)
+        run.follow([folder.step_metrics, folder.heldout_metrics, folder.system_metrics])
         try:
             done = read_json(folder.done)
             if done is None or done["digest"] != spec.digest:

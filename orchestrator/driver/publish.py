@@ -54,13 +54,20 @@ def publish(
         vocab_size=teacher.model.config.vocab_size,
     )
     entries = [entry(spec.teacher_name, "teacher", teacher, speeds[0], spec.teacher)]
+    final = {name: divergences(terms(heldout[-1].metrics, name)) for name in students}
     for (name, encoder), speed in zip(students.items(), speeds[1:], strict=True):
         registered = registry.register(
             tracking.uri,
             recipe.registered_name(name),
             folder.student(name),
             alias=recipe.tracking.alias,
-            tags={"minilm.stage_digest": spec.digest, "minilm.teacher": spec.teacher_name},
+            tags={
+                "minilm.stage_digest": spec.digest,
+                "minilm.teacher": spec.teacher_name,
+                "minilm.steps": str(spec.steps),
+                **registry.shape_tags(shape_of(encoder.model.config), count_parameters(encoder.model)),
+                **{f"minilm.{key}": f"{value:.4g}" for key, value in final[name].items()},
+            },
             run_id=run.run_id,
         )
         entries.append(
@@ -75,6 +82,8 @@ def publish(
                 registered=f"{registered.name} v{registered.version}",
             )
         )
+    compared = {f"{name}/{key}": value for name, values in final.items() for key, value in values.items()}
+    tracking.metrics(compared, spec.steps)
     run.finish()
     write_json(folder.published, {"digest": spec.digest, "models": [asdict(e) for e in entries]})
     return entries
@@ -111,6 +120,13 @@ def terms(metrics: dict[str, float], student: str) -> dict[str, float]:
     prefix = f"{student}/heldout/"
     found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
     return {term: value for term, value in found.items() if "/" not in term}
+
+
+def divergences(by_term: dict[str, float]) -> dict[str, float]:
+    """As they are called in the registry and in the recipe's run: of each term, and their sum."""
+    return {f"heldout/{term}": value for term, value in by_term.items()} | {
+        "heldout_sum": sum(by_term.values())
+    }
 
 
 def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:

@@ -34,7 +34,7 @@ def missing_inputs(recipe: Recipe) -> list[str]:
     ]
     references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
     references += [
-        (f"stages.{stage.name}.students.{student.name}.init", student.starts_from)
+        (f"stage {stage.name}, student {student.name}: init", student.starts_from)
         for stage in recipe.stages
         for student in stage.students
         if student.starts_from

@@ -22,6 +22,14 @@ _INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _IN_TEXT = re.compile(
     r"\b(401|403) Client Error"
 )  # of threads that download, whose errors MLflow joins to one
+_BUCKET_REFUSALS = (
+    "(403)",
+    "(401)",
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "credentials",
+)
 _SET = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
 
 
@@ -32,7 +40,14 @@ def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) 
     def once() -> Result:
         try:
             return attempt()
-        except (MlflowException, OSError) as error:
+        except ImportError as error:
+            raise UserError(
+                f"{where} keeps its files where package {error.name!r} is needed: install it here, or start the "
+                "server with --serve-artifacts"
+            ) from error
+        except Exception as error:
+            if not (isinstance(error, MlflowException | OSError) or _of_bucket(error)):
+                raise
             if words := refusal(error):
                 raise UserError(f"{where} {words}") from error
             raise TransientError(one_line(error)) from error
@@ -49,6 +64,13 @@ def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) 
 
 def refusal(error: Exception) -> str | None:
     """`refused …`, in one line with what to do; None for an error that may pass."""
+    if _of_bucket(error):
+        return (
+            f"keeps its files in a bucket that refused ({one_line(error)}): set that bucket's credentials, such as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            if any(word in str(error) for word in _BUCKET_REFUSALS)
+            else None
+        )
     status = _status(error)
     if status == 401:
         return f"refused {_who()} (401, not authenticated): set {_SET} to what it knows"
@@ -67,11 +89,16 @@ def refusal(error: Exception) -> str | None:
     return None
 
 
+def _of_bucket(error: Exception) -> bool:
+    """Whether it comes from the client of S3, whose errors are of a kind of their own."""
+    return type(error).__module__.partition(".")[0] in ("boto3", "botocore")
+
+
 def _status(error: Exception) -> int | None:
     """The HTTP status of a refusal. Files go by `requests`, all else by MLflow, which names the status."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return int(response.status_code)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return int(status)
     if isinstance(error, MlflowException) and (status := error.get_http_status_code()) in (401, 403):
         return int(status)
     found = _IN_TEXT.search(str(error))

@@ -6,6 +6,7 @@ and `runs` finds the ids of the runs.
 
 import logging
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,16 @@ class Tracking:
     def tag(self, tags: Mapping[str, str]) -> None:
         """Tags the recipe's run, for example with the data fingerprint as soon as the data is built."""
         self.outbox.add("", "", tags=dict(tags))
+        self.flush()
+
+    def datasets(self, found: Sequence[tuple[str, str, str, Mapping[str, Any]]], stage: str = "") -> None:
+        """Notes the data sets that the recipe's run reads, or a stage's: (name, fingerprint, place, profile) each."""
+        self.outbox.add(stage, stage, datasets=[[*values[:3], dict(values[3])] for values in found])
+        self.flush()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Notes what a stage came to, in the recipe's run, so that recipes can be compared in MLflow's table."""
+        self.outbox.add("", "", metrics=dict(values), step=step, time_ms=int(time.time() * 1000))
         self.flush()
 
     @property
