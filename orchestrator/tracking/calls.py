@@ -65,10 +65,12 @@ def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) 
 def refusal(error: Exception) -> str | None:
     """`refused …`, in one line with what to do; None for an error that may pass."""
     if _of_bucket(error):
+        text = str(error)
+        what = one_line(UserError(text[max(text.find("An error occurred"), 0) :]))  # behind the names of files
         return (
-            f"keeps its files in a bucket that refused ({one_line(error)}): set that bucket's credentials, such as "
+            f"keeps its files in a bucket that refused ({what}): set that bucket's credentials, such as "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            if any(word in str(error) for word in _BUCKET_REFUSALS)
+            if any(word in text for word in _BUCKET_REFUSALS)
             else None
         )
     status = _status(error)
