@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.verbs.arguments import add_verb
 
 
 def add_pull(verbs: Any) -> None:
-    pull = verbs.add_parser("pull", help="bring a registered model down")
+    pull = add_verb(
+        verbs,
+        "pull",
+        "bring a registered model down",
+        "minilm pull models:/quickstart-student@newest student --workdir runs/quickstart",
+        "MLFLOW_TRACKING_URI=http://mlflow:5000 minilm pull models:/quickstart-student/1 student",
+    )
     pull.add_argument("uri", metavar="models:/NAME@ALIAS")
     pull.add_argument("out", type=Path, metavar="DIR")
     pull.add_argument("--workdir", type=Path, help="take it from this work directory's own registry")
@@ -20,7 +27,12 @@ def add_pull(verbs: Any) -> None:
 
 
 def add_promote(verbs: Any) -> None:
-    promote = verbs.add_parser("promote", help="point an alias to a version of a registered model")
+    promote = add_verb(
+        verbs,
+        "promote",
+        "point an alias to a version of a registered model",
+        "minilm promote models:/quickstart-student/1 good --workdir runs/quickstart",
+    )
     promote.add_argument("uri", metavar="models:/NAME/VERSION")
     promote.add_argument("alias")
     promote.add_argument("--workdir", type=Path, help="in this work directory's own registry")
@@ -28,7 +40,13 @@ def add_promote(verbs: Any) -> None:
 
 
 def add_register(verbs: Any) -> None:
-    register = verbs.add_parser("register", help="put an encoder's folder into the model registry")
+    register = add_verb(
+        verbs,
+        "register",
+        "put an encoder's folder into the model registry",
+        "minilm register ./bert-base bert --workdir runs/mine",
+        "MLFLOW_TRACKING_URI=http://mlflow:5000 minilm register ./bert-base bert --alias good",
+    )
     register.add_argument(
         "folder", type=Path, metavar="FOLDER", help="as save_pretrained of transformers writes it"
     )
