@@ -185,7 +185,11 @@ LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
 Alias = Annotated[Slug, BeforeValidator(_alias)]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
-Start = Annotated[str, BeforeValidator(_start)]
+Start = Annotated[
+    str,
+    BeforeValidator(_start),
+    WithJsonSchema({"anyOf": [{"enum": list(INITIALIZATIONS)}, {"type": "string"}]}),
+]
 CheckpointPlace = Annotated[str, BeforeValidator(_checkpoint_place)]
 LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
 LocalPath = Annotated[str, BeforeValidator(_local_path)]

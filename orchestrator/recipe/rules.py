@@ -148,7 +148,7 @@ def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> It
 
 def _relation_heads(at: KeyPath, stage: Stage, teacher: _Known) -> Iterator[Problem]:
     given = stage.relation_heads
-    sizes = {s.name: s.hidden for s in stage.students if s.hidden % (s.heads or teacher.heads or 1) == 0}
+    sizes = {s.name: s.hidden for s in stage.students if s.hidden % (_own_heads(s, teacher) or 1) == 0}
     sizes |= {stage.teacher: teacher.hidden} if teacher.hidden else {}
     common = math.gcd(*sizes.values())
     if given and common % given:
@@ -163,7 +163,7 @@ def _fitting(stages: Mapping[int, Stage], index: int, place: int, teacher: _Know
     nothing is wrong with it, and nothing more with the others."""
     stage = stages[index]
     student = stage.students[place]
-    heads = student.heads or teacher.heads or 1
+    heads = _own_heads(student, teacher) or 1
     unit = math.lcm(heads, stage.relation_heads or 1)
     sizes = sorted(
         (unit * n for n in range(1, student.hidden // unit + 3)), key=lambda n: abs(n - student.hidden)

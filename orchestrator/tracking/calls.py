@@ -65,15 +65,11 @@ def patiently(uri: str, attempt: Callable[[], Result], patience_seconds: float) 
 def refusal(error: Exception) -> str | None:
     """`refused …`, in one line with what to do; None for an error that may pass."""
     if _of_bucket(error):
-        text = str(error)
-        what = one_line(
-            UserError(text[max(text.find("An error occurred"), 0) :])
-        )  # behind the names of files
+        if not any(word in str(error) for word in _BUCKET_REFUSALS):
+            return None
         return (
-            f"keeps its files in a bucket that refused ({what}): set that bucket's credentials, such as "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            if any(word in text for word in _BUCKET_REFUSALS)
-            else None
+            f"keeps its files in a bucket that refused ({one_line(error, keep_end=True)}): set that bucket's "
+            "credentials, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     status = _status(error)
     if status == 401:
@@ -100,11 +96,11 @@ def _of_bucket(error: Exception) -> bool:
 
 def _status(error: Exception) -> int | None:
     """The HTTP status of a refusal. Files go by `requests`, all else by MLflow, which names the status."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
+    response = getattr(error, "response", None)
+    if isinstance(code := getattr(response, "status_code", None), int):
+        return code
+    if isinstance(error, MlflowException) and (status := error.get_http_status_code()) in (401, 403):
         return int(status)
-    if isinstance(error, MlflowException) and (code := error.get_http_status_code()) in (401, 403):
-        return int(code)
     found = _IN_TEXT.search(str(error))
     return int(found[1]) if found else None
 

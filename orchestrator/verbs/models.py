@@ -40,7 +40,13 @@ def add_promote(verbs: Any) -> None:
 
 
 def add_register(verbs: Any) -> None:
-    register = verbs.add_parser("register", help="put an encoder's folder into the model registry")
+    register = add_verb(
+        verbs,
+        "register",
+        "put an encoder's folder into the model registry",
+        "minilm register ./bert-base bert --workdir runs/mine",
+        "MLFLOW_TRACKING_URI=http://mlflow:5000 minilm register ./bert-base bert --alias good",
+    )
     register.add_argument(
         "folder", type=Path, metavar="FOLDER", help="as save_pretrained of transformers writes it"
     )
