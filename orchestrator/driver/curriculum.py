@@ -7,6 +7,7 @@ the same command finds the data built, the stages done and the newest checkpoint
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from concurrent.futures import Future, wait
@@ -36,6 +37,8 @@ from minilm.orchestrator.system.lease import Lease
 from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.tracking.tracking import Tracking
 
+log = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.25
 
 
@@ -60,7 +63,9 @@ def run_recipe(
         line.show("looking at teachers and data", force=True)
 
         def fetch(reference: str) -> str:
-            return str(model_folder(parse_reference(reference), recipe, workdir))
+            folder = str(model_folder(parse_reference(reference), recipe, workdir))
+            log.info("%s is taken from %s", reference, folder)
+            return folder
 
         stages, problems = resolve(recipe, fetch)
         if not problems:
