@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from minilm.data.format.manifest import MANIFEST
 from minilm.model.export import weights_digest
+from minilm.orchestrator.driver.preflight import check_checkpoints, check_device
 from minilm.orchestrator.driver.prepare_data import prepare_data
 from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter, say_built
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
@@ -67,7 +69,10 @@ def run_recipe(
             log.info("%s is taken from %s", reference, folder)
             return folder
 
-        stages, problems = resolve(recipe, fetch)
+        if launcher.is_here:
+            check_device(recipe.compute)
+        check_checkpoints(recipe.compute, workdir.root)
+        stages, problems = resolve(recipe, fetch, built=(workdir.data / MANIFEST).exists())
         if not problems:
             data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop), partial(say_built, line))
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)

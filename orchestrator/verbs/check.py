@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,17 @@ def add_check(verbs: Any) -> None:
     )
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE.yaml")
     add_overrides(check)
+    check.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail on what can't be looked at here: teachers, data, devices, buckets",
+    )
     add_json(check, "print a JSON object a recipe: recipe, sound, problems, not_here, stages")
     check.set_defaults(run=check_recipes)
 
 
 def check_recipes(options: argparse.Namespace) -> int:
     from minilm.orchestrator.recipe.load import load_recipe
-    from minilm.orchestrator.recipe.missing import missing_inputs
 
     problems: list[str] = []
     for path in options.recipes:
@@ -42,9 +47,10 @@ def check_recipes(options: argparse.Namespace) -> int:
             wrong = [f"{path}: {problem}" for problem in problems_here(recipe)]
         except RecipeErrors as error:
             wrong = list(error.problems)
-        problems += wrong
         if recipe and not wrong:
-            notes = missing_inputs(recipe)
+            notes = lacking(recipe)
+            wrong = [f"{path}: not here: {note}" for note in notes] if options.strict else []
+        problems += wrong
         if options.json:
             print(as_json(path, recipe, wrong, notes))
         elif recipe and not wrong:
@@ -77,3 +83,22 @@ def problems_here(recipe: Recipe) -> list[str]:
     from minilm.orchestrator.resolve.stages import resolve
 
     return resolve(recipe, folder_here)[1]
+
+
+def lacking(recipe: Recipe) -> list[str]:
+    """What a run needs and this machine lacks, or can't look at."""
+    from minilm.orchestrator.recipe.missing import missing_inputs, unseen_inputs
+
+    notes = missing_inputs(recipe) + unseen_inputs(recipe)
+    compute, corpora = recipe.compute, recipe.data.corpora or ()
+    places = [compute.checkpoints, *(corpus.shards for corpus in corpora)]
+    if compute.device == "cuda" or any("://" in place for place in places if place):
+        from minilm.orchestrator.driver.preflight import check_checkpoints, check_device, check_shards
+
+        looks = [partial(check_device, compute), partial(check_checkpoints, compute, Path())]
+        for look in [*looks, *(partial(check_shards, corpus) for corpus in corpora)]:
+            try:
+                look()
+            except UserError as error:
+                notes.append(str(error))
+    return notes
