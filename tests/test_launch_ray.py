@@ -132,6 +132,7 @@ def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path
     done = submit(head, folder, "minilm", "run", "tiny.yaml")
     assert re.search(r"Job 'raysubmit_\w+' succeeded", done.stdout)
     assert "tiny-small v1" in done.stdout
+    assert "`ray job stop` will kill this run after 3 s, saved or not; to let it save" in done.stdout
     work = Path(head["HOME"]) / "minilm-runs" / "tiny"
     assert (work / "stages" / "assistant" / "worker-1.log").exists(), "the second worker left no trace"
     for stage in ("assistant", "small"):

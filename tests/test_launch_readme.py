@@ -22,45 +22,44 @@ START, SUBMIT = blocks(ROOT / "README.md", "On a cluster")[0]
 USE_TOKENS = blocks(ROOT / "README.md", "On a cluster")[1]
 
 
-def write_quickstart(folder: Path, text: Path, teacher: Path, **changes: object) -> Path:
-    """A user's folder in which the README's recipe is a tiny one."""
+def write_quickstart(folder: Path, text: Path, teacher: Path, *, batch: int = 8, steps: int = 8) -> Path:
+    """A user's folder in which the README's recipe is a tiny one, of one stage."""
     (folder / "recipes").mkdir(parents=True)
     compute = {"micro_batch": 4, "threads": 1, "checkpoint_every_seconds": 3600}
-    path = write_recipe(folder, text, teacher, name="quickstart", compute=compute)
-    for old, new in changes.items():
-        path.write_text(re.sub(rf"\b{old}: \S+", f"{old}: {new}", path.read_text()))
+    student = {"layers": 3, "hidden": 24}
+    stage = {"batch": batch, "steps": steps, "peak_lr": 1e-3, "warmup_steps": 1, "held_out_rows": 8}
+    stages = [{"name": "assistant", "teacher": str(teacher), "student": student, **stage}]
+    path = write_recipe(folder, text, teacher, name="quickstart", compute=compute, stages=stages)
     path.rename(folder / "recipes" / "quickstart.yaml")
     return folder
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["without tokens", "with tokens"])
 def test_a_local_run_then_a_head_then_a_job(tmp_path, text, teacher, tokens):
-    folder = write_quickstart(tmp_path / "user", text, teacher, steps=8)
+    folder = write_quickstart(tmp_path / "user", text, teacher)
     home = tmp_path / "home"
     with Shell(folder, home) as shell:
-        assert "quickstart-small v1" in shell.type(RUN)
+        assert "quickstart-assistant v1" in shell.type(RUN)
         assert not (home / ".ray").exists(), "what other commands of Ray would find"
         for line in USE_TOKENS if tokens else ():
             shell.type(line)
         shell.type(START)
         out = shell.type(SUBMIT)
-        assert "succeeded" in out and "quickstart-small v1" in out
+        assert "succeeded" in out and "quickstart-assistant v1" in out
         assert "`ray job stop` will kill" not in out
         assert (home / "minilm-runs" / "quickstart" / "summary.json").exists()
-        again = "minilm run recipes/quickstart.yaml --workdir joined --address 127.0.0.1:6379"
         if tokens:
             shell.type("unset RAY_AUTH_MODE")  # the token lies in the home folder
-            assert "quickstart-small v1" in shell.type(again)
-            refused = shell.type(f"RAY_AUTH_TOKEN=wrong {again}-2".replace("joined", "other"), expect=2)
-        else:
-            refused = shell.type(f"RAY_ADDRESS=http://127.0.0.1:8265 {RUN} --workdir other", expect=2)
-            assert "is a job server, which takes `ray job submit`" in refused
-        assert "Traceback" not in refused
+            joined = shell.type(f"{RUN} --workdir joined --address 127.0.0.1:6379")
+            assert "quickstart-assistant v1" in joined
+            refused = shell.type(f"RAY_AUTH_TOKEN=wrong {RUN} --workdir other --address 127.0.0.1:6379", expect=2)
+            assert "the Ray cluster at 127.0.0.1:6379 demands a token, and this environment has none or" in refused
+            assert "Traceback" not in refused
 
 
 def test_a_stopped_job_has_saved_at_its_step_boundary(tmp_path, text, teacher):
     """A step takes longer than the 3 s after which Ray would kill the run."""
-    folder = write_quickstart(tmp_path / "user", text, teacher, batch=6000)
+    folder = write_quickstart(tmp_path / "user", text, teacher, batch=6000, steps=40)
     stage = StageFolder(tmp_path / "home" / "minilm-runs" / "quickstart" / "stages" / "assistant")
     with Shell(folder, tmp_path / "home") as shell:
         shell.type(START)
