@@ -18,4 +18,6 @@ def test_exit_codes_are_handed_on_and_final_ones_explained(tmp_path, arguments, 
     assert ("no retry cures exit code 2" in done.stderr) is (code == 2)
     if code == 2:
         first, last = done.stderr.splitlines()
-        assert first.startswith("minilm: error: ") and last.endswith(first), "the reason is the last line of the log"
+        assert first.startswith("minilm: error: ") and last.endswith(first), (
+            "the reason is the last line of the log"
+        )

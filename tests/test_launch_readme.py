@@ -52,8 +52,13 @@ def test_a_local_run_then_a_head_then_a_job(tmp_path, text, teacher, tokens):
             shell.type("unset RAY_AUTH_MODE")  # the token lies in the home folder
             joined = shell.type(f"{RUN} --workdir joined --address 127.0.0.1:6379")
             assert "quickstart-assistant v1" in joined
-            refused = shell.type(f"RAY_AUTH_TOKEN=wrong {RUN} --workdir other --address 127.0.0.1:6379", expect=2)
-            assert "the Ray cluster at 127.0.0.1:6379 demands a token, and this environment has none or" in refused
+            refused = shell.type(
+                f"RAY_AUTH_TOKEN=wrong {RUN} --workdir other --address 127.0.0.1:6379", expect=2
+            )
+            assert (
+                "the Ray cluster at 127.0.0.1:6379 demands a token, and this environment has none or"
+                in refused
+            )
             assert "Traceback" not in refused
 
 

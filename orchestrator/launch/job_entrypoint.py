@@ -26,7 +26,10 @@ STOP_SECONDS = 120  # until Ray has stopped the job
 def main(arguments: Sequence[str]) -> int:
     """Run `minilm` with these arguments, and return what this process shall end with."""
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ray sends them to the run too, whose exit code is what counts
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # Ray sends them to the run too, whose exit code is what counts
         signal.signal(number, lambda *_: stopped.set())
     run = subprocess.Popen([sys.executable, "-m", "minilm", *arguments], stderr=subprocess.PIPE, text=True)
     assert run.stderr
@@ -37,7 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     code = run.wait()
     if code not in FINAL or stopped.is_set():
         return code
-    print(f"minilm: no retry cures exit code {code}, so this job is stopped for good: {last}", file=sys.stderr)
+    print(
+        f"minilm: no retry cures exit code {code}, so this job is stopped for good: {last}", file=sys.stderr
+    )
     if stop_own_job():
         stopped.wait(STOP_SECONDS)  # ending before Ray does it would make a failed job of it
     return code

@@ -46,7 +46,9 @@ RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for f
 NICENESS = "RAY_worker_niceness"  # of Ray, which every process of its workers reads
 KILL_SECONDS = 60
 MAX_ERROR_CHARS = 200
-JOB_STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"  # which `ray job stop` waits; it goes into the job's runtime environment
+JOB_STOP_SECONDS = (
+    "RAY_JOB_STOP_WAIT_TIME_S"  # which `ray job stop` waits; it goes into the job's runtime environment
+)
 FEW_SECONDS = 60  # for a step and a save
 
 
