@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from minilm.orchestrator.launch.job_entrypoint import FINAL
 from tests.rooms import ROOT
 
 
@@ -21,3 +22,7 @@ def test_exit_codes_are_handed_on_and_final_ones_explained(tmp_path, arguments, 
         assert first.startswith("minilm: error: ") and last.endswith(first), (
             "the reason is the last line of the log"
         )
+
+
+def test_what_no_retry_cures():
+    assert sorted(FINAL) == [2, 4, 6]

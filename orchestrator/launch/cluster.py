@@ -53,9 +53,9 @@ class Cluster:
         self.address = None if given in ("", "local") else given
         if self.address and self.address.startswith(("http://", "https://")):
             raise UserError(
-                f"{self.address} is a job server, which takes `ray job submit`; a run joins a cluster at HOST:PORT (port "
-                f"6379 where `ray start --head` chose): give that as --address, or --address local for a cluster of the "
-                f"run's own"
+                f"{self.address} is a job server, which takes `ray job submit`; a run joins a cluster at HOST:PORT "
+                f"(port 6379 where `ray start --head` chose): give that as --address, or --address local for a cluster "
+                f"of the run's own"
             )
         self.num_workers, self.record = num_workers, record
         self.connected = False

@@ -215,8 +215,8 @@ def warn_of_early_kill() -> None:
     seconds = os.environ.get(JOB_STOP_SECONDS, "3")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and seconds.isdecimal() and int(seconds) < FEW_SECONDS:
         log.warning(
-            "`ray job stop` will kill this run after %s s, saved or not; to let it save at its next step boundary, submit "
-            'it with --runtime-env-json \'{"env_vars": {"%s": "600"}}\'',
+            "`ray job stop` will kill this run after %s s, saved or not; to let it save at its next step boundary, "
+            'submit it with --runtime-env-json \'{"env_vars": {"%s": "600"}}\'',
             seconds,
             JOB_STOP_SECONDS,
         )

@@ -32,7 +32,7 @@ from typing import Any
 import ray
 from ray._private.parameter import RayParams
 from ray._private.state import jobs
-from ray._raylet import AuthenticationTokenLoader, Config, GcsClient
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
