@@ -20,6 +20,7 @@ from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
 from minilm.orchestrator.verbs.data import add_data_verbs
+from minilm.orchestrator.verbs.evaluate import add_evaluate
 from minilm.orchestrator.verbs.models import add_promote, add_pull
 from minilm.orchestrator.verbs.plan import add_plan
 from minilm.orchestrator.verbs.run import add_run
@@ -83,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add_plan(verbs)
     add_data_verbs(verbs.add_parser("data", help="build, import, look at and care for data sets"))
     add_bench_verbs(verbs.add_parser("bench", help="measure this machine: the loss, a step, the stream"))
+    add_evaluate(verbs)
     add_pull(verbs)
     add_promote(verbs)
     return top
