@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,32 @@ def test_the_command_prints_a_table_and_json_lines(tmp_path, teacher, capsys):
     assert told == ""  # all was there
     assert f"{teacher} (teacher)" in text and "of the teacher" in text
     assert "glue-fixed: learnt from 16 training rows at most" in text
+    page = Page((out / "report.html").read_text())
+    assert page.fetched == [] and "script" not in page.tags
+    sst2 = next(line for line in lines if line["model"] == str(teacher) and line["task"] == "sst2")
+    mean, spread = sst2["score"], sst2["spread"]
+    assert f"{mean:.3f} ± {spread:.3f}" in page.cells and "2 x 24" in page.cells
+    assert page.tags.count("svg") == 2 and page.tags.count("circle") == 6
+    assert f"| {mean:.3f} ± {spread:.3f} |" in (out / "report.md").read_text()
+
+
+class Page(HTMLParser):
+    """The tags of a page, the text of its table cells, and whatever a browser would fetch for it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] in ("td", "th"):
+            self.cells.append(data)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from minilm.data.builder.enough import no_text, too_little
 from minilm.data.builder.local_pool import Task, run_tasks
 from minilm.data.builder.ray_pool import run_tasks_on_ray
 from minilm.data.builder.report import REPORT, REPORT_FILES, BuildReport, make_report, save_report
@@ -113,7 +114,7 @@ class BuildRun:
         self.tokenize_seconds = time.monotonic() - before
         total = {name: sum(count[name] for count in counts) for name in counts[0]}
         if not total["documents"]:
-            raise DataError(f"no text in {', '.join(map(repr, self.plan.files[:3]))}; give files with text")
+            raise DataError(no_text(self.plan.files))
         buckets, manifests = {}, {}
         for split in SPLITS if self.work.held_out else SPLITS[:1]:
             buckets[split] = self._sort(split, total["tokens"])
@@ -150,7 +151,7 @@ class BuildRun:
             num_rows = sum(num_pieces)
         if not num_rows:
             raise DataError(
-                _too_little(split, sum(streams), sum(b["documents"] for b in buckets), layout.seq_len)
+                too_little(split, sum(streams), sum(b["documents"] for b in buckets), layout.seq_len)
             )
         num_shards = -(-num_rows // (layout.rows_per_block * layout.blocks_per_shard))
         rows = {"num_rows": num_rows, "streams": streams, "num_pieces": num_pieces}
@@ -254,13 +255,3 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
-
-
-def _too_little(split: str, num_tokens: int, num_documents: int, seq_len: int) -> str:
-    what, other = ("text", "a smaller seq_len")
-    if split != "train":
-        what, other = ("held-out split", "a larger held_out")
-    return (
-        f"the {what} has {num_documents} documents with {num_tokens} tokens, less than one row of {seq_len}; "
-        f"give more text or {other}"
-    )

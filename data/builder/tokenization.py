@@ -58,12 +58,12 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
         if not len(ids):
             counts["empty"] += 1
             continue
-        is_held_out = _is_held_out(document.content, work)
+        on_held_out_side = is_held_out(document.content, work.held_out, work.seed)
         held.keys.append(_shuffle_key(document, work))
-        held.held_out.append(is_held_out)
+        held.held_out.append(on_held_out_side)
         held.ids.append(ids)
         counts["documents"] += 1
-        counts["held_out"] += is_held_out
+        counts["held_out"] += on_held_out_side
         counts["tokens"] += len(ids)
         counts["unknown"] += int(np.count_nonzero(ids == work.unk)) if work.unk >= 0 else 0
         tokens_held += len(ids)
@@ -102,13 +102,14 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _is_held_out(content: str | npt.NDArray, work: Work) -> bool:
-    if not work.held_out:
+def is_held_out(content: str | npt.NDArray, held_out: float, seed: int) -> bool:
+    """Whether a document belongs to the `held_out` share of all."""
+    if not held_out:
         return False
     raw = (
         content.encode() if isinstance(content, str) else np.ascontiguousarray(content, dtype="<u4").tobytes()
     )
-    return xxhash.xxh3_64_intdigest(raw, seed=work.seed) < int(work.held_out * 2**64)
+    return xxhash.xxh3_64_intdigest(raw, seed=seed) < int(held_out * 2**64)
 
 
 def _shuffle_key(document: Document, work: Work) -> int:

@@ -77,6 +77,15 @@ def read(spec: Any, unit: Any) -> Iterator[Document]:
     return read_unit(TextFile(*spec[share.file]), share)
 
 
+def documents(inputs: Sequence[str | Path], text_field: str | None) -> Iterator[str]:
+    """The text of every document of `inputs`, file by file; a file is looked at when its turn comes."""
+    for path in find_files(inputs):
+        file = describe(path, text_field)
+        for document in read_unit(file, Unit(0, 0, file.num_bytes, 0, 1)):
+            assert isinstance(document.content, str)
+            yield document.content
+
+
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     """The files that `inputs` (files, folders, glob patterns) name, in the order given, each once."""
     found: dict[Path, None] = {}

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.verbs.arguments import add_json, positive_whole
+from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_whole
 
 if TYPE_CHECKING:
+    from minilm.orchestrator.evaluation.comparison import Comparison
     from minilm.orchestrator.evaluation.sources import Source
 
 DEFAULT_OUT = Path("runs/evaluation")
@@ -26,7 +27,13 @@ PROTOCOL_NAMES = (
 
 
 def add_evaluate(verbs: Any) -> None:
-    verb = verbs.add_parser("evaluate", help="score models on tasks with labels, side by side")
+    verb = add_verb(
+        verbs,
+        "evaluate",
+        "score models on tasks with labels, side by side",
+        "minilm evaluate STUDENT random:STUDENT --teacher TEACHER --tasks stsb-embed --data DIR",
+        "minilm evaluate STUDENT --tasks cola,sst2 --protocol glue-fixed --data DIR --json",
+    )
     verb.add_argument(
         "models",
         nargs="+",
@@ -56,7 +63,7 @@ def add_evaluate(verbs: Any) -> None:
         metavar="DIR",
         help=f"results, reused (default: {DEFAULT_OUT})",
     )
-    add_json(verb)
+    add_json(verb, "print a JSON object a line, for programs")
     verb.set_defaults(run=evaluate)
 
 
@@ -81,7 +88,7 @@ def evaluate(options: argparse.Namespace) -> int:
     )
     results = []
     for number, trial in enumerate(trials, start=1):
-        if not trial.file(options.out).exists():
+        if not options.quiet and not trial.file(options.out).exists():
             print(
                 f"[{number}/{len(trials)}] {trial.source.name}  {trial.task}  {trial.setting}  seed {trial.seed}",
                 file=sys.stderr,
@@ -91,9 +98,27 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         for score in comparison.scores:
             print(json.dumps(score.as_dict()))
-    else:
-        print(comparison.text())
+        return 0
+    print(comparison.text())
+    write_report(comparison, options)
     return 0
+
+
+def write_report(comparison: Comparison, options: argparse.Namespace) -> None:
+    """Measure the models' size and speed, print them, and write page and Markdown into --out."""
+    from minilm.orchestrator.evaluation.report_page import markdown, page, size_table
+    from minilm.orchestrator.evaluation.sources import build
+    from minilm.orchestrator.evaluation.speed import machine, measure
+    from minilm.orchestrator.evaluation.trials import this_device
+    from minilm.orchestrator.system.files import write_atomic
+    from minilm.orchestrator.system.text import text_table
+
+    sizes = measure([build(source, 0) for source in comparison.sources], this_device())
+    by_name = {source.name: size for source, size in zip(comparison.sources, sizes, strict=True)}
+    print(f"\n{text_table(size_table(by_name))}\nmeasured on {machine()}")
+    write_atomic(options.out / "report.html", page("Encoders side by side", comparison, by_name, machine()))
+    write_atomic(options.out / "report.md", markdown(comparison, by_name, machine()))
+    print(f"\nthe page: {options.out / 'report.html'}; as Markdown: {options.out / 'report.md'}")
 
 
 def tasks_there(options: argparse.Namespace) -> list[str]:
