@@ -67,7 +67,7 @@ def run_recipe(
         line.show("looking at teachers and data", force=True)
 
         def fetch(reference: str) -> str:
-            folder = str(model_folder(parse_reference(reference), recipe, workdir))
+            folder = str(model_folder(parse_reference(reference), workdir, recipe))
             log.info("%s is taken from %s", reference, folder)
             return folder
 
@@ -186,7 +186,7 @@ class Driver:
     def make_spec(self, resolved: ResolvedStage) -> StageSpec:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
         recipe, compute, stage = self.recipe, self.recipe.compute, resolved.stage
-        teacher = model_folder(recipe.teacher_ref(stage), recipe, self.workdir)
+        teacher = model_folder(recipe.teacher_ref(stage), self.workdir, recipe)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
         sizes = resolved.students
