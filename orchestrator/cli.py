@@ -29,6 +29,7 @@ from minilm.orchestrator.verbs.evaluate import add_evaluate
 from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
 from minilm.orchestrator.verbs.plan import add_plan
 from minilm.orchestrator.verbs.run import add_run
+from minilm.orchestrator.verbs.show import add_diff, add_show
 from minilm.orchestrator.verbs.status import add_status
 
 LOG_LEVELS = (logging.NOTSET, logging.INFO, logging.DEBUG)  # by number of -v; NOTSET: the root's, warnings
@@ -107,6 +108,8 @@ def parser() -> Parser:
     add_run(verbs)
     add_check(verbs)
     add_plan(verbs)
+    add_show(verbs)
+    add_diff(verbs)
     add_status(verbs)
     add_list(verbs)
     build = "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books"

@@ -86,7 +86,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
             for details in error.errors(include_url=False)
             if not follows_from_another(details)
             and not _echoes_stage_name(source, details["loc"])
-            and not any(_as_the_file_has_it(source, details["loc"])[: len(p)] == p for p in without_value)
+            and not any(as_the_file_has_it(source, details["loc"])[: len(p)] == p for p in without_value)
         ]
         problems += _check_sound_parts(source.values)
     if problems:
@@ -96,7 +96,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
 
 def _written(source: Source, path: KeyPath) -> str | None:
     """What the file says at `path` where that asks the environment, whose values no message repeats."""
-    found = source.expanded.get(_as_the_file_has_it(source, path))
+    found = source.expanded.get(as_the_file_has_it(source, path))
     return found.written if found and found.names else None
 
 
@@ -126,7 +126,7 @@ def _in_file_order(source: Source, problems: Sequence[Problem]) -> list[str]:
             order = source.files.index(place)
         return order % (len(source.files) + 1), int(number) if number.isdecimal() else 0
 
-    lines = [source.problem(_as_the_file_has_it(source, path), text) for path, text in problems]
+    lines = [source.problem(as_the_file_has_it(source, path), text) for path, text in problems]
     return sorted(dict.fromkeys(lines), key=position)
 
 
@@ -138,7 +138,7 @@ def _echoes_stage_name(source: Source, path: KeyPath) -> bool:
     return "student" in stage and (*path[:2], "student", "name") not in source.places
 
 
-def _as_the_file_has_it(source: Source, path: KeyPath) -> KeyPath:
+def as_the_file_has_it(source: Source, path: KeyPath) -> KeyPath:
     """Turns stages.0.students.0.… back into stages.0.student.…, and the like, as the author wrote it."""
     if path[:2] == ("data", "corpora"):
         data = source.values["data"]
