@@ -20,7 +20,7 @@ import traceback
 from minilm.data.errors import DataError
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import RecipeErrors, Stopped, UserError
-from minilm.orchestrator.verbs.about import Version, add_completion, add_list
+from minilm.orchestrator.verbs.about import Version, add_completion, add_copy, add_list
 from minilm.orchestrator.verbs.arguments import Parser, add_group, add_verbs
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
@@ -112,6 +112,7 @@ def parser() -> Parser:
     add_diff(verbs)
     add_status(verbs)
     add_list(verbs)
+    add_copy(verbs)
     build = "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books"
     what = "build, import, look at and care for data sets"
     add_data_verbs(add_group(verbs, "data", what, build, "minilm data inspect books"))

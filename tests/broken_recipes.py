@@ -21,7 +21,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["nam=x"],
-        "--set: nam: unknown key; did you mean 'name'?; allowed: name, seed, data, compute, stages, tracking, extends, vars",
+        "--set: nam: unknown key; did you mean 'name'?; allowed: name, seed, data, compute, "
+        "stages, tracking, extends, vars",
     ),
     (
         ["seed=-1"],
@@ -633,7 +634,8 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["shared={batch: 8}"],
         "--set: shared: unknown key (what merge keys take from is called x-…, as x-shared); "
-        "allowed: name, seed, data, compute, stages, tracking, extends, vars",
+        "allowed: name, seed, data, compute, "
+        "stages, tracking, extends, vars",
     ),
     (
         ["data.cache=s3://bucket/cache"],

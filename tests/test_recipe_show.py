@@ -41,7 +41,9 @@ FORMS = {
     ),
     "assistant": BASE.replace("teacher: assistant", "assistant: auto\n    teacher: assistant"),
     "variables": 'vars: {A: 16, B: "${NO_SUCH:-corpus}"}\n'
-    + BASE.replace("corpus.txt", "${B}.txt").replace("batch: 64", "batch: ${A}\n    micro_batch: '${NO_SUCH:-8}'"),
+    + BASE.replace("corpus.txt", "${B}.txt").replace(
+        "batch: 64", "batch: ${A}\n    micro_batch: '${NO_SUCH:-8}'"
+    ),
     "extends": "extends: sub/base.yaml\nname: other\nstages: [{name: student, steps: 7, warmup_steps: 1}]\n",
 }
 

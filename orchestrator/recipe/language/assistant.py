@@ -175,15 +175,18 @@ def _students(stage: Any) -> list[tuple[str, Shape | None]]:
     """Names and shapes of a raw stage's students; None for a shape that is none."""
     if not isinstance(stage, dict):
         return []
-    given = [{"name": stage.get("name")} | stage["student"]] if isinstance(stage.get("student"), dict) else []
+    given: list[Any] = (
+        [{"name": stage.get("name")} | stage["student"]] if isinstance(stage.get("student"), dict) else []
+    )
     given += stage["students"] if isinstance(stage.get("students"), list) else []
-    found = []
-    for student in given:
-        sizes = [student.get(key) for key in ("layers", "hidden")] if isinstance(student, dict) else []
-        sound = len(sizes) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
-        name = student.get("name") if isinstance(student, dict) else None
-        found.append((str(name), (sizes[0], sizes[1]) if sound else None))
-    return found
+    return [(str(s.get("name")), _shape(s)) if isinstance(s, dict) else ("", None) for s in given]
+
+
+def _shape(student: Mapping[str, Any]) -> Shape | None:
+    layers, hidden = student.get("layers"), student.get("hidden")
+    if not isinstance(layers, int) or not isinstance(hidden, int) or isinstance(layers, bool):
+        return None
+    return layers, hidden
 
 
 def _first(stage: Mapping[str, Any]) -> tuple[KeyPath, dict[str, Any]]:

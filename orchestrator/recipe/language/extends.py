@@ -78,8 +78,8 @@ def _base(source: Source, seen: list[Path]) -> Path | None:
         raise refuse(f", but there is no file {path}{guess}")
     if path.resolve() in seen:
         circle = [*seen[seen.index(path.resolve()) :], path.resolve()]
-        names = " → ".join(one.name for one in circle)
-        raise refuse(f", and so a circle: {names}; allowed in one of these files: no extends")
+        named = " → ".join(one.name for one in circle)
+        raise refuse(f", and so a circle: {named}; allowed in one of these files: no extends")
     if len(seen) == MAX_FILES:
         raise refuse(f"; allowed: at most {MAX_FILES} files that extend each other")
     return path

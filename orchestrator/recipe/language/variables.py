@@ -42,7 +42,7 @@ def expand(source: Source, environment: Mapping[str, str] = os.environ) -> list[
     if given is not None and not isinstance(given, dict):
         return [(("vars",), f"given {given!r}; allowed: a mapping of NAME: VALUE lines")]
     variables = _Variables(given or {}, source, environment)
-    problems = [
+    problems: list[tuple[KeyPath, str]] = [
         (("vars", name), "given a list or mapping; allowed: one text, number, true or false")
         for name, value in variables.given.items()
         if isinstance(value, dict | list)
@@ -90,7 +90,9 @@ class _Variables:
             raise _Unknown(
                 f"given {text!r}; allowed: ${{NAME}} or ${{NAME:-DEFAULT}}, and no braces in the default"
             )
-        parts, names, end, begins = [], [], 0, place
+        parts: list[str] = []
+        names: list[str] = []
+        end, begins = 0, place
         for use in _USE.finditer(text):
             value, inner = self.value(use[1], place, asking)
             begins = inner.place if use.start() == 0 else begins
