@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from minilm.data.builder.enough import no_text, too_little
 from minilm.data.builder.fingerprint import check_unchanged
 from minilm.data.builder.local_pool import Task, run_tasks
 from minilm.data.builder.ray_pool import run_tasks_on_ray
@@ -123,7 +124,7 @@ class BuildRun:
         inputs = accounts.named(self.work.names or [])
         books_of(inputs).refuse(self.allow_skipped)
         if not total["documents"]:
-            raise DataError(f"no text in {', '.join(map(repr, self.plan.files[:3]))}; give files with text")
+            raise DataError(no_text(self.plan.files))
         buckets, manifests = {}, {}
         for split in SPLITS if self.work.held_out else SPLITS[:1]:
             buckets[split] = self._sort(split, total["tokens"])
@@ -163,7 +164,7 @@ class BuildRun:
             num_rows = sum(num_pieces)
         if not num_rows:
             raise DataError(
-                _too_little(split, sum(streams), sum(b["documents"] for b in buckets), layout.seq_len)
+                too_little(split, sum(streams), sum(b["documents"] for b in buckets), layout.seq_len)
             )
         num_shards = -(-num_rows // (layout.rows_per_block * layout.blocks_per_shard))
         rows = {"num_rows": num_rows, "streams": streams, "num_pieces": num_pieces}
@@ -267,13 +268,3 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
-
-
-def _too_little(split: str, num_tokens: int, num_documents: int, seq_len: int) -> str:
-    what, other = ("text", "a smaller seq_len")
-    if split != "train":
-        what, other = ("held-out split", "a larger held_out")
-    return (
-        f"the {what} has {num_documents} documents with {num_tokens} tokens, less than one row of {seq_len}; "
-        f"give more text or {other}"
-    )

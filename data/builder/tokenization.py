@@ -58,25 +58,26 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
     counts: dict[str, Any] = {"documents": 0, "tokens": 0, "unknown": 0, "held_out": 0, "runs": 0}
     accounts = Accounts()
     held, tokens_held = _Held([], [], [], []), 0
-    key, is_held_out, has_ids = 0, False, False
+    key, on_held_out_side, has_ids = 0, False, False
     file: int | None = None  # of the document under way
 
     def close() -> None:
         if file is not None:
             accounts.of(file)["documents" if has_ids else "empty"] += 1
             counts["documents"] += has_ids
-            counts["held_out"] += has_ids and is_held_out
+            counts["held_out"] += has_ids and on_held_out_side
 
     for document, ids in _coded(folder, work, unit, accounts):
         report({name: counts[name] for name in ("documents", "tokens")})
         if not document.continues:
             close()
             file, has_ids = document.file, False
-            key, is_held_out = _shuffle_key(document, work), _is_held_out(document.content, work)
+            key = _shuffle_key(document, work)
+            on_held_out_side = is_held_out(document.content, work.held_out, work.seed)
         if not len(ids):
             continue
         held.keys.append(key)
-        held.held_out.append(is_held_out)
+        held.held_out.append(on_held_out_side)
         held.continues.append(has_ids)
         held.ids.append(ids)
         has_ids = True
@@ -169,14 +170,15 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _is_held_out(content: str | npt.NDArray, work: Work) -> bool:
-    if not work.held_out:
+def is_held_out(content: str | npt.NDArray, held_out: float, seed: int) -> bool:
+    """Whether a document belongs to the `held_out` share of all."""
+    if not held_out:
         return False
     if isinstance(content, str):
         raw = content[:_HASHED_CHARACTERS].encode()
     else:
         raw = np.ascontiguousarray(content, dtype="<u4").tobytes()
-    return xxhash.xxh3_64_intdigest(raw, seed=work.seed) < int(work.held_out * 2**64)
+    return xxhash.xxh3_64_intdigest(raw, seed=seed) < int(held_out * 2**64)
 
 
 def _shuffle_key(document: Document, work: Work) -> int:

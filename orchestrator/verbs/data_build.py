@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.verbs.arguments import add_verb
 
 TEXT_OPTIONS = (
     "text_field",
@@ -21,7 +22,13 @@ TEXT_OPTIONS = (
 
 
 def add_build(verbs: Any) -> None:
-    build = verbs.add_parser("build", help="turn text into shards of token rows")
+    build = add_verb(
+        verbs,
+        "build",
+        "turn text into shards of token rows",
+        "minilm data build corpus/*.jsonl.gz --tokenizer google-bert/bert-base-uncased --out books",
+        "minilm data build notes.csv --text-field body --tokenizer teacher --seq-len 128 --out notes",
+    )
     build.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, tsv, parquet, arrow; also packed"
     )
@@ -64,7 +71,13 @@ def add_build(verbs: Any) -> None:
 
 
 def add_import(verbs: Any) -> None:
-    imported = verbs.add_parser("import", help="turn token files of other programs into shards")
+    imported = add_verb(
+        verbs,
+        "import",
+        "turn token files of other programs into shards",
+        "minilm data import gpt_text_document --from megatron --source-tokenizer gpt2 --tokenizer teacher --out rows",
+        "minilm data import wiki.tar --from webdataset --field txt --tokenizer teacher --out rows",
+    )
     imported.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="prefix of a .bin/.idx pair, or a tar or its URL"
     )
@@ -167,7 +180,7 @@ def _import(options: argparse.Namespace, inputs: Any, source: str, given: dict[s
     from minilm.orchestrator.resolve.folders import tokenizer_name
     from minilm.orchestrator.system.signals import StopRequest
 
-    line = StatusLine()
+    line = StatusLine(quiet=options.quiet)
     with StopRequest() as stop:
         report = import_data(
             inputs,
