@@ -546,8 +546,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.text_field=txt", "data.text=«records»"],
-        "FILE: data: text '«records»' has no text in field 'txt', nor has any other file; its string fields are id, text:"
-        " name one of them as text field",
+        "FILE: data: text '«records»' has no text in field 'txt', nor has any other file; its string fields "
+        "are id, text: name one of them as text field",
     ),
     (
         ["stages.assistant.student={layers: 3, hiden: 24}"],
