@@ -40,7 +40,7 @@ _BEGINS = {
 
 def what_it_is(begin: bytes) -> str | None:
     """What the first bytes (262 are enough) of a file say that it is, None for what may be text."""
-    if begin.startswith(b"PAR1"):
+    if begin.startswith(b"PAR1\x15"):
         return "a parquet file"
     if begin[:4] == b"RIFF" and begin[8:12] in (b"WAVE", b"WEBP", b"AVI "):
         return "a picture or recording (RIFF)"
@@ -52,10 +52,13 @@ def what_it_is(begin: bytes) -> str | None:
 
 
 def is_parquet(path: Path) -> bool:
-    """By both its ends."""
+    """By both its ends: its name, and the length of the footer before the name."""
     with path.open("rb") as file:
-        begins = file.read(4) == b"PAR1"
-        return begins and file.seek(0, 2) > 11 and file.seek(-4, 2) > 0 and file.read() == b"PAR1"
+        if file.read(4) != b"PAR1" or (size := file.seek(0, 2)) < 12:
+            return False
+        file.seek(-8, 2)
+        end = file.read()
+    return end[4:] == b"PAR1" and int.from_bytes(end[:4], "little") <= size - 12
 
 
 def refuse_other(begin: bytes, path: str) -> None:

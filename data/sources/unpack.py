@@ -19,6 +19,8 @@ from minilm.data.errors import DataError
 from minilm.data.sources.progress import tell
 
 BUFFER_BYTES = 1 << 17
+_MOST = 1 << 20  # bytes that are unpacked at once, however small their packed form
+_ZSTD_PIECE = 1 << 11  # its library has no such bound; four bytes can be a block of 128 KiB
 _MAGICS: dict[bytes, Callable[[], Any]] = {
     b"\x1f\x8b\x08": lambda: zlib.decompressobj(31),
     b"\xfd7zXZ\x00": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
@@ -132,21 +134,30 @@ class _Unpacked(io.RawIOBase):
         while not self._ready:
             if self._unpacker.eof and not self._next_part():
                 return 0
-            if not self._packed and not self._more():
+            if not self._packed and self._needs_input() and not self._more():
                 raise DataError(f"{self._name!r} is cut short at byte {self._at}; fetch it again")
             try:
-                self._ready = memoryview(self._unpacker.decompress(self._packed))
+                self._ready = memoryview(self._unpack())
             except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFError) as error:
                 raise DataError(
                     f"{self._name!r} is damaged before byte {self._at} ({error}); fetch it again"
                 ) from error
-            self._packed = self._unpacker.unused_data if self._unpacker.eof else b""
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
+    def _needs_input(self) -> bool:
+        return getattr(self._unpacker, "needs_input", True)
+
+    def _unpack(self) -> bytes:
+        """Some of what is next; what `_packed` holds of it is used up."""
+        unpacker = self._unpacker
+        found: bytes = unpacker.decompress(self._packed, *([] if self._magic == _ZSTD else [_MOST]))
+        self._packed = unpacker.unused_data if unpacker.eof else getattr(unpacker, "unconsumed_tail", b"")
+        return found
+
     def _more(self) -> bool:
-        piece = self._raw.read(BUFFER_BYTES) or b""
+        piece = self._raw.read(_ZSTD_PIECE if self._magic == _ZSTD else BUFFER_BYTES) or b""
         self._packed += piece
         self._at += len(piece)
         return bool(piece)
