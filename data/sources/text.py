@@ -241,7 +241,7 @@ def describe(path: Path, settings: Settings) -> tuple[TextFile, fields.Seen]:
 
 
 def _describe_csv(file: TextFile, seen: fields.Seen, settings: Settings) -> tuple[TextFile, fields.Seen]:
-    with _utf8(file, None) as stream:
+    with _utf8(file, lambda place, count: None) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
         begin = text.read(csv_rows.BEGIN_CHARACTERS)
         whole = not text.read(1)
