@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from datetime import date
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from minilm.data.errors import DataError
 from minilm.data.records.csv_rows import Asked
 from minilm.data.records.fields import text_of
+from minilm.data.sources import text as source
 from minilm.data.sources.accounts import LeftOut, Noticed
 from minilm.data.sources.find import METADATA, find_files
 from minilm.data.sources.plugin import Document
@@ -396,8 +398,6 @@ def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path):
 
 
 def test_line_ends_of_any_system_end_lines(tmp_path, monkeypatch):
-    from minilm.data.sources import text as source
-
     path = tmp_path / "a.txt"
     for end in ("\n", "\r\n", "\r"):
         body = f"one{end}two{end}{end}three{end} {end}{end}four"
@@ -412,10 +412,6 @@ def test_line_ends_of_any_system_end_lines(tmp_path, monkeypatch):
 
 
 def test_mixed_line_ends_are_read_alike_however_a_file_is_cut(tmp_path, monkeypatch):
-    import random
-
-    from minilm.data.sources import text as source
-
     path = tmp_path / "a.txt"
     for seed in range(30):
         rng = random.Random(seed)
