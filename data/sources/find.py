@@ -16,11 +16,17 @@ from minilm.data.errors import DataError
 from minilm.data.format.manifest import BUILD_FILE, CHECKSUMS, HELD_OUT, MANIFEST, TOKENIZER
 
 FORMATS = {".txt": "txt", ".text": "txt", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-FORMATS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FORMATS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 PACKERS = (".gz", ".xz", ".zst", ".bz2")
 HIDDEN, UNKNOWN, EMPTY, BROKEN = "hidden", "unknown ending", "empty (0 bytes)", "broken link"
 TWICE, BUILT, NO_FILE = "the same as one taken before", "written by a build", "no regular file"
+METADATA = "metadata of a saved data set"
 _BUILT = {MANIFEST, BUILD_FILE, CHECKSUMS, TOKENIZER, HELD_OUT, "report"}
+_METADATA = {
+    "dataset_dict.json",
+    "dataset_infos.json",
+}  # of the library `datasets`, which saves arrow files …
+_SAVED = {"state.json", "dataset_info.json"}  # … beside these two, and later caches what it computes there
 _NAMED = 3
 
 
@@ -116,12 +122,15 @@ class Walk:
         """What of a folder is looked at."""
         names = sorted(entry.name for entry in folder.iterdir())
         of_build = ".build" in names or {MANIFEST, CHECKSUMS} <= set(names)
+        saved = set(names) >= _SAVED
         looked_at = []
         for name in names:
             if of_build and (name in _BUILT or name == ".build" or name.startswith("shard-")):
                 self.left_out.append((str(folder / name), BUILT))
             elif name.startswith("."):
                 self.left_out.append((str(folder / name), HIDDEN))
+            elif name in _METADATA or saved and (name in _SAVED or name.startswith("cache-")):
+                self.left_out.append((str(folder / name), METADATA))
             else:
                 looked_at.append(name)
         return looked_at
@@ -160,7 +169,7 @@ def format_of(path: Path) -> tuple[str, str | None] | None:
     packer = path.suffix if path.suffix.lower() in PACKERS else None
     inner = Path(path.stem).suffix if packer else path.suffix
     kind = FORMATS.get(inner.lower())
-    return (kind, packer) if kind and not (packer and kind == "parquet") else None
+    return (kind, packer) if kind and not (packer and kind in ("parquet", "arrow")) else None
 
 
 def _ending(path: Path) -> str:

@@ -25,7 +25,7 @@ _BEGINS = {
     b"%PDF-": "a PDF",
     b"{\\rtf": "an RTF document",
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "an old Office document",
-    b"ARROW1\x00\x00": "an arrow file",
+    b"ARROW1\x00\x00": "an arrow file (name it .arrow)",
     b"Obj\x01": "an Avro file",
     b"SQLite format 3\x00": "an SQLite database",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",

@@ -26,7 +26,8 @@ def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) 
     units = [[n, *bounds] for n, index in enumerate(indices) for bounds in cut(document_bounds(index), index)]
     files = [index.prefix + ending for index in indices for ending in (".idx", ".bin")]
     spec = {"prefixes": [index.prefix for index in indices], "ids": mapping.ids, "names": mapping.names}
-    return Plan(spec, units, files, [f"{index.prefix}: {mapping.note}" for index in indices] + notes)
+    told = [f"{index.prefix}: {mapping.note}" for index in indices] + notes
+    return Plan(spec, units, files, told, [index.prefix for index in indices])
 
 
 def read(spec: Any, unit: Any) -> Iterator[Document]:

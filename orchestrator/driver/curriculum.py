@@ -12,11 +12,14 @@ import uuid
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from minilm.data.format.manifest import MANIFEST
 from minilm.model.export import weights_digest
+from minilm.orchestrator.driver.preflight import check_checkpoints, check_device
 from minilm.orchestrator.driver.prepare_data import prepare_data
-from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter
+from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter, say_built
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import RecipeErrors, Stopped
@@ -45,6 +48,7 @@ def run_recipe(
     lease: Lease,
     launcher: Launcher,
     stop: StopRequest,
+    line: StatusLine,
     *,
     redo_from: str | None = None,
 ) -> Summary:
@@ -54,15 +58,18 @@ def run_recipe(
     `Stopped` after SIGINT or SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
-    with closing(StatusLine()) as line:
+    with closing(line):
         line.show("looking at teachers and data", force=True)
 
         def fetch(reference: str) -> str:
             return str(model_folder(parse_reference(reference), recipe, workdir))
 
-        stages, problems = resolve(recipe, fetch)
+        if launcher.is_here:
+            check_device(recipe.compute)
+        check_checkpoints(recipe.compute, workdir.root)
+        stages, problems = resolve(recipe, fetch, built=(workdir.data / MANIFEST).exists())
         if not problems:
-            data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop))
+            data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop), partial(say_built, line))
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)
         if problems:
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
@@ -126,20 +133,24 @@ class Driver:
         folder = self.workdir.stage(stage.name)
         published = read_json(folder.published)
         if published is not None and published["digest"] == spec.digest:
-            self.line.say(f"{label}  done before")
+            self.line.say(f"{label}  done before", stage=stage.name)
             return [ModelEntry(**model) for model in published["models"]]
+
+        def show(text: str) -> None:
+            self.line.show(f"{label}  {text}", force=True, stage=stage.name, doing="publishing")
+
         run = self.tracking.stage(stage.name, {"stage": stage.model_dump(mode="json"), "digest": spec.digest})
         run.follow([folder.step_metrics, folder.heldout_metrics])
         try:
             done = read_json(folder.done)
             if done is None or done["digest"] != spec.digest:
                 self.train(spec, label)
-            self.line.show(f"{label}  registering and drawing", force=True)
             self.lease.check()
+            show("loading teacher and students")
             # here: the driver needs no modelling code (seconds to import) before a stage is trained
             from minilm.orchestrator.driver.publish import publish
 
-            return publish(self.recipe, spec, folder, self.tracking, run)
+            return publish(self.recipe, spec, folder, self.tracking, run, show)
         except BaseException as error:
             run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
@@ -192,7 +203,7 @@ class Driver:
         """Run the stage's workers until it is done. Raises `Stopped`, `UserError` or `InfrastructureError`."""
 
         def show(text: str, force: bool) -> None:
-            self.line.show(f"{label}  {text}", force=force)
+            self.line.show(f"{label}  {text}", force=force, stage=spec.stage, doing="starting")
 
         if self.stop.requested:
             raise Stopped("stopped before the stage began; the same command goes on from here")
@@ -219,7 +230,7 @@ class Driver:
         """Show progress until the workers have ended, pass a request to stop on to them, and look after silent ones."""
         folder = StageFolder(Path(spec.folder))
         progress, beats = StageProgress(self.line, spec, label), Heartbeats(spec)
-        supervise = self.launcher.supervise(spec, beats, self.line.say)
+        supervise = self.launcher.supervise(spec, beats, self.line.warn)
         while wait([future], timeout=POLL_SECONDS).not_done:
             beats.poll()
             with suppress(OSError):  # storage that does not answer, or is full, for a moment

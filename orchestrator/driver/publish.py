@@ -6,6 +6,7 @@ written last and says that the stage needs no further look.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minilm.model.encoder.shape import shape_of
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.relations import relation_maps
 from minilm.orchestrator.driver.inference_speed import inference_speed
-from minilm.orchestrator.driver.summary import ModelEntry
+from minilm.orchestrator.driver.summary import ModelEntry, terms
 from minilm.orchestrator.feed.corpora import close, open_held_out
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.stage.folder import StageFolder
@@ -34,9 +35,18 @@ SPEED_BATCH, SPEED_TOKENS = 8, 128
 
 
 def publish(
-    recipe: Recipe, spec: StageSpec, folder: StageFolder, tracking: Tracking, run: StageRun
+    recipe: Recipe,
+    spec: StageSpec,
+    folder: StageFolder,
+    tracking: Tracking,
+    run: StageRun,
+    show: Callable[[str], None],
 ) -> list[ModelEntry]:
-    """Picture, register and describe the stage's teacher and students; the teacher's entry comes first."""
+    """Picture, register and describe the stage's teacher and students; the teacher's entry comes first.
+
+    `show` is told what is done now.
+    """
+    show("drawing attention maps and loss curves")
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer)
     students = {s.name: load_encoder(folder.student(s.name)) for s in spec.students}
     run.artifact(draw_maps(spec, teacher, students, folder.root / "attention_maps.png"), "pictures")
@@ -46,6 +56,7 @@ def publish(
     pictures.loss_curves(read_all_metrics(folder.step_metrics), heldout, curves)
     run.artifact(curves, "pictures")
 
+    show("measuring the speed of teacher and students")
     models = [teacher.model, *(encoder.model for encoder in students.values())]
     speeds = inference_speed(
         models,
@@ -54,7 +65,10 @@ def publish(
         vocab_size=teacher.model.config.vocab_size,
     )
     entries = [entry(spec.teacher_name, "teacher", teacher, speeds[0], spec.teacher)]
-    for (name, encoder), speed in zip(students.items(), speeds[1:], strict=True):
+    for number, ((name, encoder), speed) in enumerate(
+        zip(students.items(), speeds[1:], strict=True), start=1
+    ):
+        show(f"registering {recipe.name}-{name} ({number}/{len(students)})")
         registered = registry.register(
             tracking.uri,
             f"{recipe.name}-{name}",
@@ -104,13 +118,6 @@ def entry(
         registered=registered,
         folder=folder,
     )
-
-
-def terms(metrics: dict[str, float], student: str) -> dict[str, float]:
-    """The held-out divergence of the whole mixture by term; a corpus's own values, TERM/CORPUS, are left out."""
-    prefix = f"{student}/heldout/"
-    found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-    return {term: value for term, value in found.items() if "/" not in term}
 
 
 def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:

@@ -55,6 +55,10 @@ class RayLauncher(Launcher):
         self.cluster = Cluster(options.address, options.workers[1], options.run.cluster)
         self.resource = ""  # of which each worker takes one; decided by `allocate`
 
+    @property
+    def is_here(self) -> bool:
+        return not self.cluster.is_joined
+
     def prepare(self, show: Show) -> None:
         if not self.cluster.connected:
             show("starting Ray", True)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.recipe.changes import first_difference
 from minilm.orchestrator.recipe.missing import missing_inputs
-from minilm.orchestrator.recipe.references import looks_like_path, package_path
+from minilm.orchestrator.recipe.references import VARIABLE, looks_like_path, package_path
 from minilm.orchestrator.recipe.rules import Problem, check_across, explain, follows_from_another
 from minilm.orchestrator.recipe.schema import (
     CORPUS_PLACES,
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 
+ANCHORS = "x-"  # keys at the top that begin so hold mappings for merge keys, and are read by nothing else
 Section = TypeVar("Section", bound=BaseModel)
 
 
@@ -59,6 +60,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(source.values, dict):
         what = "the file is empty" if source.values is None else "the file is not a mapping"
         raise RecipeErrors([f"{source.file}:1: {what}; allowed: a recipe with name, data and stages"])
+    for key in [key for key in source.values if key.startswith(ANCHORS)]:
+        del source.values[key]
     as_written = _anchor_paths(source)
     problems: list[Problem] = []
     try:
@@ -184,7 +187,7 @@ def _absolute(text: str, base: Path, is_path: bool) -> str | None:
             return str(package_path(text))
         except UserError:
             return None
-    if not text or "://" in text or text.startswith("models:"):
+    if not text or "://" in text or text.startswith("models:") or VARIABLE.search(text):
         return None
     path = Path(os.path.abspath(base / Path(text).expanduser()))  # noqa: PTH100 (resolve follows links)
     return str(path) if is_path or looks_like_path(text) or path.is_dir() else None

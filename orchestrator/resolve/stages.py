@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilm.data.builder.enough import check_enough
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import MANIFEST, TokenizerInfo
 from minilm.data.sources.plugin import find_source
@@ -28,7 +29,9 @@ from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.feed.corpora import describe
-from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
+from minilm.orchestrator.recipe.missing import missing_text
+from minilm.orchestrator.recipe.schema import TEXT_OPTIONS, Corpus, Recipe, Stage
+from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.stage.data import CorpusSpec, PairSpec
 
 # From a reference in the recipe to a folder or hub id; None where it is not here.
@@ -49,12 +52,17 @@ class ResolvedStage:
     students: Mapping[str, EncoderShape]
 
 
-def resolve(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
-    """The stages, and a line for each reason why a run is refused before any text is tokenized."""
+def resolve(recipe: Recipe, find: Find, *, built: bool = False) -> tuple[list[ResolvedStage], list[str]]:
+    """The stages, and a line for each reason why a run is refused before any text is tokenized.
+
+    built: the recipe's text has been made into a data set before, and is not looked at.
+    """
     stages, problems = resolve_stages(recipe, find)
     try:
         if known := known_data(recipe, find):
             problems += check_data(stages, *known)
+        if not built:
+            check_text(recipe, find)
     except (UserError, DataError) as error:
         raise_passing(error)
         problems.append(f"data: {error}")
@@ -132,6 +140,24 @@ def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None, s
     return data.seq_len, TokenizerInfo(vocabulary_fingerprint(loaded), size, *ids, pipeline), folder
 
 
+def check_text(recipe: Recipe, find: Find) -> None:
+    """`DataError` where text and tokenizer are here, and the text is too little for a row of each split."""
+    data = recipe.data
+    folder = find(data.tokenizer) if data.text and data.tokenizer and data.source == "text" else None
+    if folder is None or not Path(folder).is_dir() or missing_text(data):
+        return
+    check_enough(
+        text_inputs(data.text or ()),
+        load_tokenizer(folder),
+        options={name: getattr(data, name) for name in TEXT_OPTIONS},
+        special_tokens=data.special_tokens,
+        seq_len=data.seq_len,
+        packing=data.packing,
+        held_out=data.held_out,
+        seed=recipe.seed,
+    )
+
+
 def corpus_here(corpus: Corpus, recipe: Recipe, find: Find) -> CorpusSpec | None:
     """The corpus as plain values; None where a file or tokenizer of it is not on this machine."""
     if corpus.shards is not None:
@@ -184,12 +210,12 @@ def check_data(
         if tokenizer.vocab_size > shape.vocab_size:
             problems.append(
                 f"{where}: the data's vocabulary has {tokenizer.vocab_size} tokens, the teacher knows "
-                f"{shape.vocab_size}; make the data with the teacher's tokenizer"
+                f"{shape.vocab_size}; make the data with the teacher's tokenizer (data.tokenizer: {resolved.source})"
             )
         elif difference := _difference(tokenizer, folder, resolved.source):
             problems.append(
                 f"{where}: the data's tokenizer is another one than the teacher's in {resolved.source} ({difference}); "
-                f"make the data with `--tokenizer {resolved.source}`"
+                f"make the data with it (data.tokenizer: {resolved.source}, or `minilm data build --tokenizer …`)"
             )
         needs_head = Objective.named(**resolved.stage.objective_fields()).needs_head
         if needs_head and tokenizer.mask_id < 0:

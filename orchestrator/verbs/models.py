@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.verbs.arguments import add_verb
 
 
 def add_pull(verbs: Any) -> None:
-    pull = verbs.add_parser("pull", help="bring a registered model down")
+    pull = add_verb(
+        verbs,
+        "pull",
+        "bring a registered model down",
+        "minilm pull models:/quickstart-student@newest student --workdir runs/quickstart",
+        "MLFLOW_TRACKING_URI=http://mlflow:5000 minilm pull models:/quickstart-student/1 student",
+    )
     pull.add_argument("uri", metavar="models:/NAME@ALIAS")
     pull.add_argument("out", type=Path, metavar="DIR")
     pull.add_argument("--workdir", type=Path, help="take it from this work directory's own registry")
@@ -19,7 +26,12 @@ def add_pull(verbs: Any) -> None:
 
 
 def add_promote(verbs: Any) -> None:
-    promote = verbs.add_parser("promote", help="point an alias to a version of a registered model")
+    promote = add_verb(
+        verbs,
+        "promote",
+        "point an alias to a version of a registered model",
+        "minilm promote models:/quickstart-student/1 good --workdir runs/quickstart",
+    )
     promote.add_argument("uri", metavar="models:/NAME/VERSION")
     promote.add_argument("alias")
     promote.add_argument("--workdir", type=Path, help="in this work directory's own registry")

@@ -6,14 +6,20 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from minilm.orchestrator.verbs.arguments import add_overrides, add_recipe, positive, positive_whole
+from minilm.orchestrator.verbs.arguments import add_overrides, add_recipe, add_verb, positive, positive_whole
 
 if TYPE_CHECKING:
     from minilm.orchestrator.plan.cost import Machine
 
 
 def add_plan(verbs: Any) -> None:
-    plan = verbs.add_parser("plan", help="what a recipe will cost, before anything runs")
+    plan = add_verb(
+        verbs,
+        "plan",
+        "say what a recipe will cost, before anything runs",
+        "minilm plan recipes/quickstart.yaml --measure",
+        "minilm plan mine.yaml --tokens-per-second 40000 --interconnect 12.5",
+    )
     add_recipe(plan)
     add_overrides(plan)
     speed = plan.add_mutually_exclusive_group()

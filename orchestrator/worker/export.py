@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from minilm.model.distiller import Distiller
@@ -12,12 +13,21 @@ from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
 
 
-def finish_stage(spec: StageSpec, distiller: Distiller, *, data: str, ledger: str) -> None:
-    """Export every student and write `done.json`. `data`: fingerprint; `ledger`: running digest (hex)."""
+def finish_stage(
+    spec: StageSpec,
+    distiller: Distiller,
+    *,
+    data: str,
+    ledger: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Export every student and write `done.json`. `data`: fingerprint; `ledger`: running digest (hex);
+    `progress(done, total)` is told of students."""
     stage = StageFolder(Path(spec.folder))
     check_exported_tokenizer(spec.data)
     digests = {}
-    for student in spec.students:
+    for number, student in enumerate(spec.students):
+        progress(number, len(spec.students))
         encoder = distiller.students[student.name]
         folder = stage.student(student.name)
         card = model_card(
