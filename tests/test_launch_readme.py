@@ -44,15 +44,20 @@ def test_a_local_run_then_a_head_then_a_job(tmp_path, text, teacher, tokens):
     folder = write_quickstart(tmp_path / "user", text, teacher)
     home = tmp_path / "home"
     with Shell(folder, home) as shell:
-        assert "quickstart-assistant v1" in shell.type(RUN)
-        assert not (home / ".ray").exists(), "what other commands of Ray would find"
-        for line in USE_TOKENS if tokens else ():
-            shell.type(line)
+        if tokens:  # and the local run goes on beside the head
+            for line in USE_TOKENS:
+                shell.type(line)
+            shell.type(f"{RUN} > local.log 2>&1 &")
+        else:
+            assert "quickstart-assistant v1" in shell.type(RUN)
+            assert not (home / ".ray").exists(), "what other commands of Ray would find"
         shell.type(START)
         out = shell.type(SUBMIT)
         assert "succeeded" in out and "quickstart-assistant v1" in out
         assert "`ray job stop` will kill" not in out
         assert (home / "minilm-runs" / "quickstart" / "summary.json").exists()
+        shell.type("wait")
+        assert (folder / "runs" / "quickstart" / "summary.json").exists()
         if tokens:
             shell.type("unset RAY_AUTH_MODE")  # the token lies in the home folder
             joined = shell.type(f"{RUN} --workdir joined --address 127.0.0.1:6379")
