@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 DIGEST_TAG = "minilm.digest"
 
 
-_RUN_TAG = "minilm.run_id"
+RUN_TAG = "minilm.run_id"
 
 
 _ALIASED_TAG = "minilm.aliased"
@@ -217,7 +217,7 @@ def _logged_model(
 ) -> LoggedModel:
     """The LoggedModel with these files, one that a dead driver completed or a new one."""
     experiment_id = client.get_run(run_id).info.experiment_id
-    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{_RUN_TAG}` = '{run_id}'"
+    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{RUN_TAG}` = '{run_id}'"
     for model in client.search_logged_models([experiment_id], query):
         if model.status == LoggedModelStatus.READY:
             return model
@@ -226,7 +226,7 @@ def _logged_model(
         experiment_id,
         re.sub(r"[^\w-]", "-", name),
         run_id,
-        tags={**tags, DIGEST_TAG: digest, _RUN_TAG: run_id},
+        tags={**tags, DIGEST_TAG: digest, RUN_TAG: run_id},
         model_type="transformers-folder",
     )
     client.log_model_artifacts(model.model_id, str(folder))
