@@ -62,10 +62,11 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.tokeniser=x"],
-        "--set: data.tokeniser: unknown key; did you mean 'tokenizer'?; allowed: corpora, shards,"
-        " tokens, source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, packing, "
-        "held_out, text_field, source, options, window, cache, cache_gigabytes, on_corrupt, "
-        "max_quarantined_share",
+        "--set: data.tokeniser: unknown key; did you mean 'tokenizer'?; allowed: corpora, "
+        "shards, tokens, source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, "
+        "packing, held_out, text_field, line_documents, invalid_utf8, csv_separator, csv_header, csv_quoting, "
+        "csv_ragged, special_tokens, allow_skipped, source, options, window, cache, cache_gigabytes, "
+        "on_corrupt, max_quarantined_share",
     ),
     (
         ["data.tokenizer=null"],
@@ -244,7 +245,19 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.init=teacher"],
-        "--set: stages.0.student.init: given 'teacher'; allowed: 'random' or 'teacher-layers'",
+        "--set: stages.0.student.init: given 'teacher'; allowed: random, teacher-layers, or a model to go on from: "
+        "models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub "
+        "id OWNER/NAME",
+    ),
+    (
+        ["stages.assistant.student.init=«teacher»"],
+        "FILE: stage assistant: student 'assistant': given hidden: 24, and the model that it starts from has hidden: "
+        "48; give hidden: 48",
+    ),
+    (
+        ["stages.assistant.student.init=«modernbert»", "stages.assistant.student.hidden=48"],
+        "FILE: stage assistant: student 'assistant': it starts from a modernbert and learns from a bert; start from a "
+        "model of the teacher's family",
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.layers=4"],

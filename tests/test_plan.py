@@ -301,11 +301,11 @@ def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher, monk
     for override, words in (
         (
             "stages.assistant.teacher=models:/name@newest",
-            "is in a registry; `minilm pull` it; give the teacher's folder: --set stages.NAME.teacher=FOLDER",
+            "is in a registry; `minilm pull` it; give the model's folder: --set stages.NAME.teacher=FOLDER",
         ),
         (
             f"stages.assistant.teacher={tmp_path / 'none'}",
-            "stage assistant: .*none is not here, or has no config.json; give the teacher's folder: --set stages",
+            "stage assistant: .*none is not here, or has no config.json; give the model's folder: --set stages",
         ),
         (
             "stages.assistant.teacher=nobody/none",

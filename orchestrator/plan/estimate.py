@@ -44,7 +44,7 @@ def planned_stages(recipe: Recipe, seq_len: int) -> list[ResolvedStage]:
 
 
 def config_source(reference: str) -> str:
-    """Where the config of a teacher can be read: its folder, or a hub id. Raises `UserError` without."""
+    """Where a model's config can be read: its folder, or a hub id. Raises `UserError` without."""
     match parse_reference(reference):
         case HubRef(hub_id):
             return hub_id
@@ -54,7 +54,9 @@ def config_source(reference: str) -> str:
             reason = f"{path} is not here, or has no config.json"
         case _:
             reason = f"{reference} is in a registry; `minilm pull` it"
-    raise UserError(f"{reason}; give the teacher's folder: --set stages.NAME.teacher=FOLDER")
+    raise UserError(
+        f"{reason}; give the model's folder: --set stages.NAME.teacher=FOLDER, or student.init=FOLDER"
+    )
 
 
 def work_of(
@@ -100,12 +102,13 @@ def build_stage(resolved: ResolvedStage, configs: dict[str, PreTrainedConfig], d
     teacher = TappedEncoder(model.eval(), tapped_layer(config, stage.teacher_layer))
     students = {}
     for student in stage.students:
+        start, shape = resolved.starts.get(student.name), resolved.students[student.name]
         built = build_student(
-            config,
-            layers=student.layers,
-            hidden=student.hidden,
-            heads=student.heads,
-            ffn=student.ffn,
+            load_config(start) if start else config,
+            layers=shape.layers,
+            hidden=shape.hidden,
+            heads=shape.heads,
+            ffn=shape.ffn,
             dropout=student.dropout,
             seed=0,
             head=objective.needs_head,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilm.data.builder.clean import Encoder
 from minilm.data.format.manifest import MANIFEST, load_manifest
 from minilm.data.format.pack import content_len
 from minilm.data.sources import progress, text
+from minilm.data.sources.plugin import Document
 from minilm.data.tokenizer import load_tokenizer
 from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Recipe
@@ -56,33 +57,32 @@ def reading(recipe: Recipe) -> Reading:
     folder = folder_here(data.tokenizer) if data.tokenizer and data.source == "text" else None
     if folder is None or missing_text(data):
         return Reading(())
-    coder = deepcopy(load_tokenizer(folder).backend_tokenizer)
-    coder.no_truncation()
-    coder.no_padding()
-    files = text.find_files(text_inputs(data.text))
-    sizes = [file.stat().st_size for file in files]
+    tokenizer = load_tokenizer(folder)
+    encoder = Encoder(deepcopy(tokenizer.backend_tokenizer), data.special_tokens)
+    plan = text.plan(text_inputs(data.text), tokenizer, data.source_options())
+    files = [text.TextFile(*values) for values in plan.spec]
     read, seconds, tokens, pieces = 0.0, 0.0, 0, 0
-    for file in _spread(files):
-        described = text.describe(file, data.text_field)
-        began = time.perf_counter()
-        whole = True
-        for document in text.read_unit(described, text.Unit(0, 0, described.num_bytes, 0, 1)):
-            length = len(coder.encode(document.content, add_special_tokens=False).ids)
-            tokens += length + 1
-            pieces += -(-length // content_len(data.seq_len))
+    for number in _spread(len(files)):
+        began, whole = time.perf_counter(), True
+        for item in text.read_unit(files[number], text.Unit(number, 0, files[number].num_bytes, 0, 1)):
+            if isinstance(item, Document) and isinstance(item.content, str):
+                length = len(encoder.encode([item.content], [])[0])
+                tokens += length + 1
+                pieces += -(-length // content_len(data.seq_len))
             if time.perf_counter() - began > SAMPLE_SECONDS / SAMPLE_FILES:
                 whole = False
                 break
-        read += described.num_bytes * (1.0 if whole else progress.told())
+        read += files[number].num_bytes * (1.0 if whole else progress.told())
         seconds += time.perf_counter() - began
-    scale = sum(sizes) / max(read, 1.0)
+    num_bytes = sum(file.num_bytes for file in files)
+    scale = num_bytes / max(read, 1.0)
     in_rows = tokens / content_len(data.seq_len) if data.packing == "full" else pieces
     processes = len(os.sched_getaffinity(0))
     corpus = Corpus("text", scale * in_rows * (1 - data.held_out), 1.0, estimated=scale > 1)
-    return Reading((corpus,), sum(sizes), scale * seconds / processes, processes)
+    return Reading((corpus,), num_bytes, scale * seconds / processes, processes)
 
 
-def _spread(files: Sequence[Path]) -> list[Path]:
+def _spread(num_files: int) -> list[int]:
     """A few of the files, from the first to the last."""
-    count = min(SAMPLE_FILES, len(files))
-    return [files[i * len(files) // count] for i in range(count)]
+    count = min(SAMPLE_FILES, num_files)
+    return [i * num_files // count for i in range(count)]
