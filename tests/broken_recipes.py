@@ -177,8 +177,8 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.teacher=«other-tokenizer»"],
         "FILE: stage assistant: the data's tokenizer is another one than the teacher's in "
-        "«other-tokenizer» (the same ids would mean other tokens); make the data with it "
-        "(data.tokenizer: «other-tokenizer», or `minilm data build --tokenizer …`)",
+        "«other-tokenizer» (the same ids would mean other tokens); give that as data.tokenizer, or "
+        "make the data with `--tokenizer «other-tokenizer»`",
     ),
     (
         ["stages.assistant.teacher=models:/x"],
