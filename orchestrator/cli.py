@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from minilm.orchestrator.verbs.arguments import Parser, add_group, add_verbs
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
 from minilm.orchestrator.verbs.data import add_data_verbs
+from minilm.orchestrator.verbs.evaluate import add_evaluate
 from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
 from minilm.orchestrator.verbs.plan import add_plan
 from minilm.orchestrator.verbs.run import add_run
@@ -33,6 +35,9 @@ LOG_LEVELS = (logging.NOTSET, logging.INFO, logging.DEBUG)  # by number of -v; N
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever a file is called: printing never fails
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             options, unknown = parser().parse_known_args(arguments)
@@ -109,6 +114,7 @@ def parser() -> Parser:
     add_data_verbs(add_group(verbs, "data", what, build, "minilm data inspect books"))
     what = "measure this machine: the loss, a step, the stream"
     add_bench_verbs(add_group(verbs, "bench", what, "minilm bench step", "minilm bench stream --json"))
+    add_evaluate(verbs)
     add_pull(verbs)
     add_promote(verbs)
     add_register(verbs)

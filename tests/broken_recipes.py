@@ -62,10 +62,11 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.tokeniser=x"],
-        "--set: data.tokeniser: unknown key; did you mean 'tokenizer'?; allowed: corpora, shards,"
-        " tokens, source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, packing, "
-        "held_out, text_field, source, options, window, cache, cache_gigabytes, on_corrupt, "
-        "max_quarantined_share",
+        "--set: data.tokeniser: unknown key; did you mean 'tokenizer'?; allowed: corpora, "
+        "shards, tokens, source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, "
+        "packing, held_out, text_field, line_documents, invalid_utf8, csv_separator, csv_header, csv_quoting, "
+        "csv_ragged, special_tokens, allow_skipped, source, options, window, cache, cache_gigabytes, "
+        "on_corrupt, max_quarantined_share",
     ),
     (
         ["data.tokenizer=null"],

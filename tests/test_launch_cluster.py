@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from minilm.orchestrator.errors import Stopped, UserError
 from minilm.orchestrator.launch.cluster import Cluster, check_answers, end_leftovers
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.processes import descendants
+from tests.rooms import ROOT
 
 SLEEPER = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
 PARENT = [sys.executable, "-c", f"import subprocess; subprocess.run({SLEEPER!r})"]
@@ -26,6 +29,76 @@ def test_an_address_where_no_cluster_answers():
     advice = "no Ray cluster answers at 127.0.0.1:1 .* `ray start --head`, or drop"
     with pytest.raises(UserError, match=advice):
         check_answers("127.0.0.1:1")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://ray.example"])
+def test_the_address_of_a_job_server_is_no_clusters(tmp_path, monkeypatch, address):
+    """The README's reader may have exported it for `ray job submit`."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    told = (
+        f"{address} is a job server, which takes `ray job submit`; a run joins .* HOST:PORT .*--address local"
+    )
+    with pytest.raises(UserError, match=told) as raised:
+        Cluster(None, 1, tmp_path / "cluster.json")
+    assert raised.value.exit_code == 2
+    assert not Cluster("local", 1, tmp_path / "cluster.json").is_joined
+
+
+OWN_CLUSTER = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from minilm.orchestrator.launch.cluster import Cluster
+cluster = Cluster("local", 1, Path("cluster.json"))
+cluster.connect(SimpleNamespace(requested=False, install=lambda: None))
+import ray
+assert ray.cluster_resources()["trainer"] == 1
+print("ready", flush=True)
+sys.stdin.read()
+cluster.leave()
+"""
+FIXED_PORTS = {6379, 8265, 10001, 52365}  # of `ray start --head`
+
+
+def listening(pids: set[int]) -> set[int]:
+    """The TCP ports on which any of these processes accepts connections."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                sockets[f"socket:[{fields[9]}]"] = int(fields[1].rpartition(":")[2], 16)
+    found = set()
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):  # closed meanwhile
+                found.add(sockets.get(str(file.readlink()), 0))
+    return found - {0}
+
+
+def test_a_cluster_of_the_runs_own_takes_no_port_and_leaves_no_file_that_a_head_would_find(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen(
+        [sys.executable, "-c", OWN_CLUSTER],
+        cwd=tmp_path,
+        env=kept | {"HOME": str(home), "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "ready\n"
+        ports: set[int] = set()
+        deadline = time.monotonic() + 200
+        while len(ports) < 7 and time.monotonic() < deadline:  # until its agents listen too
+            ports = listening({child.pid for child in descendants(process.pid)})
+            time.sleep(0.1)
+        process.stdin.close()
+        assert process.wait() == 0
+    assert len(ports) >= 7 and not ports & FIXED_PORTS, ports
+    assert not list(home.rglob("*")), "a token there would be demanded by the next `ray start --head`"
 
 
 def test_a_stop_that_is_asked_for_while_ray_is_imported_comes_before_ray_starts(tmp_path, monkeypatch):

@@ -482,7 +482,8 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
     assert problems(tmp_path, text, "compute.device=gpu") == [
         "recipe.yaml:3: data.txt: unknown key; did you mean 'text'?; allowed: corpora, shards, tokens, "
         "source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, packing, held_out, text_field, "
-        "source, options, window, cache, cache_gigabytes, on_corrupt, max_quarantined_share",
+        "line_documents, invalid_utf8, csv_separator, csv_header, csv_quoting, csv_ragged, special_tokens, "
+        "allow_skipped, source, options, window, cache, cache_gigabytes, on_corrupt, max_quarantined_share",
         "recipe.yaml:6: stages.0.peak_lr: missing; add it (Learning rate at the end of the warm-up)",
         "recipe.yaml:10: stages.0.steps: given -100; allowed: a whole number from 1 to 1e9",
         "recipe.yaml:11: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "

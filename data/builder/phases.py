@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 import xxhash
 
 from minilm.data.builder.enough import no_text, too_little
+from minilm.data.builder.fingerprint import check_unchanged
 from minilm.data.builder.local_pool import Task, run_tasks
 from minilm.data.builder.ray_pool import run_tasks_on_ray
 from minilm.data.builder.report import REPORT, REPORT_FILES, BuildReport, make_report, save_report
@@ -39,6 +41,7 @@ from minilm.data.format.manifest import (
 )
 from minilm.data.format.pack import content_len
 from minilm.data.format.seal import sealed
+from minilm.data.sources.accounts import Accounts, books_of
 from minilm.data.sources.plugin import Plan
 from minilm.data.sources.progress import ProgressListener
 
@@ -76,9 +79,10 @@ class BuildRun:
         processes: int,
         progress: Progress | None,
         on_ray: bool,
+        allow_skipped: float | None,
     ):
         self.out, self.folder, self.work, self.info = out, out / WORK, work, info
-        self.plan = plan
+        self.plan, self.allow_skipped = plan, allow_skipped
         self.processes, self.progress, self.on_ray = processes, progress, on_ray
         self.started, self.share_at_start = time.monotonic(), -1.0
         self.documents = self.tokens = 0
@@ -112,7 +116,13 @@ class BuildRun:
         before = time.monotonic()
         counts = self._phase("tokenize", [{"unit": unit} for unit in range(len(self.work.units))])
         self.tokenize_seconds = time.monotonic() - before
-        total = {name: sum(count[name] for count in counts) for name in counts[0]}
+        total = {
+            name: sum(count[name] for count in counts)
+            for name in ("documents", "tokens", "unknown", "held_out")
+        }
+        accounts = Accounts.sum_of(count["accounts"] for count in counts)
+        inputs = accounts.named(self.work.names or [])
+        books_of(inputs).refuse(self.allow_skipped)
         if not total["documents"]:
             raise DataError(no_text(self.plan.files))
         buckets, manifests = {}, {}
@@ -129,7 +139,10 @@ class BuildRun:
             self.tokenize_seconds,
             time.monotonic() - self.started,
             self.plan.notes,
+            inputs,
+            dict(Counter(reason for _, reason in self.plan.left_out)),
         )
+        check_unchanged(self.saved["files"])
         self._publish(manifests, report)
         return report
 

@@ -7,6 +7,7 @@ the same command finds the data built, the stages done and the newest checkpoint
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from concurrent.futures import Future, wait
@@ -40,6 +41,8 @@ from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.tracking.registry import check_rights
 from minilm.orchestrator.tracking.tracking import Tracking
 
+log = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.25
 
 
@@ -64,7 +67,9 @@ def run_recipe(
         line.show("looking at teachers and data", force=True)
 
         def fetch(reference: str) -> str:
-            return str(model_folder(parse_reference(reference), recipe, workdir))
+            folder = str(model_folder(parse_reference(reference), workdir, recipe))
+            log.info("%s is taken from %s", reference, folder)
+            return folder
 
         if launcher.is_here:
             check_device(recipe.compute)
@@ -181,7 +186,7 @@ class Driver:
     def make_spec(self, resolved: ResolvedStage) -> StageSpec:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
         recipe, compute, stage = self.recipe, self.recipe.compute, resolved.stage
-        teacher = model_folder(recipe.teacher_ref(stage), recipe, self.workdir)
+        teacher = model_folder(recipe.teacher_ref(stage), self.workdir, recipe)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
         sizes = resolved.students

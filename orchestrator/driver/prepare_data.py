@@ -34,20 +34,19 @@ def prepare_data(
     data = recipe.data
     if data.text is not None:
         assert data.tokenizer is not None  # recipe.schema: text with a tokenizer
-        options = dict(data.options or {})
-        if data.source == "text":
-            options["text_field"] = data.text_field
         was_there = (workdir.data / MANIFEST).exists()
         report = import_data(
             text_inputs(data.text),
             fetch(data.tokenizer),
             workdir.data,
             source=data.source,
-            options=options,
+            options=data.source_options(),
             seq_len=data.seq_len,
             packing=data.packing,
             held_out=data.held_out,
             seed=recipe.seed,
+            special_tokens=data.special_tokens,
+            allow_skipped=data.allow_skipped,
             progress=progress,
         )
         if not was_there:

@@ -69,7 +69,7 @@ def publish(
     for number, ((name, encoder), speed) in enumerate(
         zip(students.items(), speeds[1:], strict=True), start=1
     ):
-        show(f"registering {recipe.name}-{name} ({number}/{len(students)})")
+        show(f"registering {recipe.registered_name(name)} ({number}/{len(students)})")
         registered = registry.register(
             tracking.uri,
             recipe.registered_name(name),

@@ -63,7 +63,7 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
 
 
 def _references(recipe: Recipe) -> list[tuple[str, str]]:
-    """Teachers, tokenizers and models to go on from, each with its key."""
+    """Teachers, tokenizers and the models that students start from, each with its key."""
     data = recipe.data
     references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
     references += [

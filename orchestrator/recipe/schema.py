@@ -43,6 +43,7 @@ from minilm.orchestrator.recipe.fields import (
     SecondsFromZero,
     Seed,
     SequenceLength,
+    Share,
     Slug,
     Start,
     TextPaths,
@@ -107,8 +108,30 @@ class Corpus(_Section):
         return fields
 
 
-BUILT_WITH = ("text", "tokenizer", "seq_len", "packing", "held_out", "text_field", "source", "options")
-NOT_RESULT = {"cache", "cache_gigabytes", "on_corrupt", "max_quarantined_share"}
+TEXT_OPTIONS = (
+    "text_field",
+    "line_documents",
+    "invalid_utf8",
+    "csv_separator",
+    "csv_header",
+    "csv_quoting",
+    "csv_ragged",
+)
+BUILT_WITH = (
+    *(
+        "text",
+        "tokenizer",
+        "seq_len",
+        "packing",
+        "held_out",
+        "special_tokens",
+        "allow_skipped",
+        "source",
+        "options",
+    ),
+    *TEXT_OPTIONS,
+)
+NOT_RESULT = {"allow_skipped", "cache", "cache_gigabytes", "on_corrupt", "max_quarantined_share"}
 CORPUS_PLACES = ("shards", "tokens", "source_tokenizer", "fairseq_dict", "encoder")
 
 
@@ -132,6 +155,22 @@ class Data(_Section):
     """Share of the documents (of tokens: of the rows) kept out of training and used to measure the divergence."""
     text_field: str | None = None
     """Field or column that holds the text in json, jsonl, csv and parquet; default: found by itself."""
+    line_documents: bool | None = None
+    """Whether each line of a txt file is a document; default: blank lines end documents, where there are any."""
+    invalid_utf8: Literal["stop", "replace"] | None = None
+    """Bytes that are not UTF-8: stop (default): an error with their place; replace: by U+FFFD, counted."""
+    csv_separator: str | None = None
+    """comma, tab, semicolon, bar or one character; default: found from the file, and reported."""
+    csv_header: bool | None = None
+    """Whether the first row has the columns' names; else they are called 1, 2, …; default: found, or asked for."""
+    csv_quoting: Literal["standard", "backslash", "none"] | None = None
+    """default: none behind tabs, else standard ('"' quotes, doubled inside)."""
+    csv_ragged: bool | None = None
+    """Whether rows with more or fewer columns than the header are taken; default: they are errors."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What names of special tokens in the text become: text stays text, and is counted; or their ids."""
+    allow_skipped: Share | None = None
+    """Share of the records that may give no document, by whatever reason; default: half. The report has the reasons."""
     source: str = "text"
     """What reads the files of `text`: text, or the name of an installed plug-in (entry points `minilm.sources`)."""
     options: dict[str, str | int | float | bool | list[str] | None] | None = None
@@ -147,6 +186,11 @@ class Data(_Section):
     its rows out of the loss, and count them."""
     max_quarantined_share: Fraction = 0.001
     """Of a data set's rows; more damage ends the run."""
+
+    def source_options(self) -> dict[str, Any]:
+        """What the source of `text` is asked for, by its names of the options."""
+        own = {name: getattr(self, name) for name in TEXT_OPTIONS} if self.source == "text" else {}
+        return dict(self.options or {}) | own
 
     @model_validator(mode="before")
     @classmethod
@@ -169,9 +213,10 @@ class Data(_Section):
             raise ValueError(
                 "either shards: FOLDER, tokens: PREFIX or a list of such, or text: FILES with tokenizer: REFERENCE"
             )
-        if self.text_field is not None and self.source != "text":
+        of_text = [name for name in TEXT_OPTIONS if getattr(self, name) is not None]
+        if of_text and self.source != "text":
             raise ValueError(
-                f"text_field with source: text; {self.source} has options of its own, under options"
+                f"{of_text[0]} with source: text; {self.source} has options of its own, under options"
             )
         if "text" in given and "tokenizer" not in given:
             raise ValueError("text: FILES with tokenizer: REFERENCE, the teacher's own")
@@ -212,6 +257,9 @@ class Data(_Section):
             self.source == "text" and self.options is None
         ):  # as recipes were recorded before there were others
             del fields["source"], fields["options"]
+        for name in (*TEXT_OPTIONS[1:], "special_tokens"):
+            if fields[name] == type(self).model_fields[name].default:
+                del fields[name]
         return fields
 
 

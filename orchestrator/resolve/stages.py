@@ -159,7 +159,8 @@ def check_text(recipe: Recipe, find: Find) -> None:
     check_enough(
         text_inputs(data.text or ()),
         load_tokenizer(folder),
-        text_field=data.text_field,
+        options=data.source_options(),
+        special_tokens=data.special_tokens,
         seq_len=data.seq_len,
         packing=data.packing,
         held_out=data.held_out,
