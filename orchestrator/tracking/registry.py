@@ -158,7 +158,8 @@ def check_rights(store: str, names: Iterable[str], *, patience_seconds: float = 
     It asks for each, with a tag that MLflow does not take: a server looks at rights before it looks at tags.
     """
 
-    def attempt(client: MlflowClient, name: str) -> None:
+    def attempt(name: str) -> None:
+        client = connect(store)
         try:
             if _is_registered(client, name):
                 client.create_model_version(name, "none", tags=_IMPOSSIBLE_TAG, await_creation_for=0)
@@ -170,7 +171,7 @@ def check_rights(store: str, names: Iterable[str], *, patience_seconds: float = 
 
     for name in names:
         try:
-            _patiently(store, partial(attempt, name=name), patience_seconds)
+            patiently(store, partial(attempt, name), patience_seconds)
         except InfrastructureError:
             raise
         except UserError as error:
