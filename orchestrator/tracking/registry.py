@@ -90,10 +90,10 @@ def register(
     """Stores a transformers folder as a new version of `name` and points the alias to it.
 
     The same folder from the same run (run_id: the stage's) gets the version it has already; then the alias
-    is left where somebody may have moved it since.
-    Identical folders of two runs are two versions: each run has its own. The version's page shows the head of the
-    folder's README.md. UserError: a file that does not belong in such a folder, a bad name or alias.
-    InfrastructureError: the store was away for `patience_seconds`; here as in every function below.
+    is left where somebody may have moved it since. Identical folders of two runs are two versions: each run
+    has its own. The version's page shows the head of the folder's README.md. UserError: a file that does not
+    belong in such a folder, a bad name or alias. InfrastructureError: the store was away for
+    `patience_seconds`; here as in every function below.
     """
     files = model_files(folder)
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
@@ -153,7 +153,7 @@ def make_run(store: str, name: str, folder: Path, *, experiment: str, patience_s
 
 
 def check_rights(store: str, names: Iterable[str], *, patience_seconds: float = 10.0) -> None:
-    """UserError where no version of one of these models may be registered; registers nothing.
+    """UserError where no version of one of these models may be registered, or its name is none; registers nothing.
 
     It asks for each, with a tag that MLflow does not take: a server looks at rights before it looks at tags.
     """
@@ -166,7 +166,7 @@ def check_rights(store: str, names: Iterable[str], *, patience_seconds: float = 
             else:
                 client.create_registered_model(name, tags=_IMPOSSIBLE_TAG)
         except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
+            if error.error_code != "INVALID_PARAMETER_VALUE" or "model name" in str(error):
                 raise
 
     for name in names:
