@@ -57,7 +57,9 @@ def test_a_cluster_that_demands_another_token(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ray_private, "authenticate", refuse)
     stop = SimpleNamespace(requested=False, install=lambda: None)
-    told = "the Ray cluster at 10.0.0.1:6379 demands a token, and this environment has none or another one: set"
+    told = (
+        "the Ray cluster at 10.0.0.1:6379 demands a token, and this environment has none or another one: set"
+    )
     with pytest.raises(UserError, match=told) as raised:
         Cluster("10.0.0.1:6379", 1, tmp_path / "cluster.json").connect(stop)
     assert raised.value.exit_code == 2
