@@ -17,9 +17,13 @@ from ray.exceptions import AuthenticationError
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import Stopped, UserError
 from minilm.orchestrator.launch import cluster, ray_private
+from minilm.orchestrator.launch.base import LaunchOptions
 from minilm.orchestrator.launch.cluster import Cluster, check_answers, end_leftovers
+from minilm.orchestrator.launch.ray_launcher import RayLauncher
+from minilm.orchestrator.stage.folder import RunFolder
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.processes import descendants
+from minilm.orchestrator.system.signals import StopRequest
 from tests.rooms import ROOT
 
 SLEEPER = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
@@ -46,6 +50,17 @@ def test_the_address_of_a_job_server_is_no_clusters(tmp_path, monkeypatch, addre
     assert not Cluster("local", 1, tmp_path / "cluster.json").is_joined
 
 
+@pytest.mark.parametrize(
+    ("address", "claims"),
+    [("local", False), ("10.0.0.1:6379", True), ("auto", True), ("ray://head:10001", False)],
+)
+def test_who_claims_places(tmp_path, address, claims):
+    options = LaunchOptions(RunFolder(tmp_path), "cpu", (1, 1), 600.0, address=address)
+    claim = RayLauncher(options, StopRequest()).claim
+    assert (claim is not None) is claims
+    assert claim is None or claim.holder.endswith(f" in {tmp_path}")
+
+
 def test_a_cluster_that_demands_another_token(tmp_path, monkeypatch):
     """On a real head in test_launch_readme; here the sentence, and that Ray's own 20 s of trying are not waited for."""
     monkeypatch.setattr("os.environ", os.environ.copy())
@@ -70,6 +85,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from minilm.orchestrator.launch import cluster, ray_private
+from minilm.orchestrator.launch.base import LaunchOptions
 from minilm.orchestrator.launch.cluster import Cluster
 cluster = Cluster("local", 1, Path("cluster.json"))
 cluster.connect(SimpleNamespace(requested=False, install=lambda: None))
