@@ -548,17 +548,18 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.text=«latin»"],
-        "FILE: data: text '«latin»' is not UTF-8 (invalid continuation byte in b'\\xe9\\n'); "
-        "convert it first, for instance with iconv -t UTF-8",
+        "FILE: data: '«latin»' is not UTF-8 at byte 3 (b'\\xe9\\n'); convert it, for instance with "
+        "iconv -t UTF-8, or replace such bytes and count them: --invalid-utf8 replace (in a recipe "
+        "data.invalid_utf8: replace)",
     ),
     (
         ["data.text=«empty-text»"],
-        "FILE: data: text '«empty-text»' is empty (0 bytes); give a file with text in it",
+        "FILE: data: text '«empty-text»' is empty (0 bytes), and so is all that was given; give a file with text in it",
     ),
     (
         ["data.text_field=txt", "data.text=«records»"],
-        "FILE: data: text '«records»' has no text in field 'txt'; its string fields are id, text:"
-        " name one of them as text field",
+        "FILE: data: text '«records»' has no text in field 'txt', nor has any other file; string fields are id, text: "
+        "name one of them as text field",
     ),
     (
         ["stages.assistant.student={layers: 3, hiden: 24}"],
