@@ -548,9 +548,9 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.text=«latin»"],
-        "FILE: data: '«latin»' is not UTF-8 at byte 3 (b'\\xe9\\n'); convert it, for instance with "
-        "iconv -t UTF-8, or replace such bytes and count them: --invalid-utf8 replace (in a recipe "
-        "data.invalid_utf8: replace)",
+        "FILE: data: text '«latin»' is not UTF-8 at byte 3 (b'\\xe9\\n'); "
+        "convert it first, for instance with iconv -t UTF-8, or have such bytes replaced and counted: "
+        "--invalid-utf8 replace (in a recipe data.invalid_utf8: replace)",
     ),
     (
         ["data.text=«empty-text»"],
@@ -558,8 +558,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.text_field=txt", "data.text=«records»"],
-        "FILE: data: text '«records»' has no text in field 'txt', nor has any other file; string fields are id, text: "
-        "name one of them as text field",
+        "FILE: data: text '«records»' has no text in field 'txt', nor has any other file; its string fields "
+        "are id, text: name one of them as text field",
     ),
     (
         ["stages.assistant.student={layers: 3, hiden: 24}"],

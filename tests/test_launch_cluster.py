@@ -12,9 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import Stopped, UserError
+from minilm.orchestrator.launch import cluster, ray_private
 from minilm.orchestrator.launch.cluster import Cluster, check_answers, end_leftovers
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.processes import descendants
@@ -44,10 +46,30 @@ def test_the_address_of_a_job_server_is_no_clusters(tmp_path, monkeypatch, addre
     assert not Cluster("local", 1, tmp_path / "cluster.json").is_joined
 
 
+def test_a_cluster_that_demands_another_token(tmp_path, monkeypatch):
+    """On a real head in test_launch_readme; here the sentence, and that Ray's own 20 s of trying are not waited for."""
+    monkeypatch.setattr("os.environ", os.environ.copy())
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray tries"))
+    monkeypatch.setattr(cluster, "check_answers", lambda address: None)
+
+    def refuse(address: str) -> None:
+        raise AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setattr(ray_private, "authenticate", refuse)
+    stop = SimpleNamespace(requested=False, install=lambda: None)
+    told = (
+        "the Ray cluster at 10.0.0.1:6379 demands a token, and this environment has none or another one: set"
+    )
+    with pytest.raises(UserError, match=told) as raised:
+        Cluster("10.0.0.1:6379", 1, tmp_path / "cluster.json").connect(stop)
+    assert raised.value.exit_code == 2
+
+
 OWN_CLUSTER = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from minilm.orchestrator.launch import cluster, ray_private
 from minilm.orchestrator.launch.cluster import Cluster
 cluster = Cluster("local", 1, Path("cluster.json"))
 cluster.connect(SimpleNamespace(requested=False, install=lambda: None))
