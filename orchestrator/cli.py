@@ -25,7 +25,8 @@ from minilm.orchestrator.verbs.arguments import Parser, add_group, add_verbs
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
 from minilm.orchestrator.verbs.data import add_data_verbs
-from minilm.orchestrator.verbs.models import add_promote, add_pull
+from minilm.orchestrator.verbs.evaluate import add_evaluate
+from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
 from minilm.orchestrator.verbs.plan import add_plan
 from minilm.orchestrator.verbs.run import add_run
 from minilm.orchestrator.verbs.status import add_status
@@ -113,8 +114,10 @@ def parser() -> Parser:
     add_data_verbs(add_group(verbs, "data", what, build, "minilm data inspect books"))
     what = "measure this machine: the loss, a step, the stream"
     add_bench_verbs(add_group(verbs, "bench", what, "minilm bench step", "minilm bench stream --json"))
+    add_evaluate(verbs)
     add_pull(verbs)
     add_promote(verbs)
+    add_register(verbs)
     add_completion(verbs, top)
     return top
 

@@ -177,8 +177,8 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.teacher=«other-tokenizer»"],
         "FILE: stage assistant: the data's tokenizer is another one than the teacher's in "
-        "«other-tokenizer» (the same ids would mean other tokens); make the data with it "
-        "(data.tokenizer: «other-tokenizer», or `minilm data build --tokenizer …`)",
+        "«other-tokenizer» (the same ids would mean other tokens); give that as data.tokenizer, or "
+        "make the data with `--tokenizer «other-tokenizer»`",
     ),
     (
         ["stages.assistant.teacher=models:/x"],
@@ -245,7 +245,19 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.init=teacher"],
-        "--set: stages.0.student.init: given 'teacher'; allowed: 'random' or 'teacher-layers'",
+        "--set: stages.0.student.init: given 'teacher'; allowed: random, teacher-layers, or a model to go on from: "
+        "models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub "
+        "id OWNER/NAME",
+    ),
+    (
+        ["stages.assistant.student.init=«teacher»"],
+        "FILE: stage assistant: student 'assistant': given hidden: 24, and the model that it starts from has hidden: "
+        "48; give hidden: 48",
+    ),
+    (
+        ["stages.assistant.student.init=«modernbert»", "stages.assistant.student.hidden=48"],
+        "FILE: stage assistant: student 'assistant': it starts from a modernbert and learns from a bert; start from a "
+        "model of the teacher's family",
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.layers=4"],
@@ -538,7 +550,7 @@ ROWS: list[tuple[list[str], str]] = [
         ["data.text=«latin»"],
         "FILE: data: text '«latin»' is not UTF-8 at byte 3 (b'\\xe9\\n'); "
         "convert it first, for instance with iconv -t UTF-8, or have such bytes replaced and counted: "
-        "--invalid-utf8 replace",
+        "--invalid-utf8 replace (in a recipe data.invalid_utf8: replace)",
     ),
     (
         ["data.text=«empty-text»"],

@@ -445,9 +445,8 @@ def test_what_a_build_would_end_with_is_known_before(tokenizer, tmp_path, packin
         file.write_text("\n\n".join(f"{'time ' * (7 * (i % 5) + seed)}{i}" for i in range(lines)) + "\n")
         options = {"seq_len": 32, "packing": packing, "held_out": held_out, "seed": seed}
         said.append(error_of(build, [file], tokenizer, tmp_path / f"out-{seed}", processes=1, **options))
-        assert said[-1] == error_of(
-            check_enough, [file], load_tokenizer(tokenizer), options={}, special_tokens="text", **options
-        )
+        options |= {"options": {}, "special_tokens": "text"}
+        assert said[-1] == error_of(check_enough, [file], load_tokenizer(tokenizer), **options)
     assert any(said) == ((lines, held_out) != (40, 0.3) and (packing, held_out) != ("document", 0.0))
 
 
@@ -463,10 +462,8 @@ def test_hardly_anything_of_a_large_text_is_read_to_know_that_it_is_enough(token
     (tmp_path / "large.txt").write_text("\n\n".join(f"time year {i} day" for i in range(50_000)))
     read, num_read = source.read_unit, itertools.count()
     monkeypatch.setattr(source, "read_unit", lambda *of: (d for d in read(*of) if next(num_read) >= 0))
-    options = {"seq_len": 32, "packing": "full", "held_out": 0.1, "seed": 0}
-    check_enough(
-        [tmp_path / "large.txt"], load_tokenizer(tokenizer), options={}, special_tokens="text", **options
-    )
+    options = {"seq_len": 32, "packing": "full", "held_out": 0.1, "seed": 0, "options": {}}
+    check_enough([tmp_path / "large.txt"], load_tokenizer(tokenizer), special_tokens="text", **options)
     assert next(num_read) < 1_000
 
 
@@ -541,7 +538,7 @@ def test_the_report_reads_well(text, tokenizer, tmp_path):
     assert saved["rows"] == report.rows and not saved["warnings"] and "WARNING" not in told
     assert (tmp_path / "out" / "report" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
     assert f"rows        {report.rows:,}  (held out: {report.held_out_rows} rows of" in told
-    assert "b.jsonl: text from field 'body' (the string field with the most text)" in told
+    assert "b.jsonl: text from field 'body' (found by its name)" in told
 
 
 def test_a_callback_that_raises_stops_the_build_and_leaves_no_process(text, tokenizer, tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from minilm.orchestrator.recipe import reference
+from minilm.orchestrator.recipe.library import packaged_recipes
+from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.schema import SECTIONS
 from tests.rooms import PACKAGES, modules
 
@@ -70,6 +72,37 @@ def test_every_message_that_is_explained_is_one_of_the_code():
         parts = [re.escape(part) for part in quote.split("…")]
         pattern = re.compile(".*".join(parts))
         assert any(pattern.search(text) for text in texts), quote
+
+
+def table(page: str, first: str) -> list[list[str]]:
+    """The cells of the rows of the table whose header begins with `first`."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows = re.search(rf"^\| {re.escape(first)} .*\n\|[-|]+\n((?:\|.*\n)+)", text, flags=re.MULTILINE)[1]
+    return [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+
+
+def test_the_sizes_are_those_of_the_packaged_recipes():
+    recipes = {recipe.name: recipe for recipe in packaged_recipes()}
+    rows = [row for row in table("sizes.md", "layers x hidden") if row[-1]]
+    assert len(rows) == 8
+    for shape, _, without, *_, name in rows:
+        last = recipes[name].students[-1]
+        assert shape.partition(",")[0] == f"{last.layers} x {last.hidden}"
+        assert ("assistant" in shape) == (len(recipes[name].students) == 2)
+        matrices = last.layers * 12 * last.hidden**2  # 4 of attention, 2 of 4 times the size
+        assert matrices / 1e6 == pytest.approx(float(without.removesuffix(" M")), rel=0.01)
+
+
+def test_the_rates_are_those_of_the_packaged_recipes():
+    rows = {int(row[0].replace(",", "")): row[1:] for row in table("sizes.md", "rows a step")}
+    seen = set()
+    for packaged in packaged_recipes():
+        for stage in load_recipe(packaged.file).stages if packaged.name != "quickstart" else ():
+            rates, warmup = rows[stage.batch]
+            seen.add(stage.batch)
+            assert stage.peak_lr in {float(rate) for rate in re.findall(r"\de-\d", rates)}
+            assert stage.warmup_steps == int(warmup.replace(",", ""))
+    assert seen == set(rows)
 
 
 def test_the_diagram_of_a_curriculum_names_the_stages_of_the_example():

@@ -135,13 +135,14 @@ def test_quiet_leaves_warnings_only():
     assert out.getvalue() == "a worker was killed\n"
 
 
-def test_json_lines_hold_the_facts_and_no_number_that_json_has_not(tmp_path):
+def test_json_lines_hold_the_facts_and_no_number_that_json_has_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("minilm.orchestrator.driver.status_line.TICK_SECONDS", 3600)
     out = io.StringIO()
     line, spec = JsonLines(out), make_spec(NO_DATA, tmp_path, tmp_path, steps=240, batch=16)
     progress = StageProgress(line, spec, "[1/2] first")
     progress.show(None)
     metrics = {"small/loss": float("nan"), "rows_per_second": 32.0, "tokens_per_second": 4096.0}
-    for step in range(120, 130):  # ten at once: a progress line a second
+    for step in range(120, 130):  # ten within a tick: one line
         progress.show({"doing": "training", "step": step, "metrics": metrics, "workers": 2})
     line.warn("a worker was killed")
     starting, training, warning = map(json.loads, out.getvalue().splitlines())

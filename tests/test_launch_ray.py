@@ -105,7 +105,7 @@ def submit(head: dict[str, str], folder: Path, *entrypoint: str) -> subprocess.C
             cwd=folder,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
             check=False,
         )
         if "No available agent to submit job" not in done.stdout + done.stderr:
@@ -132,6 +132,7 @@ def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path
     done = submit(head, folder, "minilm", "run", "tiny.yaml")
     assert re.search(r"Job 'raysubmit_\w+' succeeded", done.stdout)
     assert "tiny-small v1" in done.stdout
+    assert "`ray job stop` will kill this run after 3 s, saved or not; to let it save" in done.stdout
     work = Path(head["HOME"]) / "minilm-runs" / "tiny"
     assert (work / "stages" / "assistant" / "worker-1.log").exists(), "the second worker left no trace"
     for stage in ("assistant", "small"):
@@ -142,6 +143,15 @@ def test_a_recipe_submitted_as_a_ray_job_on_two_workers(head, finished, tmp_path
         assert [p.step for p in ours] == [p.step for p in theirs]
         for a, b in zip(ours, theirs, strict=True):
             assert a.metrics[f"{stage}/loss"] == pytest.approx(b.metrics[f"{stage}/loss"], rel=1e-3)
+
+
+def test_a_job_that_no_retry_cures_is_stopped_and_says_why(head, tmp_path):
+    """KubeRay retries failed jobs, each time with a new cluster, but no stopped ones."""
+    entrypoint = ("python", "-m", "minilm.orchestrator.launch.job_entrypoint")
+    done = submit(head, crowded_folder(tmp_path / "user"), *entrypoint, "run", "none.yaml")
+    assert re.search(r"Job 'raysubmit_\w+' was stopped", done.stdout + done.stderr)
+    told = "minilm: no retry cures exit code 2, so this job is stopped for good: minilm: error: "
+    assert told in done.stdout
 
 
 def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path):  # noqa: F811

@@ -39,10 +39,10 @@ def clean(text: str) -> tuple[str, dict[str, int]]:
 
 
 class Encoder:
-    """A tokenizer that encodes batches of texts. `special_tokens` is "text" or "tokens"."""
+    """Encodes batches of texts by `tokenizer`, which is changed for it. `special_tokens` is "text" or "tokens"."""
 
-    def __init__(self, path: str, special_tokens: str):
-        self._tokenizer = Tokenizer.from_file(path)
+    def __init__(self, tokenizer: Tokenizer, special_tokens: str):
+        self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._as_text = special_tokens == "text"

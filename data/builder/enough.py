@@ -9,14 +9,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from minilm.data.builder.clean import clean
-from minilm.data.builder.tokenization import is_held_out
+from minilm.data.builder.clean import Encoder
+from minilm.data.builder.tokenization import is_held_out, pieces
 from minilm.data.builder.work import SPLITS
 from minilm.data.errors import DataError
 from minilm.data.format.pack import content_len
 from minilm.data.sources import text
-
-_LOOKED_AT = 1 << 20  # characters of a document; far more than a row
+from minilm.data.sources.accounts import Accounts
 
 
 def check_enough(
@@ -32,30 +31,27 @@ def check_enough(
 ) -> None:
     """DataError, in the words of a build with these arguments, where it would end without a row in a split.
 
-    tokenizer: as `load_tokenizer` gives it; it is not changed.
+    tokenizer: as `load_tokenizer` gives it; it is not changed. options: the source's, as `import_data` takes them.
     """
-    coder = deepcopy(tokenizer.backend_tokenizer)
-    coder.no_truncation()
-    coder.no_padding()
-    coder.encode_special_tokens = special_tokens == "text"
+    plan = text.plan(inputs, tokenizer, options)
+    encoder = Encoder(deepcopy(tokenizer.backend_tokenizer), special_tokens)
     needed = content_len(seq_len) if packing == "full" else 1
     splits = SPLITS if held_out else SPLITS[:1]
     documents, tokens = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
-    split, counted = SPLITS[0], False
-    for document in text.all_documents(inputs, options):
-        content, _ = clean(str(document.content))
-        if not document.continues:
-            split, counted = SPLITS[is_held_out(content, held_out, seed)], False
-        if tokens[split] >= needed:
-            continue
-        if num_tokens := len(coder.encode(content[:_LOOKED_AT], add_special_tokens=False).ids):
-            documents[split] += not counted
-            tokens[split] += num_tokens + (packing == "full" and not counted)  # there SEP ends every document
-            counted = True
+    items = (item for unit in plan.units for item in text.read(plan.spec, unit))
+    split, has_ids = SPLITS[0], False
+    for piece in pieces(items, Accounts()):
+        assert isinstance(piece.content, str)
+        if not piece.continues:
+            split, has_ids = SPLITS[is_held_out(piece.content, held_out, seed)], False
+        if tokens[split] < needed and (num_tokens := len(encoder.encode([piece.content], [])[0])):
+            documents[split] += not has_ids
+            tokens[split] += num_tokens + (packing == "full" and not has_ids)  # there SEP ends a document
+            has_ids = True
         if min(tokens.values()) >= needed:
             return
     if not any(documents.values()):
-        raise DataError(no_text([str(path) for path in text.find_files(inputs).files]))
+        raise DataError(no_text(plan.files))
     for split in splits:
         if tokens[split] < needed:
             raise DataError(too_little(split, tokens[split], documents[split], seq_len))

@@ -13,7 +13,7 @@ Every task writes under a temporary name and renames, so it may run twice. Impor
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from tokenizers import Tokenizer
 
 from minilm.data.builder.clean import NAMES, NAMES_TAKEN, Encoder, NotEncoded, clean
 from minilm.data.builder.work import _HEADER, CONTINUES, Work, _run_path, _whole, _work
 from minilm.data.errors import DataError
 from minilm.data.sources.accounts import Accounts, LeftOut, Noticed
-from minilm.data.sources.plugin import Document, find_source
+from minilm.data.sources.plugin import Document, Item, find_source
 from minilm.data.sources.progress import report
 
 _BATCH_CHARACTERS = 1 << 19
@@ -39,7 +40,7 @@ _RUN_TOKENS = 1 << 24
 
 @lru_cache(maxsize=1)
 def _encoder(path: str, special_tokens: str, _changed: int) -> Encoder:
-    return Encoder(path, special_tokens)
+    return Encoder(Tokenizer.from_file(path), special_tokens)
 
 
 class _Held(NamedTuple):
@@ -58,14 +59,14 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
     counts: dict[str, Any] = {"documents": 0, "tokens": 0, "unknown": 0, "held_out": 0, "runs": 0}
     accounts = Accounts()
     held, tokens_held = _Held([], [], [], []), 0
-    key, on_held_out_side, has_ids = 0, False, False
+    key, held_out, has_ids = 0, False, False
     file: int | None = None  # of the document under way
 
     def close() -> None:
         if file is not None:
             accounts.of(file)["documents" if has_ids else "empty"] += 1
             counts["documents"] += has_ids
-            counts["held_out"] += has_ids and on_held_out_side
+            counts["held_out"] += has_ids and held_out
 
     for document, ids in _coded(folder, work, unit, accounts):
         report({name: counts[name] for name in ("documents", "tokens")})
@@ -73,11 +74,11 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
             close()
             file, has_ids = document.file, False
             key = _shuffle_key(document, work)
-            on_held_out_side = is_held_out(document.content, work.held_out, work.seed)
+            held_out = is_held_out(document.content, work.held_out, work.seed)
         if not len(ids):
             continue
         held.keys.append(key)
-        held.held_out.append(on_held_out_side)
+        held.held_out.append(held_out)
         held.continues.append(has_ids)
         held.ids.append(ids)
         has_ids = True
@@ -100,7 +101,8 @@ def _coded(folder: str, work: Work, unit: int, accounts: Accounts) -> Iterator[t
     path = Path(folder) / "tokenizer" / "tokenizer.json"
     encoder = _encoder(str(path), work.special_tokens, path.stat().st_mtime_ns)
     told = NAMES if work.special_tokens == "text" else NAMES_TAKEN
-    for batch in _batches(_pieces(work, unit, accounts)):
+    items = find_source(work.source).read(work.spec, work.units[unit])
+    for batch in _batches(pieces(items, accounts)):
         texts = [document for document in batch if isinstance(document.content, str)]
         names = [encoder.names_in(str(document.content)) for document in texts]
         for document, number in zip(texts, names, strict=True):
@@ -130,9 +132,9 @@ def _place(document: Document) -> str:
     return document.place or f"position {document.position}"
 
 
-def _pieces(work: Work, unit: int, accounts: Accounts) -> Iterator[Document]:
-    """The documents of a unit, as the tokenizer takes them; long texts in pieces."""
-    for item in find_source(work.source).read(work.spec, work.units[unit]):
+def pieces(items: Iterable[Item], accounts: Accounts) -> Iterator[Document]:
+    """What a source reads as the tokenizer takes it; long texts in pieces."""
+    for item in items:
         if isinstance(item, LeftOut | Noticed):
             accounts.add(item)
             continue

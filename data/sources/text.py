@@ -105,15 +105,6 @@ def read(spec: Any, unit: Any) -> Iterator[Item]:
     return read_unit(TextFile(*spec[share.file]), share)
 
 
-def all_documents(inputs: Sequence[str | Path], options: dict[str, Any]) -> Iterator[Document]:
-    """Every document of `inputs`, or piece of one, file by file."""
-    files, _ = describe_all(find_files(inputs).files, settings_of(options))
-    for number, file in enumerate(files):
-        for item in read_unit(file, Unit(number, 0, file.num_bytes, 0, 1)):
-            if isinstance(item, Document):
-                yield item
-
-
 def settings_of(options: dict[str, Any]) -> Settings:
     """DataError for an option or a value that is not allowed."""
     names = ("csv_separator", "csv_header", "csv_quoting", "csv_ragged")

@@ -7,6 +7,7 @@ the same command finds the data built, the stages done and the newest checkpoint
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from concurrent.futures import Future, wait
@@ -14,6 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from minilm.data.format.manifest import MANIFEST
 from minilm.model.export import weights_digest
@@ -22,7 +24,7 @@ from minilm.orchestrator.driver.prepare_data import prepare_data
 from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter, say_built
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
-from minilm.orchestrator.errors import RecipeErrors, Stopped
+from minilm.orchestrator.errors import InfrastructureError, RecipeErrors, Stopped
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
 from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.launch.liveness import Heartbeats
@@ -36,7 +38,10 @@ from minilm.orchestrator.stage.spec import StageSpec, StudentSpec, grouped
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.lease import Lease
 from minilm.orchestrator.system.signals import StopRequest
+from minilm.orchestrator.tracking.registry import check_rights
 from minilm.orchestrator.tracking.tracking import Tracking
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 
@@ -62,7 +67,9 @@ def run_recipe(
         line.show("looking at teachers and data", force=True)
 
         def fetch(reference: str) -> str:
-            return str(model_folder(parse_reference(reference), recipe, workdir))
+            folder = str(model_folder(parse_reference(reference), workdir, recipe))
+            log.info("%s is taken from %s", reference, folder)
+            return folder
 
         if launcher.is_here:
             check_device(recipe.compute)
@@ -87,8 +94,10 @@ def run_recipe(
             },
             recipe_file=recipe_file,
         )
+        tracking.datasets(inputs_of(data))
         driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, launcher, line, stop)
         try:
+            driver.check_rights()
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
         except Stopped:
             tracking.finish("KILLED")
@@ -111,6 +120,14 @@ def run_recipe(
         return summary
 
 
+def inputs_of(data: DataSpec) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """The data sets as MLflow lists inputs: (name, fingerprint, place, what else is known)."""
+    return [
+        (corpus.name, corpus.fingerprint, corpus.place, {"seq_len": data.seq_len, "weight": corpus.weight})
+        for corpus in data.corpora
+    ]
+
+
 @dataclass
 class Driver:
     """What the stages of one run have in common."""
@@ -124,6 +141,16 @@ class Driver:
     launcher: Launcher
     line: StatusLine
     stop: StopRequest
+
+    def check_rights(self) -> None:
+        """Raises `UserError` where a student that is left to train may not be registered; MLflow may be away."""
+        stages = [
+            stage for stage in self.recipe.stages if not self.workdir.stage(stage.name).published.exists()
+        ]
+        names = [self.recipe.registered_name(student.name) for stage in stages for student in stage.students]
+        if not self.tracking.num_pending:
+            with suppress(InfrastructureError):
+                check_rights(self.tracking.uri, names, patience_seconds=0.0)
 
     def run_stage(self, number: int) -> list[ModelEntry]:
         """Train and publish stage `number` (0-based) unless that is done; its teacher and students for the summary."""
@@ -140,7 +167,8 @@ class Driver:
             self.line.show(f"{label}  {text}", force=True, stage=stage.name, doing="publishing")
 
         run = self.tracking.stage(stage.name, {"stage": stage.model_dump(mode="json"), "digest": spec.digest})
-        run.follow([folder.step_metrics, folder.heldout_metrics])
+        self.tracking.datasets(inputs_of(self.data), stage.name)
+        run.follow([folder.step_metrics, folder.heldout_metrics, folder.system_metrics])
         try:
             done = read_json(folder.done)
             if done is None or done["digest"] != spec.digest:
@@ -158,11 +186,16 @@ class Driver:
     def make_spec(self, resolved: ResolvedStage) -> StageSpec:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
         recipe, compute, stage = self.recipe, self.recipe.compute, resolved.stage
-        teacher = model_folder(recipe.teacher_ref(stage), recipe, self.workdir)
+        teacher = model_folder(recipe.teacher_ref(stage), self.workdir, recipe)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
         sizes = resolved.students
-        fields["students"] = [s | {"ffn": sizes[s["name"]].ffn} for s in fields["students"]]
+        references = {student["name"]: student["init"] for student in fields["students"]}
+        starts = {name: weights_digest(Path(folder)) for name, folder in resolved.starts.items()}
+        fields["students"] = [
+            s | {"ffn": sizes[s["name"]].ffn, "init": starts.get(s["name"], s["init"])}
+            for s in fields["students"]
+        ]
         inputs = {
             "stage": fields | {"teacher": teacher_digest},
             "seed": recipe.seed,
@@ -185,7 +218,9 @@ class Driver:
                     heads=sizes[student.name].heads,
                     ffn=sizes[student.name].ffn,
                     dropout=student.dropout,
-                    init=student.init,
+                    init=references[student.name],
+                    start=resolved.starts.get(student.name, ""),
+                    start_digest=starts.get(student.name, ""),
                 )
                 for student in stage.students
             ),

@@ -14,7 +14,7 @@ from minilm.data.format.manifest import MANIFEST
 from minilm.data.storage.remote import is_remote
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.feed.corpora import describe
-from minilm.orchestrator.recipe.schema import TEXT_OPTIONS, Recipe
+from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.resolve.stages import corpus_spec
 from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec, QuarantineSpec
@@ -34,16 +34,13 @@ def prepare_data(
     data = recipe.data
     if data.text is not None:
         assert data.tokenizer is not None  # recipe.schema: text with a tokenizer
-        options = dict(data.options or {})
-        if data.source == "text":
-            options |= {name: getattr(data, name) for name in TEXT_OPTIONS}
         was_there = (workdir.data / MANIFEST).exists()
         report = import_data(
             text_inputs(data.text),
             fetch(data.tokenizer),
             workdir.data,
             source=data.source,
-            options=options,
+            options=data.source_options(),
             seq_len=data.seq_len,
             packing=data.packing,
             held_out=data.held_out,

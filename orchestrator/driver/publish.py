@@ -65,16 +65,23 @@ def publish(
         vocab_size=teacher.model.config.vocab_size,
     )
     entries = [entry(spec.teacher_name, "teacher", teacher, speeds[0], spec.teacher)]
+    final = {name: divergences(terms(heldout[-1].metrics, name)) for name in students}
     for number, ((name, encoder), speed) in enumerate(
         zip(students.items(), speeds[1:], strict=True), start=1
     ):
-        show(f"registering {recipe.name}-{name} ({number}/{len(students)})")
+        show(f"registering {recipe.registered_name(name)} ({number}/{len(students)})")
         registered = registry.register(
             tracking.uri,
-            f"{recipe.name}-{name}",
+            recipe.registered_name(name),
             folder.student(name),
             alias=recipe.tracking.alias,
-            tags={"minilm.stage_digest": spec.digest, "minilm.teacher": spec.teacher_name},
+            tags={
+                "minilm.stage_digest": spec.digest,
+                "minilm.teacher": spec.teacher_name,
+                "minilm.steps": str(spec.steps),
+                **registry.shape_tags(shape_of(encoder.model.config), count_parameters(encoder.model)),
+                **{f"minilm.{key}": f"{value:.4g}" for key, value in final[name].items()},
+            },
             run_id=run.run_id,
         )
         entries.append(
@@ -89,6 +96,8 @@ def publish(
                 registered=f"{registered.name} v{registered.version}",
             )
         )
+    compared = {f"{name}/{key}": value for name, values in final.items() for key, value in values.items()}
+    tracking.metrics(compared, spec.steps)
     run.finish()
     write_json(folder.published, {"digest": spec.digest, "models": [asdict(e) for e in entries]})
     return entries
@@ -118,6 +127,13 @@ def entry(
         registered=registered,
         folder=folder,
     )
+
+
+def divergences(by_term: dict[str, float]) -> dict[str, float]:
+    """As they are called in the registry and in the recipe's run: of each term, and their sum."""
+    return {f"heldout/{term}": value for term, value in by_term.items()} | {
+        "heldout_sum": sum(by_term.values())
+    }
 
 
 def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:

@@ -159,7 +159,7 @@ def build_reporter(line: StatusLine, stop: StopRequest) -> Callable[[BuildProgre
 
 def say_built(line: StatusLine, report: BuildReport) -> None:
     """What the build has found, once it is done."""
-    line.say(report.text(), event="built", report=report.as_dict())
+    line.say(f"the data set is built:\n{report.text()}", event="built", report=report.as_dict())
 
 
 def doing_text(beat: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,6 +18,10 @@ from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.system.text import one_line
 
 CONNECT_SECONDS = 10
+TOKEN_WANTED = (
+    "the Ray cluster at {} demands a token, and this environment has none or another one: set RAY_AUTH_MODE=token and "
+    "RAY_AUTH_TOKEN (`ray get-auth-token` prints it where the head was started)"
+)
 STOPPED = "stopped while Ray started; the same command goes on from here"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,6 +51,12 @@ class Cluster:
     def __init__(self, address: str | None, num_workers: int, record: Path):
         given = address or os.environ.get("RAY_ADDRESS")
         self.address = None if given in ("", "local") else given
+        if self.address and self.address.startswith(("http://", "https://")):
+            raise UserError(
+                f"{self.address} is a job server, which takes `ray job submit`; a run joins a cluster at HOST:PORT "
+                f"(port 6379 where `ray start --head` chose): give that as --address, or --address local for a cluster "
+                f"of the run's own"
+            )
         self.num_workers, self.record = num_workers, record
         self.connected = False
 
@@ -63,11 +74,19 @@ class Cluster:
             return
         for name, value in (ENVIRONMENT if self.is_joined else ENVIRONMENT | OWN_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
+        if self.address:
+            check_answers(self.address)
+        else:
+            # known to this cluster's processes only; Ray would write one into the home folder, where the next
+            # `ray start` finds it and demands it from then on
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         import ray
+        from ray.exceptions import AuthenticationError
+
+        from minilm.orchestrator.launch import ray_private
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self.address:
-            check_answers(self.address)
             options["address"] = self.address
         else:
             end_leftovers(self.record)
@@ -81,7 +100,14 @@ class Cluster:
             raise Stopped(STOPPED)
         others = descendants()
         try:
-            ray.init(**options)
+            if self.address:
+                ray_private.authenticate(self.address)
+                ray.init(**options)
+            else:
+                with ray_private.agent_at_a_free_port():
+                    ray.init(**options)
+        except AuthenticationError as error:
+            raise UserError(TOKEN_WANTED.format(self.address)) from error
         except (ConnectionError, RuntimeError, ValueError) as error:
             # no cluster, another version, a bad address
             raise InfrastructureError(
@@ -106,14 +132,12 @@ class Cluster:
 def note(processes: list[Process], record: Path) -> None:
     """Write the record that `end_leftovers` reads. It is never removed: it names a process such that no later one with
     its number is mistaken for it."""
-    with suppress(OSError):  # storage that is full or away: nothing is lost but 3 s of the next start
+    with suppress(OSError):  # storage that is full or away: those processes end by themselves
         write_json(record, [asdict(process) for process in processes])
 
 
 def end_leftovers(record: Path) -> None:
-    """End what is left of a killed driver's own cluster: Ray's agents look for their dead head for a minute, on the
-    port that the agents of the next cluster want, which wait 3 s for it.
-    """
+    """End what is left of a killed driver's own cluster: Ray's agents look for their dead head for a minute."""
     # an unreadable record, or one of another version or user: those processes exit on their own within a minute
     with suppress(OSError, ValueError, TypeError):
         end_all(Process(**fields) for fields in read_json(record) or [])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
 from minilm.orchestrator.launch.base import Launcher, LaunchOptions, Show, run_in_thread
+from minilm.orchestrator.launch.claims import Claim
 from minilm.orchestrator.launch.cluster import Cluster
 from minilm.orchestrator.launch.reservations import (
     cancel_reservations,
@@ -29,7 +30,7 @@ from minilm.orchestrator.launch.reservations import (
     note_reservation,
     noted_reservations,
 )
-from minilm.orchestrator.launch.resources import missing_resources, wait_for_resources
+from minilm.orchestrator.launch.resources import missing_resources, starved, wait_for_resources
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.malloc import malloc_environment
@@ -45,6 +46,10 @@ RESIZE_SECONDS = "MINILM_RESIZE_SECONDS"  # how often an elastic run looks for f
 NICENESS = "RAY_worker_niceness"  # of Ray, which every process of its workers reads
 KILL_SECONDS = 60
 MAX_ERROR_CHARS = 200
+JOB_STOP_SECONDS = (
+    "RAY_JOB_STOP_WAIT_TIME_S"  # which `ray job stop` waits; it goes into the job's runtime environment
+)
+FEW_SECONDS = 60  # for a step and a save
 
 
 class RayLauncher(Launcher):
@@ -54,6 +59,9 @@ class RayLauncher(Launcher):
         super().__init__(options, stop)
         self.cluster = Cluster(options.address, options.workers[1], options.run.cluster)
         self.resource = ""  # of which each worker takes one; decided by `allocate`
+        # nobody else is on a cluster of the run's own, and Ray's client can't ask which drivers live
+        shared = self.cluster.address is not None and not self.cluster.address.startswith("ray://")
+        self.claim = Claim(f"{Process.this()} in {options.run.root}") if shared else None
 
     @property
     def is_here(self) -> bool:
@@ -61,6 +69,7 @@ class RayLauncher(Launcher):
 
     def prepare(self, show: Show) -> None:
         if not self.cluster.connected:
+            warn_of_early_kill()
             show("starting Ray", True)
             self.cluster.connect(self.stop)
 
@@ -72,6 +81,7 @@ class RayLauncher(Launcher):
             grows=self.cluster.is_joined,
             stop=self.stop,
             show=show,
+            claim=self.claim,
         )
         # decided once, so that no worker takes a GPU that Ray has not given it
         device = "cuda" if self.resource == "GPU" else "cpu"
@@ -132,14 +142,24 @@ class RayLauncher(Launcher):
     ) -> Callable[[bool], str]:
         from minilm.orchestrator.launch.liveness import Supervisor
 
-        return Supervisor(
+        least = self.options.workers[0]
+        supervisor = Supervisor(
             spec,
             beats,
             wait_seconds=self.options.wait_seconds,
             kill=kill_worker,
-            lacking=lambda: missing_resources(self.resource, self.options.workers[0]),
+            lacking=lambda: (
+                missing_resources(self.resource, least) or starved(self.resource, least, self.claim)
+            ),
             say=say,
         )
+
+        def watch(stop_requested: bool) -> str:
+            if self.claim and beats.newest:
+                self.claim.resize(beats.newest["workers"])
+            return supervisor(stop_requested)
+
+        return watch
 
     def abandon(self, spec: StageSpec) -> None:
         """Workers that are not there can't end: without its cluster, `fit` ends with an error."""
@@ -166,7 +186,7 @@ class RayLauncher(Launcher):
                     self.cluster.connect(self.stop)
                     cancel_reservations(self.options.run)
         finally:
-            self.cluster.leave()
+            self.cluster.leave()  # Ray drops the claim's driver from its list
 
 
 def kill_worker(process: Process) -> bool:
@@ -190,6 +210,21 @@ def kill_worker(process: Process) -> bool:
             except Exception as error:  # whatever Ray raises for a node that goes away meanwhile
                 log.warning("%s could not be ended: %s", process, error)
     return False
+
+
+def warn_of_early_kill() -> None:
+    """Say under `ray job submit` that `ray job stop` will kill this driver, and so its workers, before they have saved.
+
+    Ray reads the time in the process that started this one, whose environment this one has.
+    """
+    seconds = os.environ.get(JOB_STOP_SECONDS, "3")
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and seconds.isdecimal() and int(seconds) < FEW_SECONDS:
+        log.warning(
+            "`ray job stop` will kill this run after %s s, saved or not; to let it save at its next step boundary, "
+            'submit it with --runtime-env-json \'{"env_vars": {"%s": "600"}}\'',
+            seconds,
+            JOB_STOP_SECONDS,
+        )
 
 
 def worker_environment() -> dict[str, str]:

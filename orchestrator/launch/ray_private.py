@@ -11,21 +11,70 @@ worker group       A resize ends healthy workers without a word: rank 0 is asked
                    elastic training, ray-project/ray#61115, restarts from the last checkpoint).
 coordinator        A dead driver's reservation lasts for 180 s, and no public call withdraws it
                    (ray-project/ray#64824 says so for Ray's own clients).
+agent port         `ray.init()` has no option for it, and starts its agent at port 52365, which `ray start --head` wants
+                   too: beside a local run a head then takes no job.
+claims             Ray has no public place for a few words that all drivers of a cluster read, short of an actor, which
+                   costs a process; nor a list of live drivers that needs no dashboard.
+token              Ray uses a token that lies ready for clusters that it finds, and not for an address. Without it, or
+                   with another one, `ray.init()` tries for 20 s and leaves the reason out of its error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import ray
+from ray._private.parameter import RayParams
+from ray._private.state import jobs
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
+from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.util.placement_group import NODE_ID_LABEL_KEY
 
+log = logging.getLogger(__name__)
+
 CANCEL_SECONDS = 10.0
+CLAIMS = "minilm-claims"  # our namespace of the cluster's key-value store
+
+
+@contextmanager
+def agent_at_a_free_port() -> Iterator[None]:
+    """A cluster that `ray.init()` starts meanwhile has its agent's HTTP server at any free port."""
+    theirs = RayParams.__init__
+    RayParams.__init__ = partialmethod(theirs, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        RayParams.__init__ = theirs
+
+
+def authenticate(address: str) -> None:
+    """Use the token that lies ready, if RAY_AUTH_MODE does not say otherwise; a cluster without tokens ignores it.
+
+    Raises `ray.exceptions.AuthenticationError` where the cluster at HOST:PORT demands another one.
+    """
+    has_token = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    if has_token and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray read it when it was imported
+    if not has_token and os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        raise AuthenticationError("there is no token")  # Ray's client would abort this process
+    if address.rpartition(":")[2].isdecimal() and "://" not in address:
+        try:
+            GcsClient(address=address)
+        except AuthenticationError:
+            raise
+        except Exception as error:  # whatever else is wrong there, `ray.init()` says it
+            log.debug("no look at %s: %s", address, error)
 
 
 class TrainCallback(ControllerCallback, WorkerGroupCallback):
@@ -79,3 +128,30 @@ def cancel_reservation(requester: str) -> None:
 
     coordinator = get_or_create_autoscaling_coordinator()
     ray.get(coordinator.cancel_request.remote(requester_id=requester), timeout=CANCEL_SECONDS)
+
+
+def own_job() -> str:
+    """The number of this driver's connection to the cluster, in hexadecimal; in an actor its driver's."""
+    return str(ray.get_runtime_context().get_job_id())
+
+
+def write_claim(text: str) -> None:
+    """Write what this driver claims, in place of what it claimed before."""
+    internal_kv._internal_kv_put(own_job(), text, namespace=CLAIMS)
+
+
+def remove_claim() -> None:
+    internal_kv._internal_kv_del(own_job(), namespace=CLAIMS)
+
+
+def read_claims() -> dict[str, str]:
+    """The claims of all connected drivers by job; those of dead ones are removed."""
+    alive = {job["JobID"] for job in jobs() if not job["IsDead"]}
+    claims = {}
+    for key in internal_kv._internal_kv_list("", namespace=CLAIMS):
+        job, text = key.decode(), internal_kv._internal_kv_get(key, namespace=CLAIMS)
+        if job not in alive:
+            internal_kv._internal_kv_del(key, namespace=CLAIMS)
+        elif text is not None:  # else withdrawn meanwhile
+            claims[job] = text.decode()
+    return claims

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
+from minilm.orchestrator.launch.claims import SETTLE_SECONDS, Claim
 from minilm.orchestrator.system.signals import StopRequest
 from minilm.orchestrator.system.text import duration, one_line
 
+WAITING = ("PENDING", "RESCHEDULING")  # of a placement group
 RELEASE_SECONDS = 10.0  # until Ray has taken back the resources of the stage before
 REMEDIES = {
     "GPU": "add nodes with GPUs, lower compute.workers or use --set compute.device=cpu",
@@ -21,9 +24,16 @@ def cluster_resources(*, free: bool = False) -> dict[str, float]:
     """The resources of all nodes by name: the total, or what is free. Raises `InfrastructureError` without a head."""
     import ray
 
-    try:
+    with answering():
         return ray.available_resources() if free else ray.cluster_resources()
-    except Exception as error:  # whatever Ray raises while its head is away
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Whatever Ray raises while its head is away becomes an `InfrastructureError`."""
+    try:
+        yield
+    except Exception as error:
         raise InfrastructureError(
             f"the Ray cluster does not answer ({one_line(error)}); the same command goes on"
         ) from error
@@ -44,11 +54,26 @@ def missing_resources(resource: str, least: int) -> str:
     return f"the Ray cluster has {total:g} {resource}, the recipe asks for {least}, one for each worker"
 
 
-def occupied(resource: str, least: int) -> str:
-    """How little of `resource` is free for `least` workers; "" if enough. Ray Train counts the total instead, and would
-    wait for ever."""
+def occupied(resource: str, least: int, claim: Claim | None = None) -> str:
+    """How little of `resource` is free for `least` workers, and who has the rest; "" if enough. Ray Train counts the
+    total instead, and would wait for ever. `claim`: of this run, where others may have theirs."""
     free = cluster_resources(free=True).get(resource, 0)
-    return "" if free >= least else f"{free:g} of {least} {resource} are free, others hold the rest"
+    with answering():
+        ahead = claim.ahead(resource) if claim else []
+    left = min(free, cluster_resources().get(resource, 0) - sum(places for _, places in ahead))
+    if left >= least:
+        return ""
+    holders = ", ".join(f"{places} held by {holder}" for holder, places in ahead)
+    return f"{max(left, 0):g} of {least} {resource} are free, {holders or 'others hold the rest'}"
+
+
+def starved(resource: str, least: int, claim: Claim | None = None) -> str:
+    """Workers that have been asked for and can't be placed, in words; "" if all have places, whoever asked."""
+    from ray.util import placement_group_table
+
+    with answering():
+        waiting = any(group["state"] in WAITING for group in placement_group_table().values())
+    return occupied(resource, least, claim) if waiting else ""
 
 
 def wait_for_resources(
@@ -59,8 +84,9 @@ def wait_for_resources(
     grows: bool,
     stop: StopRequest,
     show: Callable[[str, bool], None],
+    claim: Claim | None = None,
 ) -> str:
-    """The resource a worker takes, once enough of it is free; `show(text, force)` says what is waited for.
+    """The resource a worker takes, once enough of it is free and claimed; `show(text, force)` says what is waited for.
 
     A cluster that never `grows` is not waited for. Raises `UserError` when the cluster hasn't got it in time,
     `InfrastructureError` when others don't give it back or the cluster does not answer, `Stopped` on request.
@@ -69,9 +95,19 @@ def wait_for_resources(
     while True:
         resource = pick_resource(device, least)
         problem = missing_resources(resource, least)
-        busy = "" if problem else occupied(resource, least)
+        busy = "" if problem else occupied(resource, least, claim)
         if not (problem or busy):
-            return resource
+            if claim is None or claim.covers(resource, least):
+                return resource
+            with answering():
+                claim.make(resource, least, time.time())
+            time.sleep(SETTLE_SECONDS)
+            busy = occupied(resource, least, claim)
+            with answering():
+                if not busy:
+                    claim.confirm()
+                    return resource
+                claim.withdraw()
         waited = time.monotonic() - began
         if problem and (waited >= wait_seconds or not grows):
             raise UserError(f"{problem}; {REMEDIES[resource]}")

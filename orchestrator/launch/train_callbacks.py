@@ -19,6 +19,7 @@ from typing import Any
 import ray
 
 from minilm.orchestrator.errors import InfrastructureError
+from minilm.orchestrator.launch.claims import claimed_by_others
 from minilm.orchestrator.launch.ray_private import (
     TrainCallback,
     call_on_rank_zero,
@@ -130,7 +131,8 @@ class StageCallback(TrainCallback):
             log.warning("stage %s: the workers could not save before the resize: %s", self.spec.stage, error)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Lower the number of workers to the nodes that answer, unless the run would then have too few."""
+        """Lower the number of workers to the nodes that answer, and leave other runs what they claim, unless the run
+        would then have too few."""
         try:
             nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(self.resource)]
         except Exception as error:  # whatever Ray raises while its head is away
@@ -139,6 +141,8 @@ class StageCallback(TrainCallback):
         there = [node for node in nodes if answers(node)]
         self.silent_nodes = [node["NodeID"] for node in nodes if node not in there]
         available = sum(int(node["Resources"][self.resource]) for node in there)
+        with suppress(Exception):  # whatever Ray raises while its head is away
+            available -= claimed_by_others(self.resource)
         if self.least <= available < resize_decision.num_workers:
             resize_decision.num_workers = available
 

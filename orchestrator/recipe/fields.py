@@ -20,6 +20,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.references import VARIABLE, check_form
 from minilm.orchestrator.stage.folder import CHECKPOINT_SCHEMES
 
+INITIALIZATIONS = ("random", "teacher-layers")  # the model's own list, a test says
 URL_SCHEMES = ("s3", "gs", "https", "http", "file")  # the data layer reads from these, a test says
 
 
@@ -49,6 +50,15 @@ def _slug(value: Any) -> Any:
     return value
 
 
+def _alias(value: Any) -> Any:
+    text = _slug(value)
+    if text == "latest" or (text[0] == "v" and text[1:].isdecimal()):
+        raise ValueError(
+            "a name of a-z, 0-9, - and _ that MLflow does not keep for itself (latest, v1, v2, …)"
+        )
+    return text
+
+
 def _reference(value: Any) -> Any:
     if not isinstance(value, str) or VARIABLE.search(value):
         raise ValueError("a reference written as text")
@@ -56,6 +66,19 @@ def _reference(value: Any) -> Any:
         check_form(value)
     except UserError as error:
         raise ValueError(str(error).partition("allowed: ")[2]) from None
+    return value
+
+
+def _start(value: Any) -> Any:
+    if value in INITIALIZATIONS:
+        return value
+    try:
+        check_form(value if isinstance(value, str) and "/" in value else "")
+    except UserError:
+        raise ValueError(
+            f"{', '.join(INITIALIZATIONS)}, or a model to go on from: models:/NAME@ALIAS, models:/NAME/VERSION, a "
+            "folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME"
+        ) from None
     return value
 
 
@@ -160,7 +183,13 @@ Workers = Annotated[
 ]
 LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
+Alias = Annotated[Slug, BeforeValidator(_alias)]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
+Start = Annotated[
+    str,
+    BeforeValidator(_start),
+    WithJsonSchema({"anyOf": [{"enum": list(INITIALIZATIONS)}, {"type": "string"}]}),
+]
 CheckpointPlace = Annotated[str, BeforeValidator(_checkpoint_place)]
 LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
 LocalPath = Annotated[str, BeforeValidator(_local_path)]

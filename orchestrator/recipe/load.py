@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.recipe.changes import first_difference
+from minilm.orchestrator.recipe.fields import INITIALIZATIONS
 from minilm.orchestrator.recipe.missing import missing_inputs
 from minilm.orchestrator.recipe.references import VARIABLE, looks_like_path, package_path
 from minilm.orchestrator.recipe.rules import Problem, check_across, explain, follows_from_another
@@ -165,6 +166,9 @@ def _anchor_paths(source: Source) -> dict[str, str]:
     for i, stage in enumerate(stages):
         if isinstance(stage, dict) and "teacher" in stage:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)
+        for student, at in _raw_students(stage):
+            if student.get("init") not in INITIALIZATIONS and "init" in student:
+                anchor(student, "init", ("stages", i, *at, "init"), is_path=False)
     return as_written
 
 
@@ -195,11 +199,20 @@ def _absolute(text: str, base: Path, is_path: bool) -> str | None:
 
 def _student_names(stage: Any) -> set[str]:
     """Names of the students that a raw, perhaps malformed stage defines."""
+    named = [
+        student.get("name", stage.get("name") if at == ("student",) else None)
+        for student, at in _raw_students(stage)
+    ]
+    return {name for name in named if isinstance(name, str)}
+
+
+def _raw_students(stage: Any) -> list[tuple[dict[str, Any], KeyPath]]:
+    """The students in a raw, perhaps malformed stage, each with its path from there."""
     if not isinstance(stage, dict):
-        return set()
-    students = stage.get("students")
-    listed = students if isinstance(students, list) else []
-    names = [student.get("name") for student in listed if isinstance(student, dict)]
-    if isinstance(stage.get("student"), dict):
-        names.append(stage["student"].get("name", stage.get("name")))
-    return {name for name in names if isinstance(name, str)}
+        return []
+    listed = stage.get("students")
+    found: list[tuple[Any, KeyPath]] = [(stage.get("student"), ("student",))]
+    found += [
+        (student, ("students", i)) for i, student in enumerate(listed if isinstance(listed, list) else ())
+    ]
+    return [(student, at) for student, at in found if isinstance(student, dict)]

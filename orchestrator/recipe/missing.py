@@ -63,7 +63,7 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
 
 
 def _references(recipe: Recipe) -> list[tuple[str, str]]:
-    """Teachers and tokenizers, each with its key."""
+    """Teachers, tokenizers and the models that students start from, each with its key."""
     data = recipe.data
     references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
     references += [
@@ -71,7 +71,13 @@ def _references(recipe: Recipe) -> list[tuple[str, str]]:
         for corpus in data.corpora or ()
         if corpus.source_tokenizer
     ]
-    return references + [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
+    references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
+    return references + [
+        (f"stage {stage.name}, student {student.name}: init", student.starts_from)
+        for stage in recipe.stages
+        for student in stage.students
+        if student.starts_from
+    ]
 
 
 def _place(corpus: Corpus, data: Data) -> str:

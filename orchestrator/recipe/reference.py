@@ -44,7 +44,7 @@ def reference_text() -> str:
 
 def row(key: str, value: dict[str, Any], section: dict[str, Any], schema: dict[str, Any]) -> str:
     required = key in section.get("required", ())
-    default = value.get("default")
+    default = whole(value.get("default"))
     written = default if isinstance(default, str) else json.dumps(default)
     shown = "" if default is None else f"`{written}`"
     name = f"**`{key}`**" if required else f"`{key}`"
@@ -73,7 +73,10 @@ def allowed(value: dict[str, Any]) -> str:
         return f"a list of{number}: {allowed(value['items'])}"
     if kind in ("integer", "number"):
         word = "whole number" if kind == "integer" else "number"
-        bounds = [f"{sign} {value[key]:,}" for key, sign in BOUNDS.items() if key in value]
+        # a bound beyond any use keeps slips out, and needs no word
+        bounds = [
+            f"{sign} {whole(value[key]):,}" for key, sign in BOUNDS.items() if value.get(key, 1e9) < 1e9
+        ]
         return f"{word} {' and '.join(bounds)}".strip()
     if kind == "string":
         return "name of a-z, 0-9, - and _" if "pattern" in value else "text"
@@ -81,6 +84,11 @@ def allowed(value: dict[str, Any]) -> str:
         return "`true`, `false`"
     assert kind == "object", value
     return "keys and values"
+
+
+def whole(value: Any) -> Any:
+    """64 for 64.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def kind_of(value: dict[str, Any]) -> str:

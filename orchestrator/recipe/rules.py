@@ -59,7 +59,7 @@ def check_across(
             for problem in _heads(path, student, stage, teacher):
                 advice = _fitting(stages, index, i, teacher) if advise and _NOT_WHOLE in problem[1] else ""
                 yield problem[0], problem[1] + advice
-            heads = student.heads or teacher.heads
+            heads = _own_heads(student, teacher)
             sound = heads if heads and student.hidden % heads == 0 else None
             here[student.name] = _Known(student.layers, student.hidden, sound)
         stage_names.add(stage.name)
@@ -127,8 +127,13 @@ def _numbers(
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"
 
 
+def _own_heads(student: Student, teacher: _Known) -> int | None:
+    """A student's heads: its teacher's unless given, or those of the model it starts from, which is not known here."""
+    return student.heads or (None if student.starts_from else teacher.heads)
+
+
 def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> Iterator[Problem]:
-    heads = student.heads or teacher.heads
+    heads = _own_heads(student, teacher)
     if heads and student.hidden % heads:
         key = "heads" if student.heads else "hidden"
         given = student.heads or student.hidden
@@ -143,7 +148,7 @@ def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> It
 
 def _relation_heads(at: KeyPath, stage: Stage, teacher: _Known) -> Iterator[Problem]:
     given = stage.relation_heads
-    sizes = {s.name: s.hidden for s in stage.students if s.hidden % (s.heads or teacher.heads or 1) == 0}
+    sizes = {s.name: s.hidden for s in stage.students if s.hidden % (_own_heads(s, teacher) or 1) == 0}
     sizes |= {stage.teacher: teacher.hidden} if teacher.hidden else {}
     common = math.gcd(*sizes.values())
     if given and common % given:
@@ -158,7 +163,7 @@ def _fitting(stages: Mapping[int, Stage], index: int, place: int, teacher: _Know
     nothing is wrong with it, and nothing more with the others."""
     stage = stages[index]
     student = stage.students[place]
-    heads = student.heads or teacher.heads or 1
+    heads = _own_heads(student, teacher) or 1
     unit = math.lcm(heads, stage.relation_heads or 1)
     sizes = sorted(
         (unit * n for n in range(1, student.hidden // unit + 3)), key=lambda n: abs(n - student.hidden)

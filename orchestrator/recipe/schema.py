@@ -22,6 +22,8 @@ from pydantic import (
 
 from minilm.model.loss.catalogue import OBJECTIVES, RELATION_FIELDS
 from minilm.orchestrator.recipe.fields import (
+    INITIALIZATIONS,
+    Alias,
     Betas,
     CheckpointPlace,
     Count,
@@ -43,6 +45,7 @@ from minilm.orchestrator.recipe.fields import (
     SequenceLength,
     Share,
     Slug,
+    Start,
     TextPaths,
     ThreadsOrAuto,
     Width,
@@ -184,6 +187,11 @@ class Data(_Section):
     max_quarantined_share: Fraction = 0.001
     """Of a data set's rows; more damage ends the run."""
 
+    def source_options(self) -> dict[str, Any]:
+        """What the source of `text` is asked for, by its names of the options."""
+        own = {name: getattr(self, name) for name in TEXT_OPTIONS} if self.source == "text" else {}
+        return dict(self.options or {}) | own
+
     @model_validator(mode="before")
     @classmethod
     def _one_data_set_is_short_for_corpora(cls, given: Any) -> Any:
@@ -271,9 +279,15 @@ class Student(_Section):
     """Attention heads; default: the teacher's."""
     dropout: Fraction = 0.1
     """Dropout of the student while it trains."""
-    init: Literal["random", "teacher-layers"] = "random"
-    """How the weights start: random, or teacher-layers: a uniform pick of the teacher's layers, sliced where
-    the student is narrower."""
+    init: Start = "random"
+    """How the weights start: random; teacher-layers: a uniform pick of the teacher's layers, sliced where
+    the student is narrower; or a model of this very shape that training goes on from: `models:/NAME@ALIAS`,
+    `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
+
+    @property
+    def starts_from(self) -> str | None:
+        """The reference of the model that it goes on from; None where `init` names a method."""
+        return None if self.init in INITIALIZATIONS else self.init
 
 
 class RelationTerm(_Section):
@@ -367,6 +381,7 @@ class Stage(_Section):
             "students"
         ]:  # the digest of a stage has the size that the teacher's family gives
             student["ffn"] = student["ffn"] or 4 * student["hidden"]
+            student["init"] = self._as_written.get(student["init"], student["init"])
         fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
         return fields
 
@@ -423,8 +438,8 @@ class Tracking(_Section):
     per_head: bool = False
     """Log each relation's divergence by head too, as STUDENT/TERM/head-01 and so on; at the steps of points, that is
     one forward pass of the loss more."""
-    alias: Slug = "newest"
-    """Alias that the registered students get."""
+    alias: Alias = "newest"
+    """Alias that the registered students get; MLflow keeps latest, v1, v2 and so on for itself."""
 
 
 class Recipe(_Section):
@@ -471,6 +486,10 @@ class Recipe(_Section):
     def student_names(self) -> tuple[str, ...]:
         """All students in the order of their stages."""
         return tuple(student.name for stage in self.stages for student in stage.students)
+
+    def registered_name(self, student: str) -> str:
+        """What a student is called in the model registry."""
+        return f"{self.name}-{student}"
 
     def result_fields(self) -> dict[str, Any]:
         """Everything in the recipe that determines the result, as JSON values in canonical form.

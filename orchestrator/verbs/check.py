@@ -74,6 +74,7 @@ def problems_here(recipe: Recipe) -> list[str]:
     from minilm.orchestrator.resolve.folders import folder_here
 
     references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
+    references |= {s.starts_from for stage in recipe.stages for s in stage.students if s.starts_from}
     references |= {recipe.data.tokenizer} if recipe.data.tokenizer else set()
     data_sets = [corpus.shards or f"{corpus.tokens}.bin" for corpus in recipe.data.corpora or ()]
     with suppress(UserError):  # a folder without a model: `resolve` says so

@@ -30,12 +30,16 @@ def finish_stage(
         progress(number, len(spec.students))
         encoder = distiller.students[student.name]
         folder = stage.student(student.name)
+        start = (
+            {"Started from": f"{student.init} (weights {student.start_digest[:12]})"} if student.start else {}
+        )
         card = model_card(
             student.name,
             encoder.model,
             trained=encoder.trained_parameters(),
             teacher=f"{spec.teacher_name}, layer {spec.teacher_layer}",
-            facts={
+            facts=start
+            | {
                 "Objective": spec.objective["name"],
                 "Steps": f"{spec.steps:,} of {spec.batch} rows x {spec.data.seq_len} tokens",
                 "Peak learning rate": f"{spec.learning_rate.peak_lr:g}",

@@ -16,6 +16,7 @@ from minilm.orchestrator.stage.metrics_file import MetricsFile
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.lease import Fence
+from minilm.orchestrator.system.machine_load import MachineLoad
 from minilm.orchestrator.system.processes import Process
 from minilm.orchestrator.system.timer import Timer
 
@@ -33,6 +34,8 @@ class MetricLogger:
         self.folder, self.process = StageFolder(Path(spec.folder)), Process.this()
         self.step_metrics = MetricsFile(self.folder.step_metrics) if writes else None
         self.heldout_metrics = MetricsFile(self.folder.heldout_metrics) if writes else None
+        self.system_metrics = MetricsFile(self.folder.system_metrics) if writes else None
+        self.load = MachineLoad()
         self.heartbeat_timer = Timer(HEARTBEAT_SECONDS, at_once=True)
         self.doing = ""
         self.metrics: dict[str, float] = {}
@@ -50,7 +53,7 @@ class MetricLogger:
         self.waited += time.perf_counter() - start
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log `metrics` after `step` updates, with the speed since the last call.
+        """Log `metrics` after `step` updates, with the speed and this machine's load since the last call.
 
         `input_wait_share` is the share of that time which was spent waiting for rows.
         """
@@ -60,6 +63,8 @@ class MetricLogger:
         if self.step_metrics:
             self.fence.check()
             self.step_metrics.append(step, self.metrics)
+        if self.system_metrics:
+            self.system_metrics.append(step, self.load.read())
 
     def speed(self, step: int, seconds: float) -> dict[str, float]:
         rows_per_second = (step - self.since_step) * self.spec.batch / seconds
@@ -102,6 +107,6 @@ class MetricLogger:
             write_json(self.folder.heartbeat, beat, durable=False)
 
     def close(self) -> None:
-        for file in (self.step_metrics, self.heldout_metrics):
+        for file in (self.step_metrics, self.heldout_metrics, self.system_metrics):
             if file:
                 file.close()
