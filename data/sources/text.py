@@ -273,7 +273,8 @@ def units(file: TextFile, number: int) -> list[Unit]:
     if _in_ranges(file):
         starts = range(0, file.num_bytes, _RANGE_BYTES)
         return [Unit(number, s, min(s + _RANGE_BYTES, file.num_bytes), 0, 1) for s in starts]
-    num_parts = min(_MAX_PARTS, max(1, math.ceil(file.num_bytes / (_RANGE_BYTES // 2))))
+    part = _RANGE_BYTES // (8 if file.packer else 2)  # a packed byte is several of text
+    num_parts = min(_MAX_PARTS, max(1, math.ceil(file.num_bytes / part)))
     return [Unit(number, 0, file.num_bytes, part, num_parts) for part in range(num_parts)]
 
 
