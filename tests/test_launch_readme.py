@@ -23,6 +23,9 @@ from tests.typed import Shell, blocks
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 RUN = "minilm run recipes/quickstart.yaml"
+CONNECT = "import os, signal, time, ray, minilm.orchestrator.launch.ray_private as private; ray.init('auto')"
+KILLED = "private.write_claim('mine'); print(private.read_claims()); os.kill(os.getpid(), signal.SIGKILL)"
+LOOK = "[time.sleep(1) for _ in range(60) if private.read_claims()]; print(private.read_claims())"
 START, SUBMIT = blocks(ROOT / "README.md", "On a cluster")[0]
 USE_TOKENS = blocks(ROOT / "README.md", "On a cluster")[1]
 
@@ -100,6 +103,10 @@ def test_of_two_runs_that_want_the_same_place_one_waits_for_all_stages_of_the_ot
         shell.type("wait")
         logs = {name: (tmp_path / f"{name}.log").read_text() for name in ("a", "b")}
         assert [(tmp_path / f"{name}.code").read_text() for name in logs] == ["0\n", "0\n"], logs
+        assert "{'" in shell.type(f'python -c "{CONNECT}; {KILLED}" 2> /dev/null', expect=137)
+        assert shell.type(f'python -c "{CONNECT}; {LOOK}" 2> /dev/null') == "{}\n", (
+            "a dead driver's ends with it"
+        )
     waited = [name for name, log in logs.items() if "waiting for the cluster" in log]
     assert len(waited) == 1, logs
     (first,) = {"a", "b"} - set(waited)
