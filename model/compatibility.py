@@ -6,6 +6,7 @@ given, so that the two agree.
 
 from minilm.model.encoder.initialize import check_start, picked_layers
 from minilm.model.encoder.shape import EncoderShape, student_shape
+from minilm.model.encoder.warm_start import started_shape
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
 
@@ -27,11 +28,20 @@ def fit_student(
     ffn: int | None = None,
     layer: int | str = "last",
     init: str = "random",
+    start: EncoderShape | None = None,
 ) -> EncoderShape:
-    """The shape of a student of these sizes, checked: `student_shape`, then `check_student`."""
+    """The shape of a student of these sizes, checked: `student_shape`, then `check_student`.
+
+    start: of the model whose weights it begins with, instead of `init`; see `started_shape`.
+    """
     head = objective.needs_head
     try:
-        student = student_shape(teacher, layers=layers, hidden=hidden, heads=heads, ffn=ffn, has_head=head)
+        if start is not None:
+            student = started_shape(teacher, start, layers=layers, hidden=hidden, heads=heads, ffn=ffn)
+        else:
+            student = student_shape(
+                teacher, layers=layers, hidden=hidden, heads=heads, ffn=ffn, has_head=head
+            )
     except ModelError as error:
         raise ModelError(f"student {name!r}: {error}") from None
     check_student(name, objective, teacher, student, layer=layer, init=init)

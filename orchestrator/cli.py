@@ -9,26 +9,41 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
+import json
 import logging
 import os
 import select
 import sys
+import traceback
 
 from minilm.data.errors import DataError
 from minilm.model.errors import ModelError
-from minilm.orchestrator.errors import RecipeErrors, UserError
+from minilm.orchestrator.errors import RecipeErrors, Stopped, UserError
+from minilm.orchestrator.verbs.about import Version, add_completion, add_list
+from minilm.orchestrator.verbs.arguments import Parser, add_group, add_verbs
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
 from minilm.orchestrator.verbs.data import add_data_verbs
-from minilm.orchestrator.verbs.models import add_promote, add_pull
+from minilm.orchestrator.verbs.evaluate import add_evaluate
+from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
 from minilm.orchestrator.verbs.plan import add_plan
 from minilm.orchestrator.verbs.run import add_run
+from minilm.orchestrator.verbs.status import add_status
+
+LOG_LEVELS = (logging.NOTSET, logging.INFO, logging.DEBUG)  # by number of -v; NOTSET: the root's, warnings
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever a file is called: printing never fails
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            return run_verb(parser().parse_args(arguments))
+            options, unknown = parser().parse_known_args(arguments)
+            if unknown:
+                options.parser.refuse_unknown(unknown)
+            return run_verb(options)
         finally:
             print(end="", flush=True)  # or what is left would fail behind our back, when the interpreter ends
     except BrokenPipeError:
@@ -47,19 +62,16 @@ def nobody_reads() -> bool:
 
 def run_verb(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("minilm").setLevel(LOG_LEVELS[min(options.verbose, 2)])
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         return int(options.run(options) or 0)
     except RecipeErrors as error:
-        for problem in error.problems:
-            print(f"minilm: error: {problem}", file=sys.stderr)
-        return error.exit_code
+        return end(options, error.exit_code, *error.problems)
     except UserError as error:
-        print(f"minilm: {'stopped' if error.exit_code == 3 else 'error'}: {error}", file=sys.stderr)
-        return error.exit_code
+        return end(options, error.exit_code, str(error))
     except (DataError, ModelError) as error:
-        print(f"minilm: error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return end(options, UserError.exit_code, str(error))
     except KeyboardInterrupt:
         print("minilm: stopped; the same command goes on or starts again", file=sys.stderr)
         return 130
@@ -67,24 +79,46 @@ def run_verb(options: argparse.Namespace) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" at {error.filename}" if error.filename else ""
-        print(
-            f"minilm: error: no space left on the disk{where}; free some and run the same command again",
-            file=sys.stderr,
-        )
-        return UserError.exit_code
+        text = f"no space left on the disk{where}; free some and run the same command again"
+        return end(options, UserError.exit_code, text)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="minilm", description="Distil a Transformer encoder into a small one.")
-    verbs = top.add_subparsers(title="verbs", required=True, metavar="VERB")
+def end(options: argparse.Namespace, exit_code: int, *problems: str) -> int:
+    """Say what went wrong, a line a problem and for programs one object, and return the exit code."""
+    word = "stopped" if exit_code == Stopped.exit_code else "error"
+    if options.verbose > 1:
+        traceback.print_exc()
+    for problem in problems:
+        print(f"minilm: {word}: {problem}", file=sys.stderr)
+    if getattr(options, "json", False):
+        print(json.dumps({"event": word, "exit_code": exit_code, "problems": problems}, ensure_ascii=False))
+    return exit_code
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="minilm",
+        description="Distil a Transformer encoder into a small one.",
+        epilog="`minilm VERB --help` has examples. Pages: docs/README.md.",
+    )
+    top.add_argument("--version", action=Version)
+    verbs = add_verbs(top)
 
     add_run(verbs)
     add_check(verbs)
     add_plan(verbs)
-    add_data_verbs(verbs.add_parser("data", help="build, import, look at and care for data sets"))
-    add_bench_verbs(verbs.add_parser("bench", help="measure this machine: the loss, a step, the stream"))
+    add_status(verbs)
+    add_list(verbs)
+    build = "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books"
+    what = "build, import, look at and care for data sets"
+    add_data_verbs(add_group(verbs, "data", what, build, "minilm data inspect books"))
+    what = "measure this machine: the loss, a step, the stream"
+    add_bench_verbs(add_group(verbs, "bench", what, "minilm bench step", "minilm bench stream --json"))
+    add_evaluate(verbs)
     add_pull(verbs)
     add_promote(verbs)
+    add_register(verbs)
+    add_completion(verbs, top)
     return top
 
 

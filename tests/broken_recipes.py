@@ -1,23 +1,23 @@
-"""Overrides that break a recipe, each with what is said of it (test_resolve_broken_recipes.py).
+"""Overrides that break a recipe, each with what is said of it, and what a reader makes of it.
 
-`FILE` is the recipe, «name» a folder of the test.
+Of test_resolve_broken_recipes.py. `FILE` is the recipe, «name» a folder or file of the test.
 """
 
 ROWS: list[tuple[list[str], str]] = [
     (
         ["name="],
-        "--set: name: given nothing; allowed: a name of a-z, 0-9, - and _, not a number alone, "
-        "63 characters at most",
+        "--set: name: given nothing; allowed: a name of a-z, 0-9, - and _, not a number alone, 63"
+        " characters at most",
     ),
     (
         ["name=a b"],
-        "--set: name: given 'a b'; allowed: a name of a-z, 0-9, - and _, not a number alone, "
-        "63 characters at most",
+        "--set: name: given 'a b'; allowed: a name of a-z, 0-9, - and _, not a number alone, 63 "
+        "characters at most",
     ),
     (
         ["name=null"],
-        "--set: name: given nothing; allowed: a name of a-z, 0-9, - and _, not a number alone, "
-        "63 characters at most",
+        "--set: name: given nothing; allowed: a name of a-z, 0-9, - and _, not a number alone, 63"
+        " characters at most",
     ),
     (
         ["nam=x"],
@@ -25,19 +25,19 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["seed=-1"],
-        "--set: seed: given -1; allowed: greater than or equal to 0",
+        "--set: seed: given -1; allowed: a whole number from 0 to 2^63 - 1",
     ),
     (
         ["seed=x"],
-        "--set: seed: given 'x'; allowed: a whole number",
+        "--set: seed: given 'x'; allowed: a whole number from 0 to 2^63 - 1",
     ),
     (
         ["seed=1.5"],
-        "--set: seed: given 1.5; allowed: a whole number",
+        "--set: seed: given 1.5; allowed: a whole number from 0 to 2^63 - 1",
     ),
     (
         ["data.seq_len=0"],
-        "--set: data.seq_len: given 0; allowed: greater than or equal to 8",
+        "--set: data.seq_len: given 0; allowed: a whole number from 8 to 65536",
     ),
     (
         ["data.seq_len=65"],
@@ -46,15 +46,15 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.seq_len=many"],
-        "--set: data.seq_len: given 'many'; allowed: a whole number",
+        "--set: data.seq_len: given 'many'; allowed: a whole number from 8 to 65536",
     ),
     (
         ["data.held_out=1.5"],
-        "--set: data.held_out: given 1.5; allowed: less than or equal to 0.5",
+        "--set: data.held_out: given 1.5; allowed: a number above 0, at most 0.5",
     ),
     (
         ["data.held_out=0"],
-        "--set: data.held_out: given 0; allowed: greater than 0",
+        "--set: data.held_out: given 0; allowed: a number above 0, at most 0.5",
     ),
     (
         ["data.packing=sentence"],
@@ -64,26 +64,29 @@ ROWS: list[tuple[list[str], str]] = [
         ["data.tokeniser=x"],
         "--set: data.tokeniser: unknown key; did you mean 'tokenizer'?; allowed: corpora, "
         "shards, tokens, source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, "
-        "packing, held_out, text_field, source, options, window, cache, cache_gigabytes, "
+        "packing, held_out, text_field, line_documents, invalid_utf8, csv_separator, csv_header, csv_quoting, "
+        "csv_ragged, special_tokens, allow_skipped, source, options, window, cache, cache_gigabytes, "
         "on_corrupt, max_quarantined_share",
     ),
     (
         ["data.tokenizer=null"],
-        "FILE:2: data: given a mapping; allowed: text: FILES with tokenizer: REFERENCE, the teacher's own",
+        "FILE:2: data: given the keys text, seq_len, held_out; allowed: text: FILES with "
+        "tokenizer: REFERENCE, the teacher's own",
     ),
     (
         ["data.text=null"],
-        "FILE:2: data: given a mapping; allowed: either shards: FOLDER, tokens: PREFIX or a "
-        "list of such, or text: FILES with tokenizer: REFERENCE",
+        "FILE:2: data: given the keys tokenizer, seq_len, held_out; allowed: either shards: "
+        "FOLDER, tokens: PREFIX or a list of such, or text: FILES with tokenizer: REFERENCE",
     ),
     (
         ["data.shards=«shards»"],
-        "FILE:2: data: given a mapping; allowed: either shards: FOLDER, tokens: PREFIX or a "
-        "list of such, or text: FILES with tokenizer: REFERENCE",
+        "FILE:2: data: given the keys text, tokenizer, seq_len, held_out, shards; allowed: either"
+        " shards: FOLDER, tokens: PREFIX or a list of such, or text: FILES with tokenizer: "
+        "REFERENCE",
     ),
     (
         ["data.window=0"],
-        "--set: data.window: given 0; allowed: greater than or equal to 1",
+        "--set: data.window: given 0; allowed: a whole number from 1 to 1e9",
     ),
     (
         ["data.on_corrupt=ignore"],
@@ -91,12 +94,12 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.max_quarantined_share=2"],
-        "--set: data.max_quarantined_share: given 2; allowed: less than 1",
+        "--set: data.max_quarantined_share: given 2; allowed: a number of at least 0 and below 1",
     ),
     (
         ["data.tokenizer=«other-tokenizer»"],
-        "FILE: stage assistant: the data's vocabulary has 63 tokens, the teacher knows 61; "
-        "make the data with the teacher's tokenizer",
+        "FILE: stage assistant: the data's vocabulary has 63 tokens, the teacher knows 61; make "
+        "the data with the teacher's tokenizer (data.tokenizer: «teacher»)",
     ),
     (
         ["data.tokenizer=«empty»"],
@@ -105,7 +108,7 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.cache_gigabytes=-1"],
-        "--set: data.cache_gigabytes: given -1; allowed: greater than 0",
+        "--set: data.cache_gigabytes: given -1; allowed: a number above 0, at most 1e9",
     ),
     (
         ["stages=[]"],
@@ -118,13 +121,14 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.teacher=small"],
-        "--set: stages.0.teacher: given 'small', a student defined only later; move the stage "
-        "that makes it up, above this",
+        "--set: stages.0.teacher: given 'small', and so a cycle of teachers: small → assistant → "
+        "small; allowed in one of these stages: a teacher from elsewhere, as OWNER/NAME or "
+        "./FOLDER",
     ),
     (
         ["stages.small.teacher=small"],
-        "--set: stages.1.teacher: given 'small', this stage's own student; allowed: a student "
-        "of an earlier stage",
+        "--set: stages.1.teacher: given 'small', this stage's own student; allowed: a student of "
+        "an earlier stage",
     ),
     (
         ["stages.small.name=assistant"],
@@ -150,9 +154,9 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.teacher=«broken»"],
-        "FILE: stage assistant: cannot read the config of «broken» (It looks like the config "
-        "file at '«broken»/config.json' is not a valid JSON file.); give a folder with a "
-        "config.json, or a hub id that this machine can reach",
+        "FILE: stage assistant: cannot read the config of «broken» (It looks like the config file"
+        " at '«broken»/config.json' is not a valid JSON file.); give a folder with a config.json,"
+        " or a hub id that this machine can reach",
     ),
     (
         ["stages.assistant.teacher=«empty»"],
@@ -167,14 +171,14 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.teacher=«small-vocabulary»"],
-        "FILE: stage assistant: the data's vocabulary has 61 tokens, the teacher knows 20; "
-        "make the data with the teacher's tokenizer",
+        "FILE: stage assistant: the data's vocabulary has 61 tokens, the teacher knows 20; make "
+        "the data with the teacher's tokenizer (data.tokenizer: «small-vocabulary»)",
     ),
     (
         ["stages.assistant.teacher=«other-tokenizer»"],
         "FILE: stage assistant: the data's tokenizer is another one than the teacher's in "
-        "«other-tokenizer» (the same ids would mean other tokens); make the data with "
-        "`--tokenizer «other-tokenizer»`",
+        "«other-tokenizer» (the same ids would mean other tokens); give that as data.tokenizer, or "
+        "make the data with `--tokenizer «other-tokenizer»`",
     ),
     (
         ["stages.assistant.teacher=models:/x"],
@@ -183,8 +187,8 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.teacher=ftp://x/y"],
         "--set: stages.0.teacher: given 'ftp://x/y'; allowed: an earlier student's name, "
-        "models:/NAME@ALIAS, models:/NAME/VERSION, package:IMPORT_NAME/PATH, a folder (/…, "
-        "./…, ../…, ~/…) or a hub id OWNER/NAME",
+        "models:/NAME@ALIAS, models:/NAME/VERSION, package:IMPORT_NAME/PATH, a folder (/…, ./…, "
+        "../…, ~/…) or a hub id OWNER/NAME",
     ),
     (
         ["stages.assistant.teacher_layer=99"],
@@ -204,50 +208,61 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.layers=0"],
-        "--set: stages.0.student.layers: given 0; allowed: greater than or equal to 1",
+        "--set: stages.0.student.layers: given 0; allowed: a whole number from 1 to 1000",
     ),
     (
         ["stages.assistant.student.layers=2.5"],
-        "--set: stages.0.student.layers: given 2.5; allowed: a whole number",
+        "--set: stages.0.student.layers: given 2.5; allowed: a whole number from 1 to 1000",
     ),
     (
         ["stages.assistant.student.hidden=25"],
-        "FILE: stage assistant: student 'assistant': 4 heads do not divide hidden size 25; "
-        "give a multiple of 4, or other heads",
+        "FILE: stage assistant: student 'assistant': 4 heads do not divide hidden size 25; give a"
+        " multiple of 4, or with relation_heads other heads",
     ),
     (
         ["stages.small.student.hidden=25"],
         "FILE: stage small: student 'small': 4 heads do not divide hidden size 25; give a "
-        "multiple of 4, or other heads",
+        "multiple of 4, or with relation_heads other heads",
     ),
     (
         ["stages.assistant.student.heads=5"],
-        "FILE:22: stages.1.student.hidden: given 24; allowed: heads that divide hidden (24 / 5 "
-        "is not whole); hidden: 25 would do\n--set: stages.0.student.heads: given 5; allowed: "
-        "heads that divide hidden (24 / 5 is not whole); heads: 4 would do",
+        "--set: stages.0.student.heads: given 5; allowed: heads that divide hidden (24 / 5 is not"
+        " whole); hidden: 25 would do if the teacher has 5 heads; if not, leave heads out",
     ),
     (
         ["stages.assistant.student.heads=2"],
-        "FILE: stage assistant: student 'assistant': the teacher has 4 heads and the student "
-        "2; give both the same number, or set relation_heads to divide 48 and 24",
+        "FILE: stage assistant: student 'assistant': the teacher has 4 heads and the student 2; "
+        "give both the same number, or set relation_heads to divide 48 and 24",
     ),
     (
         ["stages.small.student.heads=2"],
-        "FILE: stage small: student 'small': the teacher has 4 heads and the student 2; give "
-        "both the same number, or set relation_heads to divide 24 and 24",
+        "FILE: stage small: student 'small': the teacher has 4 heads and the student 2; give both"
+        " the same number, or set relation_heads to divide 24 and 24",
     ),
     (
         ["stages.assistant.student.dropout=1"],
-        "--set: stages.0.student.dropout: given 1; allowed: less than 1",
+        "--set: stages.0.student.dropout: given 1; allowed: a number of at least 0 and below 1",
     ),
     (
         ["stages.assistant.student.init=teacher"],
-        "--set: stages.0.student.init: given 'teacher'; allowed: 'random' or 'teacher-layers'",
+        "--set: stages.0.student.init: given 'teacher'; allowed: random, teacher-layers, or a model to go on from: "
+        "models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub "
+        "id OWNER/NAME",
+    ),
+    (
+        ["stages.assistant.student.init=«teacher»"],
+        "FILE: stage assistant: student 'assistant': given hidden: 24, and the model that it starts from has hidden: "
+        "48; give hidden: 48",
+    ),
+    (
+        ["stages.assistant.student.init=«modernbert»", "stages.assistant.student.hidden=48"],
+        "FILE: stage assistant: student 'assistant': it starts from a modernbert and learns from a bert; start from a "
+        "model of the teacher's family",
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.layers=4"],
-        "FILE: stage assistant: student 'assistant': 4 student layers cannot start from 3 "
-        "teacher layers; give 3 or fewer, or start at random",
+        "FILE: stage assistant: student 'assistant': 4 student layers cannot start from 3 teacher"
+        " layers; give 3 or fewer, or start at random",
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.hidden=96"],
@@ -256,8 +271,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.ffn=400"],
-        "FILE: stage assistant: student 'assistant': a feed-forward size of 400 cannot start "
-        "from the teacher's 192; give 192 or less, or start at random",
+        "FILE: stage assistant: student 'assistant': a feed-forward size of 400 cannot start from"
+        " the teacher's 192; give 192 or less, or start at random",
     ),
     (
         [
@@ -265,13 +280,13 @@ ROWS: list[tuple[list[str], str]] = [
             "stages.assistant.student.heads=2",
             "stages.assistant.relation_heads=4",
         ],
-        "FILE: stage assistant: student 'assistant': 2 student heads cannot start from 4 "
-        "teacher heads; give both the same number",
+        "FILE: stage assistant: student 'assistant': 2 student heads cannot start from 4 teacher "
+        "heads; give both the same number",
     ),
     (
         ["stages.small.student.init=teacher-layers", "stages.small.student.layers=4"],
-        "FILE: stage small: student 'small': 4 student layers cannot start from 3 teacher "
-        "layers; give 3 or fewer, or start at random",
+        "FILE: stage small: student 'small': 4 student layers cannot start from 3 teacher layers;"
+        " give 3 or fewer, or start at random",
     ),
     (
         [
@@ -284,18 +299,18 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.hidden=20"],
-        "FILE: stage assistant: student 'assistant': hidden size 20 gives 4 heads of an odd "
-        "size, 5, and modernbert rotates their dimensions in pairs; choose a multiple of 8",
+        "FILE: stage assistant: student 'assistant': hidden size 20 gives 4 heads of an odd size,"
+        " 5, and modernbert rotates their dimensions in pairs; choose a multiple of 8",
     ),
     (
         ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.layers=5"],
-        "FILE: stage assistant: student 'assistant': a modernbert student has at most the "
-        "layers of its teacher, 4, not 5",
+        "FILE: stage assistant: student 'assistant': a modernbert student has at most the layers "
+        "of its teacher, 4, not 5",
     ),
     (
         ["stages.assistant.teacher=«modernbert»", "stages.assistant.teacher_layer=2"],
-        "FILE: stage assistant: layer 2 of this modernbert attends to a window only; tap one "
-        "that sees all: 1, 4",
+        "FILE: stage assistant: layer 2 of this modernbert attends to a window only; tap one that"
+        " sees all: 1, 4",
     ),
     (
         ["stages.assistant.teacher=«mpnet»", "stages.assistant.relation_heads=6"],
@@ -305,19 +320,19 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.objective=soft-label-mlm", "stages.assistant.teacher=«headless»"],
         "FILE: stage assistant: soft labels need a masked-language-model head, and the teacher "
-        "has none; give a model that was saved with its head, or an objective of relations, "
-        "such as minilm",
+        "has none; give a model that was saved with its head, or an objective of relations, such "
+        "as minilm",
     ),
     (
         ["stages.small.objective=soft-label-mlm"],
         "FILE: stage small: soft labels need a masked-language-model head, and the teacher has "
-        "none; give a model that was saved with its head, or an objective of relations, such "
-        "as minilm",
+        "none; give a model that was saved with its head, or an objective of relations, such as "
+        "minilm",
     ),
     (
         ["stages.assistant.objective=layer-to-layer", "stages.assistant.student.layers=4"],
-        "FILE: stage assistant: student 'assistant': it has 4 layers and the teacher 3 up to "
-        "its tap; layer-to-layer needs a student that is not deeper",
+        "FILE: stage assistant: student 'assistant': it has 4 layers and the teacher 3 up to its "
+        "tap; layer-to-layer needs a student that is not deeper",
     ),
     (
         ["stages.small.objective=layer-to-layer", "stages.small.student.layers=4"],
@@ -327,18 +342,18 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.objective=mini"],
         "--set: stages.0.objective: given 'mini'; allowed: 'minilm', 'minilmv2', "
-        "'attention-only', 'value-mse', 'layer-to-layer', 'soft-label-mlm' or "
-        "'hidden-relation'; did you mean 'minilm'?",
+        "'attention-only', 'value-mse', 'layer-to-layer', 'soft-label-mlm' or 'hidden-relation'; "
+        "did you mean 'minilm'?",
     ),
     (
         ["stages.assistant.relation_heads=5"],
-        "--set: stages.0.relation_heads: given 5; allowed: a divisor of assistant's hidden size 24",
+        "--set: stages.0.relation_heads: given 5; allowed: a number that divides all hidden sizes"
+        " (assistant 24); 4 would do",
     ),
     (
         ["stages.small.relation_heads=9"],
-        "--set: stages.1.relation_heads: given 9; allowed: a divisor of the teacher's hidden "
-        "size 24\n--set: stages.1.relation_heads: given 9; allowed: a divisor of small's hidden "
-        "size 24",
+        "--set: stages.1.relation_heads: given 9; allowed: a number that divides all hidden sizes"
+        " (small 24, assistant 24); 8 would do",
     ),
     (
         ["stages.assistant.relations=[{name: a, x: q, y: z}]"],
@@ -360,7 +375,7 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.steps=0"],
-        "--set: stages.0.steps: given 0; allowed: greater than or equal to 1",
+        "--set: stages.0.steps: given 0; allowed: a whole number from 1 to 1e9",
     ),
     (
         ["stages.assistant.warmup_steps=40"],
@@ -368,11 +383,13 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.peak_lr=0"],
-        "--set: stages.0.peak_lr: given 0; allowed: greater than 0",
+        "--set: stages.0.peak_lr: given 0; allowed: a number above 0, at most 1; Adam moves a "
+        "weight by about so much a step, and most recipes have 1e-4 to 1e-3",
     ),
     (
         ["stages.assistant.peak_lr=fast"],
-        "--set: stages.0.peak_lr: given 'fast'; allowed: a number",
+        "--set: stages.0.peak_lr: given 'fast'; allowed: a number above 0, at most 1; Adam moves "
+        "a weight by about so much a step, and most recipes have 1e-4 to 1e-3",
     ),
     (
         ["stages.assistant.schedule=step"],
@@ -380,7 +397,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.adam_betas=[0.9]"],
-        "--set: stages.0.adam_betas.1: missing; add it",
+        "--set: stages.0.adam_betas: given [0.9]; allowed: two numbers of at least 0 and below 1,"
+        " as [0.9, 0.999]",
     ),
     (
         ["stages.assistant.lr=1e-4"],
@@ -391,23 +409,23 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.eval_every=0"],
-        "--set: stages.0.eval_every: given 0; allowed: greater than or equal to 1",
+        "--set: stages.0.eval_every: given 0; allowed: a whole number from 1 to 1e9",
     ),
     (
         ["compute.workers=3"],
-        "--set: compute.workers: given 3; allowed: at most 2, the micro-batches of a step (8 / "
-        "4) of stage 'assistant'\n--set: compute.workers: given 3; allowed: at most 2, the "
+        "--set: compute.workers: given 3; allowed: at most 2, the micro-batches of a step (8 / 4)"
+        " of stage 'assistant'\n--set: compute.workers: given 3; allowed: at most 2, the "
         "micro-batches of a step (8 / 4) of stage 'small'",
     ),
     (
         ["compute.workers=[2, 1]"],
-        "--set: compute.workers: given [2, 1]; allowed: a number of at least 1, or [LEAST, "
-        "MOST] for a run that grows and shrinks",
+        "--set: compute.workers: given [2, 1]; allowed: a number of at least 1, or [LEAST, MOST] "
+        "for a run that grows and shrinks",
     ),
     (
         ["compute.workers=0"],
-        "--set: compute.workers: given 0; allowed: a number of at least 1, or [LEAST, MOST] "
-        "for a run that grows and shrinks",
+        "--set: compute.workers: given 0; allowed: a number of at least 1, or [LEAST, MOST] for a"
+        " run that grows and shrinks",
     ),
     (
         ["compute.device=gpu"],
@@ -415,8 +433,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["compute.precision=float16"],
-        "--set: compute.precision: given 'float16'; allowed: 'auto', 'float32' or 'bfloat16'; "
-        "did you mean 'bfloat16'?",
+        "--set: compute.precision: given 'float16'; allowed: 'auto', 'float32' or 'bfloat16'; did"
+        " you mean 'bfloat16'?",
     ),
     (
         ["compute.reduction=exact"],
@@ -433,22 +451,22 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["compute.threads=0"],
-        "--set: compute.threads: given 0; allowed: greater than or equal to 1",
+        "--set: compute.threads: given 0; allowed: auto, or a whole number from 1 to 4096",
     ),
     (
         ["compute.micro_batch=5"],
         "--set: compute.micro_batch: given 5; allowed: a divisor of the batch 8 of stage "
-        "'assistant'; 4 would do\n--set: compute.micro_batch: given 5; allowed: a divisor of "
-        "the batch 8 of stage 'small'; 4 would do",
+        "'assistant'; 4 would do\n--set: compute.micro_batch: given 5; allowed: a divisor of the "
+        "batch 8 of stage 'small'; 4 would do",
     ),
     (
         ["tracking.alias=a b"],
-        "--set: tracking.alias: given 'a b'; allowed: a name of a-z, 0-9, - and _, not a "
-        "number alone, 63 characters at most",
+        "--set: tracking.alias: given 'a b'; allowed: a name of a-z, 0-9, - and _, not a number "
+        "alone, 63 characters at most",
     ),
     (
         ["tracking.log_every=0"],
-        "--set: tracking.log_every: given 0; allowed: greater than or equal to 1",
+        "--set: tracking.log_every: given 0; allowed: a whole number from 1 to 1e9",
     ),
     (
         ["tracking=7"],
@@ -459,4 +477,267 @@ ROWS: list[tuple[list[str], str]] = [
         "FILE:1: comput: unknown key; did you mean 'compute'?; allowed: name, seed, data, "
         "compute, stages, tracking",
     ),
+    (
+        ["stages.assistant.peak_lr=100"],
+        "--set: stages.0.peak_lr: given 100; allowed: a number above 0, at most 1; Adam moves a "
+        "weight by about so much a step, and most recipes have 1e-4 to 1e-3",
+    ),
+    (
+        ["stages.assistant.steps=1e30"],
+        "--set: stages.0.steps: given 1e+30; allowed: a whole number from 1 to 1e9",
+    ),
+    (
+        ["stages.assistant.steps='400,000'"],
+        "--set: stages.0.steps: given '400,000'; allowed: a whole number from 1 to 1e9",
+    ),
+    (
+        ["stages.assistant.batch=true"],
+        "--set: stages.0.batch: given true; allowed: a whole number from 1 to 1e9",
+    ),
+    (
+        ["stages.assistant.student.hidden=1e9"],
+        "--set: stages.0.student.hidden: given 1000000000.0; allowed: a whole number from 1 to 1048576",
+    ),
+    (
+        ["compute.stall_seconds=1e300"],
+        "--set: compute.stall_seconds: given 1e+300; allowed: seconds, above 0 and at most 31536000 (a year)",
+    ),
+    (
+        ["compute.wait_seconds=-1"],
+        "--set: compute.wait_seconds: given -1; allowed: seconds, from 0 to 31536000 (a year)",
+    ),
+    (
+        ["data.text=${HOME}/text.txt"],
+        "--set: data.text.0: given '${HOME}/text.txt'; variables are not expanded: write the "
+        "value itself (~/ is your home), or give it by --set, where your shell expands it",
+    ),
+    (
+        ["stages.assistant.teacher=$HOME/teacher"],
+        "--set: stages.0.teacher: given '$HOME/teacher'; variables are not expanded: write the "
+        "value itself (~/ is your home), or give it by --set, where your shell expands it",
+    ),
+    (
+        ["compute.checkpoints=s3://${BUCKET}/x"],
+        "--set: compute.checkpoints: given 's3://${BUCKET}/x'; variables are not expanded: write "
+        "the value itself (~/ is your home), or give it by --set, where your shell expands it",
+    ),
+    (
+        ["stages.assistant.steps=${STEPS}"],
+        "--set: stages.0.steps: given '${STEPS}'; variables are not expanded: write the value "
+        "itself (~/ is your home), or give it by --set, where your shell expands it",
+    ),
+    (
+        ["stages.assistant.teacher=small", "stages.small.teacher=«teacher»"],
+        "--set: stages.0.teacher: given 'small', a student defined only later; move the stage "
+        "that makes it (small) up, above this",
+    ),
+    (
+        ["data.held_out=0.0001"],
+        "FILE: data: the held-out split has 0 documents with 0 tokens, less than one row of 32; "
+        "give more text or a larger held_out",
+    ),
+    (
+        ["data.text=«one-word»"],
+        "FILE: data: the text has 1 document with 2 tokens, less than one row of 32; give more "
+        "text or a smaller seq_len",
+    ),
+    (
+        ["data.text=«one-word»", "data.packing=document"],
+        "FILE: data: the held-out split has 0 documents with 0 tokens, less than one row of 32; "
+        "give more text or a larger held_out",
+    ),
+    (
+        ["data.text=«latin»"],
+        "FILE: data: text '«latin»' is not UTF-8 at byte 3 (b'\\xe9\\n'); "
+        "convert it first, for instance with iconv -t UTF-8, or have such bytes replaced and counted: "
+        "--invalid-utf8 replace",
+    ),
+    (
+        ["data.text=«empty-text»"],
+        "FILE: data: text '«empty-text»' is empty (0 bytes), and so is all that was given; give a file with text in it",
+    ),
+    (
+        ["data.text_field=txt", "data.text=«records»"],
+        "FILE: data: text '«records»' has no text in field 'txt', nor has any other file; its string fields "
+        "are id, text: name one of them as text field",
+    ),
+    (
+        ["stages.assistant.student={layers: 3, hiden: 24}"],
+        "--set: stages.0.student.hidden: missing; add it (Hidden size)\n--set: "
+        "stages.0.student.hiden: unknown key; did you mean 'hidden'?; allowed: name, layers, "
+        "hidden, ffn, heads, dropout, init",
+    ),
+    (
+        ["stages.assistant.student={layers:3, hidden:24}"],
+        "--set: stages.0.student.layers: missing; add it (Transformer layers)\n--set: "
+        "stages.0.student.hidden: missing; add it (Hidden size)\n--set: stages.0.student.layers:3:"
+        " unknown key; write layers: 3, with a colon and a space\n--set: "
+        "stages.0.student.hidden:24: unknown key; write hidden: 24, with a colon and a space",
+    ),
+    (
+        ["stages.assistant.student=3x24"],
+        "--set: stages.0.student: given '3x24'; allowed: a mapping of KEY: VALUE lines",
+    ),
+    (
+        ["stages.assistant.students=[{name: a, layers: 3, hidden: 24}]"],
+        "FILE:8: stages.0: given the keys name, teacher, student, batch, steps, peak_lr, "
+        "warmup_steps, held_out_rows, students; allowed: student: (one) or students: (a list), "
+        "not both",
+    ),
+    (
+        ["stages.assistant.student.heads=7", "stages.assistant.student.hidden=385"],
+        "FILE:22: stages.1.student.hidden: given 24; allowed: heads that divide hidden (24 / 7 is"
+        " not whole); hidden: 21 would do",
+    ),
+    (
+        ["stages.small.student.heads=5"],
+        "--set: stages.1.student.heads: given 5; allowed: heads that divide hidden (24 / 5 is not"
+        " whole); hidden: 25 would do if the teacher has 5 heads; if not, leave heads out",
+    ),
+    (
+        ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.hidden=21"],
+        "FILE: stage assistant: student 'assistant': 4 heads do not divide hidden size 21; give a"
+        " multiple of 8, or with relation_heads other heads",
+    ),
+    (
+        ["stages.assistant.teacher=«mpnet»", "stages.assistant.student.heads=2"],
+        "FILE: stage assistant: student 'assistant': the teacher has 4 heads and the student 2; "
+        "give both the same number",
+    ),
+    (
+        ["compute.micro_batch=3", "stages.assistant.batch=6", "stages.small.batch=8"],
+        "--set: compute.micro_batch: given 3; allowed: a divisor of the batch 8 of stage 'small'; 2 would do",
+    ),
+    (
+        ["stages.assistant.relations=[{name: a, x: q}]"],
+        "--set: stages.0.relations.0.y: missing; add it (What x is multiplied by: q, k, v or hidden)",
+    ),
+    (
+        ["stages.assistant.relations={name: a, x: q, y: k}"],
+        "--set: stages.0.relations: given the keys name, x, y; allowed: a list: [ITEM, …], or "
+        "lines that begin with a dash",
+    ),
+    (
+        ["stages.assistant.adam_betas=0.9"],
+        "--set: stages.0.adam_betas: given 0.9; allowed: two numbers of at least 0 and below 1, "
+        "as [0.9, 0.999]",
+    ),
+    (
+        ["data={text: a.txt, tokenizer: owner/name, shards: rows}"],
+        "--set: data: given the keys text, tokenizer, shards; allowed: either shards: FOLDER, "
+        "tokens: PREFIX or a list of such, or text: FILES with tokenizer: REFERENCE",
+    ),
+    (
+        ["data.text=s3://bucket/text"],
+        "--set: data.text.0: given 's3://bucket/text'; allowed: a path on this machine",
+    ),
+    (
+        ["shared={batch: 8}"],
+        "--set: shared: unknown key (what merge keys take from is called x-…, as x-shared); "
+        "allowed: name, seed, data, compute, stages, tracking",
+    ),
+    (
+        ["data.cache=s3://bucket/cache"],
+        "--set: data.cache: given 's3://bucket/cache'; allowed: a path on this machine",
+    ),
+    (
+        ["stages.assistant.teacher=C:\\models\\bert"],
+        "--set: stages.0.teacher: given 'C:\\\\models\\\\bert'; allowed: an earlier student's name, "
+        "models:/NAME@ALIAS, models:/NAME/VERSION, package:IMPORT_NAME/PATH, a folder (/…, ./…, "
+        "../…, ~/…) or a hub id OWNER/NAME",
+    ),
 ]
+
+MENDED: list[tuple[list[str], list[str]]] = [
+    (["data.seq_len=65"], ["data.seq_len=64"]),
+    (["data.tokenizer=«other-tokenizer»"], ["data.tokenizer=«teacher»"]),
+    (["data.held_out=0.0001"], ["data.held_out=0.1"]),
+    (["data.text=«one-word»", "data.packing=document"], ["data.text=«text»"]),
+    (["stages.small.teacher=asistant"], ["stages.small.teacher=assistant"]),
+    (["stages.assistant.teacher=small"], ["stages.assistant.teacher=«teacher»"]),
+    (["stages.assistant.teacher=«short»"], ["data.seq_len=16"]),
+    (["stages.assistant.teacher=«other-tokenizer»"], ["data.tokenizer=«other-tokenizer»"]),
+    (["stages.small.teacher_layer=4"], ["stages.small.teacher_layer=3"]),
+    (["stages.assistant.student.hidden=25"], ["stages.assistant.student.hidden=24"]),
+    (
+        ["stages.assistant.student.hidden=25"],
+        [
+            "stages.assistant.student.heads=5",
+            "stages.assistant.relation_heads=1",
+            "stages.small.relation_heads=1",
+            "stages.small.student.heads=4",
+        ],
+    ),
+    (["stages.small.student.hidden=25"], ["stages.small.student.hidden=28"]),
+    (["stages.assistant.student.heads=5"], ["stages.assistant.student.heads=null"]),
+    (["stages.small.student.heads=5"], ["stages.small.student.heads=null"]),
+    (["stages.assistant.student.heads=2"], ["stages.assistant.student.heads=4"]),
+    (["stages.assistant.student.heads=2"], ["stages.assistant.relation_heads=24"]),
+    (["stages.small.student.heads=2"], ["stages.small.relation_heads=12"]),
+    (
+        ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.layers=4"],
+        ["stages.assistant.student.layers=3"],
+    ),
+    (
+        ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.hidden=96"],
+        ["stages.assistant.student.init=random"],
+    ),
+    (
+        ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.ffn=400"],
+        ["stages.assistant.student.ffn=192"],
+    ),
+    (
+        [
+            "stages.assistant.student.init=teacher-layers",
+            "stages.assistant.student.heads=2",
+            "stages.assistant.relation_heads=4",
+        ],
+        ["stages.assistant.student.heads=4"],
+    ),
+    (
+        ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.hidden=20"],
+        ["stages.assistant.student.hidden=24"],
+    ),
+    (
+        ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.hidden=21"],
+        ["stages.assistant.student.hidden=24"],
+    ),
+    (
+        ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.layers=5"],
+        ["stages.assistant.student.layers=4"],
+    ),
+    (
+        ["stages.assistant.teacher=«modernbert»", "stages.assistant.teacher_layer=2"],
+        ["stages.0.teacher_layer=1"],
+    ),
+    (
+        ["stages.assistant.teacher=«mpnet»", "stages.assistant.relation_heads=6"],
+        ["stages.0.relation_heads=null"],
+    ),
+    (
+        ["stages.assistant.teacher=«mpnet»", "stages.assistant.student.heads=2"],
+        ["stages.assistant.student.heads=4"],
+    ),
+    (
+        ["stages.assistant.objective=soft-label-mlm", "stages.assistant.teacher=«headless»"],
+        ["stages.assistant.teacher=«masked»"],
+    ),
+    (["stages.small.objective=soft-label-mlm"], ["stages.small.objective=minilm"]),
+    (
+        ["stages.assistant.objective=layer-to-layer", "stages.assistant.student.layers=4"],
+        ["stages.assistant.student.layers=3"],
+    ),
+    (["stages.assistant.objective=mini"], ["stages.assistant.objective=minilm"]),
+    (["stages.assistant.relation_heads=5"], ["stages.assistant.relation_heads=4"]),
+    (["stages.small.relation_heads=9"], ["stages.small.relation_heads=8"]),
+    (["stages.assistant.batch=10"], ["compute.micro_batch=2"]),
+    (["stages.assistant.micro_batch=3"], ["stages.assistant.micro_batch=2"]),
+    (["compute.micro_batch=5"], ["compute.micro_batch=4"]),
+    (
+        ["compute.micro_batch=3", "stages.assistant.batch=6", "stages.small.batch=8"],
+        ["compute.micro_batch=2"],
+    ),
+    (["stages.assistant.warmup_steps=40"], ["stages.assistant.warmup_steps=39"]),
+    (["compute.workers=3"], ["compute.workers=2"]),
+]
+"""Overrides of ROWS, and then what their sentence advises: it must not lead into another error."""

@@ -112,3 +112,13 @@ def documents(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Pat
     out = tmp_path_factory.mktemp("documents") / "words"
     build([text], str(teacher), out, seq_len=64, packing="document", held_out=0.1, seed=0, processes=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables, made once, to be copied: making them takes a second."""
+    from minilm.orchestrator.tracking.client import connect
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(f"sqlite:///{path}").search_experiments()
+    return path

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -25,13 +26,15 @@ from transformers import AutoTokenizer
 from minilm.data.builder import local_pool as workers
 from minilm.data.builder import tokenization as build_tasks
 from minilm.data.builder.build import _lock, build
+from minilm.data.builder.enough import check_enough
 from minilm.data.errors import DataError
 from minilm.data.format import shard as shard_module
 from minilm.data.format.manifest import load_manifest
 from minilm.data.read.reader import RowReader
 from minilm.data.sources import progress as telling
 from minilm.data.sources import text as source
-from minilm.data.sources import text_formats
+from minilm.data.sources import unpack
+from minilm.data.tokenizer import load_tokenizer
 from tests.data_cases import CLS, PAD, SEP, make_documents, make_tokenizer
 
 
@@ -187,7 +190,7 @@ def test_one_process_tells_progress_inside_a_task(tokenizer, tmp_path, monkeypat
     monkeypatch.setattr(build_tasks, "_BATCH_CHARACTERS", 4000)
     raw = "\n\n".join(make_documents(600)).encode()
     pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": frames}[packer]
-    monkeypatch.setattr(text_formats, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(unpack, "BUFFER_BYTES", 4096)
     text = tmp_path / f"text.txt{packer}"
     text.write_bytes(pack(raw))
     seen = []
@@ -430,6 +433,40 @@ def test_bad_arguments_are_one_line_and_leave_nothing(text, tokenizer, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("packing", ["full", "document"])
+@pytest.mark.parametrize(
+    ("lines", "held_out"), [(1, 0.0), (1, 0.5), (9, 0.02), (40, 0.02), (40, 0.3), (0, 0.3)]
+)
+def test_what_a_build_would_end_with_is_known_before(tokenizer, tmp_path, packing, lines, held_out):
+    """The same sentence as the build's, or none where the build has rows."""
+    said = []
+    for seed in range(3):
+        file = tmp_path / f"{seed}.txt"
+        file.write_text("\n\n".join(f"{'time ' * (7 * (i % 5) + seed)}{i}" for i in range(lines)) + "\n")
+        options = {"seq_len": 32, "packing": packing, "held_out": held_out, "seed": seed}
+        said.append(error_of(build, [file], tokenizer, tmp_path / f"out-{seed}", processes=1, **options))
+        options |= {"options": {}, "special_tokens": "text"}
+        assert said[-1] == error_of(check_enough, [file], load_tokenizer(tokenizer), **options)
+    assert any(said) == ((lines, held_out) != (40, 0.3) and (packing, held_out) != ("document", 0.0))
+
+
+def error_of(function, *arguments, **options) -> str:
+    try:
+        function(*arguments, **options)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_hardly_anything_of_a_large_text_is_read_to_know_that_it_is_enough(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "large.txt").write_text("\n\n".join(f"time year {i} day" for i in range(50_000)))
+    read, num_read = source.read_unit, itertools.count()
+    monkeypatch.setattr(source, "read_unit", lambda *of: (d for d in read(*of) if next(num_read) >= 0))
+    options = {"seq_len": 32, "packing": "full", "held_out": 0.1, "seed": 0, "options": {}}
+    check_enough([tmp_path / "large.txt"], load_tokenizer(tokenizer), special_tokens="text", **options)
+    assert next(num_read) < 1_000
+
+
 def test_text_of_blanks_only_is_an_error(tokenizer, tmp_path):
     (tmp_path / "blank.txt").write_text(" \n\n \n")
     with pytest.raises(DataError, match=r"no text in '.*blank\.txt'; give files with text"):
@@ -498,10 +535,10 @@ def test_the_report_reads_well(text, tokenizer, tmp_path):
     told = report.text()
     assert (tmp_path / "out" / "report" / "report.txt").read_text() == told + "\n"
     saved = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
-    assert saved["rows"] == report.rows and saved["warning"] is None and "WARNING" not in told
+    assert saved["rows"] == report.rows and not saved["warnings"] and "WARNING" not in told
     assert (tmp_path / "out" / "report" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
     assert f"rows        {report.rows:,}  (held out: {report.held_out_rows} rows of" in told
-    assert "b.jsonl: text from field 'body' (the string field with the most text)" in told
+    assert "b.jsonl: text from field 'body' (found by its name)" in told
 
 
 def test_a_callback_that_raises_stops_the_build_and_leaves_no_process(text, tokenizer, tmp_path):

@@ -18,11 +18,13 @@ from minilm.data.format.manifest import load_manifest
 from minilm.data.read.indexed_dataset import IndexedRows
 from minilm.data.read.reader import RowReader
 from minilm.data.read.rows import Corpus
+from minilm.data.sources import megatron
 from minilm.data.sources.indexed import read_index
 from minilm.data.sources.tar_members import members
 from minilm.data.storage import remote
 from minilm.data.storage.retry import RetryPolicy
 from minilm.data.stream import Stream
+from minilm.data.tokenizer import load_tokenizer
 from tests.bad_server import BadServer
 from tests.data_cases import CLS, SEP, in_a_child, make_data, make_documents, make_tokenizer, write_megatron
 
@@ -247,6 +249,21 @@ def test_a_pair_that_is_cut_while_it_is_read_is_an_error_and_kills_nobody(tmp_pa
     assert in_a_child(work) == "done"
 
 
+def test_a_pair_that_is_cut_while_it_is_imported_is_an_error_and_kills_nobody(tmp_path, teacher, coded):
+    prefix = write_megatron(tmp_path / "pair", [[ids] for ids in coded * 40])
+    plan = megatron.plan([prefix], load_tokenizer(teacher), {"source_tokenizer": teacher})
+
+    def read_and_cut():
+        documents = megatron.read(plan.spec, plan.units[0])
+        next(documents)
+        os.truncate(f"{prefix}.bin", 3 * 4096)
+        with pytest.raises(DataError) as caught:
+            list(documents)
+        return caught.value
+
+    assert "pair.bin' is cut short at byte 12288, though it was longer before" in in_a_child(read_and_cut)
+
+
 def test_a_pair_in_place_is_a_stream_and_a_corpus(tmp_path, teacher, coded):
     prefix = write_megatron(tmp_path / "m", [[ids] for ids in coded])
     rows = IndexedRows(prefix, tokenizer=teacher, seq_len=16, source_tokenizer=teacher)
@@ -313,8 +330,10 @@ def test_tars_are_read_strictly(tmp_path, teacher):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=message):
             read()
-    write_tar(path, [*samples, ("x.bin", b"123")])
-    with pytest.raises(DataError, match=r"sample 'x': part 'txt' is missing"):
+    write_tar(path, [*samples, *((f"x{i}.bin", b"123") for i in range(21))])
+    with pytest.raises(
+        DataError, match=r"51\.2% of 41 records gave no document, .* 21 without the part 'txt'"
+    ):
         read()
     write_tar(path, [("x.cls", b"1")])
     with pytest.raises(DataError, match=r"has no field None of kind txt, json, npy; its samples have: cls"):

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import random
 import shutil
 
 import numpy as np
@@ -194,3 +195,63 @@ def test_conversion_gives_one_record_a_row(tmp_path):
         convert(data, tmp_path / "rows")
     with pytest.raises(DataError, match="conversion to 'parquet' is not known; allowed: rows"):
         convert(data, tmp_path / "x", to="parquet")
+
+
+def rows_of(data):
+    """All rows of both splits."""
+    found = []
+    for split in (data, data / "held-out"):
+        reader = RowReader(split)
+        batch = reader.read(np.arange(reader.num_rows))
+        found.append(batch.input_ids.numpy().tobytes())
+    return found
+
+
+def damage_one_by_one(data, rng, count):
+    """Damages a file `count` times; a line for each time that a row changed, or that verify calls the data whole."""
+    wanted, wrong = rows_of(data), []
+    paths = sorted(path for path in data.rglob("*") if path.is_file())
+    for number in range(count):
+        path = paths[number % len(paths)]
+        whole = path.read_bytes()
+        raw, what = bytearray(whole), rng.choice(["flip", "flip", "cut", "empty", "append", "zero"])
+        at = rng.randrange(len(raw))
+        match what:
+            case "flip":
+                raw[at] ^= 1 << rng.randrange(8)
+            case "cut":
+                del raw[at:]
+            case "empty":
+                raw.clear()
+            case "append":
+                raw += rng.choice([b"\0", b"\n", b" ", rng.randbytes(600)])
+            case "zero":
+                raw[at : at + 16] = bytes(len(raw[at : at + 16]))
+        if raw == whole:
+            continue
+        path.write_bytes(raw)
+        place = f"{path.relative_to(data)}: {what} at {at}"
+        try:
+            if verify(data, threads=1).whole:
+                wrong.append(f"{place}: verify calls it whole")
+        except DataError as error:
+            if "\n" in str(error):
+                wrong.append(f"{place}: {error}")
+        try:
+            if rows_of(data) != wanted:
+                wrong.append(f"{place}: rows changed")
+        except DataError:
+            pass
+        path.write_bytes(whole)
+    assert verify(data).whole and rows_of(data) == wanted
+    return wrong
+
+
+def test_no_damage_of_any_file_is_silent(data):
+    assert damage_one_by_one(data, random.Random(1), 80) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_no_damage_of_a_thousand_is_silent(data):
+    assert damage_one_by_one(data, random.Random(2), 1000) == []

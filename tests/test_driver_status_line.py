@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from minilm.data.builder.phases import BuildProgress
-from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, describe_build
+from minilm.orchestrator.driver.status_line import JsonLines, StageProgress, StatusLine, describe_build
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.system.text import duration
+from minilm.orchestrator.worker.loop import run_stage
+from minilm.orchestrator.worker.metric_logger import MetricLogger
 from tests.support import NO_DATA, make_spec
 
 
@@ -75,6 +79,77 @@ def test_a_stage_line_says_step_terms_speed_and_time_left(tmp_path):
         "[1/2] first  step 120/240  loss 0.812 (attention 0.400 value 0.412)  32 rows/s  4.1k tokens/s  1m00s left  "
         "last heartbeat 20 s ago\n"
     )
+
+
+def test_the_time_left_is_known_before_the_first_logged_step(tmp_path, shards, teacher):
+    """A worker tells of its speed with every heartbeat; a point of the metrics comes every `log_every` steps only."""
+    spec = make_spec(shards, teacher, tmp_path, steps=3, log_every=100)
+    beats = []
+    run_stage(spec, lambda step: beats.append(json.loads((tmp_path / "heartbeat.json").read_text())))
+    out = io.StringIO()
+    progress = StageProgress(StatusLine(out), spec, "[1/1] first")
+    assert beats[0]["metrics"]["rows_per_second"] > 0
+    progress.show(beats[0] | {"step": 1})
+    assert " rows/s " in out.getvalue() and out.getvalue().endswith(" left\n")
+
+
+def test_evaluating_and_exporting_are_counted(tmp_path, shards, teacher, monkeypatch):
+    beats = []
+    monkeypatch.setattr(
+        MetricLogger, "beat", lambda self, doing, step, *, part=None, force=False: beats.append((doing, part))
+    )
+    spec = make_spec(shards, teacher, tmp_path, steps=2, students=(("a", 1, 24), ("b", 1, 16)))
+    assert run_stage(spec)
+    assert beats.count(("evaluating", (1, 2))) == 2  # 8 rows in micro-batches of 4, at step 0 and at the end
+    assert [part for doing, part in beats if doing == "exporting" and part] == [(0, 2), (1, 2)]
+    out = io.StringIO()
+    progress = StageProgress(StatusLine(out), spec, "[1/1] first")
+    progress.show({"doing": "evaluating", "part": [1, 2], "step": 2, "metrics": {}})
+    assert out.getvalue() == "[1/1] first  step 2/2  evaluating 1/2\n"
+
+
+def test_a_line_that_nothing_follows_counts_the_seconds(monkeypatch):
+    monkeypatch.setattr("minilm.orchestrator.driver.status_line.TICK_SECONDS", 0.01)
+    monkeypatch.setattr("minilm.orchestrator.driver.status_line.PLAIN_TICK_SECONDS", 0.02)
+    for out in (Terminal(), io.StringIO()):
+        line = StatusLine(out)
+        line.show("starting Ray", force=True)
+        while "starting Ray (0s)" not in out.getvalue():
+            time.sleep(0.005)
+        line.close()
+        told = out.getvalue()
+        time.sleep(0.05)
+        assert out.getvalue() == told
+        line.show("next", force=True)
+        assert "next" in out.getvalue()
+        line.close()
+
+
+def test_quiet_leaves_warnings_only():
+    out = io.StringIO()
+    line = StatusLine(out, quiet=True)
+    line.show("step 1", force=True)
+    line.say("done before")
+    line.warn("a worker was killed")
+    line.close()
+    assert out.getvalue() == "a worker was killed\n"
+
+
+def test_json_lines_hold_the_facts_and_no_number_that_json_has_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("minilm.orchestrator.driver.status_line.TICK_SECONDS", 3600)
+    out = io.StringIO()
+    line, spec = JsonLines(out), make_spec(NO_DATA, tmp_path, tmp_path, steps=240, batch=16)
+    progress = StageProgress(line, spec, "[1/2] first")
+    progress.show(None)
+    metrics = {"small/loss": float("nan"), "rows_per_second": 32.0, "tokens_per_second": 4096.0}
+    for step in range(120, 130):  # ten within a tick: one line
+        progress.show({"doing": "training", "step": step, "metrics": metrics, "workers": 2})
+    line.warn("a worker was killed")
+    starting, training, warning = map(json.loads, out.getvalue().splitlines())
+    assert (starting["event"], starting["doing"], starting["stage"]) == ("progress", "starting", "first")
+    assert (training["step"], training["steps"], training["seconds_left"]) == (120, 240, 60.0)
+    assert training["metrics"]["small/loss"] is None
+    assert (warning["event"], warning["text"]) == ("warning", "a worker was killed")
 
 
 def test_a_build_line_without_a_guess_of_the_time_left():

@@ -37,7 +37,8 @@ def test_a_student_that_fits_has_its_whole_shape():
     [
         (
             lambda: fit(hidden=25),
-            "student 's': 4 heads do not divide hidden size 25; give a multiple of 4, or other heads",
+            "student 's': 4 heads do not divide hidden size 25; give a multiple of 4, or with relation_heads other"
+            " heads",
         ),
         (
             lambda: fit(heads=2),

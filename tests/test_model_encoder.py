@@ -388,7 +388,8 @@ def test_a_layer_that_sees_a_window_only():
 
 def test_heads_that_do_not_divide_hidden():
     with pytest.raises(
-        ModelError, match=r"^4 heads do not divide hidden size 18; give a multiple of 4, or other heads$"
+        ModelError,
+        match=r"^4 heads do not divide hidden size 18; give a multiple of 4, or with relation_heads other heads$",
     ):
         build_student(tiny_config(), layers=1, hidden=18, seed=0)
 

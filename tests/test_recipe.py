@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from minilm.orchestrator.recipe.changes import first_difference
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.missing import missing_inputs
 from minilm.orchestrator.recipe.references import FolderRef, HubRef, RegistryRef, StudentRef, parse_reference
-from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.recipe.schema import SECTIONS, Recipe
 
 BASE = """\
 name: tiny
@@ -139,6 +140,61 @@ def test_aliases_work(tmp_path: Path) -> None:
     text = BASE.replace("student: {layers: 4", "student: &shape {layers: 4")
     text = text.replace("student: {layers: 2, hidden: 24}", "student: *shape")
     assert load(tmp_path, text).stages[1].students[0].layers == 4
+
+
+MERGED = """\
+x-both: &both {batch: 64, steps: 100, warmup_steps: 10}
+x-slow: &slow {steps: 900, peak_lr: 1e-4}
+name: tiny
+data: {text: corpus.txt, tokenizer: ./tokenizer}
+stages:
+  - &first
+    <<: [*both, *slow]
+    name: assistant
+    teacher: owner/teacher
+    student: {layers: 4, hidden: 48, heads: 12}
+  - <<: *first
+    name: student
+    teacher: assistant
+    peak_lr: 1e-3
+"""
+
+
+def test_merge_keys_fill_in_what_a_mapping_lacks(tmp_path: Path) -> None:
+    first, second = load(tmp_path, MERGED).stages
+    assert (first.batch, first.steps, first.peak_lr) == (64, 100, 1e-4), "the first of a list wins"
+    assert (second.name, second.peak_lr, second.steps) == ("student", 1e-3, 100), "own keys win"
+    assert second.students[0].layers == 4
+    assert load(tmp_path, MERGED, "stages.student.batch=32").stages[0].batch == 64, (
+        "a copy, not the same mapping"
+    )
+    wrong = MERGED.replace("steps: 100", "steps: many")
+    assert problems(tmp_path, wrong) == [
+        f"recipe.yaml:1: stages.{i}.steps: given 'many'; allowed: a whole number from 1 to 1e9"
+        for i in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MERGED.replace("*first", "3"), ":11: stages.1.<<: given no mapping; allowed: <<: *NAME or <<: [*NAME, …] of"),
+        (MERGED.replace("*first", "[*both, 3]"), ":11: stages.1.<<: given no mapping; allowed: <<: *NAME or"),
+        (MERGED.replace("  - <<: *first\n", "  - <<: *first\n    <<: *slow\n"), "stages.1.<<: given twice; keep one, "
+         "with a list: <<: [*ONE, *TWO]"),
+        (MERGED.replace("[*both, *slow]", "[*both, *first]"), ":6: stages.0.peak_lr: missing; add it"),
+        (MERGED.replace("*first", "*none"), ":11: not valid YAML: found undefined alias 'none'; mark what"),
+        (MERGED.replace("x-slow", "slow"), ":2: slow: unknown key (what merge keys take from is called x-…, as x-"),
+        ("a: &a {<<: *a}\n", "missing; add it"),
+        ("a: &a {<<: *a, ? [x] : 1}\n", ":1: a: given a key that is not a word"),
+        ("a: " + "{<<: " * 25 + "{x: 1}" + "}" * 25, ":1: a.<<: given merge keys within merge keys over more than 20 "
+         "levels"),
+        ("a: &a {" + "".join(f"k{i}: 1, " for i in range(500)) + "}\n" + "".join(f"b{i}: {{<<: *a}}\n" for i in
+         range(50)), "more than 20000 values"),
+    ],
+)  # fmt: skip
+def test_merge_keys_that_can_not_be(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in problems(tmp_path, text)[0]
 
 
 def test_checkpoints_go_to_a_folder_or_a_bucket(tmp_path: Path) -> None:
@@ -326,10 +382,10 @@ def test_a_pair_that_is_read_in_place(tmp_path: Path) -> None:
         (MIXED, ["data.0.shards=https://me:secret@host/x"], "allowed: a URL without credentials; they come from the "
          "environment (AWS_ACCESS_KEY_ID, …)"),
         (MIXED, ["data.0.shards='https://host/x?token=1'"], "without parameters"),
-        (MIXED, ["data.0.weight=0"], "--set: data.0.weight: given 0; allowed: greater than 0"),
+        (MIXED, ["data.0.weight=0"], "--set: data.0.weight: given 0; allowed: a number above 0, at most 1e9"),
         (MIXED, ["data.0.wieght=1"], "data.0.wieght: unknown key; did you mean 'weight'?; allowed: name, shards"),
         (MIXED, ["data.0.name=wiki"], "allowed: a name for each corpus; 'wiki' is there twice"),
-        (MIXED, ["data.0.tokens=x"], "data.0: given a mapping; allowed: shards: FOLDER or URL, or tokens: PREFIX"),
+        (MIXED, ["data.0.tokens=x"], "data.0: given the keys shards, weight, tokens; allowed: shards: FOLDER or"),
         (MIXED, ["data.0.encoder=x"], "allowed: shards without encoder, because they hold the teacher's ids"),
         (MIXED, ["data=[]"], "data: given []; allowed: at least 1 item"),
         (BASE, ["data.corpora=[{shards: a}]"], "allowed: either shards: FOLDER, tokens: PREFIX or a list of such, or"),
@@ -339,7 +395,7 @@ def test_a_pair_that_is_read_in_place(tmp_path: Path) -> None:
          "fairseq_dict: FILE"),
         (PAIR, ["data.tokenizer=null"], "allowed: tokens: PREFIX with tokenizer: REFERENCE, the teacher's own"),
         (PAIR, ["data.packing=document"], "remove packing"),
-        (PAIR, ["data.window=0"], "data.window: given 0; allowed: greater than or equal to 1"),
+        (PAIR, ["data.window=0"], "data.window: given 0; allowed: a whole number from 1 to 1e9"),
     ],
 )  # fmt: skip
 def test_data_sets_that_can_not_be(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
@@ -426,15 +482,16 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
     assert problems(tmp_path, text, "compute.device=gpu") == [
         "recipe.yaml:3: data.txt: unknown key; did you mean 'text'?; allowed: corpora, shards, tokens, "
         "source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, packing, held_out, text_field, "
-        "source, options, window, cache, cache_gigabytes, on_corrupt, max_quarantined_share",
+        "line_documents, invalid_utf8, csv_separator, csv_header, csv_quoting, csv_ragged, special_tokens, "
+        "allow_skipped, source, options, window, cache, cache_gigabytes, on_corrupt, max_quarantined_share",
         "recipe.yaml:6: stages.0.peak_lr: missing; add it (Learning rate at the end of the warm-up)",
-        "recipe.yaml:10: stages.0.steps: given -100; allowed: greater than or equal to 1",
+        "recipe.yaml:10: stages.0.steps: given -100; allowed: a whole number from 1 to 1e9",
         "recipe.yaml:11: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "
         "teacher_layer, student, students, objective, relations, relation_heads, reduction, batch, micro_batch, steps, "
         "peak_lr, warmup_steps, schedule, adam_betas, adam_eps, weight_decay, max_gradient_norm, "
         "eval_every, held_out_rows",
         "recipe.yaml:15: stages.1.student.heads: given 12; allowed: heads that divide hidden "
-        "(25 / 12 is not whole); heads: 5 would do",
+        "(25 / 12 is not whole); hidden: 24 would do if the teacher has 12 heads; if not, leave heads out",
         "recipe.yaml:20: workers: unknown key; it belongs under compute; allowed: name, seed, data, "
         "compute, stages, tracking",
         "--set: compute.device: given 'gpu'; allowed: 'auto', 'cpu' or 'cuda'",
@@ -446,34 +503,34 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
     [
         ("name=My Recipe", "name: given 'My Recipe'; allowed: a name of a-z, 0-9, - and _, not"),
         ("stages.0.name=7", "stages.0.name: given 7; allowed: a name of a-z"),
-        ("stages.0.batch=true", "stages.0.batch: given True; allowed: a number"),
-        ("stages.0.batch=many", "stages.0.batch: given 'many'; allowed: a whole number"),
-        ("stages.0.batch=1.5", "stages.0.batch: given 1.5; allowed: a whole number"),
+        ("stages.0.batch=true", "stages.0.batch: given true; allowed: a whole number from 1 to 1e9"),
+        ("stages.0.batch=many", "stages.0.batch: given 'many'; allowed: a whole number from 1 to 1e9"),
+        ("stages.0.batch=1.5", "stages.0.batch: given 1.5; allowed: a whole number from 1 to 1e9"),
         ("stages.0.peak_lr=fast", "stages.0.peak_lr: given 'fast'; allowed: a number"),
-        ("stages.0.peak_lr=0", "stages.0.peak_lr: given 0; allowed: greater than 0"),
-        ("stages.0.peak_lr=1e999", "stages.0.peak_lr: given inf; allowed: a finite number"),
+        ("stages.0.peak_lr=0", "stages.0.peak_lr: given 0; allowed: a number above 0, at most 1; Adam moves"),
+        ("stages.0.peak_lr=1e999", "stages.0.peak_lr: given inf; allowed: a number above 0, at most 1; Adam moves"),
         ("stages.0.objective=minilm2", "'hidden-relation'; did you mean 'minilmv2'?"),
         ("stages.0.relations=[{name: a, x: q, y: z}]", "'q', 'k', 'v' or 'hidden'"),
         ("stages.0.relations=[]", "relations"),
-        ("stages.0.adam_betas=0.9", "stages.0.adam_betas: given 0.9; allowed: a list"),
-        ("stages.0.adam_betas=[0.9, 0.99, 0.9]", "given [0.9, 0.99, 0.9]; allowed: at most 2 items"),
+        ("stages.0.adam_betas=0.9", "stages.0.adam_betas: given 0.9; allowed: two numbers of at least 0 and below"),
+        ("stages.0.adam_betas=[0.9, 0.99, 0.9]", "given [0.9, 0.99, 0.9]; allowed: two numbers of at least 0"),
         ("stages.0.teacher_layer=0", "given 0; allowed: last, or a layer's number counted from 1"),
         ("stages.0.teacher=12", "stages.0.teacher: given 12; allowed: a reference written as text"),
         ("stages.0.student=small", "stages.0.student: given 'small'; allowed: a mapping of KEY: VALUE lines"),
-        ("stages.0.students=[]", "stages.0: given a mapping; allowed: student: (one) or students: (a"),
+        ("stages.0.students=[]", "students; allowed: student: (one) or students: (a"),
         ("stages=[]", "stages: given []; allowed: at least 1 item"),
         ("data=corpus.txt", "data: given 'corpus.txt'; allowed: a mapping of KEY: VALUE lines"),
-        ("data.held_out=0.6", "data.held_out: given 0.6; allowed: less than or equal to 0.5"),
-        ("data.held_out=0", "data.held_out: given 0; allowed: greater than 0"),
+        ("data.held_out=0.6", "data.held_out: given 0.6; allowed: a number above 0, at most 0.5"),
+        ("data.held_out=0", "data.held_out: given 0; allowed: a number above 0, at most 0.5"),
         ("data.text=s3://bucket/corpus", "given 's3://bucket/corpus'; allowed: a path on this machine"),
         ("data.text=[]", "data.text: given []; allowed: at least 1 item"),
-        ("data.tokenizer=null", "data: given a mapping; allowed: text: FILES with tokenizer: REFERENCE"),
+        ("data.tokenizer=null", "data: given the keys text; allowed: text: FILES with tokenizer: REFERENCE"),
         ("data.shards=rows", "allowed: either shards: FOLDER, tokens: PREFIX or a list of such, or text: FILES"),
         ("data={shards: rows, seq_len: 64}", "shards alone, because the data set was built with its own; "
                                                "remove seq_len"),
-        ("compute.threads=some", "compute.threads: given 'some'; allowed: a whole number"),
-        ("seed=-1", "seed: given -1; allowed: greater than or equal to 0"),
-        ("tracking.log_every=0", "tracking.log_every: given 0; allowed: greater than or equal to 1"),
+        ("compute.threads=some", "compute.threads: given 'some'; allowed: auto, or a whole number from 1 to 4096"),
+        ("seed=-1", "seed: given -1; allowed: a whole number from 0 to 2^63 - 1"),
+        ("tracking.log_every=0", "tracking.log_every: given 0; allowed: a whole number from 1 to 1e9"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, expected: str) -> None:
@@ -487,17 +544,20 @@ def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, expected: str)
     [
         (["stages.1.name=assistant", "stages.1.student.name=b"], "stages.1.name: given 'assistant' a second"),
         (["stages.1.student.name=assistant"], "stages.1.student.name: given 'assistant' a second time"),
-        (["stages.0.teacher=student"], "a student defined only later; move the stage that makes it up"),
+        (["stages.0.teacher=student", "stages.1.teacher=owner/other"], "a student defined only later; move the stage "
+                                                                       "that makes it (student) up, above this"),
+        (["stages.0.teacher=student"], "given 'student', and so a cycle of teachers: student → assistant → student; "
+                                       "allowed in one of these stages: a teacher from elsewhere, as OWNER/NAME"),
         (["stages.1.teacher=student"], "this stage's own student; allowed: a student of an earlier"),
         (["stages.1.teacher=asistant"], "no earlier student's name; did you mean 'assistant'?"),
         (["stages.0.student.name=first"], "given 'assistant', a stage whose students have other names; "
                                           "allowed: a student's name: first"),
         (["stages.0.student.heads=10", "stages.1.student.heads=10", "stages.1.student.hidden=20"],
-         "stages.0.student.heads: given 10; allowed: heads that divide hidden (48 / 10 is not whole); heads: 8"),
+         "(48 / 10 is not whole); hidden: 50 would do if the teacher has 10 heads"),
         (["stages.1.student.hidden=32"], "given 32; allowed: heads that divide hidden (32 / 12 is not"),
         (["stages.1.student.heads=6"], "given 6; allowed: 12, the heads of the teacher 'assistant'"),
-        (["stages.1.relation_heads=9"], "given 9; allowed: a divisor of the teacher's hidden size 48"),
-        (["stages.1.relation_heads=48"], "given 48; allowed: a divisor of student's hidden size 24"),
+        (["stages.1.relation_heads=9"], "that divides all hidden sizes (student 24, assistant 48); 8 would do"),
+        (["stages.1.relation_heads=48"], "(student 24, assistant 48); 24 would do"),
         (["stages.1.teacher_layer=5"], "given 5; allowed: 1 to 4, the layers of 'assistant', or last"),
         (["stages.1.warmup_steps=100"], "warmup_steps: given 100; allowed: fewer than the stage's 100 steps"),
         (["compute.micro_batch=48"], "compute.micro_batch: given 48; allowed: a divisor of the batch 64"),
@@ -523,7 +583,7 @@ def test_other_heads_are_fine_with_relation_heads(tmp_path: Path) -> None:
 
 def test_a_problem_among_several_students_names_the_student(tmp_path: Path) -> None:
     assert problems(tmp_path, FAMILY.replace("layers: 2, hidden: 24", "layers: two, hidden: 24")) == [
-        "recipe.yaml:17: stages.1.students.1.layers: given 'two'; allowed: a whole number"
+        "recipe.yaml:17: stages.1.students.1.layers: given 'two'; allowed: a whole number from 1 to 1000"
     ]
 
 
@@ -546,7 +606,7 @@ def test_a_problem_among_several_students_names_the_student(tmp_path: Path) -> N
             for old, new in zip("abcdefgh", "bcdefghi", strict=True)), "more than 20000 values"),
         ("a: &a [*a]\n", "20 levels"),
         ("name: " + "x" * (1 << 20), "allowed: a recipe of at most 1048576"),
-        ("name: \x00\n", "not valid YAML"),
+        ("name: a\nseed: \x00\n", ":2: given the character U+0000, which no YAML file may hold; remove it"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
@@ -555,11 +615,86 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> N
     assert expected in line
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "line", "expected"),
+    [
+        ("    batch: 64", "\tbatch: 64", 9, "that is a tab: indent with spaces"),
+        ("batch: 64", "batch 64", 9, "write KEY: VALUE here, with a space after the colon"),
+        ("batch: 64", "batch:64", 9, "write KEY: VALUE here, with a space after the colon"),
+        ("    batch: 64", "      batch: 64", 9, "begin the keys of a mapping in one column"),
+        (
+            "  - name: student",
+            "  -name: student",
+            13,
+            "and the dashes of a list, each with a space behind it",
+        ),
+        ("heads: 12}", "heads: 12", 8, "close what is opened here, or put a comma between its parts"),
+        ("owner/teacher", "'owner/teacher", 7, "close the quotes that are opened here"),
+        ("owner/teacher", "a: b", 7, "put quotes around a value with ': ' in it"),
+        ("owner/teacher", "@a", 7, "put quotes around a value that begins with this character"),
+        ("corpus.txt", "*.txt", 3, "put quotes around a value that begins with *"),
+        ("corpus.txt", "&", 3, "put quotes around a value that begins with &"),
+        (
+            "{layers: 4, hidden: 48, heads: 12}",
+            "{layers:4, hidden: 48}",
+            8,
+            "write layers: 4, with a colon and a space",
+        ),
+        ("batch: 64", "batch: 64,000", 9, "given '64,000'; allowed: a whole number from 1 to 1e9"),
+    ],
+)
+def test_slips_in_the_yaml_are_told_with_their_line_and_their_remedy(
+    tmp_path, right, wrong, line, expected
+) -> None:
+    said = problems(tmp_path, BASE.replace(right, wrong, 1))
+    assert any(text.startswith(f"recipe.yaml:{line}: ") and expected in text for text in said), said
+
+
+def test_what_is_not_utf_8_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(BASE.encode().replace(b"corpus", b"caf\xe9"))
+    with pytest.raises(
+        RecipeErrors, match="recipe.yaml:3: given the byte 0xe9, which is not UTF-8 here; save the file as"
+    ):
+        load_recipe(file)
+    for encoding in ("utf-8-sig", "utf-16"):
+        file.write_text(BASE, encoding=encoding)
+        assert load_recipe(file) == load(tmp_path)
+
+
+def numbers() -> list[tuple[str, str]]:
+    """Every key of the types that holds a number, as `--set` takes it, and one of another kind."""
+    places = {"Corpus": "data.0", "Data": "data", "Compute": "compute", "Tracking": "tracking", "Recipe": ""}
+    places |= {"Stage": "stages.0", "Student": "stages.0.student", "RelationTerm": "stages.0.relations.0"}
+    found = []
+    for kind in {Recipe, *SECTIONS.values()}:
+        for key, field in kind.model_fields.items():
+            words = str(field.annotation) + str(field.metadata)
+            if re.search(r"\b(int|float)\b", words) and not re.search(r"\bstr\b|tuple|dict|Literal", words):
+                found.append((f"{places[kind.__name__]}.{key}".lstrip("."), kind.__name__))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("path", "kind"), numbers())
+def test_a_number_out_of_bounds_is_told_both_bounds(tmp_path: Path, path: str, kind: str) -> None:
+    text = MIXED if kind == "Corpus" else BASE
+    if kind == "RelationTerm":
+        text = BASE.replace("    batch: 64", "    relations: [{name: a, x: q, y: k}]\n    batch: 64")
+    for value in ("-1", "1e300", "1e999", "9" * 50, "x", "true", "[1]"):
+        (told,) = [line for line in problems(tmp_path, text, f"{path}={value}") if line.startswith("--set: ")]
+        assert re.search(
+            r"allowed: .*(from \d+ to|above 0,? (and )?at most|at least \d.* below) [\d2]", told
+        ), told
+
+
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeErrors, match=r"none.yaml: can't read the recipe: No such file"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
-    with pytest.raises(RecipeErrors, match="not valid YAML"):
+    with pytest.raises(
+        RecipeErrors,
+        match=r"latin.yaml:1: given the byte 0xe9, which is not UTF-8 here; save the file as UTF-8",
+    ):
         load_recipe(tmp_path / "latin.yaml")
 
 

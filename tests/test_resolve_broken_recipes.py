@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoConfig
 
 from minilm.orchestrator import cli
-from tests.broken_recipes import ROWS
+from tests.broken_recipes import MENDED, ROWS
 from tests.conftest import make_teacher
 
 STAGE = {"batch": 8, "steps": 40, "peak_lr": 1e-3, "warmup_steps": 4, "held_out_rows": 8}
@@ -56,6 +56,11 @@ def folders(
     found["other-tokenizer"] = make_teacher(root / "other-tokenizer", extra_words=("zebra", "yak"))
     found["empty"] = root / "empty"
     found["empty"].mkdir()
+    for name, words in {"one-word": b"time\n", "latin": b"caf\xe9\n\n" * 20, "empty-text": b""}.items():
+        found[name] = root / f"{name}.txt"
+        found[name].write_bytes(words)
+    found["records"] = root / "records.jsonl"
+    found["records"].write_text('{"id": "1", "text": "time"}\n')
     odd("broken")
     (found["broken"] / "config.json").write_text("{not json")
     return found
@@ -108,6 +113,16 @@ def test_check_and_run_refuse_with_the_same_sentence(
     for name, folder in sorted(folders.items(), key=lambda item: -len(str(item[1]))):
         short = short.replace(str(folder), f"«{name}»")
     assert short == sentence
+
+
+@pytest.mark.parametrize(("broken", "advised"), MENDED, ids=[" ".join(row[0])[:70] for row in MENDED])
+def test_advice_that_is_followed_leads_to_no_other_error(broken, advised, recipe, folders, capsys):
+    assert broken in [overrides for overrides, _ in ROWS], "its sentence is pinned"
+    words = [re.sub("«(.*?)»", lambda m: str(folders[m[1]]), override) for override in [*broken, *advised]]
+    assert (
+        cli.main(["check", str(recipe), *[word for override in words for word in ("--set", override)]]) == 0
+    )
+    assert not capsys.readouterr().err
 
 
 def refusals(recipe, tmp_path, changes, capsys) -> list[str]:

@@ -90,7 +90,7 @@ def test_a_registered_teacher_where_there_is_no_registry(tmp_path, teacher, shar
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     recipe = recipe_with(tmp_path, "models:/big@newest", shards, {"layers": 1, "hidden": 24})
     with pytest.raises(UserError) as caught:
-        model_folder(recipe.teacher_ref(recipe.stages[0]), recipe, Workdir(tmp_path / "fresh"))
+        model_folder(recipe.teacher_ref(recipe.stages[0]), Workdir(tmp_path / "fresh"), recipe)
     message = str(caught.value)
     assert message.startswith(
         "models:/big@newest was to come from this work directory's own registry, and there is no "
@@ -135,12 +135,11 @@ def test_shards_without_a_held_out_split(tmp_path, teacher, text):
         prepare_data(recipe, Workdir(tmp_path / "work"), folder_here, None)
 
 
-def test_a_folder_that_is_no_model(tmp_path, teacher, shards):
-    recipe = recipe_with(tmp_path, teacher, shards, {"layers": 1, "hidden": 24})
+def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(
         UserError, match=r"is not a model folder \(no config.json in it\); give a transformers folder"
     ):
-        model_folder(FolderRef(tmp_path), recipe, Workdir(tmp_path / "work"))
+        model_folder(FolderRef(tmp_path), Workdir(tmp_path / "work"))
 
 
 def test_the_tokenizer_of_data_build_may_be_a_folder_or_hub_id(tmp_path, teacher, monkeypatch):

@@ -32,7 +32,7 @@ ONLY_IN = {
     "matplotlib": {"orchestrator/tracking", "data/builder"},
     "pickle": set(),
 }
-IMPORT_NAMES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "scikit-learn": "sklearn"}
 MAX_ROOMS, MAX_MODULES = 16, 16
 
 

@@ -17,7 +17,8 @@ import pytest
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.metrics_file import MetricsFile
 from minilm.orchestrator.system.versions import flatten, git_commit, package_tags, versions
-from minilm.orchestrator.tracking.client import connect, patiently, tracking_uri
+from minilm.orchestrator.tracking.calls import patiently
+from minilm.orchestrator.tracking.client import connect, tracking_uri
 from minilm.orchestrator.tracking.outbox import Metric
 from minilm.orchestrator.tracking.pending import has_pending
 from minilm.orchestrator.tracking.tracking import Tracking, flush_pending
@@ -30,14 +31,6 @@ RECIPE = {
     "data": {"text": ["a.txt", "b.txt"]},
     "stages": [{"name": "small", "batch": 8, "adam_betas": [0.9, 0.98]}, {"name": "smaller", "batch": 16}],
 }
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables, made once: making them takes a second."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    connect(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -144,6 +137,26 @@ def test_a_run_holds_everything_and_a_resumed_one_goes_on_in_it(workdir: Path) -
     assert (workdir / "mlartifacts" / child.info.run_id / "artifacts" / "pictures" / "maps.png").exists()
     assert len(again.client.search_runs([parent.info.experiment_id])) == 2
     assert again.look == f"mlflow ui --backend-store-uri 'sqlite:///{workdir}/mlflow.db'"
+
+
+def test_the_recipes_run_has_what_its_stages_came_to_and_what_they_read(workdir: Path) -> None:
+    tracking = open_tracking(workdir)
+    stage = tracking.stage("small", {})
+    read = [("wiki", "ab" * 32, "s3://bucket/wiki", {"seq_len": 32, "weight": 0.5})]
+    for _ in range(2):  # a resumed run
+        tracking.datasets(read)
+        tracking.datasets(read, "small")
+    tracking.metrics({"small/heldout/attention": 0.25, "small/heldout_sum": 0.5}, step=40)
+    assert tracking.finish() == 0
+    parent = tracking.client.get_run(tracking.run_id)
+    assert parent.data.metrics == {"small/heldout/attention": 0.25, "small/heldout_sum": 0.5}
+    assert history(tracking, tracking.run_id, "small/heldout_sum") == [(40, 0.5)]
+    for run_id in (tracking.run_id, stage.run_id):
+        (found,) = tracking.client.get_run(run_id).inputs.dataset_inputs
+        assert (found.dataset.name, found.dataset.digest) == ("wiki", "ab" * 18)
+        assert json.loads(found.dataset.source) == {"uri": "s3://bucket/wiki"}
+        assert json.loads(found.dataset.profile) == {"seq_len": 32, "weight": 0.5}
+        assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "training")]
 
 
 def test_a_driver_that_dies_before_it_saves_the_id_finds_the_run_again(workdir: Path) -> None:
@@ -257,7 +270,7 @@ def test_a_run_goes_on_while_mlflow_is_away_and_tells_it_later(
         record.getMessage() for record in caplog.records if record.name.startswith("minilm.orchestrator")
     ]
     assert len([text for text in warnings if "could not be told" in text]) == 1
-    assert len([text for text in warnings if "does not answer" in text]) == 1
+    assert len([text for text in warnings if "points could not be sent to" in text]) == 1
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
     back = open_tracking(workdir)
@@ -456,7 +469,10 @@ def test_a_real_server_that_is_stopped_and_restarted_gets_every_point_once(
             run = tracking.client.get_run(stage.run_id)
             assert run.info.status == "FINISHED"
             assert run.data.tags["said"] == "while it was away"
-    assert len([record for record in caplog.records if "does not answer" in record.getMessage()]) == 1
+    assert (
+        len([record for record in caplog.records if "points could not be sent to" in record.getMessage()])
+        == 1
+    )
 
 
 def test_a_damaged_state_is_an_error_in_one_line(workdir: Path) -> None:

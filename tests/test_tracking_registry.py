@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 
 from minilm.orchestrator.errors import InfrastructureError, UserError
 from minilm.orchestrator.tracking import registry
-from minilm.orchestrator.tracking.client import MlflowClient, connect, patiently
+from minilm.orchestrator.tracking.calls import patiently
+from minilm.orchestrator.tracking.client import MlflowClient, connect
 from minilm.orchestrator.tracking.model_files import folder_digest
 from minilm.orchestrator.tracking.pull import pull, pull_once
-from minilm.orchestrator.tracking.registry import promote, register, resolve
+from minilm.orchestrator.tracking.registry import card_head, make_run, promote, register, resolve
 from tests.mlflow_server import server
 from tests.ports import free_port
 
@@ -114,6 +116,38 @@ def test_registering_again_gives_the_version_that_exists(store: str, tmp_path: P
     promote(store, "again", 1, "newest")  # somebody goes back
     assert register(store, "again", folder, run_id=run_id, alias="newest").version == 3
     assert resolve(store, "models:/again@newest").version == 1
+
+
+def test_a_folder_that_is_registered_by_hand_has_one_run_and_one_version(
+    tmp_path: Path, empty_store: Path
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    store, folder = f"sqlite:///{tmp_path / 'mlflow.db'}", folder_of(tmp_path / "m")
+    run_id = make_run(store, "bert", folder, experiment="in house")
+    assert make_run(store, "bert", folder, experiment="in house") == run_id
+    first = register(store, "bert", folder, run_id=run_id, alias="newest")
+    assert register(store, "bert", folder, run_id=run_id, alias="newest") == first
+    assert pull(store, first.uri, tmp_path / "out") == replace(first, alias=None)
+    client = connect(store)
+    experiment = client.get_experiment_by_name("in house")
+    assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.data.tags["minilm.registered"] == "bert"
+    assert len(client.search_model_versions("name = 'bert'")) == 1
+    assert client.get_model_version("bert", "1").description == ""
+    assert make_run(store, "other", folder, experiment="in house") != run_id
+
+
+def test_the_page_of_a_version_shows_the_head_of_its_card(store: str, tmp_path: Path) -> None:
+    card = "---\ntags: [minilm]\n---\n# small\n\nAn encoder.\n\n| Steps | 9 |\n\n## Load it\n\n    code\n"
+    folder = folder_of(tmp_path / "m", README_md=card)
+    register(store, "paged", folder, run_id=new_run(store), alias="newest", tags={"minilm.steps": "9"})
+    page = connect(store).get_model_version("paged", "1")
+    assert page.description == "# small\n\nAn encoder.\n\n| Steps | 9 |"
+    assert page.tags["minilm.steps"] == "9" and len(page.tags["minilm.digest"]) == 64
+    (folder / "README.md").write_text("word " * 5000)
+    assert 1990 <= len(card_head(folder / "README.md")) <= 2000
+    assert card_head(folder / "none.md") == ""
 
 
 @pytest.mark.parametrize(

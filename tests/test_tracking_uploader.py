@@ -85,9 +85,9 @@ def test_it_retries_for_ever_and_says_so_once(tmp_path: Path, caplog: pytest.Log
         until(lambda: receiver.steps == list(range(10)))
     assert uploader.close(10) == 0
     texts = [record.getMessage() for record in caplog.records]
-    assert len([text for text in texts if "does not answer" in text]) == 1
+    assert len([text for text in texts if "points could not be sent" in text]) == 1
     assert "nobody here" in texts[0] and "\n" not in texts[0]
-    assert texts[-1] == "tracking answers again"
+    assert texts[-1] == "tracking takes points again"
 
 
 def test_points_that_could_not_be_sent_wait_for_the_next_run(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from minilm.orchestrator.cli import main
+from minilm.orchestrator.cli import main, parser
+from minilm.orchestrator.verbs.arguments import Parser
 
 
 def test_help_names_every_verb(capsys):
@@ -19,6 +25,137 @@ def test_help_names_every_verb(capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert all(f"    {verb} " in out for verb in ("run", "check", "data", "bench", "pull", "promote"))
+
+
+def leaves(of: Parser) -> list[Parser]:
+    """Every verb that does something."""
+    groups = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
+    return [leaf for group in groups for verb in group.choices.values() for leaf in leaves(verb)] or [of]
+
+
+def examples(verb: Parser) -> list[str]:
+    return [line.strip() for line in (verb.epilog or "").splitlines()[1:]]
+
+
+@pytest.mark.parametrize("verb", leaves(parser()), ids=lambda verb: verb.prog)
+def test_every_verbs_help_has_examples_that_can_be_typed(verb):
+    assert verb.epilog.startswith("examples:\n") and examples(verb)
+    for example in examples(verb):
+        words = shlex.split(example.removeprefix('eval "$(').replace(')"', ""), comments=True)
+        words = words[words.index("minilm") + 1 :]
+        words = words[: words.index(">")] if ">" in words else words
+        assert parser().parse_args(words).parser.prog == verb.prog
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(
+        r"minilm (\d+\.\d+\S*|\(not installed\))( \(commit \w{40}(\+changes)?\))?\n", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["chek", "a.yaml"], "argument VERB: given 'chek'; did you mean check?; allowed: run, check, "),
+        (["zzzz"], "argument VERB: given 'zzzz'; allowed: run, "),
+        (["data", "bild"], "argument VERB: given 'bild'; did you mean build?; allowed: build, import, "),
+        (
+            ["run", "a.yaml", "--launcher", "inlin"],
+            "given 'inlin'; did you mean inline?; allowed: ray, inline",
+        ),
+        (
+            ["run", "a.yaml", "--wrkdir=x"],
+            "minilm run: error: given --wrkdir=x, which minilm run does not take; did you mean --workdir?; "
+            "see minilm run --help",
+        ),
+        (
+            ["check", "a.yaml", "--zzz"],
+            "minilm check: error: given --zzz, which minilm check does not take; see minilm check --help",
+        ),
+    ],
+)
+def test_a_mistyped_word_is_guessed(arguments, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_the_log_is_shown_on_request_and_the_traceback_of_a_refusal_too(tmp_path, capsys):
+    absent = str(tmp_path / "absent.yaml")
+    assert main(["check", absent, "-q"]) == main(["check", absent, "-v"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert logging.getLogger("minilm").level == logging.INFO
+    assert main(["check", absent, "-vv"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    main(["check", absent])
+    assert logging.getLogger("minilm").level == logging.NOTSET
+
+
+def test_list_has_a_row_for_each_packaged_recipe(capsys):
+    folder = Path(__file__).resolve().parent.parent / "recipes"
+    assert main(["list", "--json"]) == 0
+    rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert set(rows) == {path.stem for path in folder.glob("*.yaml")}
+    assert all(row["purpose"] and row["teacher"] for row in rows.values())
+    two = rows["bert-l6-h384-ta"]
+    assert two["teacher"] == "google-bert/bert-base-uncased"
+    shapes = [(s["stage"], s["layers"], s["hidden"], s["steps"]) for s in two["students"]]
+    assert shapes == [("assistant", 12, 384, 400_000), ("student", 6, 384, 400_000)]
+    assert main(["list"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bert-l6-h384-ta ")]
+    for part in (
+        "12 x 384, then 6 x 384",
+        "google-bert/bert-base-uncased",
+        "800,000",
+        "teaches the student (6",
+    ):
+        assert part in line
+
+
+def test_check_as_json_is_an_object_a_recipe(tmp_path, capsys):
+    good = Path(__file__).resolve().parent.parent / "recipes" / "bert-l6-h384.yaml"
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: a\nstges: []\n")
+    assert main(["check", "--json", str(good)]) == 0
+    (sound,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (sound["recipe"], sound["sound"], sound["problems"]) == (str(good), True, [])
+    assert sound["stages"] == [{"name": "student", "steps": 400_000}]
+    assert any("data.text" in note for note in sound["not_here"])
+    assert main(["check", "--json", str(bad), str(good)]) == 2
+    out, errors = capsys.readouterr()
+    first, second, end = map(json.loads, out.splitlines())
+    assert first["sound"] is False and second["sound"] is True
+    assert any("stges: unknown key" in problem for problem in first["problems"])
+    assert (end["event"], end["exit_code"], end["problems"]) == ("error", 2, first["problems"])
+    assert errors.count("minilm: error: ") == len(first["problems"])
+
+
+def test_run_as_json_is_an_event_a_line(tmp_path, capsys, text, teacher):
+    from tests.test_driver_curriculum import write_recipe
+
+    few = [word for stage in ("assistant", "small") for word in ("--set", f"stages.{stage}.steps=5")]
+    recipe = str(write_recipe(tmp_path, text, teacher))
+    command = ["run", recipe, "--json", "--launcher", "inline", "--workdir", str(tmp_path / "work"), *few]
+    assert main(command) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all({"event", "time", "text"} <= set(event) for event in events)
+    built = [event for event in events if event["event"] == "built"]
+    assert len(built) == 1 and built[0]["report"]["documents"] == 120
+    assert {event.get("stage") for event in events} == {None, "assistant", "small"}
+    assert {"building", "publishing"} <= {event.get("doing") for event in events}
+    assert events[-1]["event"] == "result"
+    assert [model["name"] for model in events[-1]["models"]][1:] == ["assistant", "small"]
+    assert main(command) == 0
+    again = [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()]
+    assert again == ["message", "result"]
+    assert main([*command, "--set", "stages.small.peak_lr=-1"]) == 2
+    (end,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (end["event"], end["exit_code"]) == ("error", 2)
+    assert "peak_lr" in end["problems"][0]
 
 
 @pytest.mark.parametrize("group", ["data", "bench"])

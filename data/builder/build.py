@@ -29,7 +29,7 @@ from minilm.data.errors import DataError
 from minilm.data.format.manifest import FORMAT_VERSION, TokenizerInfo
 from minilm.data.format.pack import PACKINGS, content_len, dtype_for
 from minilm.data.format.shard import Layout, blocks_for
-from minilm.data.sources.plugin import find_source
+from minilm.data.sources.plugin import READER_VERSION, find_source
 from minilm.data.tokenizer import load_tokenizer, pipeline_fingerprint, special_ids, vocabulary_fingerprint
 
 __all__ = ["BuildProgress", "BuildReport", "build", "import_data"]
@@ -48,6 +48,9 @@ def build(
     seed: int = 0,
     processes: int | None = None,
     text_field: str | None = None,
+    options: dict[str, Any] | None = None,
+    special_tokens: str = "text",
+    allow_skipped: float | None = None,
     rows_per_block: int = 1024,
     shard_bytes: int = 128 << 20,
     progress: Progress | None = None,
@@ -56,6 +59,7 @@ def build(
     """Build the data set `out` from text `inputs` (files, folders, patterns); `held_out` of the documents go
     to the data set `out/held-out`.
 
+    `options` are those of the source "text" (data.sources.text), the rest is as for `import_data`.
     `progress` is called in this process at least every half second while tasks run; it may raise to stop the
     build: no process is left behind, and the same call goes on later. `on_ray` runs the tasks on a Ray cluster
     instead of `processes` here; all its nodes must see `out` and the inputs under the same paths.
@@ -66,7 +70,9 @@ def build(
         tokenizer,
         out,
         source="text",
-        options={"text_field": text_field},
+        options={**(options or {}), "text_field": text_field},
+        special_tokens=special_tokens,
+        allow_skipped=allow_skipped,
         seq_len=seq_len,
         packing=packing,
         held_out=held_out,
@@ -91,12 +97,21 @@ def import_data(
     held_out: float = 0.0,
     seed: int = 0,
     processes: int | None = None,
+    special_tokens: str = "text",
+    allow_skipped: float | None = None,
     rows_per_block: int = 1024,
     shard_bytes: int = 128 << 20,
     progress: Progress | None = None,
     on_ray: bool = False,
 ) -> BuildReport:
-    """As `build`, from any source (data.sources.plugin); `options` are the source's own."""
+    """As `build`, from any source (data.sources.plugin); `options` are the source's own.
+
+    `special_tokens`: what their names in the text become, "text" or "tokens". `allow_skipped`: the share of records
+    that may give no document; None is the usual bound (accounts.MAX_SKIPPED)."""
+    if special_tokens not in ("text", "tokens"):
+        raise DataError(f"special_tokens {special_tokens!r} is not known; allowed: text, tokens")
+    if allow_skipped is not None and not 0 <= allow_skipped <= 1:
+        raise DataError(f"allow_skipped {allow_skipped} is outside 0 … 1; it is a share of the records")
     _check(seq_len, packing, held_out, seed, rows_per_block, shard_bytes, processes)
     out = Path(out).expanduser()
     loaded = load_tokenizer(tokenizer)
@@ -113,11 +128,15 @@ def import_data(
         "seed": seed,
         "rows_per_block": rows_per_block,
         "shard_bytes": shard_bytes,
+        "special_tokens": special_tokens,
+        "reader_version": READER_VERSION,
     }
     with _disk_errors(out):
         done = finished_build(out, arguments, plan.files)
-        if done is not None and not (out / WORK).exists() and not (out / LOCK).exists():
-            return done
+        if done is not None:
+            done.books.refuse(allow_skipped)
+            if not (out / WORK).exists() and not (out / LOCK).exists():
+                return done
         created = not out.exists()
         with _lock(out):
             if (done := finished_build(out, arguments, plan.files)) is not None:
@@ -132,7 +151,9 @@ def import_data(
             layout = _layout(info, seq_len, packing, rows_per_block, shard_bytes)
             ids = (info.cls_id, info.sep_id, info.pad_id, info.unk_id)
             work = Work(source, plan.spec, plan.units, seed, held_out, packing, layout, *ids)
-            run = BuildRun(out, work, plan, info, processes or len(os.sched_getaffinity(0)), progress, on_ray)
+            work = work._replace(special_tokens=special_tokens, names=plan.names or plan.files)
+            processes = processes or len(os.sched_getaffinity(0))
+            run = BuildRun(out, work, plan, info, processes, progress, on_ray, allow_skipped)
             try:
                 run.prepare({**arguments, "files": stamps_of(plan.files)}, loaded)
                 return run.run()

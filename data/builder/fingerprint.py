@@ -13,6 +13,7 @@ import xxhash
 from minilm.data.builder.report import BuildReport
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import BUILD_FILE, MANIFEST, load_manifest
+from minilm.data.sources.find import changed
 from minilm.data.storage.remote import Identity, Store, is_remote, split_url
 
 
@@ -24,11 +25,11 @@ def stamps_of(paths: list[str]) -> list[dict[str, Any]]:
             size, tag = _remote_identity(path)
             stamps.append({"path": path, "bytes": size, "time": tag, "content": f"{size} {tag}"})
             continue
+        stat = Path(path).stat()  # before its bytes: what changes from here on is found at the end
         digest = xxhash.xxh3_128()
         with Path(path).open("rb") as file:
             while piece := file.read(1 << 22):
                 digest.update(piece)
-        stat = Path(path).stat()
         stamps.append(
             {"path": path, "bytes": stat.st_size, "time": stat.st_mtime_ns, "content": digest.hexdigest()}
         )
@@ -46,6 +47,16 @@ def same_text(paths: list[str], stamps: list[dict[str, Any]]) -> bool:
     if now == [(stamp["path"], stamp["time"]) for stamp in stamps]:
         return True
     return [stamp["content"] for stamp in stamps_of(paths)] == [stamp["content"] for stamp in stamps]
+
+
+def check_unchanged(stamps: list[dict[str, Any]]) -> None:
+    """DataError for a local file whose size or time is not the stamped one; remote ones are read by identity."""
+    for stamp in stamps:
+        path = stamp["path"]
+        if not is_remote(path) and (
+            not Path(path).exists() or _local_identity(path) != (stamp["bytes"], stamp["time"])
+        ):
+            raise changed(path)
 
 
 def _local_identity(path: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from minilm.data.builder.enough import no_text, too_little
+from minilm.data.builder.fingerprint import check_unchanged
 from minilm.data.builder.local_pool import Task, run_tasks
 from minilm.data.builder.ray_pool import run_tasks_on_ray
 from minilm.data.builder.report import REPORT, REPORT_FILES, BuildReport, make_report, save_report
@@ -38,6 +41,7 @@ from minilm.data.format.manifest import (
 )
 from minilm.data.format.pack import content_len
 from minilm.data.format.seal import sealed
+from minilm.data.sources.accounts import Accounts, books_of
 from minilm.data.sources.plugin import Plan
 from minilm.data.sources.progress import ProgressListener
 
@@ -75,9 +79,10 @@ class BuildRun:
         processes: int,
         progress: Progress | None,
         on_ray: bool,
+        allow_skipped: float | None,
     ):
         self.out, self.folder, self.work, self.info = out, out / WORK, work, info
-        self.plan = plan
+        self.plan, self.allow_skipped = plan, allow_skipped
         self.processes, self.progress, self.on_ray = processes, progress, on_ray
         self.started, self.share_at_start = time.monotonic(), -1.0
         self.documents = self.tokens = 0
@@ -111,9 +116,15 @@ class BuildRun:
         before = time.monotonic()
         counts = self._phase("tokenize", [{"unit": unit} for unit in range(len(self.work.units))])
         self.tokenize_seconds = time.monotonic() - before
-        total = {name: sum(count[name] for count in counts) for name in counts[0]}
+        total = {
+            name: sum(count[name] for count in counts)
+            for name in ("documents", "tokens", "unknown", "held_out")
+        }
+        accounts = Accounts.sum_of(count["accounts"] for count in counts)
+        inputs = accounts.named(self.work.names or [])
+        books_of(inputs).refuse(self.allow_skipped)
         if not total["documents"]:
-            raise DataError(f"no text in {', '.join(map(repr, self.plan.files[:3]))}; give files with text")
+            raise DataError(no_text(self.plan.files))
         buckets, manifests = {}, {}
         for split in SPLITS if self.work.held_out else SPLITS[:1]:
             buckets[split] = self._sort(split, total["tokens"])
@@ -128,7 +139,10 @@ class BuildRun:
             self.tokenize_seconds,
             time.monotonic() - self.started,
             self.plan.notes,
+            inputs,
+            dict(Counter(reason for _, reason in self.plan.left_out)),
         )
+        check_unchanged(self.saved["files"])
         self._publish(manifests, report)
         return report
 
@@ -150,7 +164,7 @@ class BuildRun:
             num_rows = sum(num_pieces)
         if not num_rows:
             raise DataError(
-                _too_little(split, sum(streams), sum(b["documents"] for b in buckets), layout.seq_len)
+                too_little(split, sum(streams), sum(b["documents"] for b in buckets), layout.seq_len)
             )
         num_shards = -(-num_rows // (layout.rows_per_block * layout.blocks_per_shard))
         rows = {"num_rows": num_rows, "streams": streams, "num_pieces": num_pieces}
@@ -254,13 +268,3 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
-
-
-def _too_little(split: str, num_tokens: int, num_documents: int, seq_len: int) -> str:
-    what, other = ("text", "a smaller seq_len")
-    if split != "train":
-        what, other = ("held-out split", "a larger held_out")
-    return (
-        f"the {what} has {num_documents} documents with {num_tokens} tokens, less than one row of {seq_len}; "
-        f"give more text or {other}"
-    )

@@ -1,12 +1,14 @@
 """What a build says at its end: counts and shares, as an object, text, JSON and a picture of document lengths."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from minilm.data.builder.work import Work
+from minilm.data.format.files import replacing, write_whole
 from minilm.data.format.pack import content_len
+from minilm.data.sources.accounts import Books, books_of
 
 REPORT = "report"
 REPORT_FILES = ("report.json", "report.txt", "lengths.png")
@@ -17,6 +19,8 @@ MAX_UNKNOWN_SHARE = 0.01
 class BuildReport:
     """Counts of a build. `tokens` are those of the text, without CLS, SEP and padding; shares lie in 0..1.
 
+    `inputs`: of every input its records, documents, empty ones, those left out and what was noticed, by reason;
+    `files_left_out`: of what lies in folders, counts by reason.
     `truncated_share`: tokens that stand in no row (what is left behind the last whole row of packing "full").
     `split_share`: documents longer than one row. `length_histogram[i]`: documents of 2^(i/2) … 2^((i+1)/2)
     tokens. `tokens_per_second` is that of tokenizing, by all processes together.
@@ -36,16 +40,25 @@ class BuildReport:
     fingerprint: str
     length_histogram: list[int]
     notes: list[str]
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    files_left_out: dict[str, int] = field(default_factory=dict)
 
     @property
-    def warning(self) -> str | None:
-        """Said when so many tokens are unknown that the tokenizer is probably the wrong one."""
-        if self.unknown_share <= MAX_UNKNOWN_SHARE:
-            return None
-        return (
-            f"{self.unknown_share:.1%} of the tokens are unknown to the tokenizer (below "
-            f"{MAX_UNKNOWN_SHARE:.0%} is usual): is it made for this text's language and alphabet?"
-        )
+    def books(self) -> Books:
+        """What became of all records: the sum over `inputs`."""
+        return books_of(self.inputs)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should look at: many unknown tokens (the tokenizer is probably the wrong one), many records
+        without a document."""
+        found = self.books.warnings()
+        if self.unknown_share > MAX_UNKNOWN_SHARE:
+            found.append(
+                f"{self.unknown_share:.1%} of the tokens are unknown to the tokenizer (below "
+                f"{MAX_UNKNOWN_SHARE:.0%} is usual): is it made for this text's language and alphabet?"
+            )
+        return found
 
     def text(self) -> str:
         """A few aligned lines for a person."""
@@ -66,9 +79,8 @@ class BuildReport:
             "fingerprint": self.fingerprint[:16],
         }
         told = [f"{name:<12}{value}" for name, value in lines.items()]
-        told += [f"{'read':<12}{note}" for note in self.notes]
-        if self.warning:
-            told.append(f"{'WARNING':<12}{self.warning}")
+        told += [f"{'read':<12}{line}" for line in [*self.books.lines(), *self.notes]]
+        told += [f"{'WARNING':<12}{warning}" for warning in self.warnings]
         return "\n".join(told)
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,6 +96,8 @@ def make_report(
     tokenize_seconds: float,
     seconds: float,
     notes: list[str],
+    inputs: list[dict[str, Any]],
+    files_left_out: dict[str, int],
 ) -> BuildReport:
     """Add up the counts of all tasks."""
     every = [bucket for split in buckets.values() for bucket in split]
@@ -94,7 +108,7 @@ def make_report(
         dropped = sum(bucket["stream"] for bucket in every) - sum(rows.values()) * content
     return BuildReport(
         documents=total["documents"],
-        empty_documents=total["empty"],
+        empty_documents=sum(account["empty"] for account in inputs),
         held_out_documents=total["held_out"],
         rows=rows["train"],
         held_out_rows=rows.get("held-out", 0),
@@ -107,19 +121,22 @@ def make_report(
         fingerprint=fingerprint,
         length_histogram=[sum(column) for column in zip(*(b["histogram"] for b in every), strict=True)],
         notes=notes,
+        inputs=inputs,
+        files_left_out=files_left_out,
     )
 
 
 def save_report(report: BuildReport, seq_len: int, folder: Path) -> None:
     """Write `report.json`, `report.txt` and `lengths.png` into `folder`."""
     folder.mkdir(exist_ok=True)
-    told = {**report.as_dict(), "warning": report.warning}
-    (folder / "report.json").write_text(json.dumps(told, indent=2) + "\n")
-    (folder / "report.txt").write_text(report.text() + "\n")
-    _draw_lengths(report, seq_len, folder / "lengths.png")
+    told = {**report.as_dict(), "books": report.books._asdict(), "warnings": report.warnings}
+    write_whole(folder / "report.json", (json.dumps(told, indent=2) + "\n").encode())
+    write_whole(folder / "report.txt", (report.text() + "\n").encode("utf-8", "backslashreplace"))
+    with replacing(folder / "lengths.png") as picture:
+        _draw_lengths(report, seq_len, picture)
 
 
-def _draw_lengths(report: BuildReport, seq_len: int, path: Path) -> None:
+def _draw_lengths(report: BuildReport, seq_len: int, file: IO[bytes]) -> None:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     bins = report.length_histogram
@@ -135,4 +152,4 @@ def _draw_lengths(report: BuildReport, seq_len: int, path: Path) -> None:
     axes.set_ylabel("documents")
     axes.set_title(f"{report.documents:,} documents, {report.tokens:,} tokens")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})

@@ -5,13 +5,15 @@
     all buckets  --write-----> shard: a range of rows
 
 Keys are hashes of (file, position in the file, seed), so the concatenated buckets are one shuffle of all
-documents, the same however the text was cut into units or shared among processes. A document is held out when
-the hash of its text falls below the share asked for: equal texts always land on the same side.
+documents, the same however the text was cut into units or shared among processes. A long document is tokenized in
+pieces of `_PIECE` characters, cut before white space where there is some; they share a key, lie in the same split, and
+`sort` joins them again. A document is held out when the hash of its first 65,536 characters falls below the share asked
+for: equal texts always land on the same side.
 Every task writes under a temporary name and renames, so it may run twice. Imports stay light: no torch here.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,27 +23,30 @@ import numpy.typing as npt
 import xxhash
 from tokenizers import Tokenizer
 
-from minilm.data.builder.work import _HEADER, Work, _run_path, _whole, _work
-from minilm.data.sources.plugin import Document, find_source
+from minilm.data.builder.clean import NAMES, NAMES_TAKEN, Encoder, NotEncoded, clean
+from minilm.data.builder.work import _HEADER, CONTINUES, Work, _run_path, _whole, _work
+from minilm.data.errors import DataError
+from minilm.data.sources.accounts import Accounts, LeftOut, Noticed
+from minilm.data.sources.plugin import Document, Item, find_source
 from minilm.data.sources.progress import report
 
 _BATCH_CHARACTERS = 1 << 19
+_PIECE = 1 << 18
+_HASHED_CHARACTERS = 1 << 16  # no more than the shortest first piece that any reader gives
 
 
 _RUN_TOKENS = 1 << 24
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str, _changed: int) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(path)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+def _encoder(path: str, special_tokens: str, _changed: int) -> Encoder:
+    return Encoder(Tokenizer.from_file(path), special_tokens)
 
 
 class _Held(NamedTuple):
     keys: list[int]
     held_out: list[bool]
+    continues: list[bool]
     ids: list[npt.NDArray]
 
 
@@ -51,42 +56,107 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
     Text is tokenized; documents that come as token ids are taken as they are.
     """
     work = _work(folder)
-    counts = {"documents": 0, "empty": 0, "tokens": 0, "unknown": 0, "held_out": 0, "runs": 0}
-    held, tokens_held = _Held([], [], []), 0
-    for document, ids in _coded(folder, work, unit):
+    counts: dict[str, Any] = {"documents": 0, "tokens": 0, "unknown": 0, "held_out": 0, "runs": 0}
+    accounts = Accounts()
+    held, tokens_held = _Held([], [], [], []), 0
+    key, held_out, has_ids = 0, False, False
+    file: int | None = None  # of the document under way
+
+    def close() -> None:
+        if file is not None:
+            accounts.of(file)["documents" if has_ids else "empty"] += 1
+            counts["documents"] += has_ids
+            counts["held_out"] += has_ids and held_out
+
+    for document, ids in _coded(folder, work, unit, accounts):
         report({name: counts[name] for name in ("documents", "tokens")})
+        if not document.continues:
+            close()
+            file, has_ids = document.file, False
+            key = _shuffle_key(document, work)
+            held_out = is_held_out(document.content, work.held_out, work.seed)
         if not len(ids):
-            counts["empty"] += 1
             continue
-        is_held_out = _is_held_out(document.content, work)
-        held.keys.append(_shuffle_key(document, work))
-        held.held_out.append(is_held_out)
+        held.keys.append(key)
+        held.held_out.append(held_out)
+        held.continues.append(has_ids)
         held.ids.append(ids)
-        counts["documents"] += 1
-        counts["held_out"] += is_held_out
+        has_ids = True
         counts["tokens"] += len(ids)
         counts["unknown"] += int(np.count_nonzero(ids == work.unk)) if work.unk >= 0 else 0
         tokens_held += len(ids)
         if tokens_held >= _RUN_TOKENS:
             _write_run(_run_path(folder, unit, counts["runs"]), held)
             counts["runs"] += 1
-            held, tokens_held = _Held([], [], []), 0
+            held, tokens_held = _Held([], [], [], []), 0
+    close()
     if held.keys:
         _write_run(_run_path(folder, unit, counts["runs"]), held)
         counts["runs"] += 1
-    return counts
+    return {**counts, "accounts": accounts.as_json()}
 
 
-def _coded(folder: str, work: Work, unit: int) -> Iterator[tuple[Document, npt.NDArray]]:
-    """Every document of a unit with its token ids, in order."""
+def _coded(folder: str, work: Work, unit: int, accounts: Accounts) -> Iterator[tuple[Document, npt.NDArray]]:
+    """Every document of a unit, or piece of one, with its token ids, in order; the rest goes into `accounts`."""
     path = Path(folder) / "tokenizer" / "tokenizer.json"
-    tokenizer = _tokenizer(str(path), path.stat().st_mtime_ns)
-    for batch in _batches(find_source(work.source).read(work.spec, work.units[unit])):
-        texts = [document.content for document in batch if isinstance(document.content, str)]
-        coded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    encoder = _encoder(str(path), work.special_tokens, path.stat().st_mtime_ns)
+    told = NAMES if work.special_tokens == "text" else NAMES_TAKEN
+    items = find_source(work.source).read(work.spec, work.units[unit])
+    for batch in _batches(pieces(items, accounts)):
+        texts = [document for document in batch if isinstance(document.content, str)]
+        names = [encoder.names_in(str(document.content)) for document in texts]
+        for document, number in zip(texts, names, strict=True):
+            if number:
+                accounts.add(Noticed(document.file, _place(document), told, number))
+        with_names = [number for number, count in enumerate(names) if count]
+        coded = iter(_encoded(encoder, texts, with_names, work))
         for document in batch:
-            ids = next(coded).ids if isinstance(document.content, str) else document.content
+            ids = next(coded) if isinstance(document.content, str) else document.content
             yield document, np.array(ids, dtype=work.layout.dtype)
+
+
+def _encoded(encoder: Encoder, texts: list[Document], with_names: list[int], work: Work) -> list[list[int]]:
+    try:
+        return encoder.encode([str(document.content) for document in texts], with_names)
+    except NotEncoded:
+        for document in texts:  # which one is it?
+            try:
+                encoder.encode([str(document.content)], [])
+            except NotEncoded as error:
+                name = work.names[document.file] if work.names and document.file < len(work.names) else ""
+                raise DataError(f"text {name!r}, {_place(document)}: {error}; mend or remove it") from error
+        raise
+
+
+def _place(document: Document) -> str:
+    return document.place or f"position {document.position}"
+
+
+def pieces(items: Iterable[Item], accounts: Accounts) -> Iterator[Document]:
+    """What a source reads as the tokenizer takes it; long texts in pieces."""
+    for item in items:
+        if isinstance(item, LeftOut | Noticed):
+            accounts.add(item)
+            continue
+        if not isinstance(item.content, str):
+            yield item
+            continue
+        text, seen = clean(item.content)
+        for what, count in seen.items():
+            accounts.add(Noticed(item.file, _place(item), what, count))
+        at, continues = 0, item.continues
+        while len(text) - at > _PIECE:
+            end = _cut(text, at)
+            yield item._replace(content=text[at:end], continues=continues)
+            at, continues = end, True
+        yield item._replace(content=text[at:] if at else text, continues=continues)
+
+
+def _cut(text: str, at: int) -> int:
+    """Where a piece that begins at `at` ends: before white space in its second half, else after `_PIECE` characters."""
+    low, high = at + _PIECE // 2, at + _PIECE
+    found = max(text.rfind("\n", low, high), text.rfind(" ", low, high))
+    return found if found > 0 else high
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -102,13 +172,15 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _is_held_out(content: str | npt.NDArray, work: Work) -> bool:
-    if not work.held_out:
+def is_held_out(content: str | npt.NDArray, held_out: float, seed: int) -> bool:
+    """Whether a document belongs to the `held_out` share of all."""
+    if not held_out:
         return False
-    raw = (
-        content.encode() if isinstance(content, str) else np.ascontiguousarray(content, dtype="<u4").tobytes()
-    )
-    return xxhash.xxh3_64_intdigest(raw, seed=work.seed) < int(work.held_out * 2**64)
+    if isinstance(content, str):
+        raw = content[:_HASHED_CHARACTERS].encode()
+    else:
+        raw = np.ascontiguousarray(content, dtype="<u4").tobytes()
+    return xxhash.xxh3_64_intdigest(raw, seed=seed) < int(held_out * 2**64)
 
 
 def _shuffle_key(document: Document, work: Work) -> int:
@@ -116,12 +188,13 @@ def _shuffle_key(document: Document, work: Work) -> int:
 
 
 def _write_run(path: Path, held: _Held) -> None:
-    """Counts of train and held-out documents and of tokens, then keys u64, lengths u32, tokens; both parts
-    sorted."""
+    """Counts of train and held-out documents and of tokens, then keys u64, lengths u32 (with CONTINUES for further
+    pieces), tokens; both parts sorted, pieces of one document in their order."""
     keys = np.array(held.keys, dtype="<u8")
     held_out = np.array(held.held_out)
     order = np.lexsort((keys, held_out))
     lengths = np.array([len(ids) for ids in held.ids], dtype="<u4")
+    lengths[np.array(held.continues)] |= CONTINUES
     tokens = np.concatenate([held.ids[i] for i in order])
     num_train = int((~held_out).sum())
     header = _HEADER.pack(num_train, len(keys) - num_train, len(tokens), tokens.dtype.itemsize)

@@ -6,6 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minilm.data.format.files import replacing
 from minilm.data.format.shard import Layout
 
@@ -18,8 +20,12 @@ NUM_BINS = 40  # of the length histogram: bin i holds lengths in [2^(i/2), 2^((i
 _HEADER = struct.Struct("<4Q")
 
 
+CONTINUES = np.uint32(1 << 31)  # in the length of a piece that goes on the document before it
+
+
 class Work(NamedTuple):
-    """What every task needs to know; written once as plan.json in the build's folder."""
+    """What every task needs to know; written once as plan.json in the build's folder. `names`: what file numbers are
+    called; `special_tokens`: "text" or "tokens", what their names in the text become."""
 
     source: str
     spec: Any
@@ -32,6 +38,8 @@ class Work(NamedTuple):
     sep: int
     pad: int
     unk: int
+    special_tokens: str = "text"
+    names: list[str] | None = None
 
 
 def save_work(folder: Path, work: Work) -> None:

@@ -39,7 +39,8 @@ def plan_layout(layout: str, inputs: Sequence[str | Path], tokenizer: Any, optio
     units = [[n, *bounds] for n, index in enumerate(indices) for bounds in cut(document_bounds(index), index)]
     files = [index.prefix + ending for index in indices for ending in (".idx", ".bin")]
     spec = {"prefixes": [index.prefix for index in indices], "ids": mapping.ids, "names": mapping.names}
-    return Plan(spec, units, files, [f"{index.prefix}: {mapping.note}" for index in indices] + notes)
+    told = [f"{index.prefix}: {mapping.note}" for index in indices] + notes
+    return Plan(spec, units, files, told, [index.prefix for index in indices])
 
 
 def read_layout(layout: str, spec: Any, unit: Any) -> Iterator[Document]:
@@ -52,7 +53,9 @@ def read_layout(layout: str, spec: Any, unit: Any) -> Iterator[Document]:
 def document_bounds(index: Index) -> np.ndarray:
     """Bounds of documents in sequences: behind every sequence that is EOS alone, else behind every sequence."""
     single = np.flatnonzero(index.lengths == 1)
-    separators = single[index.tokens()[index.starts[single]].astype(np.int64) + index.shift == EOS]
+    with index.tokens() as tokens:
+        stored = np.array([int(tokens.read(int(start), 1)[0]) for start in index.starts[single]], np.int64)
+    separators = single[stored + index.shift == EOS]
     number = len(index.lengths)
     if not len(separators):
         return np.arange(number + 1)

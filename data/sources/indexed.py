@@ -6,10 +6,11 @@
                i64 dim offsets[n+1] · i64 data offsets[n+1] (in elements) · i64 sizes[s]; values are stored + 1
 
 The first two share magic and version and are told apart by the file's size. Every pointer is checked against the
-size of the `.bin`, which is mapped, not read.
+size of the `.bin`.
 """
 
 import hashlib
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,12 +40,43 @@ class Index(NamedTuple):
     documents: npt.NDArray[np.int64] | None
     shift: int
 
-    def tokens(self) -> npt.NDArray:
-        """All tokens of the `.bin`, mapped; as stored, `shift` not yet added."""
-        path = Path(self.prefix + ".bin")
-        if not path.stat().st_size:
-            return np.zeros(0, dtype=self.dtype)
-        return np.memmap(path, dtype=self.dtype, mode="r")
+    def tokens(self) -> "TokenFile":
+        """The tokens of the `.bin`, `shift` not yet added."""
+        return TokenFile(self.prefix + ".bin", np.dtype(self.dtype))
+
+
+class TokenFile:
+    """Tokens of an open `.bin`, as stored. Read, not mapped: a file that is cut meanwhile is an error, not a signal."""
+
+    def __init__(self, path: str, dtype: np.dtype):
+        self._path, self._dtype = path, dtype
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> "TokenFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def read(self, start: int, length: int) -> npt.NDArray:
+        """The `length` tokens from number `start` on. DataError where they are not all there."""
+        width = self._dtype.itemsize
+        tokens = np.empty(length, self._dtype)
+        into, at = tokens.view(np.uint8).data, start * width
+        try:
+            while len(into) and (count := os.preadv(self._file, [into], at)):
+                into, at = into[count:], at + count
+        except OSError as error:
+            raise DataError(
+                f"{self._path!r}, at byte {at}: its bytes cannot be read ({error.strerror}); put the file back and run "
+                "the same command again"
+            ) from error
+        if len(into):
+            raise DataError(
+                f"{self._path!r} is cut short at byte {at}, though it was longer before; put the file back and run the "
+                "same command again"
+            )
+        return tokens
 
 
 def clean_prefix(given: str | Path) -> str:

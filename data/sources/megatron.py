@@ -26,7 +26,8 @@ def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) 
     units = [[n, *bounds] for n, index in enumerate(indices) for bounds in cut(document_bounds(index), index)]
     files = [index.prefix + ending for index in indices for ending in (".idx", ".bin")]
     spec = {"prefixes": [index.prefix for index in indices], "ids": mapping.ids, "names": mapping.names}
-    return Plan(spec, units, files, [f"{index.prefix}: {mapping.note}" for index in indices] + notes)
+    told = [f"{index.prefix}: {mapping.note}" for index in indices] + notes
+    return Plan(spec, units, files, told, [index.prefix for index in indices])
 
 
 def read(spec: Any, unit: Any) -> Iterator[Document]:
@@ -69,19 +70,20 @@ def documents(
     `sequences_end`: an END that is a sequence's last token ends the sequence alone (fairseq's). The first piece of a
     document has its number as position, every further one 2^63 + the number of tokens before it.
     """
-    tokens, before = index.tokens(), np.concatenate([[0], np.cumsum(index.lengths)])
-    for number in range(first, last):
-        begin, end = int(bounds[number]), int(bounds[number + 1])
-        parts = []
-        for sequence in range(begin, end):
-            stored = tokens[index.starts[sequence] : index.starts[sequence] + index.lengths[sequence]]
-            parts.append(mapper.map_all(stored.astype(np.int64) + index.shift))
-            if sequences_end and len(stored) and parts[-1][-1] == END:
-                parts[-1][-1] = DROPPED
-        joined = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        cuts = np.concatenate([[0], np.flatnonzero(joined == END) + 1])
-        pieces = [piece[piece >= 0].astype(np.uint32) for piece in np.split(joined, cuts[1:])]
-        found = [(int(cut), piece) for cut, piece in zip(cuts, pieces, strict=True) if len(piece)]
-        yield Document(file, number, found[0][1] if found else np.zeros(0, np.uint32))
-        for cut, piece in found[1:]:
-            yield Document(file, (1 << 63) + int(before[begin]) + cut, piece)
+    before = np.concatenate([[0], np.cumsum(index.lengths)])
+    with index.tokens() as tokens:
+        for number in range(first, last):
+            begin, end = int(bounds[number]), int(bounds[number + 1])
+            parts = []
+            for sequence in range(begin, end):
+                stored = tokens.read(int(index.starts[sequence]), int(index.lengths[sequence]))
+                parts.append(mapper.map_all(stored.astype(np.int64) + index.shift))
+                if sequences_end and len(stored) and parts[-1][-1] == END:
+                    parts[-1][-1] = DROPPED
+            joined = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+            cuts = np.concatenate([[0], np.flatnonzero(joined == END) + 1])
+            pieces = [piece[piece >= 0].astype(np.uint32) for piece in np.split(joined, cuts[1:])]
+            found = [(int(cut), piece) for cut, piece in zip(cuts, pieces, strict=True) if len(piece)]
+            yield Document(file, number, found[0][1] if found else np.zeros(0, np.uint32))
+            for cut, piece in found[1:]:
+                yield Document(file, (1 << 63) + int(before[begin]) + cut, piece)

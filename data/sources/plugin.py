@@ -3,10 +3,11 @@
 A source is an object (a module will do) with two functions:
 
     plan(inputs, tokenizer, options) -> Plan     once, in the caller's process: look at the inputs, refuse bad ones
-    read(spec, unit) -> iterator of Document     in many processes: the documents of one unit, in a fixed order
+    read(spec, unit) -> iterator of Item         in many processes: the documents of one unit, in a fixed order
 
 `spec` and every unit are plain JSON. A document is text, or token ids of the data set's own vocabulary (uint32). Its
-(file, position) must not depend on how units are cut: it decides the shuffle.
+(file, position) must not depend on how units are cut: it decides the shuffle. A record that gives no document is
+yielded too, as `accounts.LeftOut`, so that the books balance; `accounts.Noticed` tells of what was put right.
 Other distributions add sources by an entry point of the group `minilm.sources`: name = "package.module" or
 "package.module:object". Left out: pickles, shell commands, anything that is not JSON between processes.
 """
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minilm.data.errors import DataError
+from minilm.data.sources.accounts import LeftOut, Noticed
 
 GROUP = "minilm.sources"
 BUILT_IN = {
@@ -33,27 +35,41 @@ BUILT_IN = {
 }
 
 
+READER_VERSION = 2
+"""Of the rules by which the built-in sources read: a data set built under other rules is not taken for the same."""
+
+
 class Document(NamedTuple):
-    """One document; an empty one is counted, not used."""
+    """One document; an empty one is counted, not used. A long text may come in pieces one behind the other, of one file
+    and position: `continues` says that this one belongs to the document before. `place` is for messages."""
 
     file: int
     position: int
     content: str | npt.NDArray[np.uint32]
+    continues: bool = False
+    place: str = ""
+
+
+Item = Document | LeftOut | Noticed
 
 
 class Plan(NamedTuple):
-    """`files`: every file that is read (their content identifies the build); `notes`: one line each for the report."""
+    """`files`: every file that is read (their content identifies the build); `notes`: one line each for the report;
+    `names`: what the file numbers of documents are called in the accounts, where that is not `files`; `left_out`:
+    (path, reason) of what was met in folders and is not read."""
 
     spec: Any
     units: list[Any]
     files: list[str]
     notes: list[str]
+    names: list[str] | None = None
+    left_out: Sequence[tuple[str, str]] = ()
 
 
 class Source(Protocol):
     def plan(self, inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) -> Plan: ...
 
-    def read(self, spec: Any, unit: Any) -> Iterator[Document]: ...
+    def read(self, spec: Any, unit: Any) -> Iterator[Item]: ...
 
 
 @lru_cache(maxsize=32)

@@ -7,23 +7,31 @@ end in the middle of one, is an error: the standard library's readers drop what 
 import bz2
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import zstandard
 
 from minilm.data.errors import DataError
+from minilm.data.sources.progress import tell
 
-_PIECE = 1 << 16
+BUFFER_BYTES = 1 << 17
+_MOST = 1 << 20  # bytes that are unpacked at once, however small their packed form
+_ZSTD_PIECE = 1 << 11  # its library has no such bound; four bytes can be a block of 128 KiB
 _MAGICS: dict[bytes, Callable[[], Any]] = {
-    b"\x1f\x8b": lambda: zlib.decompressobj(31),
+    b"\x1f\x8b\x08": lambda: zlib.decompressobj(31),
     b"\xfd7zXZ\x00": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
     b"BZh": bz2.BZ2Decompressor,
     b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
+_NAMES = {b"\x1f\x8b\x08": "gzip", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+_LONGEST = 10
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_PADDING = {b"\x1f\x8b": 1, b"\xfd7zXZ\x00": 4}  # zeros that may follow come in multiples of this
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # a block, and the end of an empty file
+_PADDING = {b"\x1f\x8b\x08": 1, b"\xfd7zXZ\x00": 4}  # zeros that may follow come in multiples of this
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1-3 of a zstd frame that holds nothing
 
 
@@ -33,9 +41,22 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes | None: ...
 
 
+def open_unpacked(path: str) -> io.BufferedReader:
+    """The unpacked bytes of a file, whatever it is packed with; it tells how much of the file was read."""
+    file = io.BufferedReader(_TellingFile(path), buffer_size=BUFFER_BYTES)
+    return io.BufferedReader(_OfFile(file, unpacked_stream(file, path)), buffer_size=1 << 20)
+
+
+def packer_of(path: str) -> str | None:
+    """gzip, xz, bzip2 or zstd: what the first bytes of a file say that it is packed with."""
+    with Path(path).open("rb") as file:
+        magic = _magic_of(file.read(_LONGEST))
+    return None if magic is None else _NAMES[magic]
+
+
 def unpacked_stream(raw: Readable, name: str) -> Readable:
     """`raw`, whatever it is packed with; the stream itself where it is not. Errors call it `name`."""
-    begin = _read_exactly(raw, max(map(len, _MAGICS)))
+    begin = _read_exactly(raw, _LONGEST)
     whole = _Rest(begin, raw)
     magic = _magic_of(begin)
     if magic is None:
@@ -46,6 +67,8 @@ def unpacked_stream(raw: Readable, name: str) -> Readable:
 def _magic_of(begin: bytes) -> bytes | None:
     if begin[1:4] == _SKIPPABLE and begin[0] & 0xF0 == 0x50:
         return _ZSTD
+    if begin.startswith(b"BZh") and begin[4:10] not in _BZIP2_BLOCKS:  # words may begin with these letters
+        return None
     return next((magic for magic in _MAGICS if begin.startswith(magic)), None)
 
 
@@ -54,6 +77,30 @@ def _read_exactly(raw: Readable, size: int) -> bytes:
     while len(found) < size and (piece := raw.read(size - len(found))):
         found += piece
     return found
+
+
+class _TellingFile(io.FileIO):
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        tell(self.tell() / max(1, os.fstat(self.fileno()).st_size))
+        return count
+
+
+class _OfFile(io.RawIOBase):
+    """A stream that closes its file."""
+
+    def __init__(self, file: Any, stream: Any):
+        self._file, self._stream = file, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._stream.readinto(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _Rest(io.RawIOBase):
@@ -87,21 +134,30 @@ class _Unpacked(io.RawIOBase):
         while not self._ready:
             if self._unpacker.eof and not self._next_part():
                 return 0
-            if not self._packed and not self._more():
+            if not self._packed and self._needs_input() and not self._more():
                 raise DataError(f"{self._name!r} is cut short at byte {self._at}; fetch it again")
             try:
-                self._ready = memoryview(self._unpacker.decompress(self._packed))
+                self._ready = memoryview(self._unpack())
             except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFError) as error:
                 raise DataError(
                     f"{self._name!r} is damaged before byte {self._at} ({error}); fetch it again"
                 ) from error
-            self._packed = self._unpacker.unused_data if self._unpacker.eof else b""
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
+    def _needs_input(self) -> bool:
+        return getattr(self._unpacker, "needs_input", True)
+
+    def _unpack(self) -> bytes:
+        """Some of what is next; what `_packed` holds of it is used up."""
+        unpacker = self._unpacker
+        found: bytes = unpacker.decompress(self._packed, *([] if self._magic == _ZSTD else [_MOST]))
+        self._packed = unpacker.unused_data if unpacker.eof else getattr(unpacker, "unconsumed_tail", b"")
+        return found
+
     def _more(self) -> bool:
-        piece = self._raw.read(_PIECE) or b""
+        piece = self._raw.read(_ZSTD_PIECE if self._magic == _ZSTD else BUFFER_BYTES) or b""
         self._packed += piece
         self._at += len(piece)
         return bool(piece)
@@ -114,7 +170,7 @@ class _Unpacked(io.RawIOBase):
             zeros, self._packed = zeros + len(self._packed) - len(left), left
             if self._packed or not self._more():
                 break
-        while len(self._packed) < max(map(len, _MAGICS)) and self._more():
+        while len(self._packed) < _LONGEST and self._more():
             pass
         if zeros % _PADDING.get(self._magic, zeros + 1) or (
             self._packed and _magic_of(self._packed) != self._magic

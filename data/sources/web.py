@@ -3,11 +3,12 @@
 Options: field (which part of a sample: one named txt, text, caption, json or npy, or ending in those), text_field (the
 field of a json part), source_tokenizer (for token ids).
 
-Tars are files, also packed ones, or URLs (data.storage.remote: its schemes, its retries). Members of one key, the name
-up to its first dot, that follow one another are a sample, as webdataset has it. The text is the first that the samples
-have of the parts txt, text, caption, json (there text, txt, content, caption, …, then the one field that reads like
-prose), npy; where that leaves a choice the import asks. Folders, devices, hidden files, names without an ending and
-README's are no samples, and are counted. A text that is a link or a sparse file, or that a sample lacks, is an error.
+Tars are files, also packed ones, folders of them, or URLs (data.storage.remote: its schemes, its retries). Members of
+one key, the name up to its first dot, that follow one another are a sample, as webdataset has it. The text is the first
+that the samples have of the parts txt, text, caption, json (there text, txt, content, caption, …, then the one field
+that reads like prose), npy; where that leaves a choice the import asks. Folders, devices, hidden files, names without
+an ending and README's are no samples, and are counted. A text that is a link or a sparse file, or that a sample lacks,
+is an error.
 Nothing is executed: no pipe:, no pickles, and of a sample only the chosen field is decoded.
 """
 
@@ -22,16 +23,19 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from minilm.data.errors import DataError
-from minilm.data.sources.plugin import Document, Plan, take
+from minilm.data.records.fields import TEXT_FIELDS, WrongType, like_prose, text_of
+from minilm.data.sources.accounts import LeftOut, Noticed
+from minilm.data.sources.find import Walk, summary
+from minilm.data.sources.plugin import Document, Item, Plan, take
 from minilm.data.sources.progress import tell
 from minilm.data.sources.tar_members import Member, members
 from minilm.data.sources.unpack import unpacked_stream
 from minilm.data.sources.vocabulary import Mapper, from_tokenizer, needs_tokenizer
 from minilm.data.storage.remote import Identity, Store, is_remote, split_url
 
+_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.zst", ".tar.bz2", ".tbz2")  # in folders
 _TEXT = ("txt", "text", "caption")
 KINDS = (*_TEXT, "json", "npy")  # in the order in which they are preferred
-_TEXT_FIELDS = ("text", "txt", "content", "caption", "body", "article", "document", "sentence")
 _LOOKED_AT, _LOOKED_AT_REMOTE = 64, 4  # samples, to choose the text by
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 _ABOUT = {"readme", "license", "licence", "notice", "changelog", "citation"}
@@ -64,7 +68,8 @@ class Counts:
 
 def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) -> Plan:
     field, text_field, named = take(options, "webdataset", "field", "text_field", "source_tokenizer")
-    paths, notes = _once([_place(given) for given in inputs])
+    places, left_out = _places(inputs)
+    paths, notes = _once(places)
     if not paths:
         raise DataError("no tar was given; name at least one")
     identities = [_identity(path) for path in paths]
@@ -100,19 +105,30 @@ def plan(inputs: Sequence[str | Path], tokenizer: Any, options: dict[str, Any]) 
         spec.update(ids=mapping.ids, names=mapping.names)
         note = f"token ids from part {field!r}, {mapping.note}"
     told = [f"{path}: {note}{_walked(path)}" for path in paths]
-    return Plan(spec, [[file] for file in range(len(paths))], paths, told + notes)
+    notes = told + notes + summary(left_out)
+    return Plan(spec, [[file] for file in range(len(paths))], paths, notes, left_out=left_out)
 
 
-def read(spec: Any, unit: Any) -> Iterator[Document]:
+def read(spec: Any, unit: Any) -> Iterator[Item]:
     [file] = unit
     path, field = spec["paths"][file], spec["field"]
     mapper = Mapper(spec["ids"], spec["names"], path) if spec["ids"] is not None else None
-    for position, sample in enumerate(_samples(path, spec["identities"][file], (field,), Counts())):
+    counts = Counts()
+    for position, sample in enumerate(_samples(path, spec["identities"][file], (field,), counts)):
+        place = f"sample {sample.key!r}"
         if field not in sample.parts:
-            raise DataError(f"{path!r}, sample {sample.key!r}: part {field!r} is missing; mend or remove it")
+            yield LeftOut(file, place, f"without the part {field!r}")
+            continue
         if field not in sample.contents:
             raise DataError(_not_stored(path, sample.parts[field]))
-        yield Document(file, position, _content(path, sample, field, spec["text_field"], mapper))
+        content = _content(path, sample, field, spec["text_field"], mapper)
+        if isinstance(content, WrongType):
+            yield LeftOut(file, place, content.reason)
+        else:
+            yield Document(file, position, content, place=place)
+    if counts.left_out:
+        told = "members that are no samples, left out"
+        yield Noticed(file, f"member {counts.left_out[0]!r}", told, len(counts.left_out))
 
 
 def _not_stored(path: str, member: Member) -> str:
@@ -179,6 +195,7 @@ def _choose_part(path: str, samples: list[Sample], field: str | None) -> str:
 def _choose_field(path: str, samples: list[Sample], part: str, named: str | None) -> tuple[str | None, str]:
     """The field of JSON records that is read, None where they are plain strings, and an example of its text."""
     texts: dict[str, list[str]] = {}
+    plain: list[str] = []
     for sample in samples:
         if part not in sample.contents:
             continue
@@ -189,13 +206,15 @@ def _choose_field(path: str, samples: list[Sample], part: str, named: str | None
                 f"{path!r}, sample {sample.key!r}, part {part!r}: it is not JSON ({error}); mend or remove it"
             ) from error
         if isinstance(record, str):
-            return None, record.strip()[:60]
+            plain.append(record.strip()[:60])
         for name, value in record.items() if isinstance(record, dict) else ():
             if isinstance(value, str) and value.strip():
                 texts.setdefault(name, []).append(value.strip())
+    if plain and not texts:
+        return None, plain[0]
     if named is None:
-        found = [name for name in _TEXT_FIELDS if name in texts][:1] or [
-            name for name in sorted(texts) if _like_prose(texts[name])
+        found = [name for name in TEXT_FIELDS if name in texts][:1] or [
+            name for name in sorted(texts) if _mostly_prose(texts[name])
         ]
         if len(found) != 1:
             raise DataError(
@@ -211,14 +230,30 @@ def _choose_field(path: str, samples: list[Sample], part: str, named: str | None
     return named, texts[named][0][:60]
 
 
-def _like_prose(texts: list[str]) -> bool:
-    """Whether most are several words: no id, hash, date or URL."""
-    return sum(len(text.split()) > 1 and "://" not in text.split()[0] for text in texts) * 2 > len(texts)
+def _mostly_prose(texts: list[str]) -> bool:
+    return sum(map(like_prose, texts)) * 2 > len(texts)
 
 
 def _example(samples: list[Sample], part: str) -> str:
     found = [sample.contents[part] for sample in samples if sample.contents.get(part, b"").strip()]
     return found[0].decode("utf-8", "replace").strip()[:60] if found else ""
+
+
+def _places(inputs: Sequence[str | Path]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Tars and URLs in the order given, folders by the tars in them, and what of these is left out."""
+    places, walk = list[str](), Walk(lambda path: path.name.lower().endswith(_ENDINGS))
+    for given in inputs:
+        folder = Path(given).expanduser()
+        if is_remote(str(given)) or not folder.is_dir():
+            places.append(_place(given))
+            continue
+        before = len(walk.files)
+        walk.below(folder)
+        if len(walk.files) == before:
+            why = "".join(f"; {line}" for line in summary(walk.left_out))
+            raise DataError(f"{str(given)!r} holds no tars{why}; allowed endings: {' '.join(_ENDINGS)}")
+        places += [str(path) for path in walk.files[before:]]
+    return places, walk.left_out
 
 
 def _place(given: str | Path) -> str:
@@ -229,10 +264,12 @@ def _place(given: str | Path) -> str:
         return text
     scheme = text.split(":", 1)[0] if ":" in text else ""
     if scheme and not Path(text).exists():
-        raise DataError(f"{text!r}: scheme {scheme!r} is not read by the importer; give tar files or URLs")
+        raise DataError(
+            f"{text!r}: scheme {scheme!r} is not read by the importer; give tar files, folders or URLs"
+        )
     path = Path(text).expanduser().absolute()
     if not path.is_file():
-        raise DataError(f"{str(path)!r} does not exist; give tar files or URLs")
+        raise DataError(f"{str(path)!r} does not exist; give tar files, folders or URLs")
     return str(path)
 
 
@@ -325,18 +362,8 @@ def _content(path: str, sample: Sample, field: str, text_field: str | None, mapp
         text = raw.decode("utf-8")
         if _kind(field) != "json":
             return text.strip()
-        return _text_of(json.loads(text), text_field)
+        found = text_of(json.loads(text), text_field)
+        return found.strip() if isinstance(found, str) else found
     except ValueError as error:
         place = f"{path!r}, sample {sample.key!r}, part {field!r}"
         raise DataError(f"{place}: {error}; mend or remove it") from error
-
-
-def _text_of(record: Any, text_field: str | None) -> str:
-    """The text of a JSON record; a null is an empty document."""
-    if isinstance(record, dict) and text_field is not None:
-        if text_field not in record:
-            raise ValueError(f"it has no field {text_field!r}")
-        record = record[text_field]
-    if record is not None and not isinstance(record, str):
-        raise ValueError(f"a text is expected, got {type(record).__name__}")
-    return (record or "").strip()

@@ -22,6 +22,14 @@ from minilm.data.storage.retry import RetryPolicy, TransientError
 
 SCHEMES = ("file", "http", "https", "s3", "gs")
 LEAST_BYTES_A_SECOND = 1 << 20  # a request may take so much longer the more it carries
+# what the transports, which fsspec alone imports, call an environment without credentials, or with half of them
+NO_CREDENTIALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+)
 _MAY_PASS = (408, 416, 425, 429)  # of the statuses 400 to 499
 
 
@@ -76,6 +84,8 @@ class ObjectClient:
         except Exception as error:  # every transport has its own
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
+            if type(error).__name__ in NO_CREDENTIALS:
+                raise RefusedError(one_line(error)) from error
             status = getattr(error, "status", None)
             if isinstance(status, int) and 400 <= status < 500 and status not in _MAY_PASS:
                 raise RefusedError(one_line(error)) from error

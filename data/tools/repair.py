@@ -125,7 +125,8 @@ def _build_again(
         ) from error
     kept = ("seq_len", "packing", "held_out", "seed", "rows_per_block", "shard_bytes", "source", "options")
     options = {name: arguments[name] for name in kept}
-    import_data(list(inputs or files), str(tokenizer), out, processes=processes, **options)
+    options["special_tokens"] = arguments.get("special_tokens", "tokens")  # of before there was a choice
+    import_data(list(inputs or files), str(tokenizer), out, processes=processes, allow_skipped=1.0, **options)
 
 
 def _same_data(folder: Path, source: Path) -> None:

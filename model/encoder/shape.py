@@ -114,8 +114,10 @@ def student_shape(
             f"a student needs at least 1 layer and a hidden size of 1, not {layers} and {hidden}"
         )
     if hidden % heads:
+        unit = 2 * heads if family.rotary else heads
         raise ModelError(
-            f"{heads} heads do not divide hidden size {hidden}; give a multiple of {heads}, or other heads"
+            f"{heads} heads do not divide hidden size {hidden}; give a multiple of {unit}, or with relation_heads"
+            " other heads"
         )
     if family.rotary and hidden // heads % 2:
         raise ModelError(

@@ -1,5 +1,6 @@
 """A relation as a term: the KL between softmaxed products of two fields, the papers' terms (see relations.py)."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,15 +41,18 @@ class Relation(Term):
         heads = setting.relation_heads
         if heads is None:
             if teacher.heads != student.heads:
+                biased = self._is_attention and (teacher.position_bias or student.position_bias)
+                split = f", or set relation_heads to divide {teacher.hidden} and {student.hidden}"
                 raise ModelError(
                     f"the teacher has {teacher.heads} heads and the student {student.heads}; give both the same"
-                    f" number, or set relation_heads to divide {teacher.hidden} and {student.hidden}"
+                    f" number{'' if biased else split}"
                 )
             return
         for side, shape in (("teacher", teacher), ("student", student)):
             if heads < 1 or shape.hidden % heads:
                 raise ModelError(
-                    f"{heads} relation heads do not divide the {side}'s hidden size {shape.hidden}"
+                    f"{heads} relation heads do not divide the {side}'s hidden size {shape.hidden}; give a divisor"
+                    f" of {math.gcd(teacher.hidden, student.hidden)}"
                 )
         for shape in (teacher, student):
             if shape.position_bias:

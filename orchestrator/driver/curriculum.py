@@ -7,19 +7,24 @@ the same command finds the data built, the stages done and the newest checkpoint
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from minilm.data.format.manifest import MANIFEST
 from minilm.model.export import weights_digest
+from minilm.orchestrator.driver.preflight import check_checkpoints, check_device
 from minilm.orchestrator.driver.prepare_data import prepare_data
-from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter
+from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter, say_built
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
-from minilm.orchestrator.errors import RecipeErrors, Stopped
+from minilm.orchestrator.errors import InfrastructureError, RecipeErrors, Stopped
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
 from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.launch.liveness import Heartbeats
@@ -33,7 +38,10 @@ from minilm.orchestrator.stage.spec import StageSpec, StudentSpec, grouped
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.lease import Lease
 from minilm.orchestrator.system.signals import StopRequest
+from minilm.orchestrator.tracking.registry import check_rights
 from minilm.orchestrator.tracking.tracking import Tracking
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 
@@ -45,6 +53,7 @@ def run_recipe(
     lease: Lease,
     launcher: Launcher,
     stop: StopRequest,
+    line: StatusLine,
     *,
     redo_from: str | None = None,
 ) -> Summary:
@@ -54,15 +63,20 @@ def run_recipe(
     `Stopped` after SIGINT or SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
-    with closing(StatusLine()) as line:
+    with closing(line):
         line.show("looking at teachers and data", force=True)
 
         def fetch(reference: str) -> str:
-            return str(model_folder(parse_reference(reference), recipe, workdir))
+            folder = str(model_folder(parse_reference(reference), workdir, recipe))
+            log.info("%s is taken from %s", reference, folder)
+            return folder
 
-        stages, problems = resolve(recipe, fetch)
+        if launcher.is_here:
+            check_device(recipe.compute)
+        check_checkpoints(recipe.compute, workdir.root)
+        stages, problems = resolve(recipe, fetch, built=(workdir.data / MANIFEST).exists())
         if not problems:
-            data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop))
+            data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop), partial(say_built, line))
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)
         if problems:
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
@@ -80,8 +94,10 @@ def run_recipe(
             },
             recipe_file=recipe_file,
         )
+        tracking.datasets(inputs_of(data))
         driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, launcher, line, stop)
         try:
+            driver.check_rights()
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
         except Stopped:
             tracking.finish("KILLED")
@@ -104,6 +120,14 @@ def run_recipe(
         return summary
 
 
+def inputs_of(data: DataSpec) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """The data sets as MLflow lists inputs: (name, fingerprint, place, what else is known)."""
+    return [
+        (corpus.name, corpus.fingerprint, corpus.place, {"seq_len": data.seq_len, "weight": corpus.weight})
+        for corpus in data.corpora
+    ]
+
+
 @dataclass
 class Driver:
     """What the stages of one run have in common."""
@@ -118,6 +142,16 @@ class Driver:
     line: StatusLine
     stop: StopRequest
 
+    def check_rights(self) -> None:
+        """Raises `UserError` where a student that is left to train may not be registered; MLflow may be away."""
+        stages = [
+            stage for stage in self.recipe.stages if not self.workdir.stage(stage.name).published.exists()
+        ]
+        names = [self.recipe.registered_name(student.name) for stage in stages for student in stage.students]
+        if not self.tracking.num_pending:
+            with suppress(InfrastructureError):
+                check_rights(self.tracking.uri, names, patience_seconds=0.0)
+
     def run_stage(self, number: int) -> list[ModelEntry]:
         """Train and publish stage `number` (0-based) unless that is done; its teacher and students for the summary."""
         stage = self.recipe.stages[number]
@@ -126,20 +160,25 @@ class Driver:
         folder = self.workdir.stage(stage.name)
         published = read_json(folder.published)
         if published is not None and published["digest"] == spec.digest:
-            self.line.say(f"{label}  done before")
+            self.line.say(f"{label}  done before", stage=stage.name)
             return [ModelEntry(**model) for model in published["models"]]
+
+        def show(text: str) -> None:
+            self.line.show(f"{label}  {text}", force=True, stage=stage.name, doing="publishing")
+
         run = self.tracking.stage(stage.name, {"stage": stage.model_dump(mode="json"), "digest": spec.digest})
-        run.follow([folder.step_metrics, folder.heldout_metrics])
+        self.tracking.datasets(inputs_of(self.data), stage.name)
+        run.follow([folder.step_metrics, folder.heldout_metrics, folder.system_metrics])
         try:
             done = read_json(folder.done)
             if done is None or done["digest"] != spec.digest:
                 self.train(spec, label)
-            self.line.show(f"{label}  registering and drawing", force=True)
             self.lease.check()
+            show("loading teacher and students")
             # here: the driver needs no modelling code (seconds to import) before a stage is trained
             from minilm.orchestrator.driver.publish import publish
 
-            return publish(self.recipe, spec, folder, self.tracking, run)
+            return publish(self.recipe, spec, folder, self.tracking, run, show)
         except BaseException as error:
             run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
@@ -147,11 +186,16 @@ class Driver:
     def make_spec(self, resolved: ResolvedStage) -> StageSpec:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""
         recipe, compute, stage = self.recipe, self.recipe.compute, resolved.stage
-        teacher = model_folder(recipe.teacher_ref(stage), recipe, self.workdir)
+        teacher = model_folder(recipe.teacher_ref(stage), self.workdir, recipe)
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
         sizes = resolved.students
-        fields["students"] = [s | {"ffn": sizes[s["name"]].ffn} for s in fields["students"]]
+        references = {student["name"]: student["init"] for student in fields["students"]}
+        starts = {name: weights_digest(Path(folder)) for name, folder in resolved.starts.items()}
+        fields["students"] = [
+            s | {"ffn": sizes[s["name"]].ffn, "init": starts.get(s["name"], s["init"])}
+            for s in fields["students"]
+        ]
         inputs = {
             "stage": fields | {"teacher": teacher_digest},
             "seed": recipe.seed,
@@ -174,7 +218,9 @@ class Driver:
                     heads=sizes[student.name].heads,
                     ffn=sizes[student.name].ffn,
                     dropout=student.dropout,
-                    init=student.init,
+                    init=references[student.name],
+                    start=resolved.starts.get(student.name, ""),
+                    start_digest=starts.get(student.name, ""),
                 )
                 for student in stage.students
             ),
@@ -192,7 +238,7 @@ class Driver:
         """Run the stage's workers until it is done. Raises `Stopped`, `UserError` or `InfrastructureError`."""
 
         def show(text: str, force: bool) -> None:
-            self.line.show(f"{label}  {text}", force=force)
+            self.line.show(f"{label}  {text}", force=force, stage=spec.stage, doing="starting")
 
         if self.stop.requested:
             raise Stopped("stopped before the stage began; the same command goes on from here")
@@ -219,7 +265,7 @@ class Driver:
         """Show progress until the workers have ended, pass a request to stop on to them, and look after silent ones."""
         folder = StageFolder(Path(spec.folder))
         progress, beats = StageProgress(self.line, spec, label), Heartbeats(spec)
-        supervise = self.launcher.supervise(spec, beats, self.line.say)
+        supervise = self.launcher.supervise(spec, beats, self.line.warn)
         while wait([future], timeout=POLL_SECONDS).not_done:
             beats.poll()
             with suppress(OSError):  # storage that does not answer, or is full, for a moment

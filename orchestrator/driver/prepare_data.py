@@ -8,7 +8,9 @@ from pathlib import Path
 
 from minilm.data.builder.build import import_data
 from minilm.data.builder.phases import BuildProgress
+from minilm.data.builder.report import BuildReport
 from minilm.data.format.files import copy_tree, replacing_folder
+from minilm.data.format.manifest import MANIFEST
 from minilm.data.storage.remote import is_remote
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.feed.corpora import describe
@@ -23,29 +25,32 @@ def prepare_data(
     workdir: Workdir,
     fetch: Callable[[str], str],
     progress: Callable[[BuildProgress], None] | None,
+    built: Callable[[BuildReport], None] = lambda report: None,
 ) -> DataSpec:
     """What the recipe's stages read, opened once; built into the work directory first when the recipe names text.
 
-    `fetch(reference)`: the folder of a tokenizer.
+    `fetch(reference)`: the folder of a tokenizer. `built` is told what a build has found, unless it was done before.
     """
     data = recipe.data
     if data.text is not None:
         assert data.tokenizer is not None  # recipe.schema: text with a tokenizer
-        options = dict(data.options or {})
-        if data.source == "text":
-            options["text_field"] = data.text_field
-        import_data(
+        was_there = (workdir.data / MANIFEST).exists()
+        report = import_data(
             text_inputs(data.text),
             fetch(data.tokenizer),
             workdir.data,
             source=data.source,
-            options=options,
+            options=data.source_options(),
             seq_len=data.seq_len,
             packing=data.packing,
             held_out=data.held_out,
             seed=recipe.seed,
+            special_tokens=data.special_tokens,
+            allow_skipped=data.allow_skipped,
             progress=progress,
         )
+        if not was_there:
+            built(report)
         corpora = [CorpusSpec("text", str(workdir.data.resolve()))]
     else:
         corpora = [corpus_spec(corpus, recipe, fetch) for corpus in data.corpora or ()]

@@ -6,6 +6,7 @@ written last and says that the stage needs no further look.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minilm.model.encoder.shape import shape_of
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.relations import relation_maps
 from minilm.orchestrator.driver.inference_speed import inference_speed
-from minilm.orchestrator.driver.summary import ModelEntry
+from minilm.orchestrator.driver.summary import ModelEntry, terms
 from minilm.orchestrator.feed.corpora import close, open_held_out
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.stage.folder import StageFolder
@@ -34,9 +35,18 @@ SPEED_BATCH, SPEED_TOKENS = 8, 128
 
 
 def publish(
-    recipe: Recipe, spec: StageSpec, folder: StageFolder, tracking: Tracking, run: StageRun
+    recipe: Recipe,
+    spec: StageSpec,
+    folder: StageFolder,
+    tracking: Tracking,
+    run: StageRun,
+    show: Callable[[str], None],
 ) -> list[ModelEntry]:
-    """Picture, register and describe the stage's teacher and students; the teacher's entry comes first."""
+    """Picture, register and describe the stage's teacher and students; the teacher's entry comes first.
+
+    `show` is told what is done now.
+    """
+    show("drawing attention maps and loss curves")
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer)
     students = {s.name: load_encoder(folder.student(s.name)) for s in spec.students}
     run.artifact(draw_maps(spec, teacher, students, folder.root / "attention_maps.png"), "pictures")
@@ -46,6 +56,7 @@ def publish(
     pictures.loss_curves(read_all_metrics(folder.step_metrics), heldout, curves)
     run.artifact(curves, "pictures")
 
+    show("measuring the speed of teacher and students")
     models = [teacher.model, *(encoder.model for encoder in students.values())]
     speeds = inference_speed(
         models,
@@ -54,13 +65,23 @@ def publish(
         vocab_size=teacher.model.config.vocab_size,
     )
     entries = [entry(spec.teacher_name, "teacher", teacher, speeds[0], spec.teacher)]
-    for (name, encoder), speed in zip(students.items(), speeds[1:], strict=True):
+    final = {name: divergences(terms(heldout[-1].metrics, name)) for name in students}
+    for number, ((name, encoder), speed) in enumerate(
+        zip(students.items(), speeds[1:], strict=True), start=1
+    ):
+        show(f"registering {recipe.registered_name(name)} ({number}/{len(students)})")
         registered = registry.register(
             tracking.uri,
-            f"{recipe.name}-{name}",
+            recipe.registered_name(name),
             folder.student(name),
             alias=recipe.tracking.alias,
-            tags={"minilm.stage_digest": spec.digest, "minilm.teacher": spec.teacher_name},
+            tags={
+                "minilm.stage_digest": spec.digest,
+                "minilm.teacher": spec.teacher_name,
+                "minilm.steps": str(spec.steps),
+                **registry.shape_tags(shape_of(encoder.model.config), count_parameters(encoder.model)),
+                **{f"minilm.{key}": f"{value:.4g}" for key, value in final[name].items()},
+            },
             run_id=run.run_id,
         )
         entries.append(
@@ -75,6 +96,8 @@ def publish(
                 registered=f"{registered.name} v{registered.version}",
             )
         )
+    compared = {f"{name}/{key}": value for name, values in final.items() for key, value in values.items()}
+    tracking.metrics(compared, spec.steps)
     run.finish()
     write_json(folder.published, {"digest": spec.digest, "models": [asdict(e) for e in entries]})
     return entries
@@ -106,11 +129,11 @@ def entry(
     )
 
 
-def terms(metrics: dict[str, float], student: str) -> dict[str, float]:
-    """The held-out divergence of the whole mixture by term; a corpus's own values, TERM/CORPUS, are left out."""
-    prefix = f"{student}/heldout/"
-    found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-    return {term: value for term, value in found.items() if "/" not in term}
+def divergences(by_term: dict[str, float]) -> dict[str, float]:
+    """As they are called in the registry and in the recipe's run: of each term, and their sum."""
+    return {f"heldout/{term}": value for term, value in by_term.items()} | {
+        "heldout_sum": sum(by_term.values())
+    }
 
 
 def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:

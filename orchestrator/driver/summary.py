@@ -87,6 +87,13 @@ class Summary:
         )
 
 
+def terms(metrics: dict[str, float], student: str) -> dict[str, float]:
+    """The held-out divergence of the whole mixture by term; a corpus's own values, TERM/CORPUS, are left out."""
+    prefix = f"{student}/heldout/"
+    found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    return {term: value for term, value in found.items() if "/" not in term}
+
+
 def command(name: str) -> str:
     """How this environment's `name` is called from here: by its name if the PATH finds it, else by its path."""
     own = Path(sys.executable).parent / name

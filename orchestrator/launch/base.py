@@ -45,6 +45,11 @@ class Launcher(ABC):
     def __init__(self, options: LaunchOptions, stop: StopRequest):
         self.options, self.stop = options, stop
 
+    @property
+    def is_here(self) -> bool:
+        """Do all workers run on this machine?"""
+        return False
+
     @staticmethod
     def configure_process() -> None:
         """Settings of the driver's own process. Called once, before it starts any thread."""

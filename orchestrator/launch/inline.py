@@ -18,6 +18,8 @@ from minilm.orchestrator.system.malloc import keep_freed_memory
 class InlineLauncher(Launcher):
     """One worker, a thread of this process."""
 
+    is_here = True
+
     @staticmethod
     def configure_process() -> None:
         keep_freed_memory()

@@ -96,7 +96,7 @@ class Supervisor:
             return f"waiting for the cluster: {self.lacks} ({waited:.0f} of {self.wait_seconds:g} s)"
         if silent > self.allowed:
             self._act(silent)
-        return f"last heartbeat {silent:.0f} s ago"
+        return f"last heartbeat {silent:.0f} s ago" if self.beats.newest else ""
 
     def _begin_silence(self) -> None:
         beat = self.beats.newest

@@ -63,6 +63,10 @@ class RayLauncher(Launcher):
         shared = self.cluster.address is not None and not self.cluster.address.startswith("ray://")
         self.claim = Claim(f"{Process.this()} in {options.run.root}") if shared else None
 
+    @property
+    def is_here(self) -> bool:
+        return not self.cluster.is_joined
+
     def prepare(self, show: Show) -> None:
         if not self.cluster.connected:
             warn_of_early_kill()

@@ -7,19 +7,35 @@ out which key is of which kind (recipe_types.py).
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.recipe.references import check_form
+from minilm.orchestrator.recipe.references import VARIABLE, check_form
 from minilm.orchestrator.stage.folder import CHECKPOINT_SCHEMES
 
+INITIALIZATIONS = ("random", "teacher-layers")  # the model's own list, a test says
 URL_SCHEMES = ("s3", "gs", "https", "http", "file")  # the data layer reads from these, a test says
 
 
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number")  # pydantic would read true as 1
-    return value
+def _in_words(words: str) -> WrapValidator:
+    """Both bounds of a number, whatever is wrong with it: a reader who mends one does not run into the other."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            if not isinstance(value, bool):  # pydantic would read true as 1
+                return handler(value)
+        except ValidationError:
+            pass
+        raise ValueError(words)
+
+    return WrapValidator(check)
 
 
 def _slug(value: Any) -> Any:
@@ -34,8 +50,17 @@ def _slug(value: Any) -> Any:
     return value
 
 
+def _alias(value: Any) -> Any:
+    text = _slug(value)
+    if text == "latest" or (text[0] == "v" and text[1:].isdecimal()):
+        raise ValueError(
+            "a name of a-z, 0-9, - and _ that MLflow does not keep for itself (latest, v1, v2, …)"
+        )
+    return text
+
+
 def _reference(value: Any) -> Any:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or VARIABLE.search(value):
         raise ValueError("a reference written as text")
     try:
         check_form(value)
@@ -44,8 +69,21 @@ def _reference(value: Any) -> Any:
     return value
 
 
+def _start(value: Any) -> Any:
+    if value in INITIALIZATIONS:
+        return value
+    try:
+        check_form(value if isinstance(value, str) and "/" in value else "")
+    except UserError:
+        raise ValueError(
+            f"{', '.join(INITIALIZATIONS)}, or a model to go on from: models:/NAME@ALIAS, models:/NAME/VERSION, a "
+            "folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME"
+        ) from None
+    return value
+
+
 def _local_path(value: Any) -> Any:
-    if not isinstance(value, str) or not value or "://" in value:
+    if not isinstance(value, str) or not value or "://" in value or VARIABLE.search(value):
         raise ValueError("a path on this machine")
     return value
 
@@ -54,7 +92,7 @@ def _place(value: Any) -> Any:
     if not isinstance(value, str) or "://" not in value:
         return _local_path(value)
     scheme, _, rest = value.partition("://")
-    if scheme not in URL_SCHEMES or not rest or "::" in rest or "?" in rest:
+    if scheme not in URL_SCHEMES or not rest or "::" in rest or "?" in rest or VARIABLE.search(rest):
         raise ValueError(
             f"a folder, or a URL of {', '.join(f'{s}://' for s in URL_SCHEMES)} without parameters"
         )
@@ -67,7 +105,11 @@ def _checkpoint_place(value: Any) -> Any:
     text = value if isinstance(value, str) else ""
     scheme, is_url, path = text.partition("://")
     sound = path and not set(path) & set("?#@*[] ") and path.startswith("/") == (scheme == "file")
-    if not text or (is_url and not (sound and scheme in ("file", *CHECKPOINT_SCHEMES))):
+    if (
+        not text
+        or VARIABLE.search(text)
+        or (is_url and not (sound and scheme in ("file", *CHECKPOINT_SCHEMES)))
+    ):
         raise ValueError("a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
     return text.rstrip("/")
 
@@ -95,19 +137,36 @@ def _workers(value: Any) -> Any:
 
 
 # A validator stands last, so that the bounds before it reach the JSON Schema.
-_NO_BOOL = BeforeValidator(_not_bool)
-Count = Annotated[int, Field(ge=1), _NO_BOOL]
-NonNegativeInt = Annotated[int, Field(ge=0), _NO_BOOL]
-SequenceLength = Annotated[int, Field(ge=8, le=65_536), _NO_BOOL]
-Seed = Annotated[int, Field(ge=0, lt=2**63), _NO_BOOL]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NO_BOOL]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NO_BOOL]
-Fraction = Annotated[float, Field(ge=0, lt=1), _NO_BOOL]
-HeldOutShare = Annotated[float, Field(gt=0, le=0.5), _NO_BOOL]
-CountOrAuto = Annotated[
-    Count | None,
+MOST = 10**9  # of what is counted: far beyond any use, and its products still are 64-bit integers
+YEAR = 31_536_000
+Count = Annotated[int, Field(ge=1, le=MOST), _in_words("a whole number from 1 to 1e9")]
+CountFromZero = Annotated[int, Field(ge=0, le=MOST), _in_words("a whole number from 0 to 1e9")]
+Layers = Annotated[int, Field(ge=1, le=1_000), _in_words("a whole number from 1 to 1000")]
+Width = Annotated[int, Field(ge=1, le=1 << 20), _in_words("a whole number from 1 to 1048576")]
+SequenceLength = Annotated[int, Field(ge=8, le=65_536), _in_words("a whole number from 8 to 65536")]
+Seed = Annotated[int, Field(ge=0, lt=2**63), _in_words("a whole number from 0 to 2^63 - 1")]
+Positive = Annotated[float, Field(gt=0, le=1e9), _in_words("a number above 0, at most 1e9")]
+NonNegative = Annotated[float, Field(ge=0, le=1e9), _in_words("a number from 0 to 1e9")]
+Seconds = Annotated[float, Field(gt=0, le=YEAR), _in_words("seconds, above 0 and at most 31536000 (a year)")]
+SecondsFromZero = Annotated[float, Field(ge=0, le=YEAR), _in_words("seconds, from 0 to 31536000 (a year)")]
+Fraction = Annotated[float, Field(ge=0, lt=1), _in_words("a number of at least 0 and below 1")]
+Betas = Annotated[
+    tuple[Fraction, Fraction], _in_words("two numbers of at least 0 and below 1, as [0.9, 0.999]")
+]
+Share = Annotated[float, Field(ge=0, le=1), _in_words("a number from 0 to 1")]
+HeldOutShare = Annotated[float, Field(gt=0, le=0.5), _in_words("a number above 0, at most 0.5")]
+LearningRate = Annotated[
+    float,
+    Field(gt=0, le=1),
+    _in_words(
+        "a number above 0, at most 1; Adam moves a weight by about so much a step, and most recipes have 1e-4 to 1e-3"
+    ),
+]
+Threads = Annotated[int, Field(ge=1, le=4_096), _in_words("auto, or a whole number from 1 to 4096")]
+ThreadsOrAuto = Annotated[
+    Threads | None,
     BeforeValidator(_auto_is_none),
-    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": 4_096}]}),
 ]
 Workers = Annotated[
     tuple[int, int],
@@ -124,7 +183,13 @@ Workers = Annotated[
 ]
 LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
+Alias = Annotated[Slug, BeforeValidator(_alias)]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
+Start = Annotated[
+    str,
+    BeforeValidator(_start),
+    WithJsonSchema({"anyOf": [{"enum": list(INITIALIZATIONS)}, {"type": "string"}]}),
+]
 CheckpointPlace = Annotated[str, BeforeValidator(_checkpoint_place)]
 LocalFolder = Annotated[Path, BeforeValidator(_local_path)]
 LocalPath = Annotated[str, BeforeValidator(_local_path)]

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ValidationError
 
 from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.recipe.changes import first_difference
+from minilm.orchestrator.recipe.fields import INITIALIZATIONS
 from minilm.orchestrator.recipe.missing import missing_inputs
-from minilm.orchestrator.recipe.references import looks_like_path, package_path
+from minilm.orchestrator.recipe.references import VARIABLE, looks_like_path, package_path
 from minilm.orchestrator.recipe.rules import Problem, check_across, explain, follows_from_another
 from minilm.orchestrator.recipe.schema import (
     CORPUS_PLACES,
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 
+ANCHORS = "x-"  # keys at the top that begin so hold mappings for merge keys, and are read by nothing else
 Section = TypeVar("Section", bound=BaseModel)
 
 
@@ -59,6 +61,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(source.values, dict):
         what = "the file is empty" if source.values is None else "the file is not a mapping"
         raise RecipeErrors([f"{source.file}:1: {what}; allowed: a recipe with name, data and stages"])
+    for key in [key for key in source.values if key.startswith(ANCHORS)]:
+        del source.values[key]
     as_written = _anchor_paths(source)
     problems: list[Problem] = []
     try:
@@ -162,6 +166,9 @@ def _anchor_paths(source: Source) -> dict[str, str]:
     for i, stage in enumerate(stages):
         if isinstance(stage, dict) and "teacher" in stage:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)
+        for student, at in _raw_students(stage):
+            if student.get("init") not in INITIALIZATIONS and "init" in student:
+                anchor(student, "init", ("stages", i, *at, "init"), is_path=False)
     return as_written
 
 
@@ -184,7 +191,7 @@ def _absolute(text: str, base: Path, is_path: bool) -> str | None:
             return str(package_path(text))
         except UserError:
             return None
-    if not text or "://" in text or text.startswith("models:"):
+    if not text or "://" in text or text.startswith("models:") or VARIABLE.search(text):
         return None
     path = Path(os.path.abspath(base / Path(text).expanduser()))  # noqa: PTH100 (resolve follows links)
     return str(path) if is_path or looks_like_path(text) or path.is_dir() else None
@@ -192,11 +199,20 @@ def _absolute(text: str, base: Path, is_path: bool) -> str | None:
 
 def _student_names(stage: Any) -> set[str]:
     """Names of the students that a raw, perhaps malformed stage defines."""
+    named = [
+        student.get("name", stage.get("name") if at == ("student",) else None)
+        for student, at in _raw_students(stage)
+    ]
+    return {name for name in named if isinstance(name, str)}
+
+
+def _raw_students(stage: Any) -> list[tuple[dict[str, Any], KeyPath]]:
+    """The students in a raw, perhaps malformed stage, each with its path from there."""
     if not isinstance(stage, dict):
-        return set()
-    students = stage.get("students")
-    listed = students if isinstance(students, list) else []
-    names = [student.get("name") for student in listed if isinstance(student, dict)]
-    if isinstance(stage.get("student"), dict):
-        names.append(stage["student"].get("name", stage.get("name")))
-    return {name for name in names if isinstance(name, str)}
+        return []
+    listed = stage.get("students")
+    found: list[tuple[Any, KeyPath]] = [(stage.get("student"), ("student",))]
+    found += [
+        (student, ("students", i)) for i, student in enumerate(listed if isinstance(listed, list) else ())
+    ]
+    return [(student, at) for student, at in found if isinstance(student, dict)]

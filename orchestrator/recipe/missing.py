@@ -3,7 +3,13 @@
 import glob
 from pathlib import Path
 
-from minilm.orchestrator.recipe.references import FolderRef, absent_package, parse_reference
+from minilm.orchestrator.recipe.references import (
+    FolderRef,
+    HubRef,
+    RegistryRef,
+    absent_package,
+    parse_reference,
+)
 from minilm.orchestrator.recipe.schema import (
     Corpus,
     Data,
@@ -20,20 +26,8 @@ def missing_inputs(recipe: Recipe) -> list[str]:
     data = recipe.data
     for corpus in data.corpora or ():
         notes += _missing_corpus(corpus, data)
-    for pattern in data.text or ():
-        if absent := absent_package(pattern):
-            notes.append(f"data.text: {absent}, or give yours: --set data.text=FILES")
-        elif not Path(pattern).exists() and not glob.glob(pattern, recursive=True):  # noqa: PTH207 (absolute)
-            what = "no such file, or none that matches"
-            notes.append(f"data.text: given {pattern!r}, but there is {what}; --set data.text=FILES")
-    references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
-    references += [
-        (f"{_place(corpus, data)}source_tokenizer", corpus.source_tokenizer)
-        for corpus in data.corpora or ()
-        if corpus.source_tokenizer
-    ]
-    references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
-    for key, text in references:
+    notes += missing_text(data)
+    for key, text in _references(recipe):
         if absent := absent_package(text):
             notes.append(f"{key}: {absent}, or give another{_override(key)}")
             continue
@@ -41,6 +35,49 @@ def missing_inputs(recipe: Recipe) -> list[str]:
         if isinstance(reference, FolderRef) and not reference.path.is_dir():
             notes.append(f"{key}: given {text!r}, but there is no such folder; give yours{_override(key)}")
     return notes
+
+
+def missing_text(data: Data) -> list[str]:
+    """One line for each of `data.text` that is not on this machine."""
+    notes: list[str] = []
+    for pattern in data.text or ():
+        if absent := absent_package(pattern):
+            notes.append(f"data.text: {absent}, or give yours: --set data.text=FILES")
+        elif not Path(pattern).exists() and not glob.glob(pattern, recursive=True):  # noqa: PTH207 (absolute)
+            what = "no such file, or none that matches"
+            notes.append(f"data.text: given {pattern!r}, but there is {what}; --set data.text=FILES")
+    return notes
+
+
+def unseen_inputs(recipe: Recipe) -> list[str]:
+    """One line for each model of a hub or registry, which nobody looks at before a run fetches it."""
+    notes = []
+    for key, text in _references(recipe):
+        if not absent_package(text):
+            reference = parse_reference(text, recipe.student_names)
+            if isinstance(reference, HubRef | RegistryRef):
+                notes.append(
+                    f"{key}: {text} is fetched by a run; to have it looked at, give a folder{_override(key)}"
+                )
+    return notes
+
+
+def _references(recipe: Recipe) -> list[tuple[str, str]]:
+    """Teachers, tokenizers and the models that students start from, each with its key."""
+    data = recipe.data
+    references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
+    references += [
+        (f"{_place(corpus, data)}source_tokenizer", corpus.source_tokenizer)
+        for corpus in data.corpora or ()
+        if corpus.source_tokenizer
+    ]
+    references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
+    return references + [
+        (f"stage {stage.name}, student {student.name}: init", student.starts_from)
+        for stage in recipe.stages
+        for student in stage.students
+        if student.starts_from
+    ]
 
 
 def _place(corpus: Corpus, data: Data) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pydantic_core import ErrorDetails
 
+from minilm.orchestrator.recipe.references import VARIABLE
 from minilm.orchestrator.recipe.schema import CORPUS_PLACES, SECTIONS, Compute, Stage, Student
 from minilm.orchestrator.recipe.yaml_source import KeyPath
 
@@ -28,28 +29,39 @@ class _Known(NamedTuple):
 
 
 _UNKNOWN = _Known(None, None, None)
+_NOT_WHOLE = "is not whole"
 
 
-def check_across(stages: Mapping[int, Stage], compute: Compute | None) -> Iterator[Problem]:
-    """Problems between keys. Parts that are malformed themselves are left out (None, or no such index)."""
+def check_across(
+    stages: Mapping[int, Stage], compute: Compute | None, *, advise: bool = True
+) -> Iterator[Problem]:
+    """Problems between keys. Parts that are malformed themselves are left out (None, or no such index).
+
+    advise: say what would do, having tried that it leads to no other problem.
+    """
     earlier: dict[str, _Known] = {}
-    names = [student.name for stage in stages.values() for student in stage.students]
+    made_by = {student.name: stage for stage in stages.values() for student in stage.students}
     stage_names: set[str] = set()
     for index, stage in stages.items():
         at: KeyPath = ("stages", index)
         if stage.name in stage_names:
             yield (*at, "name"), f"given {stage.name!r} a second time; allowed: a name for each stage"
-        yield from _teacher(at, stage, earlier, names, stage_names)
-        yield from _numbers(at, stage, compute)
+        yield from _teacher(at, stage, earlier, made_by, stage_names)
+        yield from _numbers(at, stage, compute, stages.values())
         teacher = earlier.get(stage.teacher, _UNKNOWN)
+        yield from _relation_heads(at, stage, teacher)
         here: dict[str, _Known] = {}
         for i, student in enumerate(stage.students):
             path: KeyPath = (*at, "students", i)
             if student.name in earlier or student.name in here:
                 what = f"given {student.name!r} a second time; allowed: a name for each student of the recipe"
                 yield (*path, "name"), what
-            yield from _heads(path, student, stage, teacher)
-            here[student.name] = _Known(student.layers, student.hidden, student.heads or teacher.heads)
+            for problem in _heads(path, student, stage, teacher):
+                advice = _fitting(stages, index, i, teacher) if advise and _NOT_WHOLE in problem[1] else ""
+                yield problem[0], problem[1] + advice
+            heads = _own_heads(student, teacher)
+            sound = heads if heads and student.hidden % heads == 0 else None
+            here[student.name] = _Known(student.layers, student.hidden, sound)
         stage_names.add(stage.name)
         earlier = here | earlier
 
@@ -58,7 +70,7 @@ def _teacher(
     at: KeyPath,
     stage: Stage,
     earlier: Mapping[str, _Known],
-    names: Collection[str],
+    made_by: Mapping[str, Stage],
     stage_names: Collection[str],
 ) -> Iterator[Problem]:
     teacher, path = stage.teacher, (*at, "teacher")
@@ -69,11 +81,16 @@ def _teacher(
             yield (*at, "teacher_layer"), what
     elif teacher in [student.name for student in stage.students]:
         yield path, f"given {teacher!r}, this stage's own student; allowed: a student of an earlier stage"
-    elif teacher in names:
-        yield (
-            path,
-            f"given {teacher!r}, a student defined only later; move the stage that makes it up, above this",
-        )
+    elif teacher in made_by:
+        if cycle := _cycle(stage, made_by):
+            what = f"given {teacher!r}, and so a cycle of teachers: {' → '.join(cycle)}"
+            yield (
+                path,
+                f"{what}; allowed in one of these stages: a teacher from elsewhere, as OWNER/NAME or ./FOLDER",
+            )
+            return
+        what = f"given {teacher!r}, a student defined only later"
+        yield path, f"{what}; move the stage that makes it ({made_by[teacher].name}) up, above this"
     elif teacher in stage_names:
         what = f"given {teacher!r}, a stage whose students have other names"
         yield path, f"{what}; allowed: a student's name: {', '.join(earlier)}"
@@ -81,7 +98,18 @@ def _teacher(
         yield path, f"given {teacher!r}, no earlier student's name{guess} (a hub id would be OWNER/NAME)"
 
 
-def _numbers(at: KeyPath, stage: Stage, compute: Compute | None) -> Iterator[Problem]:
+def _cycle(stage: Stage, made_by: Mapping[str, Stage]) -> list[str]:
+    """Teacher, student, student's student … back to the first; empty where the teachers of `stage` have a beginning."""
+    chain = [stage.teacher]
+    while (maker := made_by.get(chain[0])) and maker.teacher not in chain:
+        chain.insert(0, maker.teacher)
+    in_cycle = maker is not None and any(student.name in chain for student in stage.students)
+    return [maker.teacher, *chain] if maker and in_cycle else []
+
+
+def _numbers(
+    at: KeyPath, stage: Stage, compute: Compute | None, stages: Collection[Stage]
+) -> Iterator[Problem]:
     if stage.warmup_steps >= stage.steps:
         what = f"given {stage.warmup_steps}; allowed: fewer than the stage's {stage.steps} steps"
         yield (*at, "warmup_steps"), what
@@ -89,7 +117,8 @@ def _numbers(at: KeyPath, stage: Stage, compute: Compute | None) -> Iterator[Pro
     if micro_batch is None:
         return
     if stage.batch % micro_batch:
-        fits = max(size for size in range(1, min(micro_batch, stage.batch) + 1) if stage.batch % size == 0)
+        batches = math.gcd(*(other.batch for other in stages if other.micro_batch in (None, micro_batch)))
+        fits = max(size for size in range(1, min(micro_batch, batches) + 1) if batches % size == 0)
         what = f"given {micro_batch}; allowed: a divisor of the batch {stage.batch} of stage {stage.name!r}"
         yield (*at, "micro_batch"), f"{what}; {fits} would do"
     elif compute and compute.workers[1] > stage.batch // micro_batch:
@@ -98,28 +127,65 @@ def _numbers(at: KeyPath, stage: Stage, compute: Compute | None) -> Iterator[Pro
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"
 
 
+def _own_heads(student: Student, teacher: _Known) -> int | None:
+    """A student's heads: its teacher's unless given, or those of the model it starts from, which is not known here."""
+    return student.heads or (None if student.starts_from else teacher.heads)
+
+
 def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> Iterator[Problem]:
-    heads = student.heads or teacher.heads
+    heads = _own_heads(student, teacher)
     if heads and student.hidden % heads:
         key = "heads" if student.heads else "hidden"
         given = student.heads or student.hidden
-        what = f"given {given}; allowed: heads that divide hidden ({student.hidden} / {heads} is not whole)"
-        if student.heads and student.heads != teacher.heads:
-            divisors = [n for n in range(1, student.hidden + 1) if student.hidden % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - heads))
-            fits = f"heads: {teacher.heads if teacher.heads in divisors else nearest}"
-        else:
-            unit = math.lcm(heads, stage.relation_heads or 1)
-            fits = f"hidden: {max(unit, unit * round(student.hidden / unit))}"
-        yield (*path, key), f"{what}; {fits} would do"
-    if stage.relation_heads is not None:
-        for whose, hidden in (("the teacher's", teacher.hidden), (f"{student.name}'s", student.hidden)):
-            if hidden is not None and hidden % stage.relation_heads:
-                what = f"given {stage.relation_heads}; allowed: a divisor of {whose} hidden size {hidden}"
-                yield (*path[:2], "relation_heads"), what
-    elif student.heads and teacher.heads and student.heads != teacher.heads:
+        yield (
+            (*path, key),
+            f"given {given}; allowed: heads that divide hidden ({student.hidden} / {heads} {_NOT_WHOLE})",
+        )
+    if stage.relation_heads is None and student.heads and teacher.heads and student.heads != teacher.heads:
         what = f"given {student.heads}; allowed: {teacher.heads}, the heads of the teacher {stage.teacher!r}"
         yield (*path, "heads"), f"{what}, as they are compared one by one; or set relation_heads in the stage"
+
+
+def _relation_heads(at: KeyPath, stage: Stage, teacher: _Known) -> Iterator[Problem]:
+    given = stage.relation_heads
+    sizes = {s.name: s.hidden for s in stage.students if s.hidden % (_own_heads(s, teacher) or 1) == 0}
+    sizes |= {stage.teacher: teacher.hidden} if teacher.hidden else {}
+    common = math.gcd(*sizes.values())
+    if given and common % given:
+        fits = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(n - given))
+        listed = ", ".join(f"{name} {hidden}" for name, hidden in sizes.items())
+        what = f"given {given}; allowed: a number that divides all hidden sizes ({listed})"
+        yield (*at, "relation_heads"), f"{what}; {fits} would do"
+
+
+def _fitting(stages: Mapping[int, Stage], index: int, place: int, teacher: _Known) -> str:
+    """`; heads: 4 would do` for a student whose heads do not divide its hidden size: the nearest number after which
+    nothing is wrong with it, and nothing more with the others."""
+    stage = stages[index]
+    student = stage.students[place]
+    heads = _own_heads(student, teacher) or 1
+    unit = math.lcm(heads, stage.relation_heads or 1)
+    sizes = sorted(
+        (unit * n for n in range(1, student.hidden // unit + 3)), key=lambda n: abs(n - student.hidden)
+    )
+    if student.heads and not teacher.heads and not stage.relation_heads:
+        return f"; hidden: {sizes[0]} would do if the teacher has {heads} heads; if not, leave heads out"
+    divisors = [number for number in range(1, student.hidden + 1) if student.hidden % number == 0]
+    other_heads = (
+        sorted(divisors, key=lambda n: (n != teacher.heads, abs(n - heads))) if student.heads else []
+    )
+    tries = [("heads", number) for number in other_heads[:8]] + [("hidden", number) for number in sizes[:8]]
+    before = set(check_across(stages, None, advise=False))
+    own: KeyPath = ("stages", index, "students", place)
+    found: dict[int, str] = {}  # by the number of problems that are left
+    for key, value in tries:
+        changed = [*stage.students]
+        changed[place] = student.model_copy(update={key: value})
+        others = {**stages, index: stage.model_copy(update={"students": tuple(changed)})}
+        after = set(check_across(others, None, advise=False))
+        if after < before and not any(path[:4] == own for path, _ in after):
+            found.setdefault(len(after), f"; {key}: {value} would do")
+    return found[min(found)] if found else ""
 
 
 def follows_from_another(error: ErrorDetails) -> bool:
@@ -132,15 +198,18 @@ def follows_from_another(error: ErrorDetails) -> bool:
 def explain(error: ErrorDetails) -> str:
     """The text for one of pydantic's errors: what was given, what is allowed, did you mean."""
     kind, given, path = error["type"], error["input"], error["loc"]
+    if isinstance(given, str) and VARIABLE.search(given):
+        how = "write the value itself (~/ is your home), or give it by --set, where your shell expands it"
+        return f"given {_show(given)}; variables are not expanded: {how}"
     if kind == "missing":
         return f"missing; add it{_meaning(path)}"
     if kind == "extra_forbidden":
-        return _unknown_key(path)
+        return _unknown_key(path, given)
     allowed = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if kind in ("model_type", "model_attributes_type"):
         allowed = "a mapping of KEY: VALUE lines"
     elif kind == "tuple_type":
-        allowed = "a list"
+        allowed = "a list: [ITEM, …], or lines that begin with a dash"
     elif kind == "too_short":
         allowed = f"at least {error['ctx']['min_length']} item"
     elif kind == "too_long":
@@ -166,7 +235,7 @@ def _meaning(path: tuple[int | str, ...]) -> str:
 RENAMED = {("compute", "reduction"): "gradient_sum"}  # (section, key of before): key
 
 
-def _unknown_key(path: tuple[int | str, ...]) -> str:
+def _unknown_key(path: tuple[int | str, ...], given: object) -> str:
     above = [key for key in path[:-1] if isinstance(key, str)]
     here = above[-1] if above else ""
     key, allowed = str(path[-1]), list(SECTIONS[here].model_fields)
@@ -176,8 +245,16 @@ def _unknown_key(path: tuple[int | str, ...]) -> str:
         allowed.insert(allowed.index("students"), "student")
     if here == "data":
         allowed[1:1] = CORPUS_PLACES
+    if len(written := re.split("[:=]", key, maxsplit=1)) == 2:
+        return f"unknown key; write {written[0]}: {written[1]}, with a colon and a space"
     elsewhere = [section or "the top" for section, kind in SECTIONS.items() if key in kind.model_fields]
-    guess = f"; it belongs under {' or '.join(elsewhere)}" if elsewhere else suggest(key, allowed)
+    guess = (
+        f"; it belongs under {' or '.join(elsewhere)}"
+        if elsewhere
+        else suggest(key, allowed, cutoff=0.75 if isinstance(given, dict) else 0.6)
+    )
+    if not here and not guess and isinstance(given, dict | list):
+        guess = f" (what merge keys take from is called x-…, as x-{key})"
     return f"unknown key{guess}; allowed: {', '.join(allowed)}"
 
 
@@ -191,5 +268,8 @@ def suggest(given: object, allowed: Collection[str], cutoff: float = 0.6) -> str
 
 
 def _show(value: object) -> str:
-    text = "nothing" if value is None else "a mapping" if isinstance(value, dict) else repr(value)
+    if isinstance(value, dict):
+        keys = [str(key) for key, inner in value.items() if inner is not None]
+        return f"the keys {', '.join(keys)}" if keys else "nothing"
+    text = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -22,23 +22,33 @@ from pydantic import (
 
 from minilm.model.loss.catalogue import OBJECTIVES, RELATION_FIELDS
 from minilm.orchestrator.recipe.fields import (
+    INITIALIZATIONS,
+    Alias,
+    Betas,
     CheckpointPlace,
     Count,
-    CountOrAuto,
+    CountFromZero,
     Fraction,
     HeldOutShare,
     LayerNumber,
+    Layers,
+    LearningRate,
     LocalFolder,
     LocalPath,
     NonNegative,
-    NonNegativeInt,
     Place,
     Positive,
     ReferenceText,
+    Seconds,
+    SecondsFromZero,
     Seed,
     SequenceLength,
+    Share,
     Slug,
+    Start,
     TextPaths,
+    ThreadsOrAuto,
+    Width,
     Workers,
 )
 from minilm.orchestrator.recipe.references import Reference, parse_reference
@@ -98,8 +108,30 @@ class Corpus(_Section):
         return fields
 
 
-BUILT_WITH = ("text", "tokenizer", "seq_len", "packing", "held_out", "text_field", "source", "options")
-NOT_RESULT = {"cache", "cache_gigabytes", "on_corrupt", "max_quarantined_share"}
+TEXT_OPTIONS = (
+    "text_field",
+    "line_documents",
+    "invalid_utf8",
+    "csv_separator",
+    "csv_header",
+    "csv_quoting",
+    "csv_ragged",
+)
+BUILT_WITH = (
+    *(
+        "text",
+        "tokenizer",
+        "seq_len",
+        "packing",
+        "held_out",
+        "special_tokens",
+        "allow_skipped",
+        "source",
+        "options",
+    ),
+    *TEXT_OPTIONS,
+)
+NOT_RESULT = {"allow_skipped", "cache", "cache_gigabytes", "on_corrupt", "max_quarantined_share"}
 CORPUS_PLACES = ("shards", "tokens", "source_tokenizer", "fairseq_dict", "encoder")
 
 
@@ -123,6 +155,22 @@ class Data(_Section):
     """Share of the documents (of tokens: of the rows) kept out of training and used to measure the divergence."""
     text_field: str | None = None
     """Field or column that holds the text in json, jsonl, csv and parquet; default: found by itself."""
+    line_documents: bool | None = None
+    """Whether each line of a txt file is a document; default: blank lines end documents, where there are any."""
+    invalid_utf8: Literal["stop", "replace"] | None = None
+    """Bytes that are not UTF-8: stop (default): an error with their place; replace: by U+FFFD, counted."""
+    csv_separator: str | None = None
+    """comma, tab, semicolon, bar or one character; default: found from the file, and reported."""
+    csv_header: bool | None = None
+    """Whether the first row has the columns' names; else they are called 1, 2, …; default: found, or asked for."""
+    csv_quoting: Literal["standard", "backslash", "none"] | None = None
+    """default: none behind tabs, else standard ('"' quotes, doubled inside)."""
+    csv_ragged: bool | None = None
+    """Whether rows with more or fewer columns than the header are taken; default: they are errors."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What names of special tokens in the text become: text stays text, and is counted; or their ids."""
+    allow_skipped: Share | None = None
+    """Share of the records that may give no document, by whatever reason; default: half. The report has the reasons."""
     source: str = "text"
     """What reads the files of `text`: text, or the name of an installed plug-in (entry points `minilm.sources`)."""
     options: dict[str, str | int | float | bool | list[str] | None] | None = None
@@ -138,6 +186,11 @@ class Data(_Section):
     its rows out of the loss, and count them."""
     max_quarantined_share: Fraction = 0.001
     """Of a data set's rows; more damage ends the run."""
+
+    def source_options(self) -> dict[str, Any]:
+        """What the source of `text` is asked for, by its names of the options."""
+        own = {name: getattr(self, name) for name in TEXT_OPTIONS} if self.source == "text" else {}
+        return dict(self.options or {}) | own
 
     @model_validator(mode="before")
     @classmethod
@@ -160,9 +213,10 @@ class Data(_Section):
             raise ValueError(
                 "either shards: FOLDER, tokens: PREFIX or a list of such, or text: FILES with tokenizer: REFERENCE"
             )
-        if self.text_field is not None and self.source != "text":
+        of_text = [name for name in TEXT_OPTIONS if getattr(self, name) is not None]
+        if of_text and self.source != "text":
             raise ValueError(
-                f"text_field with source: text; {self.source} has options of its own, under options"
+                f"{of_text[0]} with source: text; {self.source} has options of its own, under options"
             )
         if "text" in given and "tokenizer" not in given:
             raise ValueError("text: FILES with tokenizer: REFERENCE, the teacher's own")
@@ -203,6 +257,9 @@ class Data(_Section):
             self.source == "text" and self.options is None
         ):  # as recipes were recorded before there were others
             del fields["source"], fields["options"]
+        for name in (*TEXT_OPTIONS[1:], "special_tokens"):
+            if fields[name] == type(self).model_fields[name].default:
+                del fields[name]
         return fields
 
 
@@ -212,19 +269,25 @@ class Student(_Section):
     name: Slug
     """Unique in the recipe: a later stage's `teacher` may be this name. With `student:` the default is
     the stage's name."""
-    layers: Count
+    layers: Layers
     """Transformer layers."""
-    hidden: Count
+    hidden: Width
     """Hidden size."""
-    ffn: Count | None = None
+    ffn: Width | None = None
     """Inner size of the feed-forward part; default: 4 × hidden (ModernBERT, which has gates: 1.5 × hidden)."""
-    heads: Count | None = None
+    heads: Width | None = None
     """Attention heads; default: the teacher's."""
     dropout: Fraction = 0.1
     """Dropout of the student while it trains."""
-    init: Literal["random", "teacher-layers"] = "random"
-    """How the weights start: random, or teacher-layers: a uniform pick of the teacher's layers, sliced where
-    the student is narrower."""
+    init: Start = "random"
+    """How the weights start: random; teacher-layers: a uniform pick of the teacher's layers, sliced where
+    the student is narrower; or a model of this very shape that training goes on from: `models:/NAME@ALIAS`,
+    `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
+
+    @property
+    def starts_from(self) -> str | None:
+        """The reference of the model that it goes on from; None where `init` names a method."""
+        return None if self.init in INITIALIZATIONS else self.init
 
 
 class RelationTerm(_Section):
@@ -235,7 +298,7 @@ class RelationTerm(_Section):
     x: RelationField
     """q, k, v, or hidden: the tapped layer's output."""
     y: RelationField
-    """Likewise."""
+    """What x is multiplied by: q, k, v or hidden."""
     weight: Positive = 1.0
     """Of this term in the loss."""
 
@@ -258,7 +321,7 @@ class Stage(_Section):
     tokens, of a teacher that has a masked-language-model head."""
     relations: Annotated[tuple[RelationTerm, ...], Field(min_length=1)] | None = None
     """A list of terms instead of the objective's own."""
-    relation_heads: Count | None = None
+    relation_heads: Width | None = None
     """Split both sides into so many heads before they are compared; default: into their own, which must
     then be equally many."""
     reduction: Literal["sequence", "token"] = "sequence"
@@ -269,13 +332,13 @@ class Stage(_Section):
     """Rows computed at once; default: compute.micro_batch."""
     steps: Count
     """Optimiser updates."""
-    peak_lr: Positive
+    peak_lr: LearningRate
     """Learning rate at the end of the warm-up."""
-    warmup_steps: NonNegativeInt
+    warmup_steps: CountFromZero
     """Steps in which the learning rate rises from 0 to its peak."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to 0 after the warm-up; constant: it stays at its peak."""
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_betas: Betas = (0.9, 0.999)
     """Decay rates of Adam's two averages."""
     adam_eps: Positive = 1e-6
     """Adam's epsilon."""
@@ -318,6 +381,7 @@ class Stage(_Section):
             "students"
         ]:  # the digest of a stage has the size that the teacher's family gives
             student["ffn"] = student["ffn"] or 4 * student["hidden"]
+            student["init"] = self._as_written.get(student["init"], student["init"])
         fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
         return fields
 
@@ -335,11 +399,11 @@ class Compute(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; auto: bfloat16 where the device computes in it. A stage keeps to what it
     began with."""
-    threads: CountOrAuto = None
+    threads: ThreadsOrAuto = None
     """CPU threads a worker; auto (the default): its share of the machine's."""
     checkpoint_every_steps: Count | None = None
     """Steps between checkpoints, beside the time between them; default: by time alone."""
-    checkpoint_every_seconds: Positive = 60.0
+    checkpoint_every_seconds: Seconds = 60.0
     """Seconds between checkpoints."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept for each stage."""
@@ -354,12 +418,12 @@ class Compute(_Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is not finite. stop: the run ends and names the rows; skip: that update is
     left out. No weight moves by it either way."""
-    max_skipped_steps: NonNegativeInt = 10
+    max_skipped_steps: CountFromZero = 10
     """Updates of a student that on_nonfinite: skip may leave out; one more ends the run."""
-    stall_seconds: Positive = 600.0
+    stall_seconds: Seconds = 600.0
     """A worker that makes no step for so long ends itself, with its stacks in its log, to be replaced;
     start-up, measuring and saving may take ten times as long."""
-    wait_seconds: NonNegative = 600.0
+    wait_seconds: SecondsFromZero = 600.0
     """How long a run waits for places for its fewest workers that a cluster hasn't got or others hold, at the
     start and after it has lost them. 0: not at all."""
 
@@ -374,8 +438,8 @@ class Tracking(_Section):
     per_head: bool = False
     """Log each relation's divergence by head too, as STUDENT/TERM/head-01 and so on; at the steps of points, that is
     one forward pass of the loss more."""
-    alias: Slug = "newest"
-    """Alias that the registered students get."""
+    alias: Alias = "newest"
+    """Alias that the registered students get; MLflow keeps latest, v1, v2 and so on for itself."""
 
 
 class Recipe(_Section):
@@ -386,6 +450,7 @@ class Recipe(_Section):
     seed: Seed = 0
     """Fixes the rows of every step, the first weights and dropout."""
     data: Data
+    """What the students read: text with a tokenizer, or data sets that exist."""
     compute: Compute = Field(default_factory=Compute)
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     """In order; a stage's student may teach a later stage."""
@@ -421,6 +486,10 @@ class Recipe(_Section):
     def student_names(self) -> tuple[str, ...]:
         """All students in the order of their stages."""
         return tuple(student.name for stage in self.stages for student in stage.students)
+
+    def registered_name(self, student: str) -> str:
+        """What a student is called in the model registry."""
+        return f"{self.name}-{student}"
 
     def result_fields(self) -> dict[str, Any]:
         """Everything in the recipe that determines the result, as JSON values in canonical form.

@@ -3,11 +3,12 @@
 Reads the YAML 1.2 core types rather than PyYAML's 1.1 ones, because the differences bite recipe
 authors: `5e-4` is a number (1.1 reads a string), `on`, `yes` and `no` are words (1.1 reads booleans),
 `1:30` is a word (1.1 reads 90). Python tags never construct anything; a duplicate key is refused, not
-silently won by the last one; aliases work but can't explode. Leaves out what the values mean.
+silently won by the last one; aliases and merge keys (`<<`) work but can't explode. Leaves out what the values mean.
 
 Invariant: every path in `values` has a place, so that any later error can name file and line.
 """
 
+import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 
 from minilm.orchestrator.errors import RecipeErrors
+from minilm.orchestrator.recipe.yaml_problems import told
 
 KeyPath = tuple[str | int, ...]
 
@@ -77,7 +79,7 @@ def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
     if len(raw) > MAX_FILE_BYTES:
         raise RecipeErrors([f"{file}: given {len(raw)} bytes; allowed: a recipe of at most {MAX_FILE_BYTES}"])
     try:
-        values, lines = _parse(raw)
+        values, lines = _parse(_text(raw))
     except _Malformed as error:
         dotted = ".".join(map(str, error.path))
         where = f"{file}:{error.line + 1}"
@@ -91,15 +93,29 @@ def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
     return source
 
 
-def _parse(raw: bytes | str) -> tuple[Any, dict[KeyPath, int]]:
+def _text(raw: bytes) -> str:
+    """The file's text: UTF-8, or UTF-16 that says so by its first two bytes."""
+    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     try:
-        root = yaml.compose(raw, Loader=yaml.SafeLoader)
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n")
+        what = f"given the byte 0x{raw[error.start]:02x}, which is not UTF-8 here; save the file as UTF-8"
+        raise _Malformed(line, (), what) from None
+
+
+def _parse(text: str) -> tuple[Any, dict[KeyPath, int]]:
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        what = f"not valid YAML: {error.problem or error.context}"
-        raise _Malformed(mark.line if mark else 0, (), " ".join(what.split())) from None
-    except yaml.YAMLError as error:  # bytes that are no text: the reader's own error has no mark
-        raise _Malformed(0, (), "not valid YAML: " + " ".join(str(error).split())) from None
+        line, what = told(error)
+        raise _Malformed(line, (), what) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position)
+        what = (
+            f"given the character U+{ord(text[error.position]):04X}, which no YAML file may hold; remove it"
+        )
+        raise _Malformed(line, (), what) from None
     except RecursionError:
         raise _Malformed(0, (), "nested too deeply to be a recipe") from None
     lines: dict[KeyPath, int] = {}
@@ -115,6 +131,7 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Any
     if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
         return [_construct(item, (*path, i), lines) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
+        _merge(node, path)
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -130,6 +147,36 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Any
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node, path)
     raise _Malformed(line, path, f"given the YAML tag {node.tag!r}; allowed: plain values")
+
+
+def _merge(node: yaml.MappingNode, path: KeyPath, level: int = 0) -> None:
+    """Resolves `<<: *NAME` and `<<: [*NAME, …]` in place: keys that the mapping lacks, those of the first name winning.
+
+    What is merged keeps the line where it was written.
+    """
+    merges = [(key_node, value) for key_node, value in node.value if key_node.tag == _PREFIX + "merge"]
+    node.value = [
+        pair for pair in node.value if pair not in merges
+    ]  # so that one that merges itself ends here
+    for key_node, value in merges:
+        sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if len(merges) > 1:
+            what = "given twice; keep one, with a list: <<: [*ONE, *TWO]"
+        elif not sources or not all(isinstance(source, yaml.MappingNode) for source in sources):
+            what = "given no mapping; allowed: <<: *NAME or <<: [*NAME, …] of mappings that are marked &NAME above"
+        elif level == 20:
+            what = "given merge keys within merge keys over more than 20 levels"
+        else:
+            for source in {id(source): source for source in sources}.values():
+                _merge(source, path, level + 1)
+                present = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+                node.value += [
+                    (key, value)
+                    for key, value in source.value
+                    if not (isinstance(key, yaml.ScalarNode) and key.value in present)
+                ]
+            continue
+        raise _Malformed(key_node.start_mark.line, (*path, "<<"), what)
 
 
 def _scalar(node: yaml.ScalarNode, path: KeyPath) -> str | int | float | bool | None:

@@ -23,12 +23,16 @@ from minilm.orchestrator.system.text import one_line
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
-def model_folder(ref: Reference, recipe: Recipe, workdir: RunFolder) -> Path:
-    """The folder of a teacher or tokenizer. Raises `UserError` when it can't be had."""
+def model_folder(ref: Reference, workdir: RunFolder, recipe: Recipe | None = None) -> Path:
+    """The folder of a teacher, a tokenizer or any other model. Raises `UserError` when it can't be had.
+
+    recipe: needed for a student of an earlier stage, which has no other name.
+    """
     match ref:
         case FolderRef(path):
             return _checked(path)
         case StudentRef(name):
+            assert recipe is not None
             stage = next(s for s in recipe.stages if any(student.name == name for student in s.students))
             return workdir.stage(stage.name).student(name).resolve()
         case RegistryRef():

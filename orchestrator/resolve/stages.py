@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilm.data.builder.enough import check_enough
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import MANIFEST, TokenizerInfo
 from minilm.data.sources.plugin import find_source
@@ -28,7 +29,9 @@ from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.feed.corpora import describe
+from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
+from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.stage.data import CorpusSpec, PairSpec
 
 # From a reference in the recipe to a folder or hub id; None where it is not here.
@@ -40,21 +43,29 @@ class ResolvedStage:
     """A stage, its teacher and the shapes that follow.
 
     source: the teacher's folder or hub id; None for an earlier student, and for a teacher that is not here.
-    teacher: its shape; None where that is not known here. students: a shape for each student, empty without one.
+    teacher: its shape; None where that is not known here. students: a shape for each student, empty without a teacher;
+    one that goes on from a model that is not here has none.
+    starts: folder or hub id of the model that a student goes on from, by the student's name, where it is here.
     """
 
     stage: Stage
     source: str | None
     teacher: EncoderShape | None
     students: Mapping[str, EncoderShape]
+    starts: Mapping[str, str]
 
 
-def resolve(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
-    """The stages, and a line for each reason why a run is refused before any text is tokenized."""
+def resolve(recipe: Recipe, find: Find, *, built: bool = False) -> tuple[list[ResolvedStage], list[str]]:
+    """The stages, and a line for each reason why a run is refused before any text is tokenized.
+
+    built: the recipe's text has been made into a data set before, and is not looked at.
+    """
     stages, problems = resolve_stages(recipe, find)
     try:
         if known := known_data(recipe, find):
             problems += check_data(stages, *known)
+        if not built:
+            check_text(recipe, find)
     except (UserError, DataError) as error:
         raise_passing(error)
         problems.append(f"data: {error}")
@@ -70,7 +81,7 @@ def raise_passing(error: Exception) -> None:
 def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
     """The stages in order, and a line for each reason why a run of them would be refused.
 
-    `find` is asked for every teacher that is no earlier student.
+    `find` is asked for every teacher that is no earlier student, and for every model that a student goes on from.
     """
     resolved: list[ResolvedStage] = []
     problems: list[str] = []
@@ -78,12 +89,17 @@ def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], lis
     for stage in recipe.stages:
         source = teacher = None
         students: dict[str, EncoderShape] = {}
+        starts: dict[str, str] = {}
         try:
             objective = Objective.named(**stage.objective_fields())
             if stage.teacher in shapes:
                 teacher = shapes[stage.teacher]
             elif source := find(stage.teacher):
                 teacher = shape_of(load_config(source))
+            for student in stage.students:
+                if student.starts_from and (start := find(student.starts_from)):
+                    starts[student.name] = start
+            start_shapes = {name: shape_of(load_config(start)) for name, start in starts.items()}
             if teacher is not None:
                 check_teacher(objective, teacher, stage.teacher_layer)
                 students = {
@@ -96,14 +112,16 @@ def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], lis
                         heads=student.heads,
                         ffn=student.ffn,
                         layer=stage.teacher_layer,
-                        init=student.init,
+                        init="random" if student.starts_from else student.init,
+                        start=start_shapes.get(student.name),
                     )
                     for student in stage.students
+                    if student.starts_from is None or student.name in starts
                 }
         except (UserError, ModelError) as error:
             raise_passing(error)
             problems.append(f"stage {stage.name}: {error}")
-        resolved.append(ResolvedStage(stage, source, teacher, students))
+        resolved.append(ResolvedStage(stage, source, teacher, students, starts))
         shapes |= {student.name: students.get(student.name) for student in stage.students}
     return resolved, problems
 
@@ -130,6 +148,24 @@ def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None, s
     size = max(loaded.get_vocab().values()) + 1
     ids, pipeline = special_ids(loaded), pipeline_fingerprint(loaded)
     return data.seq_len, TokenizerInfo(vocabulary_fingerprint(loaded), size, *ids, pipeline), folder
+
+
+def check_text(recipe: Recipe, find: Find) -> None:
+    """`DataError` where text and tokenizer are here, and the text is too little for a row of each split."""
+    data = recipe.data
+    folder = find(data.tokenizer) if data.text and data.tokenizer and data.source == "text" else None
+    if folder is None or not Path(folder).is_dir() or missing_text(data):
+        return
+    check_enough(
+        text_inputs(data.text or ()),
+        load_tokenizer(folder),
+        options=data.source_options(),
+        special_tokens=data.special_tokens,
+        seq_len=data.seq_len,
+        packing=data.packing,
+        held_out=data.held_out,
+        seed=recipe.seed,
+    )
 
 
 def corpus_here(corpus: Corpus, recipe: Recipe, find: Find) -> CorpusSpec | None:
@@ -165,15 +201,30 @@ def corpus_spec(corpus: Corpus, recipe: Recipe, find: Callable[[str], str]) -> C
 def check_data(
     stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerInfo | None, folder: str
 ) -> list[str]:
-    """A line for each stage whose teacher can't read rows of `seq_len` tokens, or means other tokens by their ids.
+    """A line for each stage where a model can't read rows of `seq_len` tokens, or means other tokens by their ids.
 
     `tokenizer`, `folder`: the data's, None and "" where they are not known yet.
     """
     problems = []
     for resolved in stages:
+        where = f"stage {resolved.stage.name}"
+        for name, start in resolved.starts.items():
+            if (shape := resolved.students.get(name)) is None:
+                continue
+            what = f"the model that student {name!r} starts from"
+            if seq_len > shape.max_tokens:
+                problems.append(
+                    f"{where}: rows are {seq_len} tokens long, {what} takes at most {shape.max_tokens}; "
+                    f"give a smaller seq_len"
+                )
+            if tokenizer is not None and (difference := _difference(tokenizer, folder, start)):
+                problems.append(
+                    f"{where}: the data's tokenizer is another one than that of {what}, in {start} ({difference}); "
+                    f"start from a model with the teacher's tokenizer"
+                )
         if resolved.teacher is None or resolved.source is None:
             continue  # not here, or a student, which takes the rows and the ids of its teacher
-        where, shape = f"stage {resolved.stage.name}", resolved.teacher
+        shape = resolved.teacher
         if seq_len > shape.max_tokens:
             problems.append(
                 f"{where}: rows are {seq_len} tokens long, the teacher takes at most {shape.max_tokens}; "
@@ -184,12 +235,12 @@ def check_data(
         if tokenizer.vocab_size > shape.vocab_size:
             problems.append(
                 f"{where}: the data's vocabulary has {tokenizer.vocab_size} tokens, the teacher knows "
-                f"{shape.vocab_size}; make the data with the teacher's tokenizer"
+                f"{shape.vocab_size}; make the data with the teacher's tokenizer (data.tokenizer: {resolved.source})"
             )
         elif difference := _difference(tokenizer, folder, resolved.source):
             problems.append(
                 f"{where}: the data's tokenizer is another one than the teacher's in {resolved.source} ({difference}); "
-                f"make the data with `--tokenizer {resolved.source}`"
+                f"give that as data.tokenizer, or make the data with `--tokenizer {resolved.source}`"
             )
         needs_head = Objective.named(**resolved.stage.objective_fields()).needs_head
         if needs_head and tokenizer.mask_id < 0:

@@ -47,6 +47,11 @@ class StageFolder:
         return self.root / "heldout.jsonl"
 
     @property
+    def system_metrics(self) -> Path:
+        """How busy the machine of rank 0 was at the steps that are logged."""
+        return self.root / "system.jsonl"
+
+    @property
     def heartbeat(self) -> Path:
         """What rank 0 is doing now; replaced about once a second."""
         return self.root / "heartbeat.json"

@@ -19,7 +19,11 @@ from minilm.orchestrator.stage.data import DataSpec
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """Size and initialisation of one student."""
+    """Size and initialisation of one student.
+
+    start: folder of the model that it goes on from, "" without one; start_digest: of its weights; init: then the
+    reference in the recipe.
+    """
 
     name: str
     layers: int
@@ -28,6 +32,8 @@ class StudentSpec:
     ffn: int
     dropout: float
     init: str
+    start: str = ""
+    start_digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,36 @@ def epoch_of(path: Path) -> int:
     return int(path.stem)
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Who had the lease last, as it can be seen from here.
+
+    state: alive, ended (in good order), killed, or silent (of another machine, without a sign of life for
+    `PATIENCE_SECONDS`). age: seconds since its last sign of life, by this machine's clock.
+    """
+
+    process: Process | None
+    state: str
+    age: float
+
+
+def last_holder(folder: Path) -> Holder | None:
+    """The holder of the newest epoch; None where nobody ever took the lease. Changes nothing."""
+    newest = epochs(folder)[-1] if folder.is_dir() and epochs(folder) else None
+    seen = touched(newest) if newest else None
+    if newest is None or seen is None:
+        return None
+    process, released = read(newest)
+    age = max((time.time_ns() - seen) / 1e9, 0.0)
+    if released:
+        state = "ended"
+    elif process and process.is_here:
+        state = "killed" if process.is_gone() else "alive"
+    else:
+        state = "alive" if age < PATIENCE_SECONDS else "silent"
+    return Holder(process, state, age)
+
+
 def touched(path: Path) -> int | None:
     """Modification time of the file in nanoseconds of its holder's clock; None if it is gone."""
     try:

@@ -39,12 +39,23 @@ def model_files(folder: Path) -> list[str]:
 
 
 def refuse_pickles(files: Iterable[str], where: str) -> None:
+    """UserError for a file that leads out of the folder or is of another kind than those that are taken."""
+    files = list(files)
+    refuse_outside(files, where)
     for file in files:
-        path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts or "\\" in file or "\n" in file:
-            raise UserError(f"{where} names a file outside of itself ({file!r}): it is not to be trusted")
-        if path.suffix not in ALLOWED_SUFFIXES:
+        if not is_safe(file):
             raise UserError(
                 f"{where} holds {file}: only {', '.join(ALLOWED_SUFFIXES)} files are taken "
                 "(never a pickle); save the weights as safetensors and leave other files out"
             )
+
+
+def refuse_outside(files: Iterable[str], where: str) -> None:
+    for file in files:
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts or "\\" in file or "\n" in file:
+            raise UserError(f"{where} names a file outside of itself ({file!r}): it is not to be trusted")
+
+
+def is_safe(file: str) -> bool:
+    return PurePosixPath(file).suffix in ALLOWED_SUFFIXES

@@ -4,6 +4,7 @@ So neither a dead driver nor a server that is away loses anything: the next cont
 directory, sends the rest. Every note can be sent twice without harm. Metrics go by way of `uploader`.
 """
 
+import json
 import logging
 import os
 import time
@@ -11,20 +12,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.metrics_file import Point
 from minilm.orchestrator.system.text import one_line, shown
+from minilm.orchestrator.tracking.calls import refusal
 from minilm.orchestrator.tracking.runs import MlflowRuns
 from minilm.orchestrator.tracking.uploader import Uploader
 
 # isort: split
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 log = logging.getLogger(__name__)
 
 _MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
+_MAX_DIGEST_CHARS = 36  # MAX_DATASET_DIGEST_SIZE there
 _FOR_GOOD = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 ENDED = ("FINISHED", "FAILED", "KILLED")
+
+
+def _dataset(name: str, digest: str, place: str, profile: dict[str, Any]) -> DatasetInput:
+    source = json.dumps({"uri": place})
+    found = Dataset(name, digest[:_MAX_DIGEST_CHARS], "minilm", source, profile=json.dumps(profile))
+    return DatasetInput(found, [InputTag("mlflow.data.context", "training")])
 
 
 class Outbox:
@@ -79,7 +89,7 @@ class Outbox:
                 "MLflow at %s could not be told; what is left stays in %s and is told later (%s)",
                 shown(self.runs.uri),
                 self.runs.path,
-                one_line(error),
+                refusal(error) or one_line(error),
             )
 
     def _warn_refused(self, note: dict[str, Any], error: Exception) -> None:
@@ -114,6 +124,13 @@ class Outbox:
             self.runs.client.log_batch(
                 run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items()]
             )
+        if "metrics" in note:
+            metrics = [
+                Metric(key, value, note["time_ms"], note["step"]) for key, value in note["metrics"].items()
+            ]
+            self.runs.client.log_batch(run_id, metrics=metrics)
+        if "datasets" in note:
+            self.runs.client.log_inputs(run_id, [_dataset(*values) for values in note["datasets"]])
         if "points" in note:
             self.uploader(note["run"], [Path(file) for file in note["points"]]).drain()
         if "artifact" in note:
@@ -137,7 +154,12 @@ class Outbox:
                 for point in points
                 for name, value in point.metrics.items()
             ]
-            self.runs.client.log_batch(self.runs.of(stage, stage), metrics=metrics)
+            try:
+                self.runs.client.log_batch(self.runs.of(stage, stage), metrics=metrics)
+            except Exception as error:
+                if words := refusal(error):
+                    raise UserError(f"MLflow {words}") from error
+                raise
             with self.runs.lock:
                 if stage not in self.runs.state.sent:
                     self.runs.state.sent[stage] = [

@@ -12,6 +12,7 @@ from minilm.data.format.files import fsync_path
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.system.files import read_json, write_json
 from minilm.orchestrator.system.text import one_line
+from minilm.orchestrator.tracking.foreign_models import plain_folder
 from minilm.orchestrator.tracking.model_files import folder_digest, model_files, refuse_pickles
 
 # isort: split
@@ -26,8 +27,9 @@ def pull(store: str, uri: str, out: Path, *, patience_seconds: float = 10.0) -> 
     """Downloads a model to the folder `out`, which must be empty or absent; it appears whole and checked,
     or not at all. (The current folder can't be swapped under a shell: it is filled, config.json last.)
 
-    UserError: something is in `out`, no such model, a file in it that could hold a pickle, other bytes than
-    were registered, no space.
+    Of a model that others registered (without a digest) come only the files that make a plain transformers folder
+    (see `foreign_models`). UserError: something is in `out`, no such model, a file in it that could hold a pickle,
+    other bytes than were registered, no space.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another folder, or remove it first")
@@ -86,9 +88,17 @@ def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Pa
         raise UserError(
             f"{model.uri} has no files at {source}: register it again, or pull it where it was made"
         )
-    refuse_pickles(files, model.uri)
     try:
-        repository.download_artifacts("", dst_path=str(part))
+        if model.digest is None:  # somebody else's
+            raw = part / "raw"
+            raw.mkdir(exist_ok=True)
+            for file, name in plain_folder(files, model.uri).items():
+                repository.download_artifacts(file, dst_path=str(raw))
+                (raw / file).replace(part / name)
+            shutil.rmtree(raw)
+        else:
+            refuse_pickles(files, model.uri)
+            repository.download_artifacts("", dst_path=str(part))
         for file in model_files(part):
             with (part / file).open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -100,7 +110,11 @@ def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Pa
         raise
     found = folder_digest(part)
     if model.digest is None:
-        logger.warning("%s has no digest to check it against; what came down is %s", model.uri, found)
+        logger.warning(
+            "%s was not registered by this project: it has no digest to check it against, what came down is %s",
+            model.uri,
+            found,
+        )
     elif found != model.digest:
         raise UserError(
             f"{model.uri} is not what was registered: digest {found}, registered {model.digest}; "

@@ -17,11 +17,13 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.tracking.client import connect, is_missing, patiently
+from minilm.orchestrator.errors import InfrastructureError, UserError
+from minilm.orchestrator.tracking.calls import patiently
+from minilm.orchestrator.tracking.client import connect, is_missing
 from minilm.orchestrator.tracking.model_files import folder_digest, model_files
 
 # isort: split
@@ -30,16 +32,28 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+if TYPE_CHECKING:  # transformers takes a second to import
+    from minilm.model.encoder.shape import EncoderShape
+
 logger = logging.getLogger(__name__)
 
 
 DIGEST_TAG = "minilm.digest"
 
 
-_RUN_TAG = "minilm.run_id"
+RUN_TAG = "minilm.run_id"
 
 
 _ALIASED_TAG = "minilm.aliased"
+
+
+_BY_HAND_TAG = "minilm.registered"
+
+
+_MAX_DESCRIPTION = 2000  # characters: MLflow takes 5,000, and a page wants fewer
+
+
+_IMPOSSIBLE_TAG = {"minilm.may-register?": ""}
 
 
 _URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
@@ -77,8 +91,9 @@ def register(
 
     The same folder from the same run (run_id: the stage's) gets the version it has already; then the alias
     is left where somebody may have moved it since. Identical folders of two runs are two versions: each run
-    has its own. UserError: a file that does not belong in such a folder, a bad name or alias. InfrastructureError:
-    the store was away for `patience_seconds`; here as in every function below.
+    has its own. The version's page shows the head of the folder's README.md. UserError: a file that does not
+    belong in such a folder, a bad name or alias. InfrastructureError: the store was away for
+    `patience_seconds`; here as in every function below.
     """
     files = model_files(folder)
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
@@ -88,11 +103,12 @@ def register(
     digest = folder_digest(folder)
 
     def attempt(client: MlflowClient) -> RegisteredModel:
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        if not _is_registered(client, name):
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
         version = _find_version(client, name, digest, run_id)
         if version is None:
             model = _logged_model(client, name, folder, digest, run_id, tags or {})
@@ -102,6 +118,7 @@ def register(
                 model.artifact_location,
                 run_id,
                 tags=all_tags,
+                description=card_head(folder / "README.md"),
                 model_id=model.model_id,
                 await_creation_for=0,  # MLflow's own stores have it ready at once
             )
@@ -113,6 +130,52 @@ def register(
         return _registered(version, alias)
 
     return _patiently(store, attempt, patience_seconds)
+
+
+def make_run(store: str, name: str, folder: Path, *, experiment: str, patience_seconds: float = 60.0) -> str:
+    """The id of a run that stands for `folder` having been registered by hand, for `register`; the same one again.
+
+    A store that is a file is made if it is not there, with the experiment's files beside it.
+    """
+    tags = {_BY_HAND_TAG: name, DIGEST_TAG: folder_digest(folder), "mlflow.source.name": "minilm register"}
+
+    def attempt() -> str:
+        client = connect(store)
+        query = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (_BY_HAND_TAG, DIGEST_TAG))
+        experiment_id = _experiment(client, store, experiment)
+        if found := client.search_runs([experiment_id], query, max_results=1):
+            return str(found[0].info.run_id)
+        run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+        client.set_terminated(run_id)
+        return str(run_id)
+
+    return patiently(store, attempt, patience_seconds)
+
+
+def check_rights(store: str, names: Iterable[str], *, patience_seconds: float = 10.0) -> None:
+    """UserError where no version of one of these models may be registered, or its name is none; registers nothing.
+
+    It asks for each, with a tag that MLflow does not take: a server looks at rights before it looks at tags.
+    """
+
+    def attempt(name: str) -> None:
+        client = connect(store)
+        try:
+            if _is_registered(client, name):
+                client.create_model_version(name, "none", tags=_IMPOSSIBLE_TAG, await_creation_for=0)
+            else:
+                client.create_registered_model(name, tags=_IMPOSSIBLE_TAG)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE" or "model name" in str(error):
+                raise
+
+    for name in names:
+        try:
+            patiently(store, partial(attempt, name), patience_seconds)
+        except InfrastructureError:
+            raise
+        except UserError as error:
+            raise UserError(f"model {name!r} can't be registered: {error}") from error
 
 
 def resolve(store: str, uri: str, *, patience_seconds: float = 10.0) -> RegisteredModel:
@@ -133,6 +196,16 @@ def promote(
     return _patiently(store, attempt, patience_seconds)
 
 
+def _is_registered(client: MlflowClient, name: str) -> bool:
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
+
+
 def _find_version(client: MlflowClient, name: str, digest: str, run_id: str) -> ModelVersion | None:
     found = client.search_model_versions(
         f"name = '{name}' and run_id = '{run_id}' and tags.`{DIGEST_TAG}` = '{digest}'"
@@ -145,7 +218,7 @@ def _logged_model(
 ) -> LoggedModel:
     """The LoggedModel with these files, one that a dead driver completed or a new one."""
     experiment_id = client.get_run(run_id).info.experiment_id
-    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{_RUN_TAG}` = '{run_id}'"
+    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{RUN_TAG}` = '{run_id}'"
     for model in client.search_logged_models([experiment_id], query):
         if model.status == LoggedModelStatus.READY:
             return model
@@ -154,13 +227,43 @@ def _logged_model(
         experiment_id,
         re.sub(r"[^\w-]", "-", name),
         run_id,
-        tags={**tags, DIGEST_TAG: digest, _RUN_TAG: run_id},
+        tags={**tags, DIGEST_TAG: digest, RUN_TAG: run_id},
         model_type="transformers-folder",
     )
     client.log_model_artifacts(model.model_id, str(folder))
     model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])  # shown on the run's page
     return model
+
+
+def _experiment(client: MlflowClient, store: str, name: str) -> str:
+    """The id of an experiment, made if it is new; where the store is a file, with its files beside it."""
+    if (found := client.get_experiment_by_name(name)) is not None:
+        return str(found.experiment_id)
+    path = store.removeprefix("sqlite:///").partition("?")[0]
+    beside = (Path(path).resolve().parent / "mlartifacts").as_uri() if store.startswith("sqlite:") else None
+    return str(client.create_experiment(name, artifact_location=beside))
+
+
+def shape_tags(shape: "EncoderShape", parameters: int) -> dict[str, str]:
+    """Tags by which people look for a model."""
+    return {
+        "minilm.architecture": shape.architecture,
+        "minilm.layers": str(shape.layers),
+        "minilm.hidden": str(shape.hidden),
+        "minilm.heads": str(shape.heads),
+        "minilm.parameters": str(parameters),
+    }
+
+
+def card_head(card: Path) -> str:
+    """The first lines of a model card, Markdown: what stands before its second heading, without front matter."""
+    if not card.is_file():
+        return ""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
+    head = re.split(r"\n(?=#)", text, maxsplit=1)[0]
+    return head[:_MAX_DESCRIPTION].strip()
 
 
 def _resolve(client: MlflowClient, uri: str) -> RegisteredModel:

@@ -6,6 +6,7 @@ and `runs` finds the ids of the runs.
 
 import logging
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.system.files import read_json
 from minilm.orchestrator.system.text import one_line, shown
 from minilm.orchestrator.system.versions import flatten, git_commit, package_tags
-from minilm.orchestrator.tracking.client import MlflowClient, is_missing, patiently, tracking_uri
+from minilm.orchestrator.tracking.calls import patiently, refusal
+from minilm.orchestrator.tracking.client import MlflowClient, is_missing, tracking_uri
 from minilm.orchestrator.tracking.outbox import ENDED, Outbox
 from minilm.orchestrator.tracking.pending import STATE_FILE, has_pending
 from minilm.orchestrator.tracking.runs import MlflowRuns
@@ -79,8 +81,8 @@ class Tracking:
         """Opens the recipe's run, a new one or the one this work directory had before.
 
         name: of the run. params: the recipe as nested mappings. tags: recipe digest and what else is known;
-        versions and commit are added. UserError if a new run finds no MLflow; a run that goes on can wait
-        for it.
+        versions and commit are added. UserError if MLflow refuses, or if a new run finds none; a run that goes
+        on can wait for it.
         """
         tracking = cls(workdir, tracking_uri(workdir), experiment)
         with tracking.runs.lock:
@@ -90,6 +92,8 @@ class Tracking:
             except UserError:
                 raise
             except Exception as error:
+                if words := refusal(error):
+                    raise UserError(f"MLflow at {shown(tracking.uri)} {words}") from error
                 if not tracking.runs.state.runs:
                     raise UserError(
                         f"MLflow at {shown(tracking.uri)} does not answer ({one_line(error)}): start it, or unset "
@@ -142,6 +146,16 @@ class Tracking:
     def tag(self, tags: Mapping[str, str]) -> None:
         """Tags the recipe's run, for example with the data fingerprint as soon as the data is built."""
         self.outbox.add("", "", tags=dict(tags))
+        self.flush()
+
+    def datasets(self, found: Sequence[tuple[str, str, str, Mapping[str, Any]]], stage: str = "") -> None:
+        """Notes the data sets that the recipe's run reads, or a stage's: (name, fingerprint, place, profile) each."""
+        self.outbox.add(stage, stage, datasets=[[*values[:3], dict(values[3])] for values in found])
+        self.flush()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Notes what a stage came to, in the recipe's run, so that recipes can be compared in MLflow's table."""
+        self.outbox.add("", "", metrics=dict(values), step=step, time_ms=int(time.time() * 1000))
         self.flush()
 
     @property

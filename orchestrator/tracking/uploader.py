@@ -93,7 +93,7 @@ class Uploader:
                 if not self._away:
                     self._away = True
                     logger.warning(
-                        "tracking does not answer; points wait in %s and are sent when it does (%s)",
+                        "points could not be sent to tracking; they wait in %s and are sent when it takes them (%s)",
                         self._state_path.parent,
                         one_line(error),
                     )
@@ -111,7 +111,7 @@ class Uploader:
             delay = self._first_retry_seconds
             if found and self._away:
                 self._away = False
-                logger.warning("tracking answers again")
+                logger.warning("tracking takes points again")
             if closing and (not found or time.monotonic() > self._deadline):
                 return
             if not found:

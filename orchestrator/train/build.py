@@ -1,7 +1,8 @@
 """A stage's plain values → the frozen teacher, its students and their optimisers.
 
 The order of initialisation is decided here: random weights from the run's seed, then, where the recipe asks for it,
-the teacher's layers copied over them. A checkpoint, if there is one, replaces both (`worker.loop.StageRun.resume`).
+the teacher's layers or another model's weights copied over them. A checkpoint, if there is one, replaces all of this
+(`worker.loop.StageRun.resume`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, load_encoder
 from minilm.model.encoder.initialize import initialize
 from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.encoder.warm_start import load_start
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.spec import StageSpec
@@ -30,17 +32,21 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer, head=objective.needs_head).to(device)
     students = {}
     for student in spec.students:
-        model = build_student(
-            teacher.model.config,
-            layers=student.layers,
-            hidden=student.hidden,
-            heads=student.heads,
-            ffn=student.ffn,
-            dropout=student.dropout,
-            seed=derive_seed(spec.seed, "init", student.name),
-            head=objective.needs_head,
-        )
-        initialize(model, teacher.model, student.init)
+        seed, head = derive_seed(spec.seed, "init", student.name), objective.needs_head
+        if student.start:
+            model = load_start(student.start, dropout=student.dropout, head=head, seed=seed)
+        else:
+            model = build_student(
+                teacher.model.config,
+                layers=student.layers,
+                hidden=student.hidden,
+                heads=student.heads,
+                ffn=student.ffn,
+                dropout=student.dropout,
+                seed=seed,
+                head=head,
+            )
+            initialize(model, teacher.model, student.init)
         students[student.name] = TappedEncoder(model, student.layers).to(device)
     distiller = Distiller(teacher, students, objective)
     distiller.train()

@@ -12,18 +12,42 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.system.text import text_table
-from minilm.orchestrator.verbs.arguments import add_json, add_overrides, positive_whole, print_report
+from minilm.orchestrator.verbs.arguments import (
+    add_json,
+    add_overrides,
+    add_verb,
+    add_verbs,
+    positive_whole,
+    print_report,
+)
 
 
 def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     """Add the verbs; each sets `run`, a function of the parsed options."""
-    verbs = bench.add_subparsers(title="verbs", required=True, metavar="VERB")
-    _add_stream(verbs.add_parser("stream", help="rows a second, compared with memcpy and other readers"))
-    loss = verbs.add_parser("loss", help="one relation's divergence: whole maps, tiles, fused kernels")
+    verbs = add_verbs(bench)
+    _add_stream(
+        add_verb(
+            verbs,
+            "stream",
+            "measure rows a second, compared with memcpy and other readers",
+            "minilm bench stream --rows 50000 --repeats 2",
+        )
+    )
+    loss = add_verb(
+        verbs,
+        "loss",
+        "measure one relation's divergence: whole maps, tiles, fused kernels",
+        "minilm bench loss --batch 8 --tokens 512",
+    )
     loss.add_argument("--heads-of", default="64,32", metavar="T,S", help="head sizes of teacher and student")
     _add_common(loss)
     loss.set_defaults(run=bench_loss)
-    step = verbs.add_parser("step", help="whole training steps, compared with hand-written ones")
+    step = add_verb(
+        verbs,
+        "step",
+        "measure whole training steps, compared with hand-written ones",
+        "minilm bench step --students 6x384,4x384,3x384 --ways ours --micro-batches 8",
+    )
     step.add_argument("--teacher", default="12x768", metavar="LxH", help="layers x hidden size")
     step.add_argument(
         "--students",
@@ -42,7 +66,12 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     )
     _add_common(step)
     step.set_defaults(run=bench_step)
-    sums = verbs.add_parser("gradient-sum", help="exact and fast sums of gradients: time and error")
+    sums = add_verb(
+        verbs,
+        "gradient-sum",
+        "measure exact and fast sums of gradients: time and error",
+        "minilm bench gradient-sum --parameters 33000000",
+    )
     sums.description = "Under torchrun (-m minilm bench gradient-sum …) the sum over workers is measured too."
     sums.add_argument("--parameters", type=positive_whole, default=33_000_000)
     sums.add_argument(
@@ -51,8 +80,11 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     sums.add_argument("--rounds", type=positive_whole, default=5, help="times are medians of these")
     _add_machine(sums)
     sums.set_defaults(run=bench_gradient_sum)
-    save = verbs.add_parser(
-        "save", help="how long a checkpoint holds the loop up, and how long writing takes"
+    save = add_verb(
+        verbs,
+        "save",
+        "measure how long a checkpoint holds the loop up, and how long writing takes",
+        "minilm bench save runs/mine/stages/small/stage.json",
     )
     save.add_argument(
         "stage", type=Path, metavar="STAGE.json", help="in the folder of a stage that was started"
@@ -60,7 +92,12 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
     save.add_argument("--rounds", type=positive_whole, default=5, help="times are medians of these")
     _add_machine(save)
     save.set_defaults(run=bench_save)
-    overhead = verbs.add_parser("overhead", help="what Ray and tracking add to the loop alone")
+    overhead = add_verb(
+        verbs,
+        "overhead",
+        "measure what Ray and tracking add to the loop alone",
+        "minilm bench overhead recipes/quickstart.yaml --set stages.assistant.steps=2000",
+    )
     overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
     add_overrides(overhead)
     overhead.add_argument(
@@ -92,7 +129,8 @@ def _add_stream(bench: argparse.ArgumentParser) -> None:
 def bench_stream_verb(options: argparse.Namespace) -> int:
     from minilm.orchestrator.bench.stream import bench_stream
 
-    print("making rows and timing every reader …", file=sys.stderr)
+    if not options.quiet:
+        print("making rows and timing every reader …", file=sys.stderr)
     report = bench_stream(
         rows=options.rows,
         seq_len=options.seq_len,

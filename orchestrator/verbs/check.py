@@ -3,45 +3,70 @@
 from __future__ import annotations
 
 import argparse
+import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import RecipeErrors, UserError
-from minilm.orchestrator.verbs.arguments import add_overrides
+from minilm.orchestrator.verbs.arguments import add_json, add_overrides, add_verb
 
 if TYPE_CHECKING:
     from minilm.orchestrator.recipe.schema import Recipe
 
 
 def add_check(verbs: Any) -> None:
-    check = verbs.add_parser("check", help="say everything that is wrong with recipes")
+    check = add_verb(
+        verbs,
+        "check",
+        "say everything that is wrong with recipes",
+        "minilm check recipes/*.yaml",
+        "minilm check mine.yaml --set data.text=/corpora/wiki",
+        "minilm check --json mine.yaml",
+    )
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE.yaml")
     add_overrides(check)
+    check.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail on what can't be looked at here: teachers, data, devices, buckets",
+    )
+    add_json(check, "print a JSON object a recipe: recipe, sound, problems, not_here, stages")
     check.set_defaults(run=check_recipes)
 
 
 def check_recipes(options: argparse.Namespace) -> int:
     from minilm.orchestrator.recipe.load import load_recipe
-    from minilm.orchestrator.recipe.missing import missing_inputs
 
     problems: list[str] = []
     for path in options.recipes:
+        recipe, wrong, notes = None, [], []
         try:
             recipe = load_recipe(path, options.set)
+            wrong = [f"{path}: {problem}" for problem in problems_here(recipe)]
         except RecipeErrors as error:
-            problems += error.problems
-            continue
-        if wrong := problems_here(recipe):
-            problems += [f"{path}: {problem}" for problem in wrong]
-            continue
-        stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
-        print(f"{path}: sound; stages: {stages}")
-        for note in missing_inputs(recipe):
-            print(f"{path}: not here: {note}")
+            wrong = list(error.problems)
+        if recipe and not wrong:
+            notes = lacking(recipe)
+            wrong = [f"{path}: not here: {note}" for note in notes] if options.strict else []
+        problems += wrong
+        if options.json:
+            print(as_json(path, recipe, wrong, notes))
+        elif recipe and not wrong:
+            stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
+            print(f"{path}: sound; stages: {stages}")
+            for note in notes:
+                print(f"{path}: not here: {note}")
     if problems:
         raise RecipeErrors(problems)
     return 0
+
+
+def as_json(path: Path, recipe: Recipe | None, problems: list[str], not_here: list[str]) -> str:
+    stages = [{"name": stage.name, "steps": stage.steps} for stage in recipe.stages] if recipe else []
+    values = {"recipe": str(path), "sound": not problems, "problems": problems, "not_here": not_here}
+    return json.dumps(values | {"stages": stages}, ensure_ascii=False)
 
 
 def problems_here(recipe: Recipe) -> list[str]:
@@ -49,6 +74,7 @@ def problems_here(recipe: Recipe) -> list[str]:
     from minilm.orchestrator.resolve.folders import folder_here
 
     references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
+    references |= {s.starts_from for stage in recipe.stages for s in stage.students if s.starts_from}
     references |= {recipe.data.tokenizer} if recipe.data.tokenizer else set()
     data_sets = [corpus.shards or f"{corpus.tokens}.bin" for corpus in recipe.data.corpora or ()]
     with suppress(UserError):  # a folder without a model: `resolve` says so
@@ -58,3 +84,22 @@ def problems_here(recipe: Recipe) -> list[str]:
     from minilm.orchestrator.resolve.stages import resolve
 
     return resolve(recipe, folder_here)[1]
+
+
+def lacking(recipe: Recipe) -> list[str]:
+    """What a run needs and this machine lacks, or can't look at."""
+    from minilm.orchestrator.recipe.missing import missing_inputs, unseen_inputs
+
+    notes = missing_inputs(recipe) + unseen_inputs(recipe)
+    compute, corpora = recipe.compute, recipe.data.corpora or ()
+    places = [compute.checkpoints, *(corpus.shards for corpus in corpora)]
+    if compute.device == "cuda" or any("://" in place for place in places if place):
+        from minilm.orchestrator.driver.preflight import check_checkpoints, check_device, check_shards
+
+        looks = [partial(check_device, compute), partial(check_checkpoints, compute, Path())]
+        for look in [*looks, *(partial(check_shards, corpus) for corpus in corpora)]:
+            try:
+                look()
+            except UserError as error:
+                notes.append(str(error))
+    return notes

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from minilm.orchestrator.verbs import data_build, data_order, data_verify
+from minilm.orchestrator.verbs.arguments import add_verbs
 
 
 def add_data_verbs(data: argparse.ArgumentParser) -> None:
-    verbs = data.add_subparsers(title="verbs", required=True, metavar="VERB")
+    verbs = add_verbs(data)
     data_build.add_build(verbs)
     data_build.add_import(verbs)
     data_verify.add_verify(verbs)

@@ -8,20 +8,76 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.verbs.arguments import add_verb
+
+TEXT_OPTIONS = (
+    "text_field",
+    "line_documents",
+    "invalid_utf8",
+    "csv_separator",
+    "csv_header",
+    "csv_quoting",
+    "csv_ragged",
+)
 
 
 def add_build(verbs: Any) -> None:
-    build = verbs.add_parser("build", help="turn text into shards of token rows")
-    build.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, parquet; also .gz .xz .zst"
+    build = add_verb(
+        verbs,
+        "build",
+        "turn text into shards of token rows",
+        "minilm data build corpus/*.jsonl.gz --tokenizer google-bert/bert-base-uncased --out books",
+        "minilm data build notes.csv --text-field body --tokenizer teacher --seq-len 128 --out notes",
     )
-    build.add_argument("--text-field", help="the field that holds the text (default: the longest)")
+    build.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, tsv, parquet, arrow; also packed"
+    )
+    build.add_argument(
+        "--text-field",
+        help="the field or column that holds the text; a dotted path, as meta.text, leads into objects "
+        "(default: see docs/data.md)",
+    )
+    build.add_argument(
+        "--line-documents", action="store_true", default=None, help="each line of a txt file is a document"
+    )
+    build.add_argument(
+        "--invalid-utf8",
+        choices=("stop", "replace"),
+        help="bytes that are not UTF-8: an error (default), or replaced by U+FFFD and counted",
+    )
+    build.add_argument(
+        "--csv-separator", metavar="SIGN", help="comma, tab, semicolon, bar or one character (default: found)"
+    )
+    header = build.add_mutually_exclusive_group()
+    header.add_argument(
+        "--csv-header", action="store_true", default=None, help="the first row has the columns' names"
+    )
+    header.add_argument(
+        "--csv-no-header",
+        dest="csv_header",
+        action="store_false",
+        help="the first row is data; columns are called 1, 2, …",
+    )
+    build.add_argument(
+        "--csv-quoting",
+        choices=("standard", "backslash", "none"),
+        help="default: none behind tabs, else standard",
+    )
+    build.add_argument(
+        "--csv-ragged", action="store_true", default=None, help="take rows with more or fewer columns"
+    )
     _add_building(build)
     build.set_defaults(run=build_data)
 
 
 def add_import(verbs: Any) -> None:
-    imported = verbs.add_parser("import", help="turn token files of other programs into shards")
+    imported = add_verb(
+        verbs,
+        "import",
+        "turn token files of other programs into shards",
+        "minilm data import gpt_text_document --from megatron --source-tokenizer gpt2 --tokenizer teacher --out rows",
+        "minilm data import wiki.tar --from webdataset --field txt --tokenizer teacher --out rows",
+    )
     imported.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="prefix of a .bin/.idx pair, or a tar or its URL"
     )
@@ -63,6 +119,18 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--packing", choices=("full", "document"), default="full")
     verb.add_argument("--held-out", type=float, default=0.01, help="share of documents kept for measuring")
     verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument(
+        "--special-tokens",
+        choices=("text", "tokens"),
+        default="text",
+        help="what names of special tokens in the text become (default: text, and counted)",
+    )
+    verb.add_argument(
+        "--allow-skipped",
+        type=float,
+        metavar="SHARE",
+        help="share of the records that may give no document (default: half)",
+    )
     verb.add_argument("--processes", type=int, help="default: the number of cores")
     verb.add_argument(
         "--ray", action="store_true", help="on the Ray cluster that RAY_ADDRESS names or runs here"
@@ -72,7 +140,8 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
 def build_data(options: argparse.Namespace) -> int:
     from minilm.orchestrator.resolve.folders import text_inputs
 
-    return _import(options, text_inputs(options.inputs), "text", {"text_field": options.text_field})
+    given = {name: getattr(options, name) for name in TEXT_OPTIONS}
+    return _import(options, text_inputs(options.inputs), "text", given)
 
 
 def import_tokens(options: argparse.Namespace) -> int:
@@ -111,7 +180,7 @@ def _import(options: argparse.Namespace, inputs: Any, source: str, given: dict[s
     from minilm.orchestrator.resolve.folders import tokenizer_name
     from minilm.orchestrator.system.signals import StopRequest
 
-    line = StatusLine()
+    line = StatusLine(quiet=options.quiet)
     with StopRequest() as stop:
         report = import_data(
             inputs,
@@ -124,6 +193,8 @@ def _import(options: argparse.Namespace, inputs: Any, source: str, given: dict[s
             held_out=options.held_out,
             seed=options.seed,
             processes=options.processes,
+            special_tokens=options.special_tokens,
+            allow_skipped=options.allow_skipped,
             progress=build_reporter(line, stop),
             on_ray=options.ray,
         )

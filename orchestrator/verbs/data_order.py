@@ -7,21 +7,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.verbs.arguments import add_json, print_report
+from minilm.orchestrator.verbs.arguments import add_json, add_verb, print_report
 
 if TYPE_CHECKING:
     from minilm.data.read.rows import Corpus
 
 
 def add_explain(verbs: Any) -> None:
-    explain = verbs.add_parser("explain", help="the rows of a step: shard, block, row, first words")
+    explain = add_verb(
+        verbs,
+        "explain",
+        "show the rows of a step: shard, block, row, first words",
+        "minilm data explain books --batch 256 --seed 0 --step 1200",
+        "minilm data explain books=0.7 wiki=0.3 --batch 256 --seed 0 --step 1200",
+    )
     _add_order(explain)
     explain.add_argument("--step", type=int, required=True)
     explain.set_defaults(run=explain_step)
 
 
 def add_where(verbs: Any) -> None:
-    where = verbs.add_parser("where", help="the step that reads a row")
+    where = add_verb(
+        verbs,
+        "where",
+        "find the step that reads a row",
+        "minilm data where books --batch 256 --seed 0 --row 4711",
+    )
     _add_order(where)
     where.add_argument("--row", type=int, required=True, help="counted over all data sets given")
     where.add_argument("--epoch", type=int, default=0)
@@ -29,8 +40,11 @@ def add_where(verbs: Any) -> None:
 
 
 def add_verify_run(verbs: Any) -> None:
-    verify_run = verbs.add_parser(
-        "verify-run", help="compare the rows that a checkpoint was trained on with the data set"
+    verify_run = add_verb(
+        verbs,
+        "verify-run",
+        "compare the rows that a checkpoint was trained on with the data set",
+        "minilm data verify-run runs/mine/stages/small/checkpoints/step-000000120-1f3a5b7c",
     )
     verify_run.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="folder or URL step-… of a stage's checkpoints"
@@ -96,7 +110,7 @@ def verify_run_verb(options: argparse.Namespace) -> int:
     from minilm.orchestrator.driver.status_line import StatusLine
     from minilm.orchestrator.driver.verify_run import verify_run
 
-    line = StatusLine()
+    line = StatusLine(quiet=options.quiet)
     check = verify_run(
         options.checkpoint,
         options.data,

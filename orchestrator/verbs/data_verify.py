@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.verbs.arguments import add_json, positive_whole, print_report
+from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_whole, print_report
 
 
 def add_verify(verbs: Any) -> None:
-    verify = verbs.add_parser("verify", help="compare every byte with the manifest")
+    verify = add_verb(
+        verbs,
+        "verify",
+        "compare every byte with the manifest",
+        "minilm data verify books",
+        "minilm data verify s3://bucket/books --json",
+    )
     verify.add_argument("data", metavar="DIR|URL")
     verify.add_argument("--threads", type=positive_whole)
     add_json(verify)
@@ -19,7 +25,13 @@ def add_verify(verbs: Any) -> None:
 
 
 def add_repair(verbs: Any) -> None:
-    repair = verbs.add_parser("repair", help="replace damaged files, from a mirror or a new build")
+    repair = add_verb(
+        verbs,
+        "repair",
+        "replace damaged files, from a mirror or a new build",
+        "minilm data repair books --mirror s3://bucket/books",
+        "minilm data repair books --text corpus/*.txt",
+    )
     repair.add_argument("data", type=Path, metavar="DIR")
     repair.add_argument(
         "--mirror", metavar="DIR|URL", help="another copy of the data set (default: build it again)"
@@ -30,7 +42,12 @@ def add_repair(verbs: Any) -> None:
 
 
 def add_inspect(verbs: Any) -> None:
-    inspect = verbs.add_parser("inspect", help="a page of rows decoded, and what the tokens are like")
+    inspect = add_verb(
+        verbs,
+        "inspect",
+        "show a page of rows decoded, and what the tokens are like",
+        "minilm data inspect books --page 3",
+    )
     inspect.add_argument("data", type=Path, metavar="DIR")
     inspect.add_argument("--page", type=int, default=0)
     inspect.add_argument("--rows-per-page", type=positive_whole, default=10)
@@ -39,7 +56,9 @@ def add_inspect(verbs: Any) -> None:
 
 
 def add_convert(verbs: Any) -> None:
-    convert = verbs.add_parser("convert", help="write tars with one record a row")
+    convert = add_verb(
+        verbs, "convert", "write tars with one record a row", "minilm data convert books books-tars"
+    )
     convert.add_argument("data", type=Path, metavar="DIR")
     convert.add_argument("out", type=Path, metavar="OUT")
     convert.add_argument("--to", default="rows", help="rows")
@@ -50,7 +69,7 @@ def verify_data(options: argparse.Namespace) -> int:
     from minilm.data.tools.verify import verify
     from minilm.orchestrator.driver.status_line import StatusLine
 
-    line = StatusLine()
+    line = StatusLine(quiet=options.quiet)
     report = verify(
         options.data,
         threads=options.threads,

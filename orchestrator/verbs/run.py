@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.launch.base import LAUNCHERS, LaunchOptions, load_launcher
 from minilm.orchestrator.tracking.pending import has_pending
-from minilm.orchestrator.verbs.arguments import add_overrides, add_recipe
+from minilm.orchestrator.verbs.arguments import add_json, add_overrides, add_recipe, add_verb
+
+if TYPE_CHECKING:
+    from minilm.orchestrator.driver.status_line import StatusLine
+    from minilm.orchestrator.driver.summary import Summary
 
 
 def add_run(verbs: Any) -> None:
-    run = verbs.add_parser("run", help="run a recipe, or go on with it")
+    run = add_verb(
+        verbs,
+        "run",
+        "run a recipe, or go on with it",
+        "minilm run recipes/quickstart.yaml",
+        "minilm run mine.yaml --workdir runs/mine --set data.text=/corpora/wiki",
+        "minilm run mine.yaml --set stages.small.steps=200000 --from small",
+        "minilm run mine.yaml --json > events.jsonl",
+    )
     add_recipe(run)
     run.add_argument("--workdir", type=Path, help="where everything is written (default: runs/NAME)")
     add_overrides(run)
@@ -25,11 +37,25 @@ def add_run(verbs: Any) -> None:
     )
     run.add_argument("--launcher", choices=tuple(LAUNCHERS), default="ray")
     run.add_argument("--address", help="of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
+    add_json(run, "print what happens as JSON objects, one a line (docs/runs.md), and no table")
     run.set_defaults(run=run_recipe)
 
 
 def run_recipe(options: argparse.Namespace) -> int:
-    from minilm.orchestrator.driver.status_line import StatusLine
+    from minilm.orchestrator.driver.status_line import JsonLines, StatusLine
+
+    line = JsonLines() if options.json else StatusLine(quiet=options.quiet)
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # only our lines are JSON
+        summary = run_or_read(options, line)
+    if options.json:
+        line.say(summary.table(), event="result", **summary.to_json())
+    else:
+        print(f"\n{summary.table()}\n\n{summary.next_steps()}")
+    return 0
+
+
+def run_or_read(options: argparse.Namespace, line: StatusLine) -> Summary:
+    """Run the recipe; of one that is done already, tell the tracker what is left and read the summary."""
     from minilm.orchestrator.driver.summary import Summary
     from minilm.orchestrator.driver.workdir import Workdir, default_workdir
     from minilm.orchestrator.recipe.load import load_recipe
@@ -41,7 +67,7 @@ def run_recipe(options: argparse.Namespace) -> int:
     workdir = Workdir((options.workdir or default_workdir(recipe.name)).resolve())
     if options.redo_from is None and workdir.is_finished(recipe):
         summary = Summary.read(workdir.summary)
-        print(f"every stage of {recipe.name} is done already in {workdir.root}", file=sys.stderr)
+        line.say(f"every stage of {recipe.name} is done already in {workdir.root}")
         if has_pending(workdir.root):
             with workdir.claim(recipe):
                 from minilm.orchestrator.tracking.tracking import flush_pending
@@ -62,7 +88,7 @@ def run_recipe(options: argparse.Namespace) -> int:
                 Thread(
                     target=import_module, args=["minilm.orchestrator.driver.curriculum"], name="imports"
                 ).start()
-                with closing(StatusLine()) as line:
+                with closing(line):
                     launcher.prepare(lambda text, force: line.show(text, force=force))
             from minilm.orchestrator.driver.curriculum import run_recipe
 
@@ -73,7 +99,7 @@ def run_recipe(options: argparse.Namespace) -> int:
                 lease,
                 launcher,
                 stop,
+                line,
                 redo_from=options.redo_from,
             )
-    print(f"\n{summary.table()}\n\n{summary.next_steps()}")
-    return 0
+    return summary

@@ -20,7 +20,10 @@ from minilm.orchestrator.train.distributed import World
 
 @dataclass(frozen=True)
 class HeldOutPass:
-    """What an evaluator is given. Students are in evaluation mode, and nothing records gradients."""
+    """What an evaluator is given. Students are in evaluation mode, and nothing records gradients.
+
+    `progress(done, total)` is told of this worker's micro-batches, for each corpus.
+    """
 
     distiller: Distiller
     corpora: Sequence[HeldOut]
@@ -28,6 +31,7 @@ class HeldOutPass:
     micro_batch: int
     autocast: torch.dtype | None
     world: World
+    progress: Callable[[int, int], None] = lambda done, total: None
 
     def parts(self) -> Iterator[tuple[HeldOut, int, float]]:
         """Each corpus with how many of its first rows are measured, at least one, and its fraction of the mixture."""
@@ -40,7 +44,9 @@ class HeldOutPass:
         """This worker's micro-batches of the first `rows` rows, cut by length where rows have padding, on its device:
         input_ids int64 [rows, tokens], mask bool of the same shape or None without padding."""
         size, world = self.micro_batch, self.world
-        for index in partition(-(-rows // size), world.rank, world.size):
+        mine = partition(-(-rows // size), world.rank, world.size)
+        for number, index in enumerate(mine):
+            self.progress(number, len(mine))
             batch = held_out.read(range(index * size, min((index + 1) * size, rows)))
             for ids, mask in by_length(batch.input_ids, batch.mask):
                 yield ids.to(world.device), None if mask is None else mask.to(world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from minilm.model.distiller import Distiller
@@ -12,20 +13,33 @@ from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
 
 
-def finish_stage(spec: StageSpec, distiller: Distiller, *, data: str, ledger: str) -> None:
-    """Export every student and write `done.json`. `data`: fingerprint; `ledger`: running digest (hex)."""
+def finish_stage(
+    spec: StageSpec,
+    distiller: Distiller,
+    *,
+    data: str,
+    ledger: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Export every student and write `done.json`. `data`: fingerprint; `ledger`: running digest (hex);
+    `progress(done, total)` is told of students."""
     stage = StageFolder(Path(spec.folder))
     check_exported_tokenizer(spec.data)
     digests = {}
-    for student in spec.students:
+    for number, student in enumerate(spec.students):
+        progress(number, len(spec.students))
         encoder = distiller.students[student.name]
         folder = stage.student(student.name)
+        start = (
+            {"Started from": f"{student.init} (weights {student.start_digest[:12]})"} if student.start else {}
+        )
         card = model_card(
             student.name,
             encoder.model,
             trained=encoder.trained_parameters(),
             teacher=f"{spec.teacher_name}, layer {spec.teacher_layer}",
-            facts={
+            facts=start
+            | {
                 "Objective": spec.objective["name"],
                 "Steps": f"{spec.steps:,} of {spec.batch} rows x {spec.data.seq_len} tokens",
                 "Peak learning rate": f"{spec.learning_rate.peak_lr:g}",

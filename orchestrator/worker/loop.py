@@ -252,6 +252,7 @@ class StageRun:
                 micro_batch=self.spec.micro_batch,
                 autocast=AUTOCAST[self.precision],
                 world=self.world,
+                progress=lambda *part: self.beat("evaluating", done, part=part),
             )
         )
         with self.writing():
@@ -287,6 +288,7 @@ class StageRun:
                 self.distiller,
                 data=self.fingerprints.data,
                 ledger=self.row_loader.resume_state()["digest"],
+                progress=lambda *part: self.beat("exporting", self.spec.steps, part=part, force=True),
             )
 
     def end_attempt(self) -> None:
@@ -300,9 +302,11 @@ class StageRun:
         self.watchdog.expect_long()
         self.beat(doing, done, force=True)
 
-    def beat(self, doing: str, done: int, *, force: bool = False) -> None:
+    def beat(
+        self, doing: str, done: int, *, part: tuple[int, int] | None = None, force: bool = False
+    ) -> None:
         with self.writing():
-            self.metric_logger.beat(doing, done, force=force)
+            self.metric_logger.beat(doing, done, part=part, force=force)
 
     def writing(self) -> AbstractContextManager[None]:
         return writing(self.folder.root)

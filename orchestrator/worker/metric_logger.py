@@ -16,6 +16,7 @@ from minilm.orchestrator.stage.metrics_file import MetricsFile
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.lease import Fence
+from minilm.orchestrator.system.machine_load import MachineLoad
 from minilm.orchestrator.system.processes import Process
 from minilm.orchestrator.system.timer import Timer
 
@@ -33,6 +34,8 @@ class MetricLogger:
         self.folder, self.process = StageFolder(Path(spec.folder)), Process.this()
         self.step_metrics = MetricsFile(self.folder.step_metrics) if writes else None
         self.heldout_metrics = MetricsFile(self.folder.heldout_metrics) if writes else None
+        self.system_metrics = MetricsFile(self.folder.system_metrics) if writes else None
+        self.load = MachineLoad()
         self.heartbeat_timer = Timer(HEARTBEAT_SECONDS, at_once=True)
         self.doing = ""
         self.metrics: dict[str, float] = {}
@@ -50,21 +53,22 @@ class MetricLogger:
         self.waited += time.perf_counter() - start
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log `metrics` after `step` updates, with the speed since the last call.
+        """Log `metrics` after `step` updates, with the speed and this machine's load since the last call.
 
         `input_wait_share` is the share of that time which was spent waiting for rows.
         """
         seconds = max(time.monotonic() - self.since, 1e-9)
-        rows_per_second = (step - self.since_step) * self.spec.batch / seconds
-        self.metrics = metrics | {
-            "rows_per_second": rows_per_second,
-            "tokens_per_second": rows_per_second * self.seq_len,
-            "input_wait_share": self.waited / seconds,
-        }
+        self.metrics = metrics | self.speed(step, seconds) | {"input_wait_share": self.waited / seconds}
         self.restart(step)
         if self.step_metrics:
             self.fence.check()
             self.step_metrics.append(step, self.metrics)
+        if self.system_metrics:
+            self.system_metrics.append(step, self.load.read())
+
+    def speed(self, step: int, seconds: float) -> dict[str, float]:
+        rows_per_second = (step - self.since_step) * self.spec.batch / seconds
+        return {"rows_per_second": rows_per_second, "tokens_per_second": rows_per_second * self.seq_len}
 
     def heldout(self, step: int, measured: dict[str, dict[str, float]]) -> None:
         """Log what was measured on held-out rows, by student and name. The time it took does not count as training."""
@@ -75,27 +79,34 @@ class MetricLogger:
                 step, {f"{s}/heldout/{t}": v for s, terms in measured.items() for t, v in terms.items()}
             )
 
-    def beat(self, doing: str, step: int, *, force: bool = False) -> None:
+    def beat(
+        self, doing: str, step: int, *, part: tuple[int, int] | None = None, force: bool = False
+    ) -> None:
         """Write the heartbeat, at most once in `HEARTBEAT_SECONDS` unless `force` or `doing` is new.
 
-        A new `doing` is written at once because the driver decides by it how long it may take.
+        A new `doing` is written at once because the driver decides by it how long it may take. `part`: how many
+        pieces of it are done, of how many. Before the first logged step the speed is that of the steps so far.
         """
         changed, self.doing = doing != self.doing, doing
         if self.step_metrics and (self.heartbeat_timer() or force or changed):
             self.fence.check()
+            metrics = self.metrics
+            if not metrics and step > self.since_step:
+                metrics = self.speed(step, max(time.monotonic() - self.since, 1e-9))
             beat = {
                 "attempt": self.spec.attempt,
                 "doing": doing,
+                "part": part,
                 "step": step,
                 "time": time.time(),
                 "pid": self.process.pid,
                 "process": asdict(self.process),
                 "workers": self.workers,
-                "metrics": self.metrics,
+                "metrics": metrics,
             }
             write_json(self.folder.heartbeat, beat, durable=False)
 
     def close(self) -> None:
-        for file in (self.step_metrics, self.heldout_metrics):
+        for file in (self.step_metrics, self.heldout_metrics, self.system_metrics):
             if file:
                 file.close()

@@ -1,0 +1,66 @@
+"""Pooled vectors of texts, and how well their cosine orders pairs that people have judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from minilm.orchestrator.evaluation.batches import collate, encode, most_tokens, sorted_batches
+from minilm.orchestrator.evaluation.metrics import score
+from minilm.orchestrator.evaluation.read_tables import has_split, read_split
+from minilm.orchestrator.evaluation.tasks import Task
+
+
+def mean_pooled(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    tokens: int,
+    batch: int,
+    device: torch.device,
+) -> np.ndarray:
+    """float32 [texts, hidden]: the mean of the last hidden states over valid tokens, special ones too, of length 1."""
+    rows = encode(tokenizer, texts, None, most_tokens(model, tokens))
+    found = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+    model.to(device).eval()
+    with torch.inference_mode():
+        for numbers in sorted_batches([len(row["input_ids"]) for row in rows], batch):
+            inputs = collate(tokenizer, [rows[i] for i in numbers], device)
+            states = model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
+            mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            found[numbers] = normalize(mean.float(), dim=-1).cpu().numpy()
+    return found
+
+
+def cosine_similarity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: Task,
+    data: Path,
+    *,
+    tokens: int,
+    batch: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """The task's metrics of its first split that is there; those of further ones as METRIC_SPLIT."""
+    found: dict[str, float] = {}
+    splits = [split for split in task.dev if has_split(task, data, split)]
+    for split in splits:
+        examples = read_split(task, data, split)
+        texts = list(dict.fromkeys([*examples.first, *(examples.second or ())]))
+        vectors = mean_pooled(model, tokenizer, texts, tokens=tokens, batch=batch, device=device)
+        place = {text: i for i, text in enumerate(texts)}
+        one = vectors[[place[text] for text in examples.first]]
+        other = vectors[[place[text] for text in examples.second or ()]]
+        scores = score(task.metrics, examples.labels, (one * other).sum(axis=1))
+        end = "" if split == splits[0] else f"_{split}"
+        found |= {f"{name}{end}": value for name, value in scores.items()}
+    return found

@@ -1,0 +1,157 @@
+"""A model as it is evaluated: a transformers folder, or one of the two controls made from a folder.
+
+    FOLDER                  its weights
+    random:FOLDER[:SHAPE]   the same architecture with random weights, another draw for each seed
+    layers:FOLDER:SHAPE     cut from the folder's layers without distillation; SHAPE is LAYERSxHIDDEN, as in 3x192
+
+Any encoder that plain transformers loads from safetensors is taken; the controls need a family that students can have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, PreTrainedModel
+
+from minilm.data.tokenizer import has_tokenizer, load_tokenizer
+from minilm.model.encoder.build import build_student, quiet_transformers
+from minilm.model.encoder.initialize import initialize
+from minilm.model.encoder.shape import load_config, shape_of
+from minilm.model.export import tokenizer_files, weights_digest
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.system.text import one_line
+
+_SHAPE = re.compile(r"l?(\d+)[x-]h?(\d+)", re.IGNORECASE)
+CONTROLS = ("random", "layers")
+
+
+@dataclass(frozen=True)
+class Source:
+    """name: as the user wrote it. kind: "folder", "random" or "layers". shape: (layers, hidden) of a control, None for
+    the folder's own."""
+
+    name: str
+    kind: str
+    folder: str
+    shape: tuple[int, int] | None = None
+
+    @property
+    def is_control(self) -> bool:
+        return self.kind in CONTROLS
+
+    @property
+    def draws(self) -> bool:
+        """Whether each seed gives other weights before any training."""
+        return self.kind == "random"
+
+
+def split_control(text: str) -> tuple[str, str, tuple[int, int] | None]:
+    """(kind, reference of the folder, shape) of a MODEL as it is written. UserError for a control that is not whole."""
+    kind, _, rest = text.partition(":")
+    if kind not in CONTROLS:
+        return "folder", text, None
+    reference, _, last = rest.rpartition(":")
+    match = _SHAPE.fullmatch(last) if reference else None
+    shape = (int(match[1]), int(match[2])) if match else None
+    reference = reference if shape else rest
+    if not reference or (kind == "layers" and shape is None):
+        raise UserError(
+            f"given {text!r}; allowed: random:FOLDER, random:FOLDER:SHAPE and layers:FOLDER:SHAPE, with SHAPE as in "
+            f"3x192 (layers x hidden size)"
+        )
+    return kind, reference, shape
+
+
+def check_source(source: Source) -> None:
+    """UserError or ModelError where the model cannot be evaluated, before anything runs."""
+    folder = Path(source.folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{source.name} is no model (no config.json in {folder}); give a transformers folder")
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{source.name} has no tokenizer (no tokenizer.json or vocabulary file in {folder}); save its tokenizer "
+            f"there with save_pretrained"
+        )
+    if source.kind != "random" and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{source.name} has no safetensors weights in {folder}; save them with save_pretrained (pickles are not "
+            f"read)"
+        )
+    if source.is_control:
+        config = load_config(folder)
+        if source.kind == "layers":
+            build(source, 0)
+        elif source.shape is not None:
+            _sizes(config, source.shape)
+
+
+def tokenizer_of(source: Source) -> Any:
+    return load_tokenizer(source.folder)
+
+
+def build(source: Source, seed: int) -> PreTrainedModel:
+    """The encoder in float32, without a head, in eval mode. seed: of a control's random weights."""
+    if source.kind != "random":
+        own = load(Path(source.folder))
+        if source.kind == "folder":
+            return own
+        config = load_config(source.folder)
+        student = build_student(config, **_sizes(config, source.shape), seed=seed)
+        initialize(student, own, "teacher-layers")
+        return student.eval()
+    config = load_config(source.folder)
+    return build_student(config, **_sizes(config, source.shape), seed=seed).eval()
+
+
+def load(folder: Path) -> PreTrainedModel:
+    try:
+        with quiet_transformers():
+            model, report = AutoModel.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"cannot load the weights of {folder}: {one_line(error)}; give a folder that save_pretrained wrote"
+        ) from error
+    missing = sorted(key for key in report["missing_keys"] if ".pooler." not in f".{key}")
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} weights of its {model.config.model_type} ({missing[0]}, …); give the "
+            f"folder that its save_pretrained wrote"
+        )
+    if any(not torch.isfinite(p).all() for p in model.parameters()):
+        raise UserError(
+            f"{folder} holds weights that are no finite numbers; train it again, or give another model"
+        )
+    return model.eval()
+
+
+def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
+    own = shape_of(config)
+    layers, hidden = shape or (own.layers, own.hidden)
+    same = hidden == own.hidden
+    return {"layers": layers, "hidden": hidden, "heads": own.heads, "ffn": own.ffn if same else None}
+
+
+def source_digest(source: Source) -> str:
+    """sha256 (hex) of all that determines the model: weights but for a random control, config, tokenizer, shape."""
+    folder = Path(source.folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps([source.kind, source.shape, config], sort_keys=True).encode())
+    for path in tokenizer_files(folder):
+        digest.update(path.read_bytes())
+    if source.kind != "random":
+        digest.update(weights_digest(folder).encode())
+    return digest.hexdigest()

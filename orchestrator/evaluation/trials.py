@@ -1,0 +1,193 @@
+"""Trials: the independent units of an evaluation, each (model, task, setting, seed), each with a result file.
+
+A trial's file is named by the digest of all that determines its numbers, so an evaluation that was killed goes on from
+what is there, trials may run anywhere and in any order, and a changed model or data set is a new trial.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilm.orchestrator.evaluation.embed import cosine_similarity
+from minilm.orchestrator.evaluation.fine_tune import Curve, fine_tune
+from minilm.orchestrator.evaluation.protocols import Protocol, Setting
+from minilm.orchestrator.evaluation.read_tables import data_fingerprint, read_split
+from minilm.orchestrator.evaluation.sources import Source, build, source_digest, tokenizer_of
+from minilm.orchestrator.evaluation.tasks import TASKS, Task
+from minilm.orchestrator.system.files import read_json, sha256_json, write_json
+from minilm.orchestrator.system.versions import code_version
+
+FORMAT = 1  # of a trial's file; another number makes every trial new
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One unit, as plain values: it can be sent to another process.
+
+    model_digest, data_digest: of `source_digest` and `data_fingerprint`. train_rows: None for all.
+    """
+
+    source: Source
+    model_digest: str
+    task: str
+    data: str
+    data_digest: str
+    protocol: str
+    setting: Setting
+    seed: int
+    train_rows: int | None
+    device: str
+    precision: str
+
+    @cached_property
+    def key(self) -> str:
+        values = asdict(self)
+        for name in ("source", "data", "protocol"):  # where things lie, and what they are called
+            values.pop(name)
+        code = {k: v for k, v in code_version().items() if k in ("torch", "transformers")}
+        return sha256_json([FORMAT, values, code])[:32]
+
+    def file(self, folder: Path) -> Path:
+        return folder / "trials" / f"{self.key}.json"
+
+
+def plan_trials(
+    sources: Iterable[Source],
+    tasks: Iterable[tuple[Task, Protocol]],
+    data: Path,
+    *,
+    seeds: int | None,
+    train_rows: int | None,
+    device: torch.device,
+) -> list[Trial]:
+    """Every trial of these models and tasks, in the order of a table. Reads and checks all data: UserError where any
+    of it is not as published, before anything runs."""
+    sources = list(sources)
+    digests = {source.name: source_digest(source) for source in sources}
+    trials = []
+    for task, protocol in tasks:
+        rows = 0
+        if task.kind != "cosine":
+            rows = _check_data(task, data)
+        fingerprint = data_fingerprint(task, data)
+        count = seeds or protocol.seeds_of(rows if train_rows is None else min(rows, train_rows))
+        for source in sources:
+            if task.kind == "cosine" and not source.draws:
+                own = 1  # nothing in it is random
+            else:
+                own = seeds or max(count, 5) if task.kind == "cosine" else count
+            for setting in protocol.settings_of(task):
+                trials += [
+                    Trial(
+                        source=source,
+                        model_digest=digests[source.name],
+                        task=task.name,
+                        data=str(data),
+                        data_digest=fingerprint,
+                        protocol=protocol.name,
+                        setting=setting,
+                        seed=seed,
+                        train_rows=train_rows if task.kind != "cosine" else None,
+                        device=device.type,
+                        precision="float32" if task.kind == "cosine" else precision(device),
+                    )
+                    for seed in range(own)
+                ]
+    return trials
+
+
+def _check_data(task: Task, data: Path) -> int:
+    """The number of training rows; UserError where a split is not as published."""
+    if task.kind == "spans":
+        from minilm.orchestrator.evaluation.squad import read_questions
+
+        read_questions(data, "dev")
+        return len(read_questions(data, "train"))
+    for split in task.dev:
+        read_split(task, data, split)
+    return len(read_split(task, data, "train"))
+
+
+def precision(device: torch.device) -> str:
+    """bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def this_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
+    """The trial's result: from its file where there is one, else computed and written, whole or not at all.
+
+    metrics: higher is better; curve: (step, loss) pairs of the training; seconds: what it took when it ran.
+    """
+    if (before := read_json(trial.file(folder))) is not None:
+        return before | {"model": trial.source.name}
+    began = time.monotonic()
+    task, device = TASKS[trial.task], torch.device(trial.device)
+    encoder, tokenizer = build(trial.source, trial.seed), tokenizer_of(trial.source)
+    setting, data = trial.setting, Path(trial.data)
+    autocast = torch.bfloat16 if trial.precision == "bfloat16" else None
+    curve: Curve = []
+    if task.kind == "cosine":
+        metrics = cosine_similarity(
+            encoder, tokenizer, task, data, tokens=setting.tokens, batch=setting.batch, device=device
+        )
+    elif task.kind == "spans":
+        from minilm.orchestrator.evaluation.squad import fine_tune_spans
+
+        metrics, curve = fine_tune_spans(
+            encoder,
+            tokenizer,
+            data,
+            setting,
+            seed=trial.seed,
+            device=device,
+            autocast=autocast,
+            train_rows=trial.train_rows,
+        )
+    else:
+        metrics, curve = fine_tune(
+            encoder,
+            tokenizer,
+            task,
+            data,
+            setting,
+            seed=trial.seed,
+            device=device,
+            autocast=autocast,
+            train_rows=trial.train_rows,
+        )
+    result = {
+        "model": trial.source.name,
+        "task": trial.task,
+        "protocol": trial.protocol,
+        "setting": setting.as_dict(),
+        "seed": trial.seed,
+        "train_rows": trial.train_rows,
+        "model_digest": trial.model_digest,
+        "data_digest": trial.data_digest,
+        "device": trial.device,
+        "precision": trial.precision,
+        "versions": code_version(),
+        "metrics": metrics,
+        "curve": curve,
+        "seconds": time.monotonic() - began,
+    }
+    write_json(trial.file(folder), result)
+    return result
+
+
+def recorded(folder: Path, model_digest: str) -> list[dict[str, Any]]:
+    """Every result in `folder` of the model with this `source_digest`, by whatever name it was evaluated."""
+    files = sorted((folder / "trials").glob("*.json"))
+    results = [result for path in files if (result := read_json(path)) is not None]
+    return [result | {"model": model_digest} for result in results if result["model_digest"] == model_digest]
