@@ -550,7 +550,7 @@ ROWS: list[tuple[list[str], str]] = [
         ["data.text=«latin»"],
         "FILE: data: text '«latin»' is not UTF-8 at byte 3 (b'\\xe9\\n'); "
         "convert it first, for instance with iconv -t UTF-8, or have such bytes replaced and counted: "
-        "--invalid-utf8 replace",
+        "--invalid-utf8 replace (in a recipe data.invalid_utf8: replace)",
     ),
     (
         ["data.text=«empty-text»"],
