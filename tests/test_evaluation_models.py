@@ -197,7 +197,7 @@ def test_the_smallest_sets_get_most_seeds(tmp_path, own):
 
 
 def make_score(model: str, scores: tuple[float, ...], task: str = "cola") -> Score:
-    return Score(model, task, "glue-fixed", "matthews", scores, {}, QUICK, None, 1.0)
+    return Score(model, task, "glue-fixed", "matthews", scores, {}, QUICK, None, "data", 1.0)
 
 
 def test_shares_and_differences_are_paired_by_seed():
@@ -222,9 +222,13 @@ def test_the_best_setting_is_taken_by_its_mean(tmp_path, own):
             return (0.5, 0.6)[trial.seed]
         return (0.9, 0.0)[trial.seed]
 
-    (score,) = score_all(
-        [(t, {"metrics": {"matthews": value(t), "accuracy": 0.1}, "seconds": 1.0}) for t in planned]
-    )
+    def result(trial):
+        names = ("task", "protocol", "train_rows", "data_digest", "seed")
+        values = {name: getattr(trial, name) for name in names}
+        metrics = {"matthews": value(trial), "accuracy": 0.1}
+        return values | {"model": "m", "setting": trial.setting.as_dict(), "metrics": metrics, "seconds": 1.0}
+
+    (score,) = score_all(map(result, planned))
     assert score.scores == (0.5, 0.6) and score.setting == Setting(3e-5, 4, 128, 32)
     assert "best mean over seeds on the reported dev set" in score.as_dict()["setting"]["chosen"]
 

@@ -13,7 +13,6 @@ from scipy import stats
 from minilm.orchestrator.evaluation.protocols import PROTOCOLS, Setting
 from minilm.orchestrator.evaluation.sources import Source
 from minilm.orchestrator.evaluation.tasks import TASKS
-from minilm.orchestrator.evaluation.trials import Trial
 from minilm.orchestrator.system.text import text_table
 
 CONFIDENCE = 0.95
@@ -46,6 +45,7 @@ class Score:
     others: Mapping[str, float]
     setting: Setting
     train_rows: int | None
+    data_digest: str
     seconds: float
 
     @property
@@ -81,33 +81,32 @@ class Score:
         return f"{self.mean:.3f}" + ("" if self.spread is None else f" ± {self.spread:.3f}")
 
 
-def score_all(results: Iterable[tuple[Trial, Mapping[str, Any]]]) -> list[Score]:
-    """A score for each model and task, in the order of the trials: the setting with the best mean over seeds."""
-    groups: dict[tuple[str, str, str], dict[Setting, list[tuple[Trial, Mapping[str, Any]]]]] = {}
-    for trial, result in results:
-        by_setting = groups.setdefault((trial.source.name, trial.task, trial.protocol), {})
-        by_setting.setdefault(trial.setting, []).append((trial, result))
+def score_all(results: Iterable[Mapping[str, Any]]) -> list[Score]:
+    """A score for each model, task and protocol from the results of trials, in their order: of the setting with the
+    best mean over seeds. Data of other bytes and other training rows are other scores."""
+    groups: dict[tuple, dict[Setting, list[Mapping[str, Any]]]] = {}
+    for result in results:
+        key = tuple(result[name] for name in ("model", "task", "protocol", "train_rows", "data_digest"))
+        groups.setdefault(key, {}).setdefault(Setting(**result["setting"]), []).append(result)
     found = []
-    for (model, task, protocol), by_setting in groups.items():
+    for (model, task, protocol, train_rows, data_digest), by_setting in groups.items():
         metric = TASKS[task].metrics[0]
-        means = {
-            setting: statistics.fmean(result["metrics"][metric] for _, result in pairs)
-            for setting, pairs in by_setting.items()
-        }
+        means = {s: statistics.fmean(r["metrics"][metric] for r in group) for s, group in by_setting.items()}
         best = max(means, key=means.__getitem__)
-        pairs = sorted(by_setting[best], key=lambda pair: pair[0].seed)
-        others = [name for name in pairs[0][1]["metrics"] if name != metric]
+        group = sorted(by_setting[best], key=lambda result: result["seed"])
+        others = [name for name in group[0]["metrics"] if name != metric]
         found.append(
             Score(
                 model=model,
                 task=task,
                 protocol=protocol,
                 metric=metric,
-                scores=tuple(result["metrics"][metric] for _, result in pairs),
-                others={n: statistics.fmean(result["metrics"][n] for _, result in pairs) for n in others},
+                scores=tuple(result["metrics"][metric] for result in group),
+                others={name: statistics.fmean(r["metrics"][name] for r in group) for name in others},
                 setting=best,
-                train_rows=pairs[0][0].train_rows,
-                seconds=sum(result["seconds"] for pairs in by_setting.values() for _, result in pairs),
+                train_rows=train_rows,
+                data_digest=data_digest,
+                seconds=sum(result["seconds"] for group in by_setting.values() for result in group),
             )
         )
     return found

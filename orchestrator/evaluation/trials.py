@@ -130,7 +130,7 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     metrics: higher is better; curve: (step, loss) pairs of the training; seconds: what it took when it ran.
     """
     if (before := read_json(trial.file(folder))) is not None:
-        return before
+        return before | {"model": trial.source.name}
     began = time.monotonic()
     task, device = TASKS[trial.task], torch.device(trial.device)
     encoder, tokenizer = build(trial.source, trial.seed), tokenizer_of(trial.source)
@@ -184,3 +184,10 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     }
     write_json(trial.file(folder), result)
     return result
+
+
+def recorded(folder: Path, model_digest: str) -> list[dict[str, Any]]:
+    """Every result in `folder` of the model with this `source_digest`, by whatever name it was evaluated."""
+    files = sorted((folder / "trials").glob("*.json"))
+    results = [result for path in files if (result := read_json(path)) is not None]
+    return [result | {"model": model_digest} for result in results if result["model_digest"] == model_digest]

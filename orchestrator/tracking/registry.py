@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 DIGEST_TAG = "minilm.digest"
 
 
-_RUN_TAG = "minilm.run_id"
+RUN_TAG = "minilm.run_id"
 
 
 _ALIASED_TAG = "minilm.aliased"
@@ -90,10 +90,10 @@ def register(
     """Stores a transformers folder as a new version of `name` and points the alias to it.
 
     The same folder from the same run (run_id: the stage's) gets the version it has already; then the alias
-    is left where somebody may have moved it since.
-    Identical folders of two runs are two versions: each run has its own. The version's page shows the head of the
-    folder's README.md. UserError: a file that does not belong in such a folder, a bad name or alias.
-    InfrastructureError: the store was away for `patience_seconds`; here as in every function below.
+    is left where somebody may have moved it since. Identical folders of two runs are two versions: each run
+    has its own. The version's page shows the head of the folder's README.md. UserError: a file that does not
+    belong in such a folder, a bad name or alias. InfrastructureError: the store was away for
+    `patience_seconds`; here as in every function below.
     """
     files = model_files(folder)
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
@@ -153,24 +153,25 @@ def make_run(store: str, name: str, folder: Path, *, experiment: str, patience_s
 
 
 def check_rights(store: str, names: Iterable[str], *, patience_seconds: float = 10.0) -> None:
-    """UserError where no version of one of these models may be registered; registers nothing.
+    """UserError where no version of one of these models may be registered, or its name is none; registers nothing.
 
     It asks for each, with a tag that MLflow does not take: a server looks at rights before it looks at tags.
     """
 
-    def attempt(client: MlflowClient, name: str) -> None:
+    def attempt(name: str) -> None:
+        client = connect(store)
         try:
             if _is_registered(client, name):
                 client.create_model_version(name, "none", tags=_IMPOSSIBLE_TAG, await_creation_for=0)
             else:
                 client.create_registered_model(name, tags=_IMPOSSIBLE_TAG)
         except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
+            if error.error_code != "INVALID_PARAMETER_VALUE" or "model name" in str(error):
                 raise
 
     for name in names:
         try:
-            _patiently(store, partial(attempt, name=name), patience_seconds)
+            patiently(store, partial(attempt, name), patience_seconds)
         except InfrastructureError:
             raise
         except UserError as error:
@@ -217,7 +218,7 @@ def _logged_model(
 ) -> LoggedModel:
     """The LoggedModel with these files, one that a dead driver completed or a new one."""
     experiment_id = client.get_run(run_id).info.experiment_id
-    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{_RUN_TAG}` = '{run_id}'"
+    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{RUN_TAG}` = '{run_id}'"
     for model in client.search_logged_models([experiment_id], query):
         if model.status == LoggedModelStatus.READY:
             return model
@@ -226,7 +227,7 @@ def _logged_model(
         experiment_id,
         re.sub(r"[^\w-]", "-", name),
         run_id,
-        tags={**tags, DIGEST_TAG: digest, _RUN_TAG: run_id},
+        tags={**tags, DIGEST_TAG: digest, RUN_TAG: run_id},
         model_type="transformers-folder",
     )
     client.log_model_artifacts(model.model_id, str(folder))

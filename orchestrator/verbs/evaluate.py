@@ -15,6 +15,8 @@ from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_who
 if TYPE_CHECKING:
     from minilm.orchestrator.evaluation.comparison import Comparison
     from minilm.orchestrator.evaluation.sources import Source
+    from minilm.orchestrator.recipe.references import RegistryRef
+    from minilm.orchestrator.stage.folder import RunFolder
 
 DEFAULT_OUT = Path("runs/evaluation")
 PROTOCOL_NAMES = (
@@ -93,7 +95,7 @@ def evaluate(options: argparse.Namespace) -> int:
                 f"[{number}/{len(trials)}] {trial.source.name}  {trial.task}  {trial.setting}  seed {trial.seed}",
                 file=sys.stderr,
             )
-        results.append((trial, run_trial(trial, options.out)))
+        results.append(run_trial(trial, options.out))
     comparison = Comparison(score_all(results), sources, options.teacher)
     if options.json:
         for score in comparison.scores:
@@ -139,13 +141,26 @@ def tasks_there(options: argparse.Namespace) -> list[str]:
 def open_source(text: str, options: argparse.Namespace) -> Source:
     """The model that `text` names, brought here and looked at. Raises `UserError` where it can't be used."""
     from minilm.orchestrator.evaluation.sources import Source, check_source, split_control
-    from minilm.orchestrator.recipe.references import FolderRef, parse_reference
+    from minilm.orchestrator.recipe.references import FolderRef, RegistryRef, parse_reference
     from minilm.orchestrator.resolve.folders import model_folder
     from minilm.orchestrator.stage.folder import RunFolder
 
     kind, reference, shape = split_control(text)
-    folder = Path(reference).expanduser()
-    ref = FolderRef(folder) if folder.is_dir() else parse_reference(reference)
-    source = Source(text, kind, str(model_folder(ref, RunFolder(options.workdir or options.out))), shape)
+    local = Path(reference).expanduser()
+    ref = FolderRef(local) if local.is_dir() else parse_reference(reference)
+    folder = RunFolder(options.workdir or options.out)
+    if isinstance(ref, RegistryRef):
+        ref = at_its_version(ref, folder)
+    source = Source(text, kind, str(model_folder(ref, folder)), shape)
     check_source(source)
     return source
+
+
+def at_its_version(ref: RegistryRef, folder: RunFolder) -> RegistryRef:
+    """An alias as the version that it names now; `model_folder` would keep what it meant the first time."""
+    from minilm.orchestrator.recipe.references import RegistryRef
+    from minilm.orchestrator.tracking.client import is_missing, tracking_uri
+    from minilm.orchestrator.tracking.registry import resolve
+
+    store = tracking_uri(folder.root)
+    return ref if is_missing(store) else RegistryRef(resolve(store, ref.uri).uri)

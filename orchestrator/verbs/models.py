@@ -10,6 +10,7 @@ from typing import Any
 
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.arguments import add_verb
+from minilm.orchestrator.verbs.gate import add_gate_options, is_gated, pass_gate
 
 
 def add_pull(verbs: Any) -> None:
@@ -30,12 +31,14 @@ def add_promote(verbs: Any) -> None:
     promote = add_verb(
         verbs,
         "promote",
-        "point an alias to a version of a registered model",
+        "point an alias to a version of a registered model (champion: when its scores hold)",
         "minilm promote models:/quickstart-student/1 good --workdir runs/quickstart",
+        "minilm promote models:/quickstart-student/1 champion --tasks cola,sst2 --workdir runs/quickstart",
     )
     promote.add_argument("uri", metavar="models:/NAME/VERSION")
     promote.add_argument("alias")
     promote.add_argument("--workdir", type=Path, help="in this work directory's own registry")
+    add_gate_options(promote)
     promote.set_defaults(run=promote_model)
 
 
@@ -52,9 +55,7 @@ def add_register(verbs: Any) -> None:
     )
     register.add_argument("name", metavar="NAME", help="of the registered model")
     register.add_argument("--alias", type=new_alias, default="newest", help="that it gets (default: newest)")
-    register.add_argument(
-        "--experiment", default="registered", help="in MLflow, for its files (default: registered)"
-    )
+    register.add_argument("--experiment", help="of MLflow, for its files (default: NAME)")
     register.add_argument("--workdir", type=Path, help="into this work directory's own registry")
     register.set_defaults(run=register_model)
 
@@ -80,6 +81,8 @@ def promote_model(options: argparse.Namespace) -> int:
     from minilm.orchestrator.tracking import registry
 
     found = registry.resolve(store(options), options.uri)
+    if is_gated(options):
+        pass_gate(options, store(options), found)
     registry.promote(store(options), found.name, found.version, options.alias)
     print(f"models:/{found.name}@{options.alias} is version {found.version} now")
     return 0
@@ -96,8 +99,10 @@ def register_model(options: argparse.Namespace) -> int:
     model = load_encoder(options.folder.resolve()).model  # what can't be loaded is no use to anybody
     if options.workdir is not None:
         options.workdir.mkdir(parents=True, exist_ok=True)
-    run_id = registry.make_run(registry_store, options.name, options.folder, experiment=options.experiment)
     registry.check_rights(registry_store, [options.name])
+    run_id = registry.make_run(
+        registry_store, options.name, options.folder, experiment=options.experiment or options.name
+    )
     found = registry.register(
         registry_store,
         options.name,
