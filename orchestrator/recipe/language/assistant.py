@@ -72,6 +72,13 @@ def known_shape(reference: str) -> Shape | None:
     return (layers, hidden) if isinstance(layers, int) and isinstance(hidden, int) else None
 
 
+def known_tokens(reference: str) -> int | None:
+    """The longest row that a model takes which the papers name by its hub id."""
+    if reference not in HUB_SHAPES:
+        return None
+    return 8192 if "ModernBERT" in reference else 512
+
+
 def expand(source: Source, *, may_add: bool = True) -> tuple[Source, list[tuple[KeyPath, str]]]:
     """The source with a stage for each assistant, and the problems. Paths in it are absolute already.
 
