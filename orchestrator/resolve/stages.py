@@ -31,6 +31,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.feed.corpora import describe
 from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
+from minilm.orchestrator.resolve.evaluation import evaluation_problems
 from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.stage.data import CorpusSpec, PairSpec
 
@@ -61,6 +62,7 @@ def resolve(recipe: Recipe, find: Find, *, built: bool = False) -> tuple[list[Re
     built: the recipe's text has been made into a data set before, and is not looked at.
     """
     stages, problems = resolve_stages(recipe, find)
+    problems += evaluation_problems(recipe)
     try:
         if known := known_data(recipe, find):
             problems += check_data(stages, *known)

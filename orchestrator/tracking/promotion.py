@@ -38,8 +38,8 @@ def record_gate(
         version = client.get_model_version(model.name, number)
         if version.run_id:  # of a model that somebody else registered there may be none
             logged = _logged_model_id(client, version.run_id, model.digest)
-            for key, value in metrics.items():
-                client.log_metric(version.run_id, key, value, model_id=logged)
+            for metric, score in metrics.items():
+                client.log_metric(version.run_id, metric, score, model_id=logged)
         client.set_registered_model_alias(model.name, CHALLENGER, number)
 
     _patiently(store, attempt, patience_seconds)

@@ -71,6 +71,7 @@ def as_json(path: Path, recipe: Recipe | None, problems: list[str], not_here: li
 
 def problems_here(recipe: Recipe) -> list[str]:
     """Whatever a run would refuse that can be told from what is on this machine: configs, tokenizers, manifests."""
+    from minilm.orchestrator.resolve.evaluation import evaluation_problems
     from minilm.orchestrator.resolve.folders import folder_here
 
     references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
@@ -80,7 +81,7 @@ def problems_here(recipe: Recipe) -> list[str]:
     with suppress(UserError):  # a folder without a model: `resolve` says so
         here = any(Path(path).exists() for path in data_sets) or any(map(folder_here, references))
         if not here and recipe.data.source == "text":
-            return []  # nothing to look at, and torch takes seconds to import
+            return evaluation_problems(recipe)  # nothing else to look at, and torch takes seconds to import
     from minilm.orchestrator.resolve.stages import resolve
 
     return resolve(recipe, folder_here)[1]
