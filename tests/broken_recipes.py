@@ -177,8 +177,8 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.teacher=«other-tokenizer»"],
         "FILE: stage assistant: the data's tokenizer is another one than the teacher's in "
-        "«other-tokenizer» (the same ids would mean other tokens); make the data with it "
-        "(data.tokenizer: «other-tokenizer», or `minilm data build --tokenizer …`)",
+        "«other-tokenizer» (the same ids would mean other tokens); give that as data.tokenizer, or "
+        "make the data with `--tokenizer «other-tokenizer»`",
     ),
     (
         ["stages.assistant.teacher=models:/x"],
@@ -548,17 +548,18 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.text=«latin»"],
-        "FILE: data: text '«latin»' is not UTF-8 (invalid continuation byte in b'\\xe9\\n'); "
-        "convert it first, for instance with iconv -t UTF-8",
+        "FILE: data: text '«latin»' is not UTF-8 at byte 3 (b'\\xe9\\n'); "
+        "convert it first, for instance with iconv -t UTF-8, or have such bytes replaced and counted: "
+        "--invalid-utf8 replace",
     ),
     (
         ["data.text=«empty-text»"],
-        "FILE: data: text '«empty-text»' is empty (0 bytes); give a file with text in it",
+        "FILE: data: text '«empty-text»' is empty (0 bytes), and so is all that was given; give a file with text in it",
     ),
     (
         ["data.text_field=txt", "data.text=«records»"],
-        "FILE: data: text '«records»' has no text in field 'txt'; its string fields are id, text:"
-        " name one of them as text field",
+        "FILE: data: text '«records»' has no text in field 'txt', nor has any other file; its string fields "
+        "are id, text: name one of them as text field",
     ),
     (
         ["stages.assistant.student={layers: 3, hiden: 24}"],

@@ -123,7 +123,7 @@ def test_unknown_endings_are_counted_and_named_in_one_line(tmp_path):
         "unknown ending (.log 1,000, none 1, .parquet.gz 1): 1,002 (" in line
         and len(line) < 400 + len(str(tmp_path)) * 3
     )
-    with pytest.raises(DataError, match=r"0001\.log' has an ending that is not known; allowed: \.csv"):
+    with pytest.raises(DataError, match=r"0001\.log' has an ending that is not known; allowed: \."):
         find_files([tmp_path / "0001.log"])
 
 

@@ -193,7 +193,9 @@ def test_text_that_is_not_utf8_is_an_error(tmp_path):
 def test_a_field_that_is_not_there_names_the_fields_that_are(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"title": "x", "body": "y"}\n')
-    with pytest.raises(DataError, match=r"no text in field 'text', .*; string fields are body, title: name"):
+    with pytest.raises(
+        DataError, match=r"no text in field 'text', .*; its string fields are body, title: name"
+    ):
         documents_of(path, "text")
 
 

@@ -12,12 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import Stopped, UserError
+from minilm.orchestrator.launch import cluster, ray_private
+from minilm.orchestrator.launch.base import LaunchOptions
 from minilm.orchestrator.launch.cluster import Cluster, check_answers, end_leftovers
+from minilm.orchestrator.launch.ray_launcher import RayLauncher
+from minilm.orchestrator.stage.folder import RunFolder
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.processes import descendants
+from minilm.orchestrator.system.signals import StopRequest
 from tests.rooms import ROOT
 
 SLEEPER = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
@@ -44,10 +50,42 @@ def test_the_address_of_a_job_server_is_no_clusters(tmp_path, monkeypatch, addre
     assert not Cluster("local", 1, tmp_path / "cluster.json").is_joined
 
 
+@pytest.mark.parametrize(
+    ("address", "claims"),
+    [("local", False), ("10.0.0.1:6379", True), ("auto", True), ("ray://head:10001", False)],
+)
+def test_who_claims_places(tmp_path, address, claims):
+    options = LaunchOptions(RunFolder(tmp_path), "cpu", (1, 1), 600.0, address=address)
+    claim = RayLauncher(options, StopRequest()).claim
+    assert (claim is not None) is claims
+    assert claim is None or claim.holder.endswith(f" in {tmp_path}")
+
+
+def test_a_cluster_that_demands_another_token(tmp_path, monkeypatch):
+    """On a real head in test_launch_readme; here the sentence, and that Ray's own 20 s of trying are not waited for."""
+    monkeypatch.setattr("os.environ", os.environ.copy())
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray tries"))
+    monkeypatch.setattr(cluster, "check_answers", lambda address: None)
+
+    def refuse(address: str) -> None:
+        raise AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setattr(ray_private, "authenticate", refuse)
+    stop = SimpleNamespace(requested=False, install=lambda: None)
+    told = (
+        "the Ray cluster at 10.0.0.1:6379 demands a token, and this environment has none or another one: set"
+    )
+    with pytest.raises(UserError, match=told) as raised:
+        Cluster("10.0.0.1:6379", 1, tmp_path / "cluster.json").connect(stop)
+    assert raised.value.exit_code == 2
+
+
 OWN_CLUSTER = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from minilm.orchestrator.launch import cluster, ray_private
+from minilm.orchestrator.launch.base import LaunchOptions
 from minilm.orchestrator.launch.cluster import Cluster
 cluster = Cluster("local", 1, Path("cluster.json"))
 cluster.connect(SimpleNamespace(requested=False, install=lambda: None))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from minilm.orchestrator.system.files import read_json
 from tests.rooms import ROOT
 from tests.support import checkpoints_in
 from tests.test_driver_curriculum import write_recipe
+from tests.test_wheel import build_wheel
 from tests.typed import Shell, blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -39,15 +44,20 @@ def test_a_local_run_then_a_head_then_a_job(tmp_path, text, teacher, tokens):
     folder = write_quickstart(tmp_path / "user", text, teacher)
     home = tmp_path / "home"
     with Shell(folder, home) as shell:
-        assert "quickstart-assistant v1" in shell.type(RUN)
-        assert not (home / ".ray").exists(), "what other commands of Ray would find"
-        for line in USE_TOKENS if tokens else ():
-            shell.type(line)
+        if tokens:  # and the local run goes on beside the head
+            for line in USE_TOKENS:
+                shell.type(line)
+            shell.type(f"{RUN} > local.log 2>&1 &")
+        else:
+            assert "quickstart-assistant v1" in shell.type(RUN)
+            assert not (home / ".ray").exists(), "what other commands of Ray would find"
         shell.type(START)
         out = shell.type(SUBMIT)
         assert "succeeded" in out and "quickstart-assistant v1" in out
         assert "`ray job stop` will kill" not in out
         assert (home / "minilm-runs" / "quickstart" / "summary.json").exists()
+        shell.type("wait")
+        assert (folder / "runs" / "quickstart" / "summary.json").exists()
         if tokens:
             shell.type("unset RAY_AUTH_MODE")  # the token lies in the home folder
             joined = shell.type(f"{RUN} --workdir joined --address 127.0.0.1:6379")
@@ -76,3 +86,46 @@ def test_a_stopped_job_has_saved_at_its_step_boundary(tmp_path, text, teacher):
         assert "was stopped" in shell.type(f"ray job stop {job}")
         assert "the same command goes on" in shell.type(f"ray job logs {job}")
     assert len(checkpoints_in(stage.checkpoints)) == 1
+
+
+def test_of_two_runs_that_want_the_same_place_one_waits_for_all_stages_of_the_other(tmp_path, text, teacher):
+    """Both are started at once. It says who holds what it waits for."""
+    write_recipe(tmp_path, text, teacher)  # of two stages: between them the place is free
+    with Shell(tmp_path, tmp_path / "home") as shell:
+        shell.type(START.replace('"trainer": 2', '"trainer": 1'))
+        for name in ("a", "b"):
+            log, code = tmp_path / f"{name}.log", tmp_path / f"{name}.code"
+            run = f"minilm run tiny.yaml --workdir {name} --address 127.0.0.1:6379 > {log} 2>&1"
+            shell.type(f"({run}; echo $? > {code}) &")
+        shell.type("wait")
+        logs = {name: (tmp_path / f"{name}.log").read_text() for name in ("a", "b")}
+        assert [(tmp_path / f"{name}.code").read_text() for name in logs] == ["0\n", "0\n"], logs
+    waited = [name for name, log in logs.items() if "waiting for the cluster" in log]
+    assert len(waited) == 1, logs
+    (first,) = {"a", "b"} - set(waited)
+    holder = rf"0 of 1 trainer are free, 1 held by process \d+ on \S+ in {tmp_path / first} \("
+    assert re.search(holder, logs[waited[0]]), logs
+    ended = (tmp_path / first / "stages" / "small" / "done.json").stat().st_mtime
+    begun = (tmp_path / waited[0] / "stages" / "assistant" / "stage.json").stat().st_mtime
+    assert ended < begun
+
+
+def test_a_cluster_without_the_package_gets_its_wheel_with_the_job(tmp_path, text, teacher):
+    """Its Python has everything else: an environment that finds the packages of this one, but follows no link of it."""
+    folder = write_quickstart(tmp_path / "user", text, teacher)
+    build_wheel(folder, tmp_path / "checkout")
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    (environment / "bin" / "ray").write_text(
+        f"#!{environment}/bin/python\nimport sys\nfrom ray.scripts.scripts import main\nsys.exit(main())\n"
+    )
+    (environment / "bin" / "ray").chmod(0o755)
+    submit = blocks(ROOT / "docs" / "runs.md", "## A cluster without")[0][1]
+    path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    with Shell(folder, tmp_path / "home", PATH=path, PYTHONPATH="") as shell:
+        assert "No module named minilm" in shell.type("python -m minilm", expect=1)
+        shell.type(START)
+        out = shell.type(submit.replace("RECIPE.yaml", "recipes/quickstart.yaml"))
+        assert "succeeded" in out and "quickstart-assistant v1" in out

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from minilm.data.format.manifest import load_manifest
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
 from minilm.model.encoder.tapped_encoder import TappedEncoder
@@ -22,7 +23,18 @@ from minilm.orchestrator.bench.loss import peak_bytes
 from minilm.orchestrator.cli import main
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.plan import estimate as plan_verb
-from minilm.orchestrator.plan.cost import Body, Machine, Work, all_reduce_seconds, flops_a_token, memory, plan
+from minilm.orchestrator.plan.cost import (
+    Body,
+    Machine,
+    Work,
+    all_reduce_seconds,
+    flops_a_token,
+    flops_per_second,
+    memory,
+    plan,
+)
+from minilm.orchestrator.plan.reading import reading
+from minilm.orchestrator.plan.report import table
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.step import StudentState, num_values, train_step
@@ -72,7 +84,7 @@ def test_operations_and_parameters_are_those_that_are_counted(larger, tmp_path, 
     flops = flops_a_token(work)
     tokens = rows * work.seq_len
     assert tokens * flops.teacher == counted["teacher"]
-    assert tokens * (flops.students + flops.relations) == pytest.approx(counted["students"], rel=0.01)
+    assert tokens * (flops.students + flops.relations) == counted["students"]
     assert work.teacher.parameters == count_parameters(distiller.teacher.model)
     for body, (name, student) in zip(work.students, distiller.students.items(), strict=True):
         assert body.parameters == count_parameters(student.model)
@@ -81,7 +93,7 @@ def test_operations_and_parameters_are_those_that_are_counted(larger, tmp_path, 
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("rows", [4, 32])
-def test_memory_is_within_a_third_of_the_peak_of_a_real_step(larger, tmp_path, exact, rows):
+def test_memory_is_within_a_tenth_of_the_peak_of_a_real_step(larger, tmp_path, exact, rows):
     stage = {"name": "s", "teacher": str(larger), "student": {"layers": 3, "hidden": 48}, "batch": 64}
     stage |= {"steps": 4, "peak_lr": 1e-3, "warmup_steps": 1}
     compute = {"micro_batch": rows, "gradient_sum": "exact" if exact else "fast"}
@@ -118,7 +130,7 @@ def test_memory_is_within_a_third_of_the_peak_of_a_real_step(larger, tmp_path, e
     sums = [value for value in vars(student.sums).values() if isinstance(value, torch.Tensor)]
     held = [distiller.teacher.model, distiller.students["s0"].model, student.optimizer, ids, *sums]
     measured = peak_bytes(step, held, "cpu")
-    assert memory(work).device == pytest.approx(measured, rel=1 / 3)
+    assert memory(work).device == pytest.approx(measured, rel=0.1)
 
 
 BODY = Body(parameters=1000, trained=900, matrices=800, layers=2, attentions=1, hidden=8, ffn=32)
@@ -126,7 +138,7 @@ WORK = Work("s", BODY, (BODY,), 2, 16, 64, 8, 100, True, keep=2, keep_every=30)
 
 
 def test_scaling_is_what_the_model_says():
-    machine = Machine(tokens_per_second=128.0, bandwidth=7200.0, latency=0.5, overhead=0.25)
+    machine = Machine(flops_per_second(WORK, 128.0), bandwidth=7200.0, latency=0.5, overhead=0.25)
     found = plan(WORK, machine, [1, 2, 3, 8, 9])
     rows = {row.workers: row for row in found.scaling}
     assert set(rows) == {1, 2, 3, 8}, "a worker without a micro-batch is of no use"
@@ -140,11 +152,13 @@ def test_scaling_is_what_the_model_says():
     assert fast.scaling[0].seconds == rows[2].seconds - 0.5, "half the bytes"
 
 
-def test_without_a_speed_there_is_no_time_and_with_a_peak_there_is():
-    assert plan(WORK, Machine(), [1, 3]).seconds(3) == 0.0
-    assert plan(WORK, Machine(), [3]).scaling[0].efficiency == pytest.approx(8 / 9)
-    peak = Machine(flops_per_second=2 * flops_a_token(WORK).total * 128, overhead=0.0)
-    assert plan(WORK, peak, [1]).seconds(1) == pytest.approx(800.0)
+def test_without_a_speed_there_is_no_time_and_no_efficiency():
+    found = plan(WORK, Machine(), [1, 3])
+    assert found.seconds(3) is None and [row.efficiency for row in found.scaling] == [None, None]
+    assert plan(WORK, Machine(flops_a_token(WORK).total * 128, overhead=0.0), [1]).seconds(
+        1
+    ) == pytest.approx(800.0)
+    assert found.seconds(99) is None, "more workers than are of use"
 
 
 def test_checkpoints_grow_by_those_that_are_kept():
@@ -159,18 +173,126 @@ def test_the_verb_prints_a_table_and_json(tmp_path, text, teacher, capsys):
     out = capsys.readouterr().out
     assert "stage assistant: 40 steps of 8 x 32 tokens = 10,240 tokens" in out
     assert "stage small:" in out
-    assert (
-        "seconds a step" in out
-        and "more than 2 workers are refused: a step has 2 micro-batches of 4 rows" in out
-    )
+    assert "seconds a step  stage takes  efficiency" in out
+    assert "more than 2 workers are refused: a step has 2 micro-batches of 4 rows" in out
     assert main(["plan", str(recipe), "--json"]) == 0
-    assistant, small = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assistant, small, whole = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert assistant["work"]["students"][0]["parameters"] == small["work"]["teacher"]["parameters"]
     assert [row["workers"] for row in small["scaling"]] == [1, 2]
+    assert whole["flops"] == assistant["flops"] + small["flops"] and whole["seconds"] is None
+
+
+def last(capsys) -> dict[str, str]:
+    """What a plan says of the whole recipe, by the words in front."""
+    lines = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    return {line[2:16].strip(): line[16:] for line in lines[1:]} | {"": lines[0]}
+
+
+def test_the_rate_of_one_stage_gives_the_time_of_each(tmp_path, text, teacher, capsys):
+    recipe = write_recipe(tmp_path, text, teacher)
+    options = ["plan", str(recipe), "--json", "--tokens-per-second", "1000"]
+    times = []
+    for stage in ("assistant", "small"):
+        assert main([*options, "--stage", stage]) == 0
+        *stages, whole = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+        step = [one["scaling"][0]["seconds"] - 0.005 for one in stages]
+        assert step[0] / step[1] == pytest.approx(stages[0]["flops"] / stages[1]["flops"])
+        assert whole["seconds"] == pytest.approx(40 * (sum(step) + 0.01))
+        times.append(step)
+    assert times[0][0] == times[1][1] == pytest.approx(256 / 1000), "8 rows of 32 tokens"
+    assert main([*options, "--stage", "large"]) == 2
+    assert "--stage: given 'large'; allowed: assistant, small" in capsys.readouterr().err
+    assert main([*options[:2], *options[3:]]) == 0
+    said = last(capsys)
+    assert said["time"].startswith("13s with 1 worker, without measuring and saving: assistant 10s, small 2s")
+    assert said["rate"].startswith("1000 tokens/s in stage assistant, as given: ")
+
+
+def test_a_measured_stage_gives_a_time_and_says_what_it_is_of(tmp_path, text, teacher, monkeypatch, capsys):
+    monkeypatch.setattr("minilm.orchestrator.bench.stage_rate.SECONDS", 0.1)
+    recipe = write_recipe(tmp_path, text, teacher)
+    assert main(["plan", str(recipe), "--measure", "--stage", "small", "--set", "compute.device=cpu"]) == 0
+    said = last(capsys)
+    assert "tokens/s in stage small, measured here on one worker: " in said["rate"]
+    assert said["assumed"] == "cpu in float32, 1 GB/s between workers"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a CUDA device")
+def test_a_recipe_for_cuda_gets_no_hours_from_a_cpu(tmp_path, text, teacher, capsys):
+    recipe = write_recipe(tmp_path, text, teacher)
+    assert main(["plan", str(recipe), "--measure", "--set", "compute.device=cuda"]) == 0
+    out = capsys.readouterr().out
+    assert "efficiency" not in out and "stage takes" not in out
+    assert (
+        "time          unknown: the recipe asks for cuda, and this machine has no CUDA device to measure; a"
+        in out
+    )
+    assert "assumed       cuda in bfloat16" in out
+
+
+def test_a_data_sheet_gives_hours_and_every_assumption_is_printed(tmp_path, text, teacher, capsys):
+    recipe = write_recipe(tmp_path, text, teacher)
+    assert main(["plan", str(recipe), "--hardware", "h100x2", "--set", "stages.assistant.steps=1e9"]) == 0
+    said = last(capsys)
+    assert " days with 2 workers, without measuring" in said["time"]
+    assert said["rate"].startswith(
+        "25% of 989 TFLOP/s, h100's peak of dense bfloat16 products (NVIDIA H100 data sheet (SXM, NVLink)); that a "
+        "step reaches so much is an assumption (--share-of-peak): 247,250 GFLOP/s"
+    )
+    assert said["workers"] == "the recipe asks for 1; --set compute.workers=2"
+    assert said["assumed"] == "cuda in bfloat16, 450 GB/s between workers"
+    for options, words in (
+        (["--hardware", "h100x8"], "workers       2 of 8: a step of stage assistant has no work for more"),
+        (
+            ["--hardware", "A100", "--set", "compute.precision=float32"],
+            "25% of 19.5 TFLOP/s, a100's peak of dense float32",
+        ),
+        (["--hardware", "l4", "--share-of-peak", "0.5"], "50% of 121 TFLOP/s"),
+    ):
+        assert main(["plan", str(recipe), *options]) == 0
+        assert words in capsys.readouterr().out
+    for options, words in (
+        (
+            ["--hardware", "tpu"],
+            "--hardware: given 'tpu'; allowed: h200, h100, h100-pcie, a100, l40s, l4, each also with",
+        ),
+        (["--hardware", "h100x0"], "--hardware: given 'h100x0'; allowed: h200,"),
+        (
+            ["--hardware", "h100", "--set", "compute.device=cpu"],
+            "--hardware is of CUDA devices, and compute.device is",
+        ),
+        (["--share-of-peak", "0.5"], "--share-of-peak: allowed: a number up to 1, with --hardware"),
+    ):
+        assert main(["plan", str(recipe), *options]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_device_with_too_little_memory_is_told(tmp_path, text, teacher):
+    (work, _) = works(tmp_path, teacher)
+    machine = Machine(memory=1e6)
+    assert "too much      the device has 1 MB; a smaller micro_batch than 4" in table(
+        plan(work, machine, [1]), machine
+    )
+
+
+def test_epochs_and_tokenizing_where_the_data_are_here(tmp_path, text, teacher, shards, capsys):
+    rows = load_manifest(shards).rows
+    recipe = write_recipe(tmp_path, text, teacher, data={"shards": str(shards)})
     assert main(["plan", str(recipe)]) == 0
-    assert "time          unknown; add --tokens-per-second X" in capsys.readouterr().out
-    assert main(["plan", str(recipe), "--measure"]) == 0
-    assert "GFLOP/s of matrix products here" in capsys.readouterr().out
+    said = last(capsys)
+    assert (
+        said["epochs"]
+        == f"over {rows:,} rows of corpus-1: assistant {320 / rows:.2g}, small {320 / rows:.2g}"
+    )
+    assert "tokenizing" not in said
+    found = reading(load_recipe(write_recipe(tmp_path, text, teacher)))
+    assert found.corpora[0].rows == pytest.approx(rows, rel=0.15) and not found.corpora[0].estimated
+    assert found.num_bytes == text.stat().st_size and found.seconds > 0
+    long_text = tmp_path / "long.txt"
+    long_text.write_text(text.read_text() * 300)
+    (corpus,) = reading(load_recipe(write_recipe(tmp_path, long_text, teacher))).corpora
+    assert corpus.rows == pytest.approx(300 * rows, rel=0.2)
+    assert reading(load_recipe(write_recipe(tmp_path, tmp_path / "none.txt", teacher))).corpora == ()
 
 
 def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher, monkeypatch, capsys):

@@ -1,6 +1,9 @@
 """A server that refuses is told apart from one that is away, at every call, with what to set."""
 
 import importlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
+from minilm.orchestrator.cli import main
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.schema import Tracking as Section
 from minilm.orchestrator.stage.metrics_file import MetricsFile
@@ -192,9 +197,24 @@ def test_asking_for_the_right_leaves_nothing_in_the_registry(tmp_path, empty_sto
     assert dict(client.get_registered_model("there")) == dict(before)
 
 
+WITHOUT_OUR_CODE = """
+import sys, mlflow
+from transformers import AutoModel, AutoTokenizer
+teacher, out = sys.argv[1:]
+found = mlflow.artifacts.download_artifacts("models:/theirs/1", dst_path=out)
+AutoModel.from_pretrained(found)
+mlflow.set_experiment("logged by mlflow")
+parts = {"model": AutoModel.from_pretrained(teacher), "tokenizer": AutoTokenizer.from_pretrained(teacher)}
+with mlflow.start_run():
+    mlflow.transformers.log_model(
+        parts, name="m", registered_model_name="logged", task="feature-extraction", pip_requirements=[])
+assert "minilm" not in sys.modules
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_server_with_users(tmp_path, monkeypatch):
+def test_a_server_with_users(tmp_path, monkeypatch, teacher, shards, capsys):
     """Nobody, a wrong password, a user without the right, one who has it: with MLflow's own basic authentication."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # a slow machine
     folder = model_folder(tmp_path / "m")
@@ -210,7 +230,8 @@ def test_a_server_with_users(tmp_path, monkeypatch):
         be(ADMIN, monkeypatch)
         (tmp_path / "admin").mkdir()
         theirs = open_tracking(tmp_path / "admin")
-        registered = register(url, "theirs", folder, run_id=theirs.run_id, alias="newest")
+        registered = register(url, "theirs", teacher, run_id=theirs.run_id, alias="newest")
+        assert main(["register", str(teacher), "taken-small"]) == 0
 
         be(BOB, monkeypatch)
         with pytest.raises(UserError, match=r"refused user 'bob' \(403, permission denied for mlflow/runs/"):
@@ -226,9 +247,32 @@ def test_a_server_with_users(tmp_path, monkeypatch):
             register(url, "theirs", folder, run_id=own.run_id, alias="newest")
         check_rights(url, ["bobs"])
         client = connect(url)
-        assert [model.name for model in client.search_registered_models()] == ["theirs"]
-        assert len(client.search_model_versions()) == 1
+        assert {model.name for model in client.search_registered_models()} == {"theirs", "taken-small"}
+        assert len(client.search_model_versions()) == 2
         assert register(url, "bobs", folder, run_id=own.run_id, alias="newest").version == 1
         check_rights(url, ["bobs"])
+        stage = {"name": "small", "teacher": "models:/theirs@newest", "student": {"layers": 1, "hidden": 24}}
+        stage |= {"batch": 8, "steps": 3, "peak_lr": 1e-3, "warmup_steps": 1}
+        values = {
+            "name": "taken",
+            "data": {"shards": str(shards)},
+            "stages": [stage],
+            "compute": {"micro_batch": 4},
+        }
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+        run = ["run", str(tmp_path / "r.yaml"), "--launcher", "inline", "--workdir", str(tmp_path / "work")]
+        assert main(run) == 2
+        assert "model 'taken-small' can't be registered: " in capsys.readouterr().err
+        assert not list((tmp_path / "work" / "stages").glob("*/metrics.jsonl"))  # before the first step
+
+        command = [sys.executable, "-P", "-c", WITHOUT_OUR_CODE, str(teacher), str(tmp_path / "plain")]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        pull(url, "models:/logged/1", tmp_path / "logged")
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            path.name for path in (tmp_path / "logged").iterdir()
+        }
         with pytest.raises(UserError, match=r"refused user 'bob' \(403, permission denied for mlflow-artif"):
             patiently(url, lambda: client.log_artifact(theirs.run_id, str(folder / "config.json")), 0.0)

@@ -97,6 +97,21 @@ def test_a_folder_that_is_no_safe_encoder_is_not_registered(work, teacher, tmp_p
     assert connect(f"sqlite:///{work / 'mlflow.db'}").search_registered_models() == []
 
 
+def test_a_registry_of_a_new_work_directory_is_made(teacher, tmp_path, capsys):
+    assert main(["register", str(teacher), "big", "--workdir", str(tmp_path / "new")]) == 0
+    assert (
+        main(["pull", "models:/big@newest", str(tmp_path / "out"), "--workdir", str(tmp_path / "new")]) == 0
+    )
+    assert weights_digest(tmp_path / "out") == weights_digest(teacher)
+
+
+def test_a_name_that_mlflow_does_not_take_leaves_nothing(work, teacher, capsys):
+    assert main(["register", str(teacher), "a/b", "--workdir", str(work)]) == 2
+    assert "model 'a/b' can't be registered: " in capsys.readouterr().err
+    client = connect(f"sqlite:///{work / 'mlflow.db'}")
+    assert [found.name for found in client.search_experiments()] == ["Default"]
+
+
 def test_an_alias_that_mlflow_keeps_is_refused_before_anything_is_stored(work, teacher, capsys):
     for alias in ("latest", "V2", "a b"):
         with pytest.raises(SystemExit):

@@ -24,10 +24,8 @@ print(json.dumps([importlib.import_module(name).__file__ for name in sys.argv[2:
 """
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the wheel puts into site-packages, built from a copy of the checkout."""
-    copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
+def build_wheel(out: Path, copy: Path) -> Path:
+    """The wheel, in `out`; built from a copy of the checkout."""
     for name in (*PACKAGES, "recipes"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "minilm", copy / "minilm", symlinks=True)
@@ -36,9 +34,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = subprocess.run(
         [sys.executable, "-c", BUILD, str(out)], cwd=copy, capture_output=True, text=True, check=True
     )
-    with zipfile.ZipFile(out / built.stdout.splitlines()[-1]) as wheel:
-        wheel.extractall(out / "site")
-    return out / "site"
+    return out / built.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel puts into site-packages."""
+    site = tmp_path_factory.mktemp("site")
+    built = build_wheel(tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("work") / "checkout")
+    with zipfile.ZipFile(built) as wheel:
+        wheel.extractall(site)
+    return site
 
 
 def test_nothing_but_minilm_is_installed(installed):

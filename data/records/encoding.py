@@ -58,8 +58,8 @@ def encoding_of(begin: bytes, name: str) -> str:
 def not_utf8(name: str, at: int, raw: bytes, encoding: str = "utf-8") -> DataError:
     """What is said of bytes that are no text; `at` is their place in the unpacked file."""
     return DataError(
-        f"{name!r} is not {encoding.upper()} at byte {at} ({raw[:4]!r}); convert it, for instance with "
-        f"iconv -t UTF-8, or replace such bytes and count them: --invalid-utf8 replace"
+        f"text {name!r} is not {encoding.upper()} at byte {at} ({raw[:4]!r}); convert it first, for instance with "
+        f"iconv -t UTF-8, or have such bytes replaced and counted: --invalid-utf8 replace"
     )
 
 

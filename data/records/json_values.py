@@ -93,12 +93,13 @@ class Scanner:
             try:
                 found, end = _DECODER.raw_decode(self._buffer, self._at)
             except json.JSONDecodeError as error:
-                near_end = error.pos >= len(self._buffer) - _NEAR_END or error.msg.startswith("Unterminated")
-                if near_end and len(self._buffer) - self._at < MAX_RECORD and self._more():
+                cut = error.msg.startswith("Unterminated")
+                offset, room = error.pos - self._at, len(self._buffer) - self._at < MAX_RECORD
+                if (cut or error.pos >= len(self._buffer) - _NEAR_END) and room and self._more():
                     continue
-                line = self._lines + self._buffer.count("\n", 0, min(error.pos, len(self._buffer)))
-                at_end = error.pos >= len(self._buffer.rstrip()) or error.msg.startswith("Unterminated")
-                if at_end and len(self._buffer) - self._at < MAX_RECORD:
+                at = self._at + offset
+                line = self._lines + self._buffer.count("\n", 0, at)
+                if room and (cut or at >= len(self._buffer.rstrip())):
                     raise DataError(
                         f"text {self._name!r} is cut short in line {line} ({error.msg}); fetch it again"
                     ) from error

@@ -23,6 +23,11 @@ def tell(share: float) -> None:
     _share = min(1.0, share)
 
 
+def told() -> float:
+    """The share that was told last."""
+    return _share
+
+
 def report(counts: ProgressListener) -> None:
     """Counts of the task so far; the listener gets them with the last told `share`."""
     global _next

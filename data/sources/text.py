@@ -184,7 +184,7 @@ def _look_further(files: list[TextFile], seen: list[fields.Seen], field: str) ->
                 return
     names = {name for one in seen for name in one.fields}
     raise DataError(
-        f"text {files[0].path!r} has no text in field {field!r}, nor has any other file; string fields are "
+        f"text {files[0].path!r} has no text in field {field!r}, nor has any other file; its string fields are "
         f"{fields.named(names)}: name one of them as text field"
     )
 
@@ -232,7 +232,7 @@ def describe(path: Path, settings: Settings) -> tuple[TextFile, fields.Seen]:
 
 
 def _describe_csv(file: TextFile, seen: fields.Seen, settings: Settings) -> tuple[TextFile, fields.Seen]:
-    with _utf8(file, None) as stream:
+    with _utf8(file, lambda place, count: None) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
         begin = text.read(csv_rows.BEGIN_CHARACTERS)
         whole = not text.read(1)

@@ -68,8 +68,9 @@ class RayLauncher(Launcher):
         super().__init__(options, stop)
         self.cluster = Cluster(options.address, options.workers[1], options.run.cluster)
         self.resource = ""  # of which each worker takes one; decided by `allocate`
-        # nobody else is on a cluster of the run's own
-        self.claim = Claim(f"{Process.this()} in {options.run.root}") if self.cluster.is_joined else None
+        # nobody else is on a cluster of the run's own, and Ray's client can't ask which drivers live
+        shared = self.cluster.address is not None and not self.cluster.address.startswith("ray://")
+        self.claim = Claim(f"{Process.this()} in {options.run.root}") if shared else None
 
     @property
     def is_here(self) -> bool:

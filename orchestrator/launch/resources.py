@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
 from minilm.orchestrator.launch.claims import SETTLE_SECONDS, Claim
@@ -23,14 +24,19 @@ def cluster_resources(*, free: bool = False) -> dict[str, float]:
     """The resources of all nodes by name: the total, or what is free. Raises `InfrastructureError` without a head."""
     import ray
 
-    try:
+    with answering():
         return ray.available_resources() if free else ray.cluster_resources()
-    except Exception as error:  # whatever Ray raises while its head is away
-        raise InfrastructureError(unanswered(error)) from error
 
 
-def unanswered(error: Exception) -> str:
-    return f"the Ray cluster does not answer ({one_line(error)}); the same command goes on"
+@contextmanager
+def answering() -> Iterator[None]:
+    """Whatever Ray raises while its head is away becomes an `InfrastructureError`."""
+    try:
+        yield
+    except Exception as error:
+        raise InfrastructureError(
+            f"the Ray cluster does not answer ({one_line(error)}); the same command goes on"
+        ) from error
 
 
 def pick_resource(device: str, least: int) -> str:
@@ -52,7 +58,8 @@ def occupied(resource: str, least: int, claim: Claim | None = None) -> str:
     """How little of `resource` is free for `least` workers, and who has the rest; "" if enough. Ray Train counts the
     total instead, and would wait for ever. `claim`: of this run, where others may have theirs."""
     free = cluster_resources(free=True).get(resource, 0)
-    ahead = claim.ahead(resource) if claim else []
+    with answering():
+        ahead = claim.ahead(resource) if claim else []
     left = min(free, cluster_resources().get(resource, 0) - sum(places for _, places in ahead))
     if left >= least:
         return ""
@@ -64,10 +71,8 @@ def starved(resource: str, least: int, claim: Claim | None = None) -> str:
     """Workers that have been asked for and can't be placed, in words; "" if all have places, whoever asked."""
     from ray.util import placement_group_table
 
-    try:
+    with answering():
         waiting = any(group["state"] in WAITING for group in placement_group_table().values())
-    except Exception as error:  # whatever Ray raises while its head is away
-        raise InfrastructureError(unanswered(error)) from error
     return occupied(resource, least, claim) if waiting else ""
 
 
@@ -94,13 +99,15 @@ def wait_for_resources(
         if not (problem or busy):
             if claim is None or claim.covers(resource, least):
                 return resource
-            claim.make(resource, least, time.time())
+            with answering():
+                claim.make(resource, least, time.time())
             time.sleep(SETTLE_SECONDS)
             busy = occupied(resource, least, claim)
-            if not busy:
-                claim.confirm()
-                return resource
-            claim.withdraw()
+            with answering():
+                if not busy:
+                    claim.confirm()
+                    return resource
+                claim.withdraw()
         waited = time.monotonic() - began
         if problem and (waited >= wait_seconds or not grows):
             raise UserError(f"{problem}; {REMEDIES[resource]}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FLOAT, INTEGER = 4, 8  # bytes
+CHUNKS = {"cpu": 1 << 17, "cuda": 1 << 24}  # gradients that are made integers at once (train.gradient_sum)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Body:
 class Work:
     """One stage. relations: how many the loss compares; exact: gradients are summed as integers.
 
-    activation_bytes: 4, or 2 where the forward pass is in bfloat16.
+    activation_bytes: 4, or 2 where the forward pass is in bfloat16. device: cpu or cuda.
     """
 
     stage: str
@@ -49,6 +50,7 @@ class Work:
     keep: int
     keep_every: int | None
     activation_bytes: int = FLOAT
+    device: str = "cpu"
 
     @property
     def micro_batches(self) -> int:
@@ -59,14 +61,17 @@ class Work:
 class Machine:
     """One worker's device and the network between workers.
 
-    tokens_per_second: of this stage on one worker, measured; else 0, and flops_per_second is the device's peak in
-    matrix products, of which a step is taken to reach `share_of_peak`. bandwidth: bytes a second between two workers,
-    each way; latency, overhead: seconds a message, and a step beside its micro-batches.
+    flops_per_second: what a step reaches, of every stage alike; 0 where that is not known. device, precision: what it
+    computes on and in. memory: bytes of the device, 0 where that is not known. source: in words, where this is from.
+    bandwidth: bytes a second between two workers, each way; latency, overhead: seconds a message, and a step beside
+    its micro-batches.
     """
 
-    tokens_per_second: float = 0.0
     flops_per_second: float = 0.0
-    share_of_peak: float = 0.5
+    device: str = "cpu"
+    precision: str = "float32"
+    memory: float = 0.0
+    source: str = ""
     bandwidth: float = 1e9
     latency: float = 5e-5
     overhead: float = 0.005
@@ -106,12 +111,12 @@ class Memory:
 @dataclass(frozen=True)
 class Scale:
     """A number of workers: the micro-batches of the busiest, seconds a step, and of what the workers could do the share
-    that is had."""
+    that is had. Both are None where no speed is known."""
 
     workers: int
     micro_batches: int
-    seconds: float
-    efficiency: float
+    seconds: float | None
+    efficiency: float | None
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,10 @@ class Plan:
     stored: int
     scaling: tuple[Scale, ...]
 
-    def seconds(self, workers: int) -> float:
-        """Of the whole stage; 0 where no speed is known."""
-        return self.work.steps * next(row.seconds for row in self.scaling if row.workers == workers)
+    def seconds(self, workers: int) -> float | None:
+        """Of the whole stage with so many workers, or with the most that are of use; None where no speed is known."""
+        row = max((row for row in self.scaling if row.workers <= workers), key=lambda row: row.workers)
+        return None if row.seconds is None else self.work.steps * row.seconds
 
 
 def plan(work: Work, machine: Machine, workers: Sequence[int]) -> Plan:
@@ -184,7 +190,9 @@ def memory(work: Work) -> Memory:
         teacher=FLOAT * work.teacher.parameters,
         students=FLOAT * sum(body.parameters for body in work.students),
         moments=2 * FLOAT * trained,
-        sums=(FLOAT + INTEGER if work.exact else FLOAT) * trained,
+        sums=(FLOAT + INTEGER) * (trained + min(trained, CHUNKS[work.device]))
+        if work.exact
+        else FLOAT * trained,
         activations=work.activation_bytes * tokens * kept,
         batch=2 * INTEGER * tokens,
         save_copy=checkpoint_bytes(work),
@@ -214,18 +222,20 @@ def scale(work: Work, machine: Machine, workers: int) -> Scale:
     share = -(-work.micro_batches // workers)
     once = all_reduce_seconds(reduced_bytes(work), workers, machine) + machine.overhead
     compute = micro_batch_seconds(work, machine)
-    if not compute:
-        return Scale(workers, share, 0.0, work.micro_batches / (workers * share))
+    if compute is None:
+        return Scale(workers, share, None, None)
     alone = work.micro_batches * compute + machine.overhead
     seconds = share * compute + once
     return Scale(workers, share, seconds, alone / (workers * seconds))
 
 
-def micro_batch_seconds(work: Work, machine: Machine) -> float:
-    """0 where the machine's speed is not known."""
-    tokens = work.micro_batch * work.seq_len
-    if machine.tokens_per_second:
-        return tokens / machine.tokens_per_second
-    if machine.flops_per_second:
-        return tokens * flops_a_token(work).total / (machine.share_of_peak * machine.flops_per_second)
-    return 0.0
+def micro_batch_seconds(work: Work, machine: Machine) -> float | None:
+    """None where the machine's speed is not known."""
+    if not machine.flops_per_second:
+        return None
+    return work.micro_batch * work.seq_len * flops_a_token(work).total / machine.flops_per_second
+
+
+def flops_per_second(work: Work, tokens_per_second: float) -> float:
+    """What a machine reaches that was measured with this stage."""
+    return tokens_per_second * flops_a_token(work).total

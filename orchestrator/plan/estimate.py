@@ -25,14 +25,22 @@ from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, resolve_stages
 
 
-def works(recipe: Recipe, seq_len: int | None) -> list[Work]:
-    """A `Work` for each stage. Raises `UserError` where a teacher's config or the length of rows is not here."""
+def works(recipe: Recipe, seq_len: int | None, device: str = "cpu", precision: str = "float32") -> list[Work]:
+    """A `Work` for each stage, computed on `device` in `precision`. Raises as `planned_stages`."""
     length = seq_len or row_length(recipe)
-    stages, problems = resolve_stages(recipe, config_source)
-    if problems or (problems := check_data(stages, length, None, "")):
-        raise RecipeErrors(problems)
     configs: dict[str, PreTrainedConfig] = {}
-    return [work_of(resolved, recipe, length, configs) for resolved in stages]
+    return [
+        work_of(resolved, recipe, length, configs, device, precision)
+        for resolved in planned_stages(recipe, length)
+    ]
+
+
+def planned_stages(recipe: Recipe, seq_len: int) -> list[ResolvedStage]:
+    """The stages, resolved. Raises `UserError` where a teacher's config is not here or a stage can't be."""
+    stages, problems = resolve_stages(recipe, config_source)
+    if problems or (problems := check_data(stages, seq_len, None, "")):
+        raise RecipeErrors(problems)
+    return stages
 
 
 def config_source(reference: str) -> str:
@@ -52,16 +60,46 @@ def config_source(reference: str) -> str:
 
 
 def work_of(
-    resolved: ResolvedStage, recipe: Recipe, seq_len: int, configs: dict[str, PreTrainedConfig]
+    resolved: ResolvedStage,
+    recipe: Recipe,
+    seq_len: int,
+    configs: dict[str, PreTrainedConfig],
+    device: str,
+    precision: str,
 ) -> Work:
     """`configs`: of the students so far; this stage's are added."""
+    stage, compute = resolved.stage, recipe.compute
+    distiller = build_stage(resolved, configs, "meta")
+    teacher, students = distiller.teacher, distiller.students
+    teacher.requires_grad_(True)  # nothing is trained here: it tells what runs
+    return Work(
+        stage=stage.name,
+        teacher=body(teacher, teacher.trained_parameters()),
+        students=tuple(
+            body(student, distiller.trained_parameters(name)) for name, student in students.items()
+        ),
+        relations=len(distiller.objective.names),
+        seq_len=seq_len,
+        batch=stage.batch,
+        micro_batch=stage.micro_batch,
+        steps=stage.steps,
+        exact=compute.gradient_sum == "exact",
+        keep=compute.keep_checkpoints,
+        keep_every=compute.keep_every_steps,
+        activation_bytes=2 if precision == "bfloat16" else 4,
+        device=device,
+    )
+
+
+def build_stage(resolved: ResolvedStage, configs: dict[str, PreTrainedConfig], device: str) -> Distiller:
+    """Teacher and students of a stage with weights at random, or on the device "meta" with none; see `work_of`."""
     stage = resolved.stage
     config = load_config(resolved.source) if resolved.source else configs[stage.teacher]
-    objective, compute = Objective.named(**stage.objective_fields()), recipe.compute
+    objective = Objective.named(**stage.objective_fields())
     kind = AutoModelForMaskedLM if objective.needs_head else AutoModel
-    with torch.device("meta"):
+    with torch.device(device):
         model = kind.from_config(config, attn_implementation=FAMILIES[config.model_type].attention)
-    teacher = TappedEncoder(model, tapped_layer(config, stage.teacher_layer))
+    teacher = TappedEncoder(model.eval(), tapped_layer(config, stage.teacher_layer))
     students = {}
     for student in stage.students:
         start, shape = resolved.starts.get(student.name), resolved.students[student.name]
@@ -71,29 +109,13 @@ def work_of(
             hidden=shape.hidden,
             heads=shape.heads,
             ffn=shape.ffn,
+            dropout=student.dropout,
             seed=0,
             head=objective.needs_head,
         )
         students[student.name] = TappedEncoder(built, student.layers)
         configs[student.name] = built.config
-    distiller = Distiller(teacher, students, objective)
-    teacher.requires_grad_(True)  # nothing is trained here: it tells what runs
-    return Work(
-        stage=stage.name,
-        teacher=body(teacher, teacher.trained_parameters()),
-        students=tuple(
-            body(student, distiller.trained_parameters(name)) for name, student in students.items()
-        ),
-        relations=len(objective.names),
-        seq_len=seq_len,
-        batch=stage.batch,
-        micro_batch=stage.micro_batch,
-        steps=stage.steps,
-        exact=compute.gradient_sum == "exact",
-        keep=compute.keep_checkpoints,
-        keep_every=compute.keep_every_steps,
-        activation_bytes=2 if compute.precision == "bfloat16" else 4,
-    )
+    return Distiller(teacher, students, objective)
 
 
 def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter]) -> Body:

@@ -150,10 +150,10 @@ NonNegative = Annotated[float, Field(ge=0, le=1e9), _in_words("a number from 0 t
 Seconds = Annotated[float, Field(gt=0, le=YEAR), _in_words("seconds, above 0 and at most 31536000 (a year)")]
 SecondsFromZero = Annotated[float, Field(ge=0, le=YEAR), _in_words("seconds, from 0 to 31536000 (a year)")]
 Fraction = Annotated[float, Field(ge=0, lt=1), _in_words("a number of at least 0 and below 1")]
-Share = Annotated[float, Field(ge=0, le=1), _in_words("a number from 0 to 1")]
 Betas = Annotated[
     tuple[Fraction, Fraction], _in_words("two numbers of at least 0 and below 1, as [0.9, 0.999]")
 ]
+Share = Annotated[float, Field(ge=0, le=1), _in_words("a number from 0 to 1")]
 HeldOutShare = Annotated[float, Field(gt=0, le=0.5), _in_words("a number above 0, at most 0.5")]
 LearningRate = Annotated[
     float,

@@ -74,7 +74,10 @@ def allowed(value: dict[str, Any]) -> str:
         return f"a list of{number}: {allowed(value['items'])}"
     if kind in ("integer", "number"):
         word = "whole number" if kind == "integer" else "number"
-        bounds = [f"{sign} {whole(value[key]):,}" for key, sign in BOUNDS.items() if key in value]
+        # a bound beyond any use keeps slips out, and needs no word
+        bounds = [
+            f"{sign} {whole(value[key]):,}" for key, sign in BOUNDS.items() if value.get(key, 1e9) < 1e9
+        ]
         return f"{word} {' and '.join(bounds)}".strip()
     if kind == "string":
         return "name of a-z, 0-9, - and _" if "pattern" in value else "text"

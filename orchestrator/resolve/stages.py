@@ -242,7 +242,7 @@ def check_data(
         elif difference := _difference(tokenizer, folder, resolved.source):
             problems.append(
                 f"{where}: the data's tokenizer is another one than the teacher's in {resolved.source} ({difference}); "
-                f"make the data with it (data.tokenizer: {resolved.source}, or `minilm data build --tokenizer …`)"
+                f"give that as data.tokenizer, or make the data with `--tokenizer {resolved.source}`"
             )
         needs_head = Objective.named(**resolved.stage.objective_fields()).needs_head
         if needs_head and tokenizer.mask_id < 0:

@@ -90,10 +90,10 @@ def register(
     """Stores a transformers folder as a new version of `name` and points the alias to it.
 
     The same folder from the same run (run_id: the stage's) gets the version it has already; then the alias
-    is left where somebody may have moved it since.
-    Identical folders of two runs are two versions: each run has its own. The version's page shows the head of the
-    folder's README.md. UserError: a file that does not belong in such a folder, a bad name or alias.
-    InfrastructureError: the store was away for `patience_seconds`; here as in every function below.
+    is left where somebody may have moved it since. Identical folders of two runs are two versions: each run
+    has its own. The version's page shows the head of the folder's README.md. UserError: a file that does not
+    belong in such a folder, a bad name or alias. InfrastructureError: the store was away for
+    `patience_seconds`; here as in every function below.
     """
     files = model_files(folder)
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
@@ -153,24 +153,25 @@ def make_run(store: str, name: str, folder: Path, *, experiment: str, patience_s
 
 
 def check_rights(store: str, names: Iterable[str], *, patience_seconds: float = 10.0) -> None:
-    """UserError where no version of one of these models may be registered; registers nothing.
+    """UserError where no version of one of these models may be registered, or its name is none; registers nothing.
 
     It asks for each, with a tag that MLflow does not take: a server looks at rights before it looks at tags.
     """
 
-    def attempt(client: MlflowClient, name: str) -> None:
+    def attempt(name: str) -> None:
+        client = connect(store)
         try:
             if _is_registered(client, name):
                 client.create_model_version(name, "none", tags=_IMPOSSIBLE_TAG, await_creation_for=0)
             else:
                 client.create_registered_model(name, tags=_IMPOSSIBLE_TAG)
         except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
+            if error.error_code != "INVALID_PARAMETER_VALUE" or "model name" in str(error):
                 raise
 
     for name in names:
         try:
-            _patiently(store, partial(attempt, name=name), patience_seconds)
+            patiently(store, partial(attempt, name), patience_seconds)
         except InfrastructureError:
             raise
         except UserError as error:

@@ -55,9 +55,7 @@ def add_register(verbs: Any) -> None:
     )
     register.add_argument("name", metavar="NAME", help="of the registered model")
     register.add_argument("--alias", type=new_alias, default="newest", help="that it gets (default: newest)")
-    register.add_argument(
-        "--experiment", default="registered", help="in MLflow, for its files (default: registered)"
-    )
+    register.add_argument("--experiment", help="of MLflow, for its files (default: NAME)")
     register.add_argument("--workdir", type=Path, help="into this work directory's own registry")
     register.set_defaults(run=register_model)
 
@@ -101,8 +99,10 @@ def register_model(options: argparse.Namespace) -> int:
     model = load_encoder(options.folder.resolve()).model  # what can't be loaded is no use to anybody
     if options.workdir is not None:
         options.workdir.mkdir(parents=True, exist_ok=True)
-    run_id = registry.make_run(registry_store, options.name, options.folder, experiment=options.experiment)
     registry.check_rights(registry_store, [options.name])
+    run_id = registry.make_run(
+        registry_store, options.name, options.folder, experiment=options.experiment or options.name
+    )
     found = registry.register(
         registry_store,
         options.name,

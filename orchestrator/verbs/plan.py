@@ -6,10 +6,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.arguments import add_overrides, add_recipe, add_verb, positive, positive_whole
 
 if TYPE_CHECKING:
-    from minilm.orchestrator.plan.cost import Machine
+    from minilm.orchestrator.plan.cost import Machine, Work
+    from minilm.orchestrator.recipe.schema import Recipe
 
 
 def add_plan(verbs: Any) -> None:
@@ -18,57 +20,139 @@ def add_plan(verbs: Any) -> None:
         "plan",
         "say what a recipe will cost, before anything runs",
         "minilm plan recipes/quickstart.yaml --measure",
-        "minilm plan mine.yaml --tokens-per-second 40000 --interconnect 12.5",
+        "minilm plan mine.yaml --hardware h100x8",
+        "minilm plan mine.yaml --tokens-per-second 40000 --stage small --interconnect 12.5",
     )
     add_recipe(plan)
     add_overrides(plan)
     speed = plan.add_mutually_exclusive_group()
-    speed.add_argument("--tokens-per-second", type=positive, metavar="X", help="of one worker, as measured")
     speed.add_argument(
-        "--measure", action="store_true", help="take this machine's matrix products as a measure"
+        "--tokens-per-second", type=positive, metavar="X", help="of one worker in one stage, as measured"
+    )
+    speed.add_argument(
+        "--measure",
+        action="store_true",
+        help="time a few steps of one stage on this machine, weights at random",
+    )
+    speed.add_argument(
+        "--hardware",
+        metavar="DEVICExN",
+        help="reckon with a data sheet's peak, as h100x8; see --share-of-peak",
+    )
+    plan.add_argument("--stage", metavar="NAME", help="the stage that the rate is of (default: the first)")
+    plan.add_argument(
+        "--share-of-peak",
+        type=positive,
+        metavar="X",
+        help="of --hardware that a step reaches (default: 0.25)",
     )
     plan.add_argument(
-        "--interconnect", type=positive, default=1.0, metavar="GB/S", help="between workers (default: 1)"
+        "--interconnect",
+        type=positive,
+        metavar="GB/S",
+        help="between workers (default: 1, or that of --hardware)",
     )
     plan.add_argument(
         "--seq-len", type=positive_whole, metavar="TOKENS", help="a row, where the data set is not here"
     )
-    plan.add_argument("--json", action="store_true", help="one JSON object a stage")
+    plan.add_argument(
+        "--json", action="store_true", help="print one JSON object a stage, then one for the whole"
+    )
     plan.set_defaults(run=plan_recipe)
 
 
 def plan_recipe(options: argparse.Namespace) -> int:
     from minilm.orchestrator.plan.cost import plan
     from minilm.orchestrator.plan.estimate import works
-    from minilm.orchestrator.plan.report import as_json, table
+    from minilm.orchestrator.plan.hardware import parse_hardware
+    from minilm.orchestrator.plan.reading import reading
+    from minilm.orchestrator.plan.report import as_json, table, whole, whole_as_json
     from minilm.orchestrator.recipe.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    machine = machine_of(options)
+    device, precision = assumed(recipe, options)
     least, most = recipe.compute.workers
+    workers = parse_hardware(options.hardware)[1] if options.hardware else most
+    all_work = works(recipe, options.seq_len, device, precision)
+    machine = machine_of(options, recipe, all_work, device, precision)
     plans = []
-    for work in works(recipe, options.seq_len):
-        numbers = {least, most, *(2**n for n in range(work.micro_batches.bit_length()))}
-        plans.append(plan(work, machine, sorted(numbers | {work.micro_batches})))
+    for work in all_work:
+        numbers = {
+            1,
+            least,
+            most,
+            workers,
+            work.micro_batches,
+            *(2**n for n in range(work.micro_batches.bit_length())),
+        }
+        plans.append(plan(work, machine, sorted(numbers)))
+    data = reading(recipe)
+    useful = min(workers, *(work.micro_batches for work in all_work))
     if options.json:
         print("\n".join(json.dumps(as_json(one)) for one in plans))
+        print(json.dumps(whole_as_json(plans, machine, useful, data)))
     else:
         print("\n\n".join(table(one, machine) for one in plans))
+        print(f"\n{whole(plans, machine, workers, most, data)}")
     return 0
 
 
-def machine_of(options: argparse.Namespace) -> Machine:
-    from minilm.orchestrator.plan.cost import Machine
+def assumed(recipe: Recipe, options: argparse.Namespace) -> tuple[str, str]:
+    """The device and precision that the plan is for."""
+    import torch
 
-    network = {"bandwidth": options.interconnect * 1e9}
-    if options.tokens_per_second:
-        return Machine(tokens_per_second=options.tokens_per_second, **network)
-    if options.measure:
-        import torch
+    compute = recipe.compute
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.hardware and compute.device == "cpu":
+        raise UserError(
+            "--hardware is of CUDA devices, and compute.device is cpu; add --set compute.device=cuda"
+        )
+    device = "cuda" if options.hardware else here if compute.device == "auto" else compute.device
+    fast = "bfloat16" if device == "cuda" else "float32"
+    return device, fast if compute.precision == "auto" else compute.precision
 
-        from minilm.orchestrator.bench.loss import matmul_peak
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        peak = matmul_peak(device, torch.bfloat16 if device == "cuda" else torch.float32)
-        return Machine(flops_per_second=peak, **network)
-    return Machine(**network)
+def machine_of(
+    options: argparse.Namespace, recipe: Recipe, works: list[Work], device: str, precision: str
+) -> Machine:
+    """The device, with the rate that the options give, measure or reckon, if any."""
+    import torch
+
+    from minilm.orchestrator.plan.cost import Machine, flops_per_second
+    from minilm.orchestrator.plan.hardware import DEVICES, SHARE_OF_PEAK, parse_hardware
+
+    names = [work.stage for work in works]
+    if options.stage not in (None, *names):
+        raise UserError(f"--stage: given {options.stage!r}; allowed: {', '.join(names)}")
+    if options.share_of_peak and not (options.hardware and options.share_of_peak <= 1):
+        raise UserError("--share-of-peak: allowed: a number up to 1, with --hardware")
+    work = works[names.index(options.stage or names[0])]
+    link = (options.interconnect or 1.0) * 1e9
+    if options.hardware:
+        name, count = parse_hardware(options.hardware)
+        sheet, share = DEVICES[name], options.share_of_peak or SHARE_OF_PEAK
+        peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
+        source = (
+            f"{share:.0%} of {peak / 1e12:,.4g} TFLOP/s, {name}'s peak of dense {precision} products "
+            f"({sheet.sheet}); that a step reaches so much is an assumption (--share-of-peak)"
+        )
+        link = options.interconnect * 1e9 if options.interconnect else sheet.link
+        return Machine(share * peak, device, precision, sheet.memory, source, bandwidth=link)
+    rate, source = (
+        options.tokens_per_second,
+        f"{options.tokens_per_second or 0:g} tokens/s in stage {work.stage}, as given",
+    )
+    if options.measure and (device == "cpu" or torch.cuda.is_available()):
+        from minilm.orchestrator.bench.stage_rate import stage_tokens_per_second
+
+        rate = stage_tokens_per_second(recipe, work, torch.device(device), precision)
+        source = f"{rate:,.0f} tokens/s in stage {work.stage}, measured here on one worker"
+    elif options.measure:
+        source = (
+            "the recipe asks for cuda, and this machine has no CUDA device to measure; a CPU's rate would say nothing. "
+            "Add --hardware h100x8, or --tokens-per-second X of such a device"
+        )
+    elif not rate:
+        source = "add --hardware h100x8, --tokens-per-second X, or --measure on the machine that will run it"
+    reached = flops_per_second(work, rate) if rate else 0.0
+    return Machine(reached, device, precision, source=source, bandwidth=link)
