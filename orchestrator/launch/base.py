@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # it imports PyTorch
 LAUNCHERS = {"ray": "ray_launcher:RayLauncher", "inline": "inline:InlineLauncher"}
 
 STOPPED_BETWEEN = "stopped between two evaluations; the same command goes on from here"
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Show = Callable[[str, bool], None]  # text for the status line, and whether it must appear at once
 
 
