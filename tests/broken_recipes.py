@@ -21,7 +21,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["nam=x"],
-        "--set: nam: unknown key; did you mean 'name'?; allowed: name, seed, data, compute, stages, evaluation, tracking",
+        "--set: nam: unknown key; did you mean 'name'?; allowed: name, seed, data, compute, stages, "
+        "evaluation, tracking",
     ),
     (
         ["seed=-1"],
