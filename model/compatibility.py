@@ -4,7 +4,7 @@ A recipe is checked with these functions before anything runs, and the distiller
 given, so that the two agree.
 """
 
-from minilm.model.encoder.initialize import check_start, picked_layers
+from minilm.model.encoder.initialize import check_positions, check_start, picked_layers
 from minilm.model.encoder.shape import EncoderShape, student_shape
 from minilm.model.encoder.warm_start import started_shape
 from minilm.model.errors import ModelError
@@ -29,19 +29,28 @@ def fit_student(
     layer: int | str = "last",
     init: str = "random",
     start: EncoderShape | None = None,
+    positions: str = "cut",
+    seq_len: int | None = None,
 ) -> EncoderShape:
     """The shape of a student of these sizes, checked: `student_shape`, then `check_student`.
 
-    start: of the model whose weights it begins with, instead of `init`; see `started_shape`.
+    start: of the model whose weights it begins with, instead of `init` and `positions`; see `started_shape`.
+    positions: one of `POSITIONS`. seq_len: tokens of the rows that it is trained on, None where that is not known yet.
     """
-    head = objective.needs_head
     try:
         if start is not None:
             student = started_shape(teacher, start, layers=layers, hidden=hidden, heads=heads, ffn=ffn)
         else:
             student = student_shape(
-                teacher, layers=layers, hidden=hidden, heads=heads, ffn=ffn, has_head=head
+                teacher,
+                layers=layers,
+                hidden=hidden,
+                heads=heads,
+                ffn=ffn,
+                has_head=objective.needs_head,
+                max_tokens=seq_len if positions == "cut" else None,
             )
+            check_positions(teacher, student, positions, init)
     except ModelError as error:
         raise ModelError(f"student {name!r}: {error}") from None
     check_student(name, objective, teacher, student, layer=layer, init=init)

@@ -8,6 +8,7 @@ a killed export has left (`.NAME.*.tmp`, locked by flock while its writer lives)
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -21,54 +22,38 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minilm.model.errors import ModelError
+from minilm.model.files import has_vocabulary, tokenizer_files
 
 if TYPE_CHECKING:  # the driver needs `weights_digest` alone, without modelling code
     from transformers import PreTrainedModel
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer in `folder` that an export takes along."""
-    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, card: str) -> None:
     """Write `model` with the tokenizer of `tokenizer_folder` and `card` as README.md to the folder `out`,
     atomically.
 
-    AutoModel and AutoTokenizer load `out` without our code or a network. An earlier export at `out` is
-    replaced.
+    AutoModel and AutoTokenizer load `out` without our code or a network. The tokenizer cuts text at the longest row
+    that the model takes. An earlier export at `out` is replaced.
     """
     from minilm.model.encoder.build import quiet_transformers
+    from minilm.model.encoder.shape import shape_of
 
-    files = tokenizer_files(tokenizer_folder)
-    if not any(file.suffix in (".json", ".txt", ".model") and "config" not in file.name for file in files):
+    if not has_vocabulary(tokenizer_folder):
         raise ModelError(f"{tokenizer_folder} holds no tokenizer; give the tokenizer/ folder of the data set")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary, lock = _temporary_folder(out)
     try:
         with quiet_transformers():
             model.save_pretrained(temporary)
-        for file in files:
-            shutil.copyfile(file, temporary / file.name)
+        for file in tokenizer_files(tokenizer_folder):
+            copy = temporary / file.relative_to(tokenizer_folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+        _set_max_length(temporary, shape_of(model.config).max_tokens)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes its files private, mkdtemp its folders
-            _sync(file)
-        temporary.chmod(0o755)
-        _sync(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes files private, mkdtemp folders
+            _sync(path)
         _put_in_place(temporary, out)
         _remove_leftovers(out)
     finally:
@@ -148,6 +133,14 @@ untrained by distillation: they hold their initial values until fine-tuning trai
 
 {listed}
 """
+
+
+def _set_max_length(folder: Path, max_tokens: int) -> None:
+    """Let the tokenizer in `folder` cut text at `max_tokens`."""
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values["model_max_length"] = max_tokens
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _temporary_folder(out: Path) -> tuple[Path, int]:

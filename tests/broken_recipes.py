@@ -304,6 +304,25 @@ ROWS: list[tuple[list[str], str]] = [
         " 5, and modernbert rotates their dimensions in pairs; choose a multiple of 8",
     ),
     (
+        ["stages.assistant.teacher=«modernbert»", "stages.small.student.hidden=20"],
+        "FILE: stage small: student 'small': hidden size 20 gives 4 heads of an odd size, 5, "
+        "and modernbert rotates their dimensions in pairs; choose a multiple of 8",
+    ),
+    (
+        ["stages.small.student.init=teacher-layers", "stages.small.student.hidden=48"],
+        "FILE: stage small: student 'small': a hidden size of 48 cannot start from the "
+        "teacher's 24; give 24 or less, or start at random",
+    ),
+    (
+        ["stages.assistant.student.positions=teacher"],
+        "FILE: stage assistant: student 'assistant': its table of positions is 24 wide and the "
+        "teacher's 48, so none can be copied; give hidden: 48, or positions: cut",
+    ),
+    (
+        ["stages.assistant.student.positions=crop"],
+        "--set: stages.0.student.positions: given 'crop'; allowed: 'cut', 'teacher' or 'keep'",
+    ),
+    (
         ["stages.assistant.teacher=«modernbert»", "stages.assistant.student.layers=5"],
         "FILE: stage assistant: student 'assistant': a modernbert student has at most the layers "
         "of its teacher, 4, not 5",
@@ -551,7 +570,7 @@ ROWS: list[tuple[list[str], str]] = [
         ["data.text=«latin»"],
         "FILE: data: text '«latin»' is not UTF-8 at byte 3 (b'\\xe9\\n'); "
         "convert it first, for instance with iconv -t UTF-8, or have such bytes replaced and counted: "
-        "--invalid-utf8 replace",
+        "--invalid-utf8 replace (in a recipe data.invalid_utf8: replace)",
     ),
     (
         ["data.text=«empty-text»"],
@@ -566,7 +585,7 @@ ROWS: list[tuple[list[str], str]] = [
         ["stages.assistant.student={layers: 3, hiden: 24}"],
         "--set: stages.0.student.hidden: missing; add it (Hidden size)\n--set: "
         "stages.0.student.hiden: unknown key; did you mean 'hidden'?; allowed: name, layers, "
-        "hidden, ffn, heads, dropout, init",
+        "hidden, ffn, heads, dropout, init, positions",
     ),
     (
         ["stages.assistant.student={layers:3, hidden:24}"],

@@ -53,12 +53,13 @@ MAY_IMPORT = {
     },
     "model": {
         "errors": "",
-        "encoder": "errors",
+        "files": "",
+        "encoder": "errors files",
         "kernels": "errors",
         "loss": "errors encoder kernels",
         "compatibility": "errors encoder loss",
         "distiller": "errors encoder loss compatibility",
-        "export": "errors encoder",
+        "export": "errors files encoder",
     },
 }
 

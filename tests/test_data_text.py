@@ -105,7 +105,7 @@ def test_files_that_cannot_be_entered_in_the_middle_are_shared_by_parts(tmp_path
     path = tmp_path / "text.json"
     wanted = [f"document {i}" for i in range(1000)]
     path.write_text(json.dumps(wanted))
-    monkeypatch.setattr(source, "_RANGE_BYTES", 8 * 4000)
+    monkeypatch.setattr(source, "_RANGE_BYTES", 2 * 4000)
     assert len(units(read_whole(path)[0], 0)) > 3
     assert documents_of(path) == wanted
 

@@ -39,6 +39,7 @@ def test_the_lock_holds_what_the_project_asks_for():
     pins = locked()
     for text in project["dependencies"] + project["optional-dependencies"]["remote"]:
         requirement = Requirement(text)
+        assert requirement.name in pins, f"{requirement.name} is not locked: make lock"
         assert requirement.specifier.contains(pins[requirement.name]), text
 
 

@@ -95,7 +95,7 @@ print("ready", flush=True)
 sys.stdin.read()
 cluster.leave()
 """
-FIXED_PORTS = {6379, 8265, 10001, 52365}  # of `ray start --head`
+FIXED_PORTS = {6379, 8265, 10001, 44217, 44227, 52365}  # of `ray start --head`
 
 
 def listening(pids: set[int]) -> set[int]:

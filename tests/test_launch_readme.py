@@ -23,6 +23,9 @@ from tests.typed import Shell, blocks
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 RUN = "minilm run recipes/quickstart.yaml"
+CONNECT = "import os, signal, time, ray, minilm.orchestrator.launch.ray_private as private; ray.init('auto')"
+KILLED = "private.write_claim('mine'); print(private.read_claims()); os.kill(os.getpid(), signal.SIGKILL)"
+LOOK = "[time.sleep(1) for _ in range(60) if private.read_claims()]; print(private.read_claims())"
 START, SUBMIT = blocks(ROOT / "README.md", "On a cluster")[0]
 USE_TOKENS = blocks(ROOT / "README.md", "On a cluster")[1]
 
@@ -47,7 +50,8 @@ def test_a_local_run_then_a_head_then_a_job(tmp_path, text, teacher, tokens):
         if tokens:  # and the local run goes on beside the head
             for line in USE_TOKENS:
                 shell.type(line)
-            shell.type(f"{RUN} > local.log 2>&1 &")
+            (folder / ".gitignore").write_text("runs\n")  # Ray uploads no folder that changes meanwhile
+            shell.type(f"{RUN} > ../local.log 2>&1 &")
         else:
             assert "quickstart-assistant v1" in shell.type(RUN)
             assert not (home / ".ray").exists(), "what other commands of Ray would find"
@@ -100,6 +104,10 @@ def test_of_two_runs_that_want_the_same_place_one_waits_for_all_stages_of_the_ot
         shell.type("wait")
         logs = {name: (tmp_path / f"{name}.log").read_text() for name in ("a", "b")}
         assert [(tmp_path / f"{name}.code").read_text() for name in logs] == ["0\n", "0\n"], logs
+        assert "{'" in shell.type(f'python -c "{CONNECT}; {KILLED}" 2> /dev/null', expect=137)
+        assert shell.type(f'python -c "{CONNECT}; {LOOK}" 2> /dev/null') == "{}\n", (
+            "a dead driver's ends with it"
+        )
     waited = [name for name, log in logs.items() if "waiting for the cluster" in log]
     assert len(waited) == 1, logs
     (first,) = {"a", "b"} - set(waited)

@@ -165,6 +165,17 @@ def test_a_node_that_does_not_answer_is_not_counted_before_ray_knows(
     assert callback.on_controller_start_worker_group(scaling_config=None, num_workers=started) is None
 
 
+@pytest.mark.parametrize(("claimed", "started"), [(0, 2), (1, 1), (2, 2)])
+def test_what_other_runs_claim_is_left_to_them(tmp_path, nodes, monkeypatch, claimed, started):
+    """Their places may be free, between two of their stages. With too few left the decision is Ray's."""
+    monkeypatch.setattr(train_callbacks, "claimed_by_others", lambda resource: claimed)
+    decision = SimpleNamespace(num_workers=2)
+    new_callback(make_spec(NO_DATA, tmp_path, tmp_path), 1).before_controller_execute_resize_decision(
+        decision
+    )
+    assert decision.num_workers == started
+
+
 def test_a_head_that_is_away_leaves_the_decision_to_ray(tmp_path, monkeypatch):
     def away():
         raise ConnectionError("no GCS")

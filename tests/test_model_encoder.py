@@ -1,6 +1,8 @@
 """The tap, for every architecture: right q, k, v; nothing behind it runs; nothing behind it is trained."""
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -8,11 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
 from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.shape import load_config, shape_of, student_shape, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
+from minilm.model.export import weights_digest
+from minilm.model.loss.objective import Objective
 
 LAYERS, HIDDEN, HEADS, VOCAB = 4, 24, 4, 50
 
@@ -417,9 +422,13 @@ def test_weights_that_are_missing_or_pickled(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"a model.safetensors is needed$") as caught:
+    with pytest.raises(ModelError, match=r"has its weights in pytorch_model.bin only, a pickle") as caught:
         load_encoder(tmp_path)
-    assert "\n" not in str(caught.value)
+    _, _, command = str(caught.value).partition("make a model.safetensors of it: ")
+    assert "\n" not in command
+    subprocess.run(["/bin/sh", "-c", command.replace("python", sys.executable, 1)], check=True)  # as typed
+    assert weights_digest(tmp_path) == weights_digest(tiny_model().state_dict())
+    load_encoder(tmp_path)
     tiny_model(num_hidden_layers=2).save_pretrained(tmp_path)
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"lacks \d+ weights of a bert encoder \(encoder.layer.2"):
@@ -430,3 +439,18 @@ def test_a_mask_of_another_shape():
     encoder = TappedEncoder(tiny_model(), 1)
     with pytest.raises(ModelError, match=r"^mask is torch.bool \[3, 8\]; for input_ids \[3, 9\] it must be"):
         encoder(batch()[0], torch.ones(3, 8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_student_with_dropout_trains_in_bfloat16_on_a_cpu(architecture, padded):
+    teacher = TappedEncoder(tiny_model(architecture), LAYERS)
+    model = build_student(teacher.model.config, layers=2, hidden=16, dropout=0.1, seed=0)
+    distiller = Distiller(teacher, {"s": TappedEncoder(model, 2)}, Objective.named("minilm")).train()
+    ids, mask = batch()
+    mask = mask if padded else None
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = distiller.term_sums("s", distiller.teacher_forward(ids, mask), ids, mask, dropout_seed=1)
+    sums.sum().backward()
+    trained = distiller.trained_parameters("s").values()
+    assert sums.isfinite().all() and all(p.grad is not None and p.grad.isfinite().all() for p in trained)

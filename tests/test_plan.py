@@ -56,7 +56,7 @@ def works(folder: Path, teacher: Path, **changes) -> list[Work]:
 def distiller_of(teacher: Path, objective: str, *shapes: tuple[int, int]) -> Distiller:
     config = AutoConfig.from_pretrained(teacher)
     students = {
-        f"s{i}": TappedEncoder(build_student(config, layers=n, hidden=h, seed=i), n)
+        f"s{i}": TappedEncoder(build_student(config, layers=n, hidden=h, seed=i, max_tokens=32), n)
         for i, (n, h) in enumerate(shapes)
     }
     return Distiller(load_encoder(teacher), students, Objective.named(objective)).train()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from minilm.orchestrator import cli
 from tests.broken_recipes import MENDED, ROWS
@@ -26,13 +26,13 @@ STAGE = {"batch": 8, "steps": 40, "peak_lr": 1e-3, "warmup_steps": 4, "held_out_
 def folders(
     tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path, shards: Path
 ) -> dict[str, Path]:
-    """Teachers by what is odd about them; but for `teacher` they have a config and a tokenizer only."""
+    """Teachers by what is odd about them; where that is their config alone, it is checked before their weights."""
     root = tmp_path_factory.mktemp("teachers")
     found = {"text": text, "teacher": teacher, "shards": shards}
 
     def odd(name: str, **changes: object) -> None:
         folder = found[name] = root / name
-        shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(teacher, folder)
         values = json.loads((folder / "config.json").read_text()) | changes
         (folder / "config.json").write_text(json.dumps(values))
 
@@ -40,17 +40,21 @@ def folders(
         folder = found[name] = root / name
         shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
         vocabulary = json.loads((teacher / "config.json").read_text())["vocab_size"]
-        AutoConfig.for_model(kind, vocab_size=vocabulary, pad_token_id=0, **values).save_pretrained(folder)
+        values = {"vocab_size": vocabulary, "pad_token_id": 0} | values
+        config = AutoConfig.for_model(kind, **values)
+        AutoModel.from_config(config).save_pretrained(folder)
 
     odd("decoder", is_decoder=True)
     odd("headless", architectures=["BertModel"])
-    odd("masked", architectures=["BertForMaskedLM"])
-    odd("short", max_position_embeddings=16)
-    odd("small-vocabulary", vocab_size=20)
+    odd("masked")
+    config = AutoConfig.from_pretrained(teacher)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(found["masked"])
     odd("shallow", num_hidden_layers=1)
     odd("unknown", model_type="llama4all")
     sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
     other("modernbert", "modernbert", **sizes, max_position_embeddings=64)
+    other("short", "bert", **sizes, max_position_embeddings=16)
+    other("small-vocabulary", "bert", **sizes, vocab_size=20)
     other("mpnet", "mpnet", **sizes, max_position_embeddings=66)
     other("gpt2", "gpt2", n_embd=48, n_layer=2, n_head=4)
     found["other-tokenizer"] = make_teacher(root / "other-tokenizer", extra_words=("zebra", "yak"))

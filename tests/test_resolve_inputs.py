@@ -22,6 +22,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.references import FolderRef
 from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.resolve import folders
 from minilm.orchestrator.resolve.folders import folder_here, model_folder, tokenizer_name
 from minilm.orchestrator.resolve.stages import check_data, known_data, resolve_stages
 from tests.conftest import make_teacher
@@ -239,6 +240,24 @@ def test_a_hub_id_that_does_not_exist_is_one_line(hub, tmp_path):
     assert done.stderr.startswith("model someone/absent cannot be downloaded (")
     assert done.stderr.strip().endswith("or give a local folder instead")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_hub_model_that_has_only_pickles(tmp_path, monkeypatch):
+    def fetch(hub_id: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        assert "*.bin" not in allow_patterns and "*.jinja" in allow_patterns
+        local_dir.mkdir()
+        (local_dir / "config.json").write_text("{}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(UserError) as caught:
+        folders.download("owner/old", tmp_path)
+    message = str(caught.value)
+    assert message.startswith(
+        "model owner/old has no config.json with a model.safetensors; where its weights are a pickle, "
+        "pytorch_model.bin, bring it down and make a model.safetensors of it: hf download owner/old --local-dir DIR "
+        "&& python -c "
+    )
+    assert message.endswith(" DIR; then give DIR")
 
 
 def test_a_later_stage_that_cannot_fit_is_refused_before_the_first_one_runs(tmp_path, teacher, shards):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoModel, BertConfig, BertForMaskedLM
 
 from minilm.data.stream import Stream
 from minilm.model.distiller import Distiller
@@ -262,6 +262,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(shards, teach
     stream = Stream(shards, seed=spec.seed, batch=12, micro_batch=12)
     failed = json.loads(StageFolder(tmp_path).failed_step.read_text())
     assert failed == {"step": 1, "row_ids": stream.row_ids(1, 0).tolist()}
+
+
+def test_a_teacher_whose_output_is_not_finite_is_named_and_no_learning_rate_is(shards, teacher, tmp_path):
+    """Its weights are finite, and their products are not."""
+    model = AutoModel.from_pretrained(teacher)
+    model.encoder.layer[2].attention.self.query.weight.data.fill_(3e38)
+    shutil.copytree(teacher, tmp_path / "huge")
+    model.save_pretrained(tmp_path / "huge")
+    spec = make_spec(shards, tmp_path / "huge", tmp_path / "stage")
+    Path(spec.folder).mkdir()
+    with pytest.raises(
+        UserError,
+        match=r"^stage first: the output of the teacher bert is not finite, first in row \d+ of step 0; no learning "
+        r"rate mends that: give another teacher$",
+    ):
+        run_stage(spec)
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_bounded(shards, teacher, tmp_path, monkeypatch):

@@ -59,7 +59,8 @@ def not_utf8(name: str, at: int, raw: bytes, encoding: str = "utf-8") -> DataErr
     """What is said of bytes that are no text; `at` is their place in the unpacked file."""
     return DataError(
         f"text {name!r} is not {encoding.upper()} at byte {at} ({raw[:4]!r}); convert it first, for instance with "
-        f"iconv -t UTF-8, or have such bytes replaced and counted: --invalid-utf8 replace"
+        f"iconv -t UTF-8, or have such bytes replaced and counted: --invalid-utf8 replace "
+        "(in a recipe data.invalid_utf8: replace)"
     )
 
 

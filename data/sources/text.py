@@ -50,7 +50,7 @@ _PEEK_RECORDS = 200
 _BEGIN_BYTES = 1 << 16
 _RANGE_BYTES = 8 << 20
 _GROUP_DOCUMENTS = 64
-_MAX_PARTS = 16  # every part of a file that cannot be entered in the middle reads it from the start
+_MAX_PARTS = 8  # every part of a file that cannot be entered in the middle reads it from the start
 _MAX_LINE = 1 << 30
 _TABLES = ("parquet", "arrow")
 REPLACED = "places that were not UTF-8, replaced by U+FFFD"
@@ -273,7 +273,8 @@ def units(file: TextFile, number: int) -> list[Unit]:
     if _in_ranges(file):
         starts = range(0, file.num_bytes, _RANGE_BYTES)
         return [Unit(number, s, min(s + _RANGE_BYTES, file.num_bytes), 0, 1) for s in starts]
-    num_parts = min(_MAX_PARTS, max(1, math.ceil(file.num_bytes / (_RANGE_BYTES // 8))))
+    part = _RANGE_BYTES // (8 if file.packer else 2)  # a packed byte is several of text
+    num_parts = min(_MAX_PARTS, max(1, math.ceil(file.num_bytes / part)))
     return [Unit(number, 0, file.num_bytes, part, num_parts) for part in range(num_parts)]
 
 
@@ -334,8 +335,14 @@ def _records(file: TextFile, told: Callable[[int, int], None]) -> Iterator[tuple
                 return
             dialect = csv_rows.Dialect(*file.how["dialect"])
             text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-            for place, cells in csv_rows.rows(text, dialect, file.path):
-                yield place, dict(zip(dialect.columns, cells, strict=False))
+            rows = csv_rows.rows(text, dialect, file.path)
+            if file.field not in dialect.columns:
+                yield from ((place, dict(zip(dialect.columns, cells, strict=False))) for place, cells in rows)
+                return
+            index = dialect.columns.index(file.field)
+            yield from (
+                (place, {file.field: cells[index]} if index < len(cells) else {}) for place, cells in rows
+            )
             return
         scanner = Scanner(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"), file.path)
         yield from records(scanner, file.how["shape"], file.field)

@@ -7,8 +7,8 @@ Tars are files, also packed ones, folders of them, or URLs (data.storage.remote:
 one key, the name up to its first dot, that follow one another are a sample, as webdataset has it. The text is the first
 that the samples have of the parts txt, text, caption, json (there text, txt, content, caption, …, then the one field
 that reads like prose), npy; where that leaves a choice the import asks. Folders, devices, hidden files, names without
-an ending and README's are no samples, and are counted. A text that is a link or a sparse file, or that a sample lacks,
-is an error.
+an ending and README's are no samples, and are counted. A text that is a link or a sparse file is an
+error; a sample that lacks it is left out and counted.
 Nothing is executed: no pipe:, no pickles, and of a sample only the chosen field is decoded.
 """
 

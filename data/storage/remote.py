@@ -164,8 +164,8 @@ class _Sequential(io.RawIOBase):
 
 def fetch_small_files(store: Store, into: Path, pinned: dict[str, str]) -> None:
     """Checksums and tokenizer of a data set. OriginError for a file that does not have its sha256 in `pinned`."""
-    (into / TOKENIZER).mkdir(parents=True, exist_ok=True)
     for name in (CHECKSUMS, *(pinned or [f"{TOKENIZER}/{file}" for file in TOKENIZER_FILES])):
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(into / name, store.read(name))
     for name, what in check_files(into, pinned).items():
         raise OriginError(f"{store.url}/{name}: {what} in the manifest; put a whole copy there")

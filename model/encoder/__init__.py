@@ -1,4 +1,4 @@
 """Encoders of every family, tapped at queries, keys and values.
 
-May import: errors.
+May import: errors, files.
 """

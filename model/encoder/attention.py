@@ -32,6 +32,7 @@ def attend(
     """transformers' attention function: [batch, heads, tokens, size] -> [batch, tokens, heads, size]."""
     learned = attention_mask is not None and attention_mask.requires_grad
     plain = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+    plain = plain and query.dtype == key.dtype == value.dtype  # under autocast rotation gives float32 q and k
     if not dropout or not plain or learned or query.shape[-2] != key.shape[-2]:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

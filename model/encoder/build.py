@@ -18,11 +18,13 @@ from minilm.model.encoder.shape import (
     EncoderShape,
     family_of,
     load_config,
+    plain_config,
     shape_of,
     student_shape,
     tapped_layer,
 )
 from minilm.model.encoder.tapped_encoder import TappedEncoder
+from minilm.model.encoder.weights import check_folder, check_loaded
 from minilm.model.errors import ModelError, one_line
 
 
@@ -33,11 +35,13 @@ def load_encoder(
 
     Weights come from safetensors only. head: keep the checkpoint's masked-language-model head; other heads are not
     loaded. ModelError when the folder or file is missing, the architecture has no tap, the layer does not exist, or
-    weights are missing.
+    the weights are not those of its config (weights.py).
     """
     config = load_config(path_or_hub_id)
     number = tapped_layer(config, layer)
     name = str(path_or_hub_id)
+    if Path(name).is_dir():
+        check_folder(Path(name))
     try:
         with quiet_transformers():
             model, report = (AutoModelForMaskedLM if head else AutoModel).from_pretrained(
@@ -46,21 +50,24 @@ def load_encoder(
                 use_safetensors=True,
                 dtype=torch.float32,
                 attn_implementation=family_of(config).attention,
+                ignore_mismatched_sizes=True,  # `check_loaded` names them
                 output_loading_info=True,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (
+        Exception
+    ) as error:  # transformers raises whatever its modules do for values that they did not expect
         raise ModelError(
-            f"cannot load the weights of {name}: {one_line(error)}; a model.safetensors is needed"
+            f"cannot load {name} as a {config.model_type} ({_said(error)}); give a folder whose config.json and"
+            " model.safetensors save_pretrained wrote"
         ) from error
-    missing = sorted(key for key in report["missing_keys"] if ".pooler." not in f".{key}")
-    if missing:
-        kind = f"a {config.model_type} encoder" + (" with its head" if head else "")
-        raise ModelError(
-            f"{name} lacks {len(missing)} weights of {kind} ({missing[0]}, …); give the folder that its"
-            " save_pretrained wrote"
-        )
+    check_loaded(name, model, report, head=head)
     return TappedEncoder(model.eval(), number)
+
+
+def _said(error: Exception) -> str:
+    text = one_line(error)
+    return text if isinstance(error, OSError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def build_student(
@@ -73,13 +80,16 @@ def build_student(
     dropout: float = 0.1,
     seed: int,
     head: bool = False,
+    max_tokens: int | None = None,
 ) -> PreTrainedModel:
     """A randomly initialised encoder of the teacher's architecture and vocabulary, on CPU, float32, in train mode.
 
     Its sizes are those of `student_shape`, which also says what is refused. dropout: of hidden states and attention
-    alike.
+    alike. max_tokens: the longest row that it takes, the teacher's unless given.
     """
-    shape = student_shape(shape_of(teacher_config), layers=layers, hidden=hidden, heads=heads, ffn=ffn)
+    shape = student_shape(
+        shape_of(teacher_config), layers=layers, hidden=hidden, heads=heads, ffn=ffn, max_tokens=max_tokens
+    )
     config = _resize(teacher_config, shape, dropout)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
@@ -91,27 +101,22 @@ def build_student(
 
 def _resize(teacher: PreTrainedConfig, shape: EncoderShape, dropout: float) -> PreTrainedConfig:
     family = family_of(teacher)
-    values = teacher.to_dict()
-    for stale in (
-        "head_dim",
-        "num_key_value_heads",
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "dtype",
-    ):
-        values.pop(stale, None)
+    values = plain_config(teacher).to_dict()
+    for own in ("head_dim", "num_key_value_heads", "architectures", "transformers_version", "dtype"):
+        values.pop(own, None)
+    reserved = family.reserved_positions(teacher.pad_token_id)
     aliases = teacher.attribute_map
     for name, value in (
         ("num_hidden_layers", shape.layers),
         ("hidden_size", shape.hidden),
         ("num_attention_heads", shape.heads),
         (family.ffn, shape.ffn),
+        ("max_position_embeddings", shape.max_tokens + reserved),
         *((rate, dropout) for rate in family.dropout),
     ):
         values[aliases.get(name, name)] = value
-    if values.get("embedding_size") == teacher.hidden_size:
-        values["embedding_size"] = shape.hidden
+    if "embedding_size" in values:
+        values["embedding_size"] = shape.embedding
     if shape.layer_types:
         values["layer_types"] = list(shape.layer_types)
     return type(teacher)(**values)

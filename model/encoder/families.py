@@ -55,6 +55,7 @@ class Family:
     ffn, dropout: the config's names of the feed-forward size and of the dropout rates.
     ffn_ratio: a student's feed-forward size over its hidden size, unless the recipe gives one.
     positions_after_padding: position ids begin at pad_token_id + 1 (RoBERTa and its kin).
+    padding: the padding id that positions begin behind where that is not pad_token_id but a number in the code (MPNet).
     position_bias: the attention scores have a learned bias of their own.
     attention: the implementation that transformers can build it with; a tapped encoder makes SDPA of either.
     adapt: `adapt(model, attention)` makes every layer call `attention`; None: it calls the attention interface itself.
@@ -65,6 +66,7 @@ class Family:
     dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     ffn_ratio: float = 4.0
     positions_after_padding: bool = False
+    padding: int | None = None
     position_bias: bool = False
     attention: str = "sdpa"
     adapt: Callable[[Any, Callable[..., Any]], None] | None = None
@@ -74,6 +76,14 @@ class Family:
     def rotary(self) -> bool:
         """Whether queries and keys are rotated in pairs of dimensions, so that a head has an even size."""
         return any(ROTARY in blocks.rows for blocks in self.weights.values())
+
+    def reserved_positions(self, pad_token_id: int | None) -> int:
+        """How many positions of the table no token of a row ever has."""
+        if not self.positions_after_padding:
+            return 0
+        padding = pad_token_id if self.padding is None else self.padding
+        assert padding is not None, "shape.load_config refuses such a config"
+        return padding + 1
 
     def blocks(self, module: str) -> Blocks:
         """How the weight and bias of this module are divided."""
@@ -105,6 +115,7 @@ FAMILIES: dict[str, Family] = {
     "nomic_bert": Family(weights=_LLAMA_ATTENTION),
     "mpnet": Family(
         positions_after_padding=True,
+        padding=1,
         position_bias=True,
         attention="eager",
         adapt=mpnet.install,

@@ -7,6 +7,10 @@ block, and of each head its leading entries, so that heads stay heads. Of a rota
 spaced, because pair i of d rotates with frequency base^(-i/d): with half the pairs, pair i turns as the teacher's
 pair 2i does. Where the teacher's queries share keys and values in groups, each student head starts from its group's.
 Weights that the teacher does not hold keep their random start.
+
+Rows of `seq_len` tokens train the first `seq_len` rows of a table of positions and no others. What becomes of the rest
+is one of `POSITIONS`: `cut`, the table ends there; `teacher`, they are the teacher's, in a table that starts as the
+teacher's; `keep`, they stay as they start. Families that rotate have no table.
 """
 
 import re
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minilm.model.encoder.families import PLAIN, ROTARY
+from minilm.model.encoder.families import FAMILIES, PLAIN, ROTARY
 from minilm.model.encoder.shape import EncoderShape, family_of, shape_of
 from minilm.model.errors import ModelError
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:  # a recipe is checked without modelling code
     from transformers import PreTrainedModel
 
 INITIALIZATIONS = ("random", "teacher-layers")
+POSITIONS = ("cut", "teacher", "keep")
+_TABLE = "position_embeddings.weight"
 _LAYER = re.compile(r"^(.*?\blayers?\.)(\d+)(\..*)$")
 
 
@@ -50,11 +56,43 @@ def check_start(teacher: EncoderShape, student: EncoderShape, how: str) -> None:
             )
 
 
-def initialize(student: "PreTrainedModel", teacher: "PreTrainedModel", how: str) -> None:
+def check_positions(teacher: EncoderShape, student: EncoderShape, positions: str, init: str) -> None:
+    """ModelError unless the student's positions can be what a recipe says, one of `POSITIONS`."""
+    if positions not in POSITIONS:
+        raise ModelError(f"positions {positions!r} are not known; use one of {', '.join(POSITIONS)}")
+    own, theirs = student.embedding or student.hidden, teacher.embedding or teacher.hidden
+    if positions == "teacher" and has_table(teacher) and init == "random" and own != theirs:
+        raise ModelError(
+            f"its table of positions is {own} wide and the teacher's {theirs}, so none can be copied; give hidden:"
+            f" {theirs}, or positions: cut"
+        )
+
+
+def has_table(shape: EncoderShape) -> bool:
+    """Whether the family learns a vector for each position, rather than to rotate."""
+    return not FAMILIES[shape.architecture].rotary
+
+
+def initialize(
+    student: "PreTrainedModel", teacher: "PreTrainedModel", how: str, positions: str = "cut"
+) -> None:
     """Give a student, built at random, the start that a recipe names. Raises as `check_start` does."""
     check_start(shape_of(teacher.config), shape_of(student.config), how)
     if how == "teacher-layers":
         from_teacher(student, teacher)
+    elif positions == "teacher":
+        copy_positions(student, teacher)
+
+
+@torch.no_grad()
+def copy_positions(student: "PreTrainedModel", teacher: "PreTrainedModel", first: int = 0) -> None:
+    """Copy the teacher's vectors of positions `first` (from 0, as in a row) and on, a slice for a narrower student."""
+    config = student.config
+    reserved = family_of(config).reserved_positions(config.pad_token_id) if first else 0
+    theirs = dict(teacher.named_parameters())
+    for name, table in student.named_parameters():
+        if name.endswith(_TABLE):
+            table[first + reserved :] = theirs[name][first + reserved : len(table), : table.shape[1]]
 
 
 def picked_layers(teacher_layers: int, student_layers: int) -> list[int]:

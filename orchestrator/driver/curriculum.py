@@ -32,7 +32,7 @@ from minilm.orchestrator.recipe.references import parse_reference
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.evaluation import evaluation_problems
 from minilm.orchestrator.resolve.folders import model_folder
-from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, resolve
+from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, position_notes, resolve
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec, StudentSpec, grouped
@@ -75,13 +75,17 @@ def run_recipe(
         if launcher.is_here:
             check_device(recipe.compute)
         check_checkpoints(recipe.compute, workdir.root)
-        stages, problems = resolve(recipe, fetch, built=(workdir.data / MANIFEST).exists())
+        # where a run goes on, the weights were sound, and the driver needs no modelling code (seconds to import)
+        weights, built = not workdir.goes_on(recipe), (workdir.data / MANIFEST).exists()
+        stages, problems = resolve(recipe, fetch, built=built, weights=weights)
         problems = problems or evaluation_problems(recipe, running=True)
         if not problems:
             data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop), partial(say_built, line))
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)
         if problems:
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
+        for note in position_notes(stages, data.seq_len):
+            line.say(note)
         workdir.adopt(recipe, recipe_file, data, redo_from)
         line.show("opening the tracking store", force=True)
         tracking = Tracking.open(
@@ -225,6 +229,7 @@ class Driver:
                     ffn=sizes[student.name].ffn,
                     dropout=student.dropout,
                     init=references[student.name],
+                    positions=student.positions,
                     start=resolved.starts.get(student.name, ""),
                     start_digest=starts.get(student.name, ""),
                 )

@@ -61,7 +61,7 @@ def publish(
     speeds = inference_speed(
         models,
         batch=SPEED_BATCH,
-        tokens=min(SPEED_TOKENS, shape_of(teacher.model.config).max_tokens),
+        tokens=min(SPEED_TOKENS, *(shape_of(model.config).max_tokens for model in models)),
         vocab_size=teacher.model.config.vocab_size,
     )
     entries = [entry(spec.teacher_name, "teacher", teacher, speeds[0], spec.teacher)]

@@ -25,7 +25,7 @@ from minilm.data.read.rows import Corpus, Rows
 from minilm.data.storage.remote import is_remote
 from minilm.data.stream import Stream
 from minilm.data.tools.verify import check_tokenizer
-from minilm.model.export import tokenizer_files
+from minilm.model.files import tokenizer_files
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec
 
@@ -124,7 +124,10 @@ def describe(
             tokenizer=tokenizer,
             window=window,
             cache=cache,
-            tokenizer_files={path.name: sha256_of(path) for path in tokenizer_files(Path(tokenizer))},
+            tokenizer_files={
+                path.relative_to(tokenizer).as_posix(): sha256_of(path)
+                for path in tokenizer_files(Path(tokenizer))
+            },
         )
     finally:
         close(opened)

@@ -32,10 +32,12 @@ ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_prestart_worker_first_driver": "0",  # actors, all that we start, get processes of their own
 }
-# and for a cluster of the run's own, whose helpers take processor time from its training
+# and for a cluster of the run's own, whose helpers take processor time from its training and stand in no head's way
 OWN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its one node goes when the driver gets a SIGTERM
     "RAY_memory_monitor_refresh_ms": "1000",  # between two looks at the machine's memory
+    "AUTOSCALER_METRIC_PORT": "0",  # any free one, and the next too: a head on this machine wants the usual ones
+    "DASHBOARD_METRIC_PORT": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "30000",  # of statistics for the dashboard that it has not
 }
 

@@ -37,7 +37,7 @@ def works(recipe: Recipe, seq_len: int | None, device: str = "cpu", precision: s
 
 def planned_stages(recipe: Recipe, seq_len: int) -> list[ResolvedStage]:
     """The stages, resolved. Raises `UserError` where a teacher's config is not here or a stage can't be."""
-    stages, problems = resolve_stages(recipe, config_source)
+    stages, problems = resolve_stages(recipe, config_source, seq_len=seq_len)
     if problems or (problems := check_data(stages, seq_len, None, "")):
         raise RecipeErrors(problems)
     return stages
@@ -112,6 +112,7 @@ def build_stage(resolved: ResolvedStage, configs: dict[str, PreTrainedConfig], d
             dropout=student.dropout,
             seed=0,
             head=objective.needs_head,
+            max_tokens=shape.max_tokens,
         )
         students[student.name] = TappedEncoder(built, student.layers)
         configs[student.name] = built.config

@@ -283,6 +283,11 @@ class Student(_Section):
     """How the weights start: random; teacher-layers: a uniform pick of the teacher's layers, sliced where
     the student is narrower; or a model of this very shape that training goes on from: `models:/NAME@ALIAS`,
     `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
+    positions: Literal["cut", "teacher", "keep"] = "cut"
+    """What becomes of positions behind the rows' length, which nothing trains. cut: the student takes rows of the
+    length that it was trained on; teacher: as many as its teacher, whose vectors it gets (needs the teacher's width);
+    keep: as many, with vectors that stay as they start. Families that rotate have no vectors: teacher and keep are the
+    same."""
 
     @property
     def starts_from(self) -> str | None:
@@ -381,6 +386,8 @@ class Stage(_Section):
             "students"
         ]:  # the digest of a stage has the size that the teacher's family gives
             student["ffn"] = student["ffn"] or 4 * student["hidden"]
+            if student["positions"] == "keep":  # as recipes were recorded before there was anything else
+                del student["positions"]
             student["init"] = self._as_written.get(student["init"], student["init"])
         fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
         return fields

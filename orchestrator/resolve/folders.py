@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilm.model.files import ADAPTER, SUFFIXES, to_safetensors
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.references import (
     FolderRef,
@@ -20,7 +21,7 @@ from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.stage.folder import RunFolder
 from minilm.orchestrator.system.text import one_line
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+HUB_FILES = [f"*{suffix}" for suffix in SUFFIXES]
 
 
 def model_folder(ref: Reference, workdir: RunFolder, recipe: Recipe | None = None) -> Path:
@@ -64,6 +65,11 @@ def folder_here(text: str) -> str | None:
 
 
 def _checked(path: Path) -> Path:
+    if (path / ADAPTER).exists() and not (path / "config.json").exists():
+        raise UserError(
+            f"{path} is an adapter ({ADAPTER}) without its model; merge it into the model that it was trained on "
+            f"(merge_and_unload of peft, then save_pretrained) and give that folder"
+        )
     if not (path / "config.json").exists() and not (path / "tokenizer.json").exists():
         raise UserError(
             f"{path} is not a model folder (no config.json in it); give a transformers folder, a hub id, "
@@ -117,7 +123,11 @@ def download(hub_id: str, teachers: Path) -> Path:
             raise
         problem = f"{type(error).__name__}: {one_line(error)}"
     if not problem and not ((part / "config.json").exists() and any(part.glob("*.safetensors"))):
-        problem = "it has no config.json with a model.safetensors"
+        raise UserError(
+            f"model {hub_id} has no config.json with a model.safetensors; where its weights are a pickle, "
+            f"pytorch_model.bin, bring it down and make a model.safetensors of it: "
+            f"hf download {hub_id} --local-dir DIR && {to_safetensors('DIR')}; then give DIR"
+        )
     if problem:
         raise UserError(
             f"model {hub_id} cannot be downloaded ({problem}); check the id and the network, "

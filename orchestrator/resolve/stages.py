@@ -1,7 +1,8 @@
-"""A recipe's stages with everything they refer to, checked against each other from configs alone: no weight is read.
+"""A recipe's stages with everything they refer to, checked against each other.
 
 `minilm check`, `plan` and `run` all go through `resolve`, or its parts, so that none of them refuses what
 another one takes. They differ in `find`: `run` fetches a teacher that is elsewhere, the others take what is here.
+Shapes come from configs; a teacher that is here is loaded once, to see that its weights are those of its config.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from minilm.data.tokenizer import (
     vocabulary_fingerprint,
 )
 from minilm.model.compatibility import check_teacher, fit_student
+from minilm.model.encoder.initialize import has_table
 from minilm.model.encoder.shape import EncoderShape, load_config, shape_of
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
@@ -56,19 +58,27 @@ class ResolvedStage:
     starts: Mapping[str, str]
 
 
-def resolve(recipe: Recipe, find: Find, *, built: bool = False) -> tuple[list[ResolvedStage], list[str]]:
+def resolve(
+    recipe: Recipe, find: Find, *, built: bool = False, weights: bool = True
+) -> tuple[list[ResolvedStage], list[str]]:
     """The stages, and a line for each reason why a run is refused before any text is tokenized.
 
-    built: the recipe's text has been made into a data set before, and is not looked at.
+    built: the recipe's text has been made into a data set before, and is not looked at. weights: load the teachers that
+    are folders here, too.
     """
-    stages, problems = resolve_stages(recipe, find)
+    known, wrong_data = None, []
+    try:
+        known = known_data(recipe, find)
+    except (UserError, DataError) as error:
+        raise_passing(error)
+        wrong_data = [f"data: {error}"]
+    stages, problems = resolve_stages(recipe, find, seq_len=known and known[0], weights=weights)
     problems += evaluation_problems(recipe)
     try:
-        if known := known_data(recipe, find):
-            problems += check_data(stages, *known)
-        if not built:
+        problems += check_data(stages, *known) if known else wrong_data
+        if not (built or wrong_data):
             check_text(recipe, find)
-    except (UserError, DataError) as error:
+    except (UserError, DataError) as error:  # of a teacher's tokenizer
         raise_passing(error)
         problems.append(f"data: {error}")
     return stages, problems
@@ -80,11 +90,15 @@ def raise_passing(error: Exception) -> None:
         raise error
 
 
-def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], list[str]]:
+def resolve_stages(
+    recipe: Recipe, find: Find, *, seq_len: int | None = None, weights: bool = False
+) -> tuple[list[ResolvedStage], list[str]]:
     """The stages in order, and a line for each reason why a run of them would be refused.
 
     `find` is asked for every teacher that is no earlier student, and for every model that a student goes on from.
+    seq_len: tokens a row, None where that is not known. weights: load what is here of both.
     """
+    loaded: set[tuple[str, bool]] = set()
     resolved: list[ResolvedStage] = []
     problems: list[str] = []
     shapes: dict[str, EncoderShape | None] = {}
@@ -116,16 +130,47 @@ def resolve_stages(recipe: Recipe, find: Find) -> tuple[list[ResolvedStage], lis
                         layer=stage.teacher_layer,
                         init="random" if student.starts_from else student.init,
                         start=start_shapes.get(student.name),
+                        positions=student.positions,
+                        seq_len=seq_len,
                     )
                     for student in stage.students
                     if student.starts_from is None or student.name in starts
                 }
+            head = objective.needs_head
+            for folder in dict.fromkeys((source, *starts.values())) if weights else ():
+                if folder and (folder, head) not in loaded:
+                    load_weights(folder, head=head)
+                    loaded.add((folder, head))
         except (UserError, ModelError) as error:
             raise_passing(error)
             problems.append(f"stage {stage.name}: {error}")
         resolved.append(ResolvedStage(stage, source, teacher, students, starts))
         shapes |= {student.name: students.get(student.name) for student in stage.students}
     return resolved, problems
+
+
+def load_weights(source: str, *, head: bool) -> None:
+    """Load a model's weights and let go of them. ModelError where they are not those of its config."""
+    if Path(source).is_dir():
+        from minilm.model.encoder.build import load_encoder  # modelling code, which takes seconds to import
+
+        load_encoder(source, head=head)
+
+
+def position_notes(stages: list[ResolvedStage], seq_len: int) -> list[str]:
+    """A line for each student some of whose positions stay as they start, at random."""
+    return [
+        f"stage {resolved.stage.name}: student {student.name!r} keeps positions {seq_len + 1} to {shape.max_tokens} as "
+        f"they start, at random, because rows have {seq_len} tokens: longer rows will not be what it learned; "
+        f"positions: cut (the default) leaves them out"
+        for resolved in stages
+        for student in resolved.stage.students
+        if (shape := resolved.students.get(student.name))
+        and student.positions == "keep"
+        and student.init == "random"
+        and has_table(shape)
+        and shape.max_tokens > seq_len
+    ]
 
 
 def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None, str] | None:
@@ -235,9 +280,16 @@ def check_data(
         if tokenizer is None:
             continue
         if tokenizer.vocab_size > shape.vocab_size:
+            added = tokens_added(folder, shape.vocab_size)
             problems.append(
                 f"{where}: the data's vocabulary has {tokenizer.vocab_size} tokens, the teacher knows "
-                f"{shape.vocab_size}; make the data with the teacher's tokenizer (data.tokenizer: {resolved.source})"
+                f"{shape.vocab_size}; "
+                + (
+                    f"tokens were added to the tokenizer in {folder} ({added}) and the model was not resized: give the "
+                    f"tokenizer without them, or resize the teacher (resize_token_embeddings), train it, and save both"
+                    if added
+                    else f"make the data with the teacher's tokenizer (data.tokenizer: {resolved.source})"
+                )
             )
         elif difference := _difference(tokenizer, folder, resolved.source):
             problems.append(
@@ -251,6 +303,18 @@ def check_data(
                 f"mask token; choose an objective of relations, such as minilm"
             )
     return problems
+
+
+def tokens_added(folder: str, vocab_size: int) -> str:
+    """The first tokens that a tokenizer has beyond `vocab_size`, if all of these were added to it; else ""."""
+    if not Path(folder).is_dir():
+        return ""
+    loaded = load_tokenizer(folder)
+    added = {number: token for token, number in loaded.get_added_vocab().items()}
+    beyond = sorted(number for number in loaded.get_vocab().values() if number >= vocab_size)
+    if not set(beyond) <= set(added):
+        return ""
+    return ", ".join(repr(added[number]) for number in beyond[:3]) + (", …" if len(beyond) > 3 else "")
 
 
 def _difference(tokenizer: TokenizerInfo, folder: str, teacher: str) -> str:

@@ -22,7 +22,7 @@ class StudentSpec:
     """Size and initialisation of one student.
 
     start: folder of the model that it goes on from, "" without one; start_digest: of its weights; init: then the
-    reference in the recipe.
+    reference in the recipe. positions: what becomes of those behind the rows' length.
     """
 
     name: str
@@ -34,6 +34,7 @@ class StudentSpec:
     init: str
     start: str = ""
     start_digest: str = ""
+    positions: str = "cut"
 
 
 @dataclass(frozen=True)

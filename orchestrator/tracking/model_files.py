@@ -11,9 +11,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from minilm.model.files import SUFFIXES
 from minilm.orchestrator.errors import UserError
-
-ALLOWED_SUFFIXES = (".json", ".txt", ".safetensors", ".md", ".model")  # .model: sentencepiece
 
 
 def folder_digest(folder: Path) -> str:
@@ -45,7 +44,7 @@ def refuse_pickles(files: Iterable[str], where: str) -> None:
     for file in files:
         if not is_safe(file):
             raise UserError(
-                f"{where} holds {file}: only {', '.join(ALLOWED_SUFFIXES)} files are taken "
+                f"{where} holds {file}: only {', '.join(SUFFIXES)} files are taken "
                 "(never a pickle); save the weights as safetensors and leave other files out"
             )
 
@@ -58,4 +57,4 @@ def refuse_outside(files: Iterable[str], where: str) -> None:
 
 
 def is_safe(file: str) -> bool:
-    return PurePosixPath(file).suffix in ALLOWED_SUFFIXES
+    return PurePosixPath(file).suffix in SUFFIXES

@@ -45,8 +45,9 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
                 dropout=student.dropout,
                 seed=seed,
                 head=head,
+                max_tokens=spec.data.seq_len if student.positions == "cut" else None,
             )
-            initialize(model, teacher.model, student.init)
+            initialize(model, teacher.model, student.init, student.positions)
         students[student.name] = TappedEncoder(model, student.layers).to(device)
     distiller = Distiller(teacher, students, objective)
     distiller.train()

@@ -42,9 +42,11 @@ def check_recipes(options: argparse.Namespace) -> int:
     problems: list[str] = []
     for path in options.recipes:
         recipe, wrong, notes = None, [], []
+        warnings: list[str] = []
         try:
             recipe = load_recipe(path, options.set)
-            wrong = [f"{path}: {problem}" for problem in problems_here(recipe)]
+            problems_here, warnings = findings_here(recipe)
+            wrong = [f"{path}: {problem}" for problem in problems_here]
         except RecipeErrors as error:
             wrong = list(error.problems)
         if recipe and not wrong:
@@ -52,10 +54,12 @@ def check_recipes(options: argparse.Namespace) -> int:
             wrong = [f"{path}: not here: {note}" for note in notes] if options.strict else []
         problems += wrong
         if options.json:
-            print(as_json(path, recipe, wrong, notes))
+            print(as_json(path, recipe, wrong, warnings, notes))
         elif recipe and not wrong:
             stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
             print(f"{path}: sound; stages: {stages}")
+            for warning in warnings:
+                print(f"{path}: note: {warning}")
             for note in notes:
                 print(f"{path}: not here: {note}")
     if problems:
@@ -63,14 +67,16 @@ def check_recipes(options: argparse.Namespace) -> int:
     return 0
 
 
-def as_json(path: Path, recipe: Recipe | None, problems: list[str], not_here: list[str]) -> str:
+def as_json(
+    path: Path, recipe: Recipe | None, problems: list[str], warnings: list[str], not_here: list[str]
+) -> str:
     stages = [{"name": stage.name, "steps": stage.steps} for stage in recipe.stages] if recipe else []
     values = {"recipe": str(path), "sound": not problems, "problems": problems, "not_here": not_here}
-    return json.dumps(values | {"stages": stages}, ensure_ascii=False)
+    return json.dumps(values | {"warnings": warnings, "stages": stages}, ensure_ascii=False)
 
 
-def problems_here(recipe: Recipe) -> list[str]:
-    """Whatever a run would refuse that can be told from what is on this machine: configs, tokenizers, manifests."""
+def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Whatever a run would refuse, and warn of, that can be told from what is on this machine."""
     from minilm.orchestrator.resolve.evaluation import evaluation_problems
     from minilm.orchestrator.resolve.folders import folder_here
 
@@ -81,10 +87,14 @@ def problems_here(recipe: Recipe) -> list[str]:
     with suppress(UserError):  # a folder without a model: `resolve` says so
         here = any(Path(path).exists() for path in data_sets) or any(map(folder_here, references))
         if not here and recipe.data.source == "text":
-            return evaluation_problems(recipe)  # nothing else to look at, and torch takes seconds to import
-    from minilm.orchestrator.resolve.stages import resolve
+            return evaluation_problems(
+                recipe
+            ), []  # nothing else to look at, and torch takes seconds to import
+    from minilm.orchestrator.resolve.stages import known_data, position_notes, resolve
 
-    return resolve(recipe, folder_here)[1]
+    stages, problems = resolve(recipe, folder_here)
+    known = None if problems else known_data(recipe, folder_here)
+    return problems, position_notes(stages, known[0]) if known else []
 
 
 def lacking(recipe: Recipe) -> list[str]:

@@ -1,6 +1,16 @@
-"""Exceptions that end a worker because of another worker or of the cluster."""
+"""Exceptions that end a worker because of another worker, of the cluster, or of numbers that are not finite."""
 
 from __future__ import annotations
+
+from minilm.orchestrator.errors import UserError
+
+
+class NotFinite(UserError):
+    """A loss or gradient of step `step` (from 0) is not finite, and the run may not go on."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class PeerFailed(Exception):

@@ -5,12 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from minilm.model.distiller import Distiller
+from minilm.model.encoder.initialize import copy_positions, has_table
+from minilm.model.encoder.shape import shape_of
 from minilm.model.export import export_student, model_card, weights_digest
 from minilm.orchestrator.feed.corpora import check_exported_tokenizer
 from minilm.orchestrator.stage.folder import StageFolder
-from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
 from minilm.orchestrator.system.files import write_json
+
+
+def longest_row(model: PreTrainedModel, student: StudentSpec, seq_len: int) -> str:
+    """How long rows may be, and how long they were in training, for the card."""
+    shape = shape_of(model.config)
+    if shape.max_tokens <= seq_len:
+        return f"{shape.max_tokens} tokens, as in training"
+    if not has_table(shape):
+        return f"{shape.max_tokens} tokens; trained on rows of {seq_len}"
+    if student.start:
+        rest = "were not trained in this run"
+    elif student.positions == "teacher":
+        rest = "are the teacher's, not trained here"
+    elif student.init != "random":
+        rest = "started as the teacher's and were not trained"
+    else:
+        rest = "hold random numbers, so do not use them"
+    return f"{shape.max_tokens} tokens; trained on rows of {seq_len}: positions behind these {rest}"
 
 
 def finish_stage(
@@ -30,6 +52,8 @@ def finish_stage(
         progress(number, len(spec.students))
         encoder = distiller.students[student.name]
         folder = stage.student(student.name)
+        if student.positions == "teacher" and not student.start:
+            copy_positions(encoder.model, distiller.teacher.model, first=spec.data.seq_len)
         start = (
             {"Started from": f"{student.init} (weights {student.start_digest[:12]})"} if student.start else {}
         )
@@ -44,6 +68,7 @@ def finish_stage(
                 "Objective": spec.objective["name"],
                 "Steps": f"{spec.steps:,} of {spec.batch} rows x {spec.data.seq_len} tokens",
                 "Peak learning rate": f"{spec.learning_rate.peak_lr:g}",
+                "Longest row": longest_row(encoder.model, student, spec.data.seq_len),
             },
         )
         export_student(encoder.model, Path(spec.data.tokenizer), folder, card)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from minilm.data.stream import Stream
+from minilm.model.distiller import Distiller
 from minilm.orchestrator.errors import NoProgress, UserError
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.write_errors import writing
 from minilm.orchestrator.worker.crash_loop import MAX_FAILURES
+from minilm.orchestrator.worker.errors import NotFinite
 
 NAMED_ROWS = 8
 
@@ -25,7 +29,7 @@ def name_rows(stream: Stream, step: int, record: Path) -> str:
 
 
 def check_finite(spec: StageSpec, stream: Stream, student: str, skipped: list[int]) -> None:
-    """Raises `UserError` if a student has stopped, or skipped more updates than compute.max_skipped_steps.
+    """Raises `NotFinite` if a student has stopped, or skipped more updates than compute.max_skipped_steps.
 
     skipped: `StudentState.skipped`, read from the device by the caller.
     """
@@ -35,11 +39,44 @@ def check_finite(spec: StageSpec, stream: Stream, student: str, skipped: list[in
     what = f"stage {spec.stage}: the loss or gradient of student {student} is not finite at step {step}"
     if not stopped:
         what += f", and {count} updates were skipped (compute.max_skipped_steps is {spec.runtime.max_skipped_steps})"
-    raise UserError(
+    raise NotFinite(
         f"{what}, of {name_rows(stream, step, StageFolder(Path(spec.folder)).failed_step)}; no weight has moved by it; "
         f"lower peak_lr (now {spec.learning_rate.peak_lr}) or set max_gradient_norm; where only these rows are at "
-        f"fault, compute.on_nonfinite=skip leaves such updates out; the same command goes on from the last checkpoint"
+        f"fault, compute.on_nonfinite=skip leaves such updates out; the same command goes on from the last checkpoint",
+        step,
     )
+
+
+@torch.no_grad()
+def check_teacher_output(
+    spec: StageSpec,
+    distiller: Distiller,
+    stream: Stream,
+    step: int,
+    *,
+    autocast: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Raises `UserError` if the teacher's own output for a row of step `step` (from 0) is not finite: then no learning
+    rate is to blame. Computes the teacher's side of the step once more."""
+    for index in range(stream.num_micro_batches):
+        batch = stream.micro_batch(step, index)
+        ids, mask = batch.input_ids.to(device), None if batch.mask is None else batch.mask.to(device)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            taps = distiller.teacher_forward(ids, mask).taps
+        for tensor in taps.tensors(distiller.objective.fields):
+            finite = tensor.isfinite().flatten(1).all(1)
+            if not finite.all():
+                row = stream.row_ids(step, index)[int((~finite).nonzero()[0])]
+                raise UserError(
+                    f"stage {spec.stage}: the output of the teacher {spec.teacher_name} is not finite, first in row "
+                    f"{row} of step {step}; no learning rate mends that: give another teacher"
+                    + (
+                        ""
+                        if autocast is None
+                        else ", or compute.precision=float32 if its numbers are too large"
+                    )
+                )
 
 
 def no_progress(spec: StageSpec, stream: Stream, step: int) -> NoProgress:

@@ -29,9 +29,10 @@ from minilm.orchestrator.train.distributed import World, join_world
 from minilm.orchestrator.train.numerics import AUTOCAST
 from minilm.orchestrator.train.step import StepOutcome, train_step
 from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, forget_start_failures
-from minilm.orchestrator.worker.errors import Evicted, PeerFailed
+from minilm.orchestrator.worker.errors import Evicted, NotFinite, PeerFailed
 from minilm.orchestrator.worker.evaluate import HeldOutPass, evaluate
 from minilm.orchestrator.worker.export import finish_stage
+from minilm.orchestrator.worker.failures import check_teacher_output
 from minilm.orchestrator.worker.metric_logger import MetricLogger
 from minilm.orchestrator.worker.resume import resume
 from minilm.orchestrator.worker.save_policy import SavePolicy, is_kept
@@ -140,9 +141,12 @@ class StageRun:
             forget_start_failures(self.folder.root, self.world.rank)
         try:
             done, flags = self.train(first, on_step)
+            self.wait_for_save(done)
+        except NotFinite as error:
+            self.check_teacher_output(error.step)
+            raise
         finally:
             self.row_loader.stop()
-        self.wait_for_save(done)
         is_done = done == self.spec.steps
         if flags.eviction_announced and not flags.stop_requested and not is_done:
             raise Evicted(f"step {done} is saved, because these workers are about to be replaced")
@@ -272,6 +276,17 @@ class StageRun:
         self.expect_long("saving", done)
         if self.save_policy:
             self.save_policy.saver.wait()
+
+    def check_teacher_output(self, step: int) -> None:
+        """Raises `UserError` if it is the teacher whose numbers are not finite."""
+        check_teacher_output(
+            self.spec,
+            self.distiller,
+            self.row_loader.stream,
+            step,
+            autocast=AUTOCAST[self.precision],
+            device=self.world.device,
+        )
 
     def export(self) -> None:
         """On rank 0, export the students and record that the stage is done."""
