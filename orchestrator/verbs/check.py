@@ -77,6 +77,7 @@ def as_json(
 
 def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
     """Whatever a run would refuse, and warn of, that can be told from what is on this machine."""
+    from minilm.orchestrator.resolve.evaluation import evaluation_problems
     from minilm.orchestrator.resolve.folders import folder_here
 
     references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
@@ -86,7 +87,9 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
     with suppress(UserError):  # a folder without a model: `resolve` says so
         here = any(Path(path).exists() for path in data_sets) or any(map(folder_here, references))
         if not here and recipe.data.source == "text":
-            return [], []  # nothing to look at, and torch takes seconds to import
+            return evaluation_problems(
+                recipe
+            ), []  # nothing else to look at, and torch takes seconds to import
     from minilm.orchestrator.resolve.stages import known_data, position_notes, resolve
 
     stages, problems = resolve(recipe, folder_here)
