@@ -76,12 +76,18 @@ def weights_digest(source: Path | Mapping[str, Tensor]) -> str:
 
 
 def model_card(
-    name: str, model: "PreTrainedModel", *, trained: Iterable[str], teacher: str, facts: Mapping[str, str]
+    name: str,
+    model: "PreTrainedModel",
+    *,
+    trained: Iterable[str],
+    teacher: str,
+    facts: Mapping[str, str],
+    teacher_card: Path | None = None,
 ) -> str:
-    """The README.md of an export (Markdown): what it is, how to load it, what distillation did not train.
+    """The README.md of an export (Markdown): what it is good for, how to load it, what distillation did not train.
 
     trained: names of the trained parameters (`TappedEncoder.trained_parameters`); facts: further rows of the
-    table.
+    table; teacher_card: the teacher's README.md, from which licence and language are taken, never guessed.
     """
     trained = set(trained)
     untrained = [key for key, _ in model.named_parameters() if key not in trained]
@@ -95,11 +101,18 @@ def model_card(
     }
     table = "\n".join(f"| {key} | {' '.join(str(value).split())} |" for key, value in rows.items())
     listed = "\n".join(f"- `{key}`" for key in untrained) or "- none"
+    use = (
+        "**Fine-tune it before use.** The last layer's weights after its queries, keys and values were not trained: its"
+        " pooled vectors mean nothing until a task trains them."
+        if untrained
+        else "All of its weights were trained."
+    )
     return f"""---
-library_name: transformers
-tags: [minilm, distillation]
+{_metadata(teacher_card)}
 ---
 # {name}
+
+{use}
 
 An encoder distilled from its teacher by the objective below (MiniLM, arXiv 2002.10957).
 
@@ -176,3 +189,19 @@ def _load(folder: Path) -> dict[str, Tensor]:
     if not files:
         raise ModelError(f"{folder} holds no safetensors weights; give a folder written by export_student")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _metadata(teacher_card: Path | None) -> str:
+    """YAML for the hub: the library, and what the teacher's card says of licence and language."""
+    from huggingface_hub import ModelCard, ModelCardData  # a second to import
+
+    known = {}
+    if teacher_card is not None and teacher_card.is_file():
+        try:
+            found = ModelCard.load(teacher_card, ignore_metadata_errors=True).data
+            names = ("license", "license_name", "license_link", "language")
+            known = {key: value for key in names if (value := getattr(found, key, None)) is not None}
+        except Exception:  # a file that is no card, or whose head is no YAML: nothing is known then
+            known = {}
+    data = ModelCardData(library_name="transformers", tags=["minilm", "distillation"], **known)
+    return str(data.to_yaml()).strip()

@@ -113,7 +113,16 @@ def test_champion_moves_by_numbers_and_challenger_always(tmp_path, capsys):
     assert [line["holds"] for line in json.loads(version.tags["minilm.gate"])] == [False]
 
     record(folders[2], results, "cola", [0.60, 0.60])
-    share = ["--min-share-of-teacher", "0.97", "--teacher", str(folders[0]), "--tasks", "cola"]
+    share = [
+        "--max-drop",
+        "0",
+        "--min-share-of-teacher",
+        "0.97",
+        "--teacher",
+        str(folders[0]),
+        "--tasks",
+        "cola",
+    ]
     code, text, aliases = promote(3, *share)
     assert code == 0 and aliases["champion"] == aliases["challenger"] == 3
     assert "0.6000 is 117.7% of the teacher's 0.5100, at least 97.0%" in text

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minilm.model.encoder import tile_size
-from minilm.model.encoder.attention import _Keep, attend, dropout_attention
+from minilm.model.encoder.attention import _Dropout, attend, dropout_attention
 
 
 def parts(tokens=11, dtype=torch.float64):
@@ -28,8 +28,8 @@ def masks(tokens=11):
 
 def decisions(seed, rate, shape):
     """The dropout factor of every score, drawn as the tiles draw it: one tile here."""
-    keep = _Keep(rate, seed)
-    return keep(torch.Size(shape)).double() / keep.rate
+    dropout = _Dropout(rate, seed, torch.float64)
+    return dropout.decisions(torch.Size(shape)) / dropout.rate
 
 
 @pytest.mark.parametrize("mask", ["none", "keys", "added"])
@@ -52,6 +52,46 @@ def test_equals_whole_maps_with_the_same_decisions(mask):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("tile", [20, 1 << 19])
+@pytest.mark.parametrize("mask", ["none", "keys", "added"])
+def test_bfloat16_differs_from_exact_whole_maps_by_its_rounding_only(monkeypatch, mask, tile):
+    monkeypatch.setitem(tile_size.TILE, "cpu", tile)
+    seen = masks(64)[mask]
+    exact = [part.detach().bfloat16().double().requires_grad_() for part in parts(64)]
+    rough = [part.detach().bfloat16().requires_grad_() for part in exact]
+    upstream = torch.randn(2, 3, 64, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    results = []
+    for given in (exact, rough):
+        torch.manual_seed(4)
+        output = dropout_attention(*given, seen, 0.3)
+        results.append((output, *torch.autograd.grad(output, given, upstream.to(output.dtype))))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        assert ours.dtype == torch.bfloat16
+        error = (ours.double() - expected).norm() / expected.norm()
+        assert error < 2**-6, error  # other decisions, or a lost mask, give 0.3 and more
+
+
+def test_gradients_of_many_bfloat16_tiles_add_up_in_float32(monkeypatch):
+    monkeypatch.setitem(tile_size.TILE, "cpu", 1)  # a tile a query: 512 of them add to each key
+    q, k, v = (torch.ones(1, 1, 512, 4, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    torch.manual_seed(0)
+    output = dropout_attention(q, k, v, None, 1e-9)  # rounds to nothing dropped
+    (gradient,) = torch.autograd.grad(output, v, torch.ones_like(output))
+    assert torch.equal(
+        gradient, torch.ones_like(gradient)
+    )  # 512 summands of 1/512; in bfloat16 they stop short
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decisions_do_not_depend_on_the_dtype(dtype):
+    shape = torch.Size((3, 5, 7))
+    exact = _Dropout(0.4, 9, torch.float64)
+    other = _Dropout(0.4, 9, dtype)
+    for _ in range(2):
+        dropped = other.apply_(torch.ones(shape, dtype=dtype), other.decisions(shape))
+        assert torch.equal(dropped.double(), exact.decisions(shape))
+
+
 @pytest.mark.parametrize("tile", [1, 20, 200])
 def test_gradcheck_for_every_tile(monkeypatch, tile):
     monkeypatch.setitem(tile_size.TILE, "cpu", tile)
@@ -64,11 +104,11 @@ def test_gradcheck_for_every_tile(monkeypatch, tile):
 
 
 def test_the_share_that_is_kept_is_right_at_every_place():
-    kept = _Keep(0.1, 3)(torch.Size((4_000_000,)))
+    kept = _Dropout(0.1, 3, torch.float64).decisions(torch.Size((4_000_000,)))
     for place in range(4):  # four decisions come from one 64-bit draw
-        share = kept[place::4].double().mean().item()
+        share = kept[place::4].mean().item()
         assert share == pytest.approx(0.9, abs=4 * (0.09 / 1_000_000) ** 0.5)
-    neighbours = (kept[0::4] & kept[1::4]).double().mean().item()
+    neighbours = (kept[0::4] * kept[1::4]).mean().item()
     assert neighbours == pytest.approx(0.81, abs=0.002)
 
 

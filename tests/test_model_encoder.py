@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
@@ -293,6 +293,34 @@ def test_the_forward_leaves_nothing_behind():
     with pytest.raises(IndexError):
         encoder(input_ids + VOCAB, mask)
     assert encoder.model(input_ids).last_hidden_state.shape == (3, 9, HIDDEN)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_linear_weights_kept_in_bfloat16_change_no_bit_under_autocast(architecture):
+    encoder = TappedEncoder(tiny_model(architecture), LAYERS).requires_grad_(False)
+    input_ids, mask = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = encoder(input_ids, mask)
+        encoder.keep_linear_weights_in(torch.bfloat16)
+        after = encoder(input_ids, mask)
+    for name in ("q", "k", "v"):
+        assert torch.equal(getattr(after, name), getattr(before, name))
+    linear = [module for module in encoder.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert linear and all(module.weight.dtype == torch.bfloat16 for module in linear)
+
+
+def test_a_head_that_shares_the_embeddings_weight_keeps_it():
+    model = AutoModelForMaskedLM.from_config(tiny_config()).eval()
+    encoder = TappedEncoder(model, LAYERS).requires_grad_(False)
+    encoder.watch(fields=("logits",))
+    input_ids, mask = batch()
+    positions = torch.zeros(3, 2, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = encoder(input_ids, mask, positions).logits
+        encoder.keep_linear_weights_in(torch.bfloat16)
+        assert torch.equal(encoder(input_ids, mask, positions).logits, before)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert model.bert.embeddings.word_embeddings.weight.dtype == torch.float32
 
 
 def test_threads_do_not_see_each_other():

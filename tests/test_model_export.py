@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -127,6 +128,23 @@ def test_what_a_killed_export_left_is_removed_and_what_another_writes_is_not(tmp
     export_student(student(), tokenizer_folder, parent / "out", "# card\n")
     os.close(living)
     assert sorted(path.name for path in parent.iterdir()) == [".other.killed.tmp", ".out.living.tmp", "out"]
+
+
+@pytest.mark.parametrize(
+    ("teachers", "license"),
+    [
+        ("---\nlicense: apache-2.0\nlanguage: en\n---\n# t\n", "apache-2.0"),
+        ("# t\n", None),
+        ("---\na: [\n---\n", None),
+    ],
+)
+def test_the_card_says_its_use_first_and_takes_the_licence_from_the_teachers(tmp_path, teachers, license):
+    (tmp_path / "README.md").write_text(teachers)
+    encoder = TappedEncoder(student(), 2)
+    given = {"trained": encoder.trained_parameters(), "teacher": "t", "facts": {}}
+    card = ModelCard(model_card("s", encoder.model, **given, teacher_card=tmp_path / "README.md"))
+    assert (card.data.license, card.data.library_name) == (license, "transformers")
+    assert card.text.strip().splitlines()[2].startswith("**Fine-tune it before use.**")
 
 
 def test_the_card_says_what_was_not_trained():

@@ -493,7 +493,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         "recipe.yaml:15: stages.1.student.heads: given 12; allowed: heads that divide hidden "
         "(25 / 12 is not whole); hidden: 24 would do if the teacher has 12 heads; if not, leave heads out",
         "recipe.yaml:20: workers: unknown key; it belongs under compute; allowed: name, seed, data, "
-        "compute, stages, tracking, extends, vars",
+        "compute, stages, evaluation, tracking, extends, vars",
         "--set: compute.device: given 'gpu'; allowed: 'auto', 'cpu' or 'cuda'",
     ]
 
@@ -666,6 +666,7 @@ def numbers() -> list[tuple[str, str]]:
     """Every key of the types that holds a number, as `--set` takes it, and one of another kind."""
     places = {"Corpus": "data.0", "Data": "data", "Compute": "compute", "Tracking": "tracking", "Recipe": ""}
     places |= {"Stage": "stages.0", "Student": "stages.0.student", "RelationTerm": "stages.0.relations.0"}
+    places["Evaluation"] = "evaluation"
     found = []
     for kind in {Recipe, *SECTIONS.values()}:
         for key, field in kind.model_fields.items():
@@ -680,6 +681,8 @@ def test_a_number_out_of_bounds_is_told_both_bounds(tmp_path: Path, path: str, k
     text = MIXED if kind == "Corpus" else BASE
     if kind == "RelationTerm":
         text = BASE.replace("    batch: 64", "    relations: [{name: a, x: q, y: k}]\n    batch: 64")
+    if kind == "Evaluation":
+        text = BASE + "evaluation: {tasks: [cola], data: tasks}\n"
     for value in ("-1", "1e300", "1e999", "9" * 50, "x", "true", "[1]"):
         (told,) = [line for line in problems(tmp_path, text, f"{path}={value}") if line.startswith("--set: ")]
         assert re.search(

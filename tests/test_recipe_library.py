@@ -129,6 +129,7 @@ vars: {A: 1, B: text}
 x-shared: &shared {batch: 8}
 stages: [{<<: *shared, name: a, assistant: auto, steps: "${STEPS:-7}", student: {layers: 2}}]
 compute: {workers: [1, 2], device: "${DEVICE}"}
+evaluation: {controls: false}
 """
 
 

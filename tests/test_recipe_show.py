@@ -44,6 +44,7 @@ FORMS = {
     + BASE.replace("corpus.txt", "${B}.txt").replace(
         "batch: 64", "batch: ${A}\n    micro_batch: '${NO_SUCH:-8}'"
     ),
+    "evaluation": BASE + "evaluation: {tasks: [cola, stsb-embed], data: ./glue, train_rows: 9}\n",
     "extends": "extends: sub/base.yaml\nname: other\nstages: [{name: student, steps: 7, warmup_steps: 1}]\n",
 }
 

@@ -2,8 +2,11 @@
 
 PyTorch's fast CPU attention has no dropout. Asked for it, PyTorch falls back to whole maps and draws one random number
 at a time, which doubles the time of a 6 x 384 student's forward and backward and triples its memory. Here the
-backward draws the same numbers again instead of keeping them. In all other cases (GPU, no dropout, bfloat16, a learned
-bias) PyTorch's own attention runs.
+backward computes the tiles and draws the numbers again instead of keeping them. In all other cases (GPU, no dropout, a
+learned bias) PyTorch's own attention runs.
+
+In bfloat16, products, probabilities and gradients of scores are bfloat16, as PyTorch's own are under autocast; sums
+within a product or a softmax, and over tiles, are float32.
 
 The dropout rate is rounded to a multiple of 1/65536. Invariants: the numbers drawn depend on one draw from PyTorch's
 global CPU generator alone; no whole map is ever in memory.
@@ -11,12 +14,15 @@ global CPU generator alone; no whole map is ever in memory.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from minilm.model.encoder.tile_size import PADDED, TILE, tiles
+
+_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def attend(
@@ -31,8 +37,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [batch, heads, tokens, size] -> [batch, tokens, heads, size]."""
     learned = attention_mask is not None and attention_mask.requires_grad
-    plain = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
-    plain = plain and query.dtype == key.dtype == value.dtype  # under autocast rotation gives float32 q and k
+    if torch.is_autocast_enabled(query.device.type):  # rotation gives float32 q and k
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    plain = query.device.type == "cpu" and query.dtype in _DTYPES
     if not dropout or not plain or learned or query.shape[-2] != key.shape[-2]:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -64,64 +71,74 @@ class _DropoutAttention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         if mask is not None:
-            mask = mask[(None,) * (4 - mask.dim())].expand(*q.shape[:3], k.shape[2])
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, PADDED)
+            mask = mask.to(q.dtype)[(None,) * (4 - mask.dim())].expand(*q.shape[:3], k.shape[2])
         ctx.dropout, ctx.seed = dropout, seed
-        log_sums = torch.empty(q.shape[:3], dtype=q.dtype)
         output = torch.empty_like(q)
-        keep = _Keep(dropout, seed)
-        for tile in tiles(q.shape, TILE["cpu"]):
-            b, h, _ = tile
-            p = _scores(q, k, mask, tile)
-            top = p.amax(dim=-1, keepdim=True)
-            sums = p.sub_(top).exp_().sum(dim=-1, keepdim=True)
-            p.mul_(keep(p.shape)).div_(sums.mul(keep.rate))
-            torch.matmul(p, v[b, h], out=output[tile])
-            log_sums[tile] = sums.log_().add_(top).squeeze(-1)
-        ctx.save_for_backward(q, k, v, mask, output, log_sums)
-        return output
+        drop = _Dropout(dropout, seed, q.dtype)
+        for tile in tiles(q.shape, TILE["cpu"] * 4 // q.element_size()):
+            p = _probabilities(q, k, mask, tile)
+            torch.matmul(drop.apply_(p, drop.decisions(p.shape)), v[tile[:2]], out=output[tile])
+        ctx.save_for_backward(q, k, v, mask)
+        return output.div_(drop.rate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, output, log_sums = ctx.saved_tensors
-        upstream = upstream.contiguous()
-        along = (upstream * output).sum(dim=-1, keepdim=True)  # Σ_j p(j) ∂p(j) of every row
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        keep = _Keep(ctx.dropout, ctx.seed)
-        for tile in tiles(q.shape, TILE["cpu"]):
-            b, h, _ = tile
-            p = _scores(q, k, mask, tile).sub_(log_sums[tile][..., None]).exp_()
-            kept = keep(p.shape)
-            scores = (upstream[tile] @ v[b, h].transpose(-1, -2)).mul_(kept).div_(keep.rate)
-            scores.sub_(along[tile]).mul_(p)
-            torch.matmul(scores, k[b, h], out=grad_q[tile])
-            grad_k[b, h] += scores.transpose(-1, -2) @ q[tile]
-            grad_v[b, h] += p.mul_(kept).div_(keep.rate).transpose(-1, -2) @ upstream[tile]
-        return grad_q, grad_k, grad_v, None, None, None
+        q, k, v, mask = ctx.saved_tensors
+        drop = _Dropout(ctx.dropout, ctx.seed, q.dtype)
+        upstream = upstream / drop.rate
+        wide = torch.promote_types(q.dtype, torch.float32)  # tiles of one head add up in it
+        grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
+        for tile in tiles(q.shape, TILE["cpu"] * 4 // q.element_size()):
+            heads = tile[:2]
+            p = _probabilities(q, k, mask, tile)
+            kept = drop.decisions(p.shape)
+            grad_p = drop.apply_(upstream[tile] @ v[heads].transpose(-1, -2), kept)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            torch.matmul(grad_scores, k[heads], out=grad_q[tile])
+            grad_k[heads] += grad_scores.transpose(-1, -2) @ q[tile]
+            grad_v[heads] += drop.apply_(p, kept).transpose(-1, -2) @ upstream[tile]
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
-class _Keep:
-    """The same stream of keep-or-drop decisions from one seed; `rate` is the fraction that is kept."""
+class _Dropout:
+    """The same stream of keep-or-drop decisions from one seed; `rate` is the fraction that is kept.
 
-    def __init__(self, dropout: float, seed: int) -> None:
+    16 random bits a decision: four decisions from one draw.
+    """
+
+    def __init__(self, dropout: float, seed: int, dtype: torch.dtype) -> None:
         self._threshold = round(dropout * 65536)
+        self._dtype = dtype
+        self._bits = np.random.SFC64(seed)  # three times as fast as torch's generator
         self.rate = 1 - self._threshold / 65536
-        self._generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, shape: torch.Size) -> Tensor:
-        """bool of this shape: True with probability `rate`. 16 random bits a decision: four from one draw."""
+    def decisions(self, shape: torch.Size) -> Tensor | None:
+        """For `apply_`; None where nothing is dropped. Whole-number arithmetic: comparing and masking by booleans
+        takes several times as long."""
+        if not self._threshold:
+            return None
         count = shape.numel()
-        bits = torch.empty(-(-count // 4), dtype=torch.int64)
-        bits.random_(
-            -(1 << 63), None, generator=self._generator
-        )  # without a range the highest bit is never set
-        decisions = bits.view(torch.int16)[:count] >= self._threshold - 32768
-        return decisions.view(shape)
+        bits = self._bits.random_raw(-(-count // 4)).view(np.int16)
+        kept = torch.from_numpy(bits)[:count].view(shape)
+        least = self._threshold - 32768  # the least of 16 signed bits that keeps
+        kept.clamp_(least - 1, least).sub_(least - 1)
+        return kept.neg_() if self._dtype == torch.bfloat16 else kept.to(self._dtype)
+
+    def apply_(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """`x` with zeros where `kept` (from `decisions`) says drop, in place."""
+        if kept is None:
+            return x
+        if kept.dtype == torch.int16:  # all bits, or none
+            x.view(torch.int16).bitwise_and_(kept)
+            return x
+        return x.mul_(kept)
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, tile: tuple[slice, slice, slice]) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, tile: tuple[slice, slice, slice]) -> Tensor:
     scores = q[tile] @ k[tile[:2]].transpose(-1, -2)
-    if mask is None:
-        return scores
-    part = mask[tile]
-    return scores.masked_fill_(~part, PADDED) if part.dtype == torch.bool else scores.add_(part)
+    if mask is not None:
+        scores += mask[tile]
+    return scores.softmax(dim=-1)

@@ -102,6 +102,19 @@ class TappedEncoder(nn.Module):
         for block in self.blocks()[:-1]:
             block.compile(backend=backend)
 
+    def keep_linear_weights_in(self, dtype: torch.dtype) -> None:
+        """For a frozen encoder that runs under autocast to `dtype`: keep the weights of linear layers as autocast
+        makes them.
+
+        Every number stays the same, bit for bit; the cast of each forward and half of the memory go. Weights that a
+        layer shares with the embeddings, which autocast leaves alone, are not touched.
+        """
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        shared = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
+        for module in linear:
+            if id(module.weight) not in shared:
+                module.to(dtype)
+
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Taps:
         """input_ids int64 [batch, tokens]; mask bool [batch, tokens], True where a token is valid, None: all.
 

@@ -30,6 +30,7 @@ from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.launch.liveness import Heartbeats
 from minilm.orchestrator.recipe.references import parse_reference
 from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.resolve.evaluation import evaluation_problems
 from minilm.orchestrator.resolve.folders import model_folder
 from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, position_notes, resolve
 from minilm.orchestrator.stage.data import DataSpec
@@ -77,6 +78,7 @@ def run_recipe(
         # where a run goes on, the weights were sound, and the driver needs no modelling code (seconds to import)
         weights, built = not workdir.goes_on(recipe), (workdir.data / MANIFEST).exists()
         stages, problems = resolve(recipe, fetch, built=built, weights=weights)
+        problems = problems or evaluation_problems(recipe, running=True)
         if not problems:
             data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop), partial(say_built, line))
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)
@@ -103,6 +105,12 @@ def run_recipe(
         try:
             driver.check_rights()
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
+            students = {entry.name for entry in models if entry.registered}
+            shown = [e for e in models if e.registered or e.name not in students]
+            if not workdir.is_evaluated(recipe):
+                from minilm.orchestrator.driver.evaluation import evaluate_models  # modelling code
+
+                evaluate_models(recipe, workdir, shown, launcher, tracking, line)
         except Stopped:
             tracking.finish("KILLED")
             raise
@@ -110,8 +118,6 @@ def run_recipe(
             tracking.finish("FAILED")
             raise
         tracking.finish()
-        students = {entry.name for entry in models if entry.registered}
-        shown = [e for e in models if e.registered or e.name not in students]
         summary = Summary(
             recipe=recipe.name,
             models=tuple(shown),

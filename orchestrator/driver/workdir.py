@@ -36,6 +36,11 @@ class Workdir(RunFolder):
         same = record is not None and record["recipe"] == recipe.result_fields()
         return same and self.summary.exists()
 
+    def is_evaluated(self, recipe: Recipe) -> bool:
+        """Whether nothing is left to do of the recipe's `evaluation`."""
+        section = recipe.evaluation
+        return section is None or read_json(self.evaluation / "done.json") == section.model_dump(mode="json")
+
     def goes_on(self, recipe: Recipe) -> bool:
         """Has a run begun here, whose inputs were sound then, with a stage left to train? Reads only small files."""
         done = [self.stage(stage.name).done.exists() for stage in recipe.stages]

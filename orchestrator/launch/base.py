@@ -8,12 +8,13 @@ row in `LAUNCHERS`; `minilm run --launcher` takes its choices from there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
 
+from minilm.orchestrator.errors import Stopped
 from minilm.orchestrator.stage.folder import RunFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.signals import StopRequest
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # it imports PyTorch
 # name: module of this folder and class; imported when it is chosen, because naming the choices must cost nothing
 LAUNCHERS = {"ray": "ray_launcher:RayLauncher", "inline": "inline:InlineLauncher"}
 
+STOPPED_BETWEEN = "stopped between two evaluations; the same command goes on from here"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Show = Callable[[str, bool], None]  # text for the status line, and whether it must appear at once
 
 
@@ -86,6 +90,17 @@ class Launcher(ABC):
     @abstractmethod
     def raise_failure(self, spec: StageSpec, error: BaseException) -> NoReturn:
         """Raise what a user should read for `error`, which the future of `start` ended with."""
+
+    def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """`work` of each item, in their order, after `prepare`.
+
+        A function of a module, and plain values: a launcher may run them side by side in other processes. Raises what
+        `work` raises, and `Stopped` on request.
+        """
+        for item in items:
+            if self.stop.requested:
+                raise Stopped(STOPPED_BETWEEN)
+            yield work(item)
 
     def close(self) -> None:
         """Give back whatever the launcher holds. Called once, after the last stage or an error."""

@@ -13,15 +13,23 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minilm.orchestrator.errors import InfrastructureError, Stopped, UserError
-from minilm.orchestrator.launch.base import Launcher, LaunchOptions, Show, run_in_thread
+from minilm.orchestrator.launch.base import (
+    STOPPED_BETWEEN,
+    Item,
+    Launcher,
+    LaunchOptions,
+    Result,
+    Show,
+    run_in_thread,
+)
 from minilm.orchestrator.launch.claims import Claim
 from minilm.orchestrator.launch.cluster import Cluster
 from minilm.orchestrator.launch.reservations import (
@@ -30,12 +38,13 @@ from minilm.orchestrator.launch.reservations import (
     note_reservation,
     noted_reservations,
 )
-from minilm.orchestrator.launch.resources import missing_resources, starved, wait_for_resources
+from minilm.orchestrator.launch.resources import missing_resources, pick_resource, starved, wait_for_resources
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.malloc import malloc_environment
 from minilm.orchestrator.system.processes import Process
 from minilm.orchestrator.system.signals import StopRequest
+from minilm.orchestrator.system.text import one_line
 
 if TYPE_CHECKING:
     from minilm.orchestrator.launch.liveness import Heartbeats
@@ -177,6 +186,31 @@ class RayLauncher(Launcher):
             f"stage {spec.stage}: Ray gave up ({why}); the workers' logs are {spec.folder}/worker-*.log; the same "
             f"command goes on from the last checkpoint"
         ) from error
+
+    def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """As Ray tasks, as many at once as there are `resource`s; Ray does those of a lost node again."""
+        import ray
+
+        resource = pick_resource(self.options.device, 1)
+        asked: dict[str, Any] = {"num_cpus": 0, "resources": {resource: 1}}
+        if resource in ("GPU", "CPU"):
+            asked = {"num_cpus": int(resource == "CPU"), "num_gpus": int(resource == "GPU")}
+        task = ray.remote(work).options(**asked, runtime_env={"env_vars": worker_environment()})
+        waiting = [task.remote(item) for item in items]
+        for reference in waiting:
+            while not ray.wait([reference], timeout=0.5)[0]:
+                if self.stop.requested:
+                    for other in waiting:
+                        ray.cancel(other, force=True)
+                    raise Stopped(STOPPED_BETWEEN)
+            try:
+                yield ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except ray.exceptions.RayError as error:
+                raise InfrastructureError(
+                    f"Ray gave an evaluation up ({one_line(error)}); the same command goes on from what is done"
+                ) from error
 
     def close(self) -> None:
         """Withdraw what a dead driver had reserved, even where no stage was left to run, and leave the cluster."""

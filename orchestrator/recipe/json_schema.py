@@ -70,9 +70,10 @@ def editor_schema() -> dict[str, Any]:
     student = {"required": kinds["Student"].pop("required")}
     whole_stage["properties"] = {"student": student, "students": {"items": student}}
     schema["if"] = {"required": ["extends"]}
+    evaluation = {"required": kinds["Evaluation"].pop("required")}
     schema["else"] = {
         "required": schema.pop("required"),
-        "properties": {"stages": {"items": whole_stage}},
+        "properties": {"stages": {"items": whole_stage}, "evaluation": evaluation},
     }
     schema["patternProperties"] = {"^x-": {}}
     for kind in (schema, *kinds.values()):

@@ -188,6 +188,9 @@ def _anchor_paths(source: Source) -> dict[str, str]:
     compute = values.get("compute")
     if isinstance(compute, dict) and "checkpoints" in compute:
         anchor(compute, "checkpoints", ("compute", "checkpoints"), is_path=True)
+    evaluation = values.get("evaluation")
+    if isinstance(evaluation, dict) and "data" in evaluation:
+        anchor(evaluation, "data", ("evaluation", "data"), is_path=True)
     for i, stage in enumerate(stages):
         if isinstance(stage, dict) and "teacher" in stage:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)

@@ -27,6 +27,11 @@ def missing_inputs(recipe: Recipe) -> list[str]:
     for corpus in data.corpora or ():
         notes += _missing_corpus(corpus, data)
     notes += missing_text(data)
+    if recipe.evaluation and not Path(recipe.evaluation.data).is_dir():
+        given = recipe.evaluation.data
+        notes.append(
+            f"evaluation.data: given {given!r}, but there is no such folder; --set evaluation.data=DIR"
+        )
     for key, text in _references(recipe):
         if absent := absent_package(text):
             notes.append(f"{key}: {absent}, or give another{_override(key)}")

@@ -25,6 +25,7 @@ SECTIONS = {
     "Student": ("stages.NAME.student.KEY, stages.NAME.students.NAME.KEY", "student"),
     "RelationTerm": ("stages.NAME.relations.NAME.KEY", "relations"),
     "Compute": ("compute.KEY", "compute"),
+    "Evaluation": ("evaluation.KEY", "evaluation"),
     "Tracking": ("tracking.KEY", "tracking"),
 }
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

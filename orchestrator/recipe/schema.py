@@ -449,6 +449,24 @@ class Tracking(_Section):
     """Alias that the registered students get; MLflow keeps latest, v1, v2 and so on for itself."""
 
 
+class Evaluation(_Section):
+    """What the models are worth, measured after the last stage on tasks with labels."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, squad2, xnli are fine-tuned; stsb-embed is the similarity of
+    mean-pooled vectors, without training."""
+    data: LocalPath
+    """Folder that holds a folder for each task, with its files as they are published."""
+    protocol: Literal["glue-minilm", "glue-fixed"] = "glue-fixed"
+    """How GLUE's tasks are trained: the papers' grid, or one setting for all."""
+    seeds: Count | None = None
+    """Trainings of each model on each task; default: the protocol's."""
+    train_rows: Count | None = None
+    """Training rows that are used at most, the same for every model; default: all."""
+    controls: bool = True
+    """Score, for each student, random weights of its shape and the teacher's layers cut to it as well."""
+
+
 class Recipe(_Section):
     """What to distil: data, then stages in order, each with one teacher and its students."""
 
@@ -461,6 +479,8 @@ class Recipe(_Section):
     compute: Compute = Field(default_factory=Compute)
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     """In order; a stage's student may teach a later stage."""
+    evaluation: Evaluation | None = None
+    """What the models are worth afterwards; it changes nothing in training."""
     tracking: Tracking
 
     @model_validator(mode="before")
@@ -522,5 +542,6 @@ SECTIONS: dict[str, type[_Section]] = {
     "students": Student,
     "relations": RelationTerm,
     "compute": Compute,
+    "evaluation": Evaluation,
     "tracking": Tracking,
 }

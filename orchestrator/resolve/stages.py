@@ -33,6 +33,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.feed.corpora import describe
 from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
+from minilm.orchestrator.resolve.evaluation import evaluation_problems
 from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.stage.data import CorpusSpec, PairSpec
 
@@ -72,6 +73,7 @@ def resolve(
         raise_passing(error)
         wrong_data = [f"data: {error}"]
     stages, problems = resolve_stages(recipe, find, seq_len=known and known[0], weights=weights)
+    problems += evaluation_problems(recipe)
     try:
         problems += check_data(stages, *known) if known else wrong_data
         if not (built or wrong_data):

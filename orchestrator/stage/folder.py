@@ -10,6 +10,8 @@ DIR/tokenizer/      of data behind a URL
 DIR/quarantine.json damaged blocks that are left out, where data.on_corrupt says so
 DIR/teachers/       teachers pulled from a registry or a hub
 DIR/stages/STAGE/   one stage (see `StageFolder`)
+DIR/evaluation/     a file for each trial of the recipe's evaluation
+DIR/report.html, report.md   models side by side
 DIR/summary.json    the table of a finished run
 DIR/mlflow.db, mlartifacts/, tracking.json   tracking, unless MLFLOW_TRACKING_URI says otherwise
 """
@@ -119,6 +121,10 @@ class RunFolder:
     @property
     def teachers(self) -> Path:
         return self.root / "teachers"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
 
     @property
     def summary(self) -> Path:

@@ -81,6 +81,7 @@ def as_json(
 def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
     """Whatever a run would refuse, and warn of, that can be told from what is on this machine."""
     from minilm.orchestrator.plan.advice import advice
+    from minilm.orchestrator.resolve.evaluation import evaluation_problems
     from minilm.orchestrator.resolve.folders import folder_here
 
     references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
@@ -91,7 +92,8 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
         here = any(Path(path).exists() for path in data_sets) or any(map(folder_here, references))
         if not here and recipe.data.source == "text":
             length = recipe.data.seq_len if recipe.data.text else None
-            return [], advice(recipe, seq_len=length)  # torch takes seconds to import
+            # nothing else to look at, and torch takes seconds to import
+            return evaluation_problems(recipe), advice(recipe, seq_len=length)
     from minilm.orchestrator.plan.reading import reading
     from minilm.orchestrator.resolve.stages import known_data, position_notes, resolve
 

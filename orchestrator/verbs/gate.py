@@ -30,7 +30,7 @@ def add_gate_options(promote: argparse.ArgumentParser) -> None:
     promote.add_argument("--teacher", metavar="MODEL", help="as it was given to minilm evaluate")
     promote.add_argument(
         "--max-drop",
-        type=positive,
+        type=not_negative,
         default=0.005,
         metavar="DROP",
         help="by which a score may lie below that of the version the alias names now (default: 0.005)",
@@ -43,8 +43,13 @@ def add_gate_options(promote: argparse.ArgumentParser) -> None:
     )
 
 
+def not_negative(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else positive(text)
+
+
 def is_gated(options: argparse.Namespace) -> bool:
-    return options.alias == GATED or bool(options.tasks or options.min_share_of_teacher)
+    asked = options.tasks or options.min_share_of_teacher or options.force is not None
+    return options.alias == GATED or bool(asked)
 
 
 def pass_gate(options: argparse.Namespace, store: str, candidate: RegisteredModel) -> None:

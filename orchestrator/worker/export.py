@@ -62,6 +62,7 @@ def finish_stage(
             encoder.model,
             trained=encoder.trained_parameters(),
             teacher=f"{spec.teacher_name}, layer {spec.teacher_layer}",
+            teacher_card=Path(spec.teacher) / "README.md",
             facts=start
             | {
                 "Objective": spec.objective["name"],

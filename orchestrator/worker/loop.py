@@ -168,6 +168,8 @@ class StageRun:
             fence=self.fence,
             crash_loop_guard=self.crash_loop_guard,
         )
+        if (dtype := AUTOCAST[self.precision]) is not None:
+            self.distiller.teacher.keep_linear_weights_in(dtype)
         return first
 
     def train(self, first: int, on_step: Callable[[int], None] | None) -> tuple[int, RankFlags]:

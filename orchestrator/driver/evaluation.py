@@ -1,0 +1,120 @@
+"""After the stages: students, teachers and controls are scored as the recipe asks, and compared on one page.
+
+Trials are independent: the launcher runs them side by side where it has room, each leaves a file, and a run that was
+killed goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilm.model.errors import ModelError
+from minilm.orchestrator.driver.status_line import StatusLine
+from minilm.orchestrator.driver.summary import ModelEntry
+from minilm.orchestrator.driver.workdir import Workdir
+from minilm.orchestrator.evaluation.comparison import Comparison, score_all
+from minilm.orchestrator.evaluation.report_page import markdown, page
+from minilm.orchestrator.evaluation.sources import Source, build, check_source
+from minilm.orchestrator.evaluation.speed import machine, measure
+from minilm.orchestrator.evaluation.trials import Trial, plan_trials, run_trial, this_device
+from minilm.orchestrator.launch.base import Launcher
+from minilm.orchestrator.recipe.schema import Evaluation, Recipe
+from minilm.orchestrator.resolve.evaluation import evaluation_tasks
+from minilm.orchestrator.system.files import write_atomic, write_json
+from minilm.orchestrator.tracking.tracking import Tracking
+
+RUN = "Evaluation"  # the child run in MLflow; no stage can be called so
+
+
+def evaluate_models(
+    recipe: Recipe,
+    workdir: Workdir,
+    models: Sequence[ModelEntry],
+    launcher: Launcher,
+    tracking: Tracking,
+    line: StatusLine,
+) -> None:
+    """Score `models` and their controls, and leave report.html, report.md and evaluation/done.json in the work
+    directory. Raises `UserError` for data that are not as published, `Stopped` on request."""
+    section = recipe.evaluation
+    assert section is not None
+    sources = sources_of(models, section, line)
+    device = torch.device("cpu") if recipe.compute.device == "cpu" else this_device()
+    trials = plan_trials(
+        sources,
+        evaluation_tasks(section),
+        Path(section.data),
+        seeds=section.seeds,
+        train_rows=section.train_rows,
+        device=device,
+    )
+    run = tracking.stage(RUN, {"evaluation": section.model_dump(mode="json")})
+    launcher.prepare(lambda text, force: line.show(text, force=force))
+    results: list[dict[str, Any]] = []
+    try:
+        for result in launcher.each(one_trial, [(trial, str(workdir.evaluation)) for trial in trials]):
+            results.append(result)
+            last = f"{result['model']}  {result['task']}  seed {result['seed']}"
+            line.show(f"evaluating  {len(results)}/{len(trials)}  {last}", force=True)
+        comparison = Comparison(score_all(results), sources, sources[0].name)
+        write_reports(comparison, workdir, recipe.name)
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    scores = {f"{s.protocol}/{s.task}/{s.metric}/{_key(s.model)}": s.mean for s in comparison.scores}
+    tracking.metrics(scores, 0)
+    for name in ("report.html", "report.md"):
+        run.artifact(workdir.root / name)
+    run.finish()
+    write_json(workdir.evaluation / "done.json", section.model_dump(mode="json"))
+    line.say(comparison.text(), event="evaluated", scores=[score.as_dict() for score in comparison.scores])
+
+
+def sources_of(models: Sequence[ModelEntry], section: Evaluation, line: StatusLine) -> list[Source]:
+    """The first teacher, the students, and for each student the two controls that can be made."""
+    teachers = [entry for entry in models if entry.role == "teacher"]
+    students = [entry for entry in models if entry.role != "teacher"]
+    found = [Source(entry.name, "folder", entry.folder) for entry in (*teachers, *students)]
+    for entry in students if section.controls else ():
+        controls = [Source(f"random:{entry.name}", "random", entry.folder)]
+        if teachers:
+            shape = (entry.layers, entry.hidden)
+            name = f"layers:{teachers[0].name}:{entry.layers}x{entry.hidden}"
+            controls.append(Source(name, "layers", teachers[0].folder, shape))
+        for control in controls:
+            try:
+                check_source(control)
+            except ModelError as error:  # another number of heads, or a wider student
+                line.say(f"there is no control {control.name}: {error}")
+            else:
+                found.append(control)
+    return found
+
+
+def one_trial(given: tuple[Trial, str]) -> dict[str, Any]:
+    """Run by the launcher, perhaps in another process. One thread, so that the numbers are the same wherever it is."""
+    trial, folder = given
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        return run_trial(trial, Path(folder))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def write_reports(comparison: Comparison, workdir: Workdir, name: str) -> None:
+    sizes = measure([build(source, 0) for source in comparison.sources], this_device())
+    by_name = {source.name: size for source, size in zip(comparison.sources, sizes, strict=True)}
+    write_atomic(workdir.root / "report.html", page(name, comparison, by_name, machine()))
+    write_atomic(workdir.root / "report.md", markdown(comparison, by_name, machine()))
+
+
+def _key(model: str) -> str:
+    """A model's name as MLflow takes it in a metric's."""
+    return "".join(c if c.isalnum() or c in "-_. " else "_" for c in model)
