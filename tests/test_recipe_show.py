@@ -83,7 +83,8 @@ def test_every_key_is_shown_with_where_it_comes_from(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PART", "wiki")
     write(tmp_path, "extends: sub/base.yaml\nname: mine\nvars: {RATE: 1e-4}\ndata: {text: '/x/${PART}'}\n"
-          "stages: [{name: student, peak_lr: '${RATE}', assistant: auto}]\n")  # fmt: skip
+          "stages: [{name: student, peak_lr: '${RATE}', assistant: auto}]\n"
+          "evaluation: {tasks: [cola], data: glue}\n")  # fmt: skip
     assert main(["show", "recipe.yaml", "--set", "seed=7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "# recipe.yaml over sub/base.yaml, with every default; relative paths count from ./"
