@@ -62,7 +62,8 @@ def run_recipe(
     """Run every stage that is not done, and return the summary of the whole curriculum.
 
     The caller holds `lease`, from `workdir.claim`, and closes `launcher`. `redo_from`: as it was claimed. `whole`: the
-    recipe with all its values, to be written into the work directory. Raises `Stopped` after SIGINT or SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
+    recipe with all its values, to be written into the work directory. Raises `Stopped` after SIGINT or
+    SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
     with closing(line):
