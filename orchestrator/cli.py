@@ -20,7 +20,7 @@ import traceback
 from minilm.data.errors import DataError
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import RecipeErrors, Stopped, UserError
-from minilm.orchestrator.verbs.about import Version, add_completion, add_list
+from minilm.orchestrator.verbs.about import Version, add_completion, add_copy, add_list
 from minilm.orchestrator.verbs.arguments import Parser, add_group, add_verbs
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
@@ -29,6 +29,7 @@ from minilm.orchestrator.verbs.evaluate import add_evaluate
 from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
 from minilm.orchestrator.verbs.plan import add_plan
 from minilm.orchestrator.verbs.run import add_run
+from minilm.orchestrator.verbs.show import add_diff, add_show
 from minilm.orchestrator.verbs.status import add_status
 
 LOG_LEVELS = (logging.NOTSET, logging.INFO, logging.DEBUG)  # by number of -v; NOTSET: the root's, warnings
@@ -107,8 +108,11 @@ def parser() -> Parser:
     add_run(verbs)
     add_check(verbs)
     add_plan(verbs)
+    add_show(verbs)
+    add_diff(verbs)
     add_status(verbs)
     add_list(verbs)
+    add_copy(verbs)
     build = "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books"
     what = "build, import, look at and care for data sets"
     add_data_verbs(add_group(verbs, "data", what, build, "minilm data inspect books"))

@@ -22,7 +22,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["nam=x"],
         "--set: nam: unknown key; did you mean 'name'?; allowed: name, seed, data, compute, stages, "
-        "evaluation, tracking",
+        "evaluation, tracking, extends, vars",
     ),
     (
         ["seed=-1"],
@@ -423,7 +423,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.lr=1e-4"],
         "--set: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "
-        "teacher_layer, student, students, objective, relations, relation_heads, reduction, "
+        "assistant, teacher_layer, student, students, objective, relations, relation_heads, reduction, "
         "batch, micro_batch, steps, peak_lr, warmup_steps, schedule, adam_betas, adam_eps, "
         "weight_decay, max_gradient_norm, eval_every, held_out_rows",
     ),
@@ -495,7 +495,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["comput.workers=1"],
         "FILE:1: comput: unknown key; did you mean 'compute'?; allowed: name, seed, data, "
-        "compute, stages, evaluation, tracking",
+        "compute, stages, evaluation, tracking, extends, vars",
     ),
     (
         ["stages.assistant.peak_lr=100"],
@@ -527,24 +527,24 @@ ROWS: list[tuple[list[str], str]] = [
         "--set: compute.wait_seconds: given -1; allowed: seconds, from 0 to 31536000 (a year)",
     ),
     (
-        ["data.text=${HOME}/text.txt"],
-        "--set: data.text.0: given '${HOME}/text.txt'; variables are not expanded: write the "
-        "value itself (~/ is your home), or give it by --set, where your shell expands it",
+        ["data.text=${NO_SUCH}/text.txt"],
+        "--set: data.text: the variable NO_SUCH has no value; give it in the environment, under vars, by "
+        "--set vars.NO_SUCH=VALUE or with a default: ${NO_SUCH:-VALUE}",
     ),
     (
         ["stages.assistant.teacher=$HOME/teacher"],
-        "--set: stages.0.teacher: given '$HOME/teacher'; variables are not expanded: write the "
-        "value itself (~/ is your home), or give it by --set, where your shell expands it",
+        "--set: stages.0.teacher: given '$HOME/teacher'; only variables in braces have values, as ${HOME}; "
+        "write the value, or ${HOME}",
     ),
     (
         ["compute.checkpoints=s3://${BUCKET}/x"],
-        "--set: compute.checkpoints: given 's3://${BUCKET}/x'; variables are not expanded: write "
-        "the value itself (~/ is your home), or give it by --set, where your shell expands it",
+        "--set: compute.checkpoints: the variable BUCKET has no value; give it in the environment, under vars, "
+        "by --set vars.BUCKET=VALUE or with a default: ${BUCKET:-VALUE}",
     ),
     (
         ["stages.assistant.steps=${STEPS}"],
-        "--set: stages.0.steps: given '${STEPS}'; variables are not expanded: write the value "
-        "itself (~/ is your home), or give it by --set, where your shell expands it",
+        "--set: stages.0.steps: the variable STEPS has no value; give it in the environment, under vars, by "
+        "--set vars.STEPS=VALUE or with a default: ${STEPS:-VALUE}",
     ),
     (
         ["stages.assistant.teacher=small", "stages.small.teacher=«teacher»"],
@@ -653,7 +653,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["shared={batch: 8}"],
         "--set: shared: unknown key (what merge keys take from is called x-…, as x-shared); "
-        "allowed: name, seed, data, compute, stages, evaluation, tracking",
+        "allowed: name, seed, data, compute, stages, evaluation, tracking, extends, vars",
     ),
     (
         ["data.cache=s3://bucket/cache"],

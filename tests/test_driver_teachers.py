@@ -88,7 +88,9 @@ def students(specs: dict[str, StageSpec]) -> Callable[[str], Path]:
 def test_check_takes_all_of_them(recipe, capsys):
     assert cli.main(["check", str(recipe)]) == 0
     notes = [
-        line.partition("note: ")[2] for line in capsys.readouterr().out.splitlines() if ": note: " in line
+        line.partition("warning: ")[2]
+        for line in capsys.readouterr().out.splitlines()
+        if "keeps positions" in line
     ]
     assert notes == [
         "stage kept-positions: student 'kept-positions' keeps positions 33 to 63 as they start, at random, because "

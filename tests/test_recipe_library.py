@@ -1,11 +1,17 @@
 """The library of recipes says what the paper says, to the last number, and each file explains itself."""
 
+import json
+from pathlib import Path
+
+import jsonschema
 import pytest
 
+from minilm.orchestrator.cli import main
 from minilm.orchestrator.recipe.json_schema import SCHEMA_FILE, schema_text
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.references import HubRef, RegistryRef, parse_reference
 from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.recipe.yaml_source import read_file
 
 LIBRARY = SCHEMA_FILE.parent
 TEACHERS = {
@@ -87,6 +93,63 @@ def test_each_file_says_what_it_is_for(file: str) -> None:
     assert text.startswith("# yaml-language-server: $schema=schema.json\n")
     for part in ("# Purpose:", f"minilm run recipes/{file}", "# Needs:", "# Source:   MiniLM"):
         assert part in text
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_recipe_is_copied_with_what_it_extends(file: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = file.removesuffix(".yaml")
+    assert main(["copy", name, "--to", "mine"]) == 0
+    assert capsys.readouterr().out.startswith(f"mine/{file} is yours")
+    assert load_recipe(f"mine/{file}").result_fields() == load_recipe(LIBRARY / file).result_fields()
+    text = Path("mine", file).read_text()
+    assert f"minilm run mine/{file}" in text and f"$schema={SCHEMA_FILE}\n" in text
+    assert main(["copy", name, "--to", "mine"]) == 0, "the same again changes nothing"
+
+
+def test_a_copy_replaces_nothing(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart.yaml").write_text("mine\n")
+    assert main(["copy", "quickstart"]) == 2
+    assert Path("quickstart.yaml").read_text() == "mine\n"
+    assert main(["copy", "quickstrt"]) == 2
+    Path("file").write_text("")
+    assert main(["copy", "quickstart", "--to", "file/below"]) == 2
+    assert [line.partition("; allowed: ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "minilm: error: quickstart.yaml is there already, with another content; move it away, or copy to another "
+        "folder: --to FOLDER",
+        "minilm: error: given 'quickstrt'; did you mean 'quickstart'?",
+        "minilm: error: can't write into file/below: Not a directory; copy to another folder: --to FOLDER",
+    ]
+
+
+EXTENDING = """
+extends: base.yaml
+vars: {A: 1, B: text}
+x-shared: &shared {batch: 8}
+stages: [{<<: *shared, name: a, assistant: auto, steps: "${STEPS:-7}", student: {layers: 2}}]
+compute: {workers: [1, 2], device: "${DEVICE}"}
+evaluation: {controls: false}
+"""
+
+
+def test_the_schema_knows_whole_recipes_and_those_that_extend_one(tmp_path: Path) -> None:
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+
+    def problems(text: str) -> list[str]:
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        values = read_file(tmp_path / "recipe.yaml").values
+        errors = jsonschema.Draft202012Validator(schema).iter_errors(values)
+        return sorted(".".join(map(str, error.absolute_path)) for error in errors)
+
+    for file in FILES:
+        assert problems((LIBRARY / file).read_text(encoding="utf-8")) == []
+    assert problems(EXTENDING) == []
+    assert problems(EXTENDING.replace("extends: base.yaml\n", "")) != []
+    assert problems(EXTENDING.replace("${DEVICE}", "tpu")) == ["compute.device"]
+    assert problems(EXTENDING.replace("assistant: auto", "assistant: yes please")) == ["stages.0.assistant"]
+    assert problems(EXTENDING.replace("extends: base.yaml", "extends: 3")) == ["extends"]
 
 
 def test_the_schema_is_made_from_the_types() -> None:

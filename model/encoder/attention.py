@@ -37,7 +37,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [batch, heads, tokens, size] -> [batch, tokens, heads, size]."""
     learned = attention_mask is not None and attention_mask.requires_grad
-    if torch.is_autocast_enabled(query.device.type):  # rotation gives float32 q and k
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):  # rotation gives float32 q and k
         query, key = query.to(value.dtype), key.to(value.dtype)
     plain = query.device.type == "cpu" and query.dtype in _DTYPES
     if not dropout or not plain or learned or query.shape[-2] != key.shape[-2]:

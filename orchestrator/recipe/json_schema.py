@@ -39,11 +39,63 @@ def recipe_schema() -> dict[str, Any]:
     stage["properties"]["micro_batch"].pop("default")
     stage["required"].remove("students")
     stage["oneOf"] = [{"required": ["student"]}, {"required": ["students"]}]
+    stage["properties"]["assistant"] = {
+        "anyOf": [{"enum": ["auto", "none"]}, {"type": "integer", "minimum": 1, "maximum": 1_000}],
+        "default": "none",
+        "description": "A stage before this one whose student, of the student's hidden size, becomes its teacher. "
+        "auto: where the papers' rule asks for one (at most half of the teacher's layers and hidden size), with the "
+        "teacher's layers; a number: with so many layers.",
+    }
+    schema["properties"] |= {
+        "extends": {
+            "type": "string",
+            "description": "A recipe file that this one changes: its path, from this file's folder, or "
+            "`package:IMPORT_NAME/FILE`.",
+        },
+        "vars": {
+            "type": "object",
+            "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
+            "description": "Values of variables, which other values ask for as `${NAME}` or `${NAME:-DEFAULT}`; before "
+            "those of the environment.",
+        },
+    }
     return schema
 
 
+def editor_schema() -> dict[str, Any]:
+    """The same for an editor: what extends another file need not be whole, and a variable may stand for any value."""
+    schema = recipe_schema()
+    kinds = schema["$defs"]
+    whole_stage = {key: kinds["Stage"].pop(key) for key in ("required", "oneOf")}
+    student = {"required": kinds["Student"].pop("required")}
+    whole_stage["properties"] = {"student": student, "students": {"items": student}}
+    schema["if"] = {"required": ["extends"]}
+    evaluation = {"required": kinds["Evaluation"].pop("required")}
+    schema["else"] = {
+        "required": schema.pop("required"),
+        "properties": {"stages": {"items": whole_stage}, "evaluation": evaluation},
+    }
+    schema["patternProperties"] = {"^x-": {}}
+    for kind in (schema, *kinds.values()):
+        kind["properties"] = {key: _or_variable(value) for key, value in kind["properties"].items()}
+    kinds["Variable"] = {"type": "string", "pattern": r"\$\{[A-Za-z_]\w*(:-[^{}]*)?\}"}
+    return schema
+
+
+def _or_variable(value: dict[str, Any]) -> dict[str, Any]:
+    """A schema of a number, a truth or a word, or a variable in its place."""
+    told = {key: value[key] for key in ("description", "title", "default") if key in value}
+    rest = {key: inner for key, inner in value.items() if key not in told}
+    choices = rest.get("anyOf", [rest])
+    if not any(
+        c.get("type") in ("integer", "number", "boolean") or "enum" in c or "const" in c for c in choices
+    ):
+        return value
+    return told | {"anyOf": [*choices, {"$ref": "#/$defs/Variable"}]}
+
+
 def schema_text() -> str:
-    return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(editor_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

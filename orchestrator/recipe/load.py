@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.recipe.changes import first_difference
 from minilm.orchestrator.recipe.fields import INITIALIZATIONS
+from minilm.orchestrator.recipe.language import assistant, variables
+from minilm.orchestrator.recipe.language.extends import read_chain
 from minilm.orchestrator.recipe.missing import missing_inputs
 from minilm.orchestrator.recipe.references import VARIABLE, looks_like_path, package_path
 from minilm.orchestrator.recipe.rules import Problem, check_across, explain, follows_from_another
@@ -31,7 +33,7 @@ from minilm.orchestrator.recipe.schema import (
     Student,
     Tracking,
 )
-from minilm.orchestrator.recipe.yaml_source import KeyPath, Source, read_source
+from minilm.orchestrator.recipe.yaml_source import KeyPath, Source, override
 
 __all__ = [
     "Compute",
@@ -44,6 +46,7 @@ __all__ = [
     "first_difference",
     "load_recipe",
     "missing_inputs",
+    "read_recipe",
 ]
 
 
@@ -54,30 +57,47 @@ Section = TypeVar("Section", bound=BaseModel)
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file, after `overrides` (each `path=value`, as `stages.0.steps=20`).
 
-    Relative paths in the file count from the file's folder, those in overrides from the current one;
-    the result holds absolute paths. Raises RecipeErrors with a line for every problem.
+    Relative paths count from the folder of the file that they stand in, those in overrides and in the environment from
+    the current one; the result holds absolute paths. Raises RecipeErrors with a line for every problem.
     """
-    source = read_source(Path(path), overrides)
-    if not isinstance(source.values, dict):
-        what = "the file is empty" if source.values is None else "the file is not a mapping"
-        raise RecipeErrors([f"{source.file}:1: {what}; allowed: a recipe with name, data and stages"])
+    return read_recipe(path, overrides)[0]
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Source]:
+    """The recipe, and where its values stand: paths of `Source` are those of the recipe's own values.
+
+    Raises RecipeErrors with a line for every problem.
+    """
+    source = read_chain(Path(path))
+    override(source, overrides)
     for key in [key for key in source.values if key.startswith(ANCHORS)]:
         del source.values[key]
+    problems: list[Problem] = variables.expand(source)
+    without_value = [path for path, _ in problems]
     as_written = _anchor_paths(source)
-    problems: list[Problem] = []
+    source, wrong = assistant.expand(source, may_add=not problems)
+    problems += wrong
     try:
         recipe = Recipe.model_validate(source.values, context=as_written)
         problems += check_across(dict(enumerate(recipe.stages)), recipe.compute)
     except ValidationError as error:
         problems += [
-            (details["loc"], explain(details))
+            (details["loc"], explain(details, _written(source, details["loc"])))
             for details in error.errors(include_url=False)
-            if not follows_from_another(details) and not _echoes_stage_name(source, details["loc"])
+            if not follows_from_another(details)
+            and not _echoes_stage_name(source, details["loc"])
+            and not any(as_the_file_has_it(source, details["loc"])[: len(p)] == p for p in without_value)
         ]
         problems += _check_sound_parts(source.values)
     if problems:
         raise RecipeErrors(_in_file_order(source, problems))
-    return recipe
+    return recipe, source
+
+
+def _written(source: Source, path: KeyPath) -> str | None:
+    """What the file says at `path` where that asks the environment, whose values no message repeats."""
+    found = source.expanded.get(as_the_file_has_it(source, path))
+    return found.written if found and found.names else None
 
 
 def _check_sound_parts(values: dict[str, Any]) -> list[Problem]:
@@ -98,12 +118,15 @@ def _sound(section: type[Section], value: Any) -> Section | None:
 def _in_file_order(source: Source, problems: Sequence[Problem]) -> list[str]:
     """One line a problem, doubles removed, in the order of the file and then of the overrides."""
 
-    def position(line: str) -> tuple[bool, int]:
+    def position(line: str) -> tuple[int, int]:
         place = line.partition(": ")[0]
-        number = place.rpartition(":")[2]
-        return not place.startswith(source.file), int(number) if number.isdecimal() else 0
+        file, _, number = place.rpartition(":")
+        order = source.files.index(file) if file in source.files else -1
+        if place in source.files:
+            order = source.files.index(place)
+        return order % (len(source.files) + 1), int(number) if number.isdecimal() else 0
 
-    lines = [source.problem(_as_the_file_has_it(source, path), text) for path, text in problems]
+    lines = [source.problem(as_the_file_has_it(source, path), text) for path, text in problems]
     return sorted(dict.fromkeys(lines), key=position)
 
 
@@ -115,7 +138,7 @@ def _echoes_stage_name(source: Source, path: KeyPath) -> bool:
     return "student" in stage and (*path[:2], "student", "name") not in source.places
 
 
-def _as_the_file_has_it(source: Source, path: KeyPath) -> KeyPath:
+def as_the_file_has_it(source: Source, path: KeyPath) -> KeyPath:
     """Turns stages.0.students.0.… back into stages.0.student.…, and the like, as the author wrote it."""
     if path[:2] == ("data", "corpora"):
         data = source.values["data"]
@@ -141,13 +164,15 @@ def _anchor_paths(source: Source) -> dict[str, str]:
         text = parent[key]
         if not isinstance(text, str) or text in students:
             return
-        overridden = source.came_from_override(path)
-        absolute = _absolute(text, Path.cwd() if overridden else Path(source.file).parent, is_path)
+        folder = source.counts_from(path)
+        absolute = _absolute(text, folder or Path.cwd(), is_path)
         if absolute is None:
             return
         parent[key] = absolute
-        if not overridden or text.startswith("package:"):
+        if text.startswith("package:"):
             as_written[absolute] = text
+        elif folder is not None:
+            as_written[absolute] = _from_first_file(text, absolute, folder, Path(source.file).parent)
 
     data = values.get("data")
     if isinstance(data, dict):
@@ -173,6 +198,14 @@ def _anchor_paths(source: Source) -> dict[str, str]:
             if student.get("init") not in INITIALIZATIONS and "init" in student:
                 anchor(student, "init", ("stages", i, *at, "init"), is_path=False)
     return as_written
+
+
+def _from_first_file(text: str, absolute: str, folder: Path, first: Path) -> str:
+    """A path as the first file would have it: as written, unless it is relative and counts from another folder."""
+    if text.startswith(("/", "~")) or folder.resolve() == first.resolve():
+        return text
+    relative = os.path.relpath(absolute, os.path.abspath(first))  # noqa: PTH100 (resolve follows links)
+    return relative if relative.startswith(".") else f"./{relative}"
 
 
 def _raw_corpora(data: Any) -> list[tuple[dict[str, Any], KeyPath]]:

@@ -24,7 +24,7 @@ FORMS = (
 )
 _REGISTRY = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/[1-9][0-9]*)")
 _PACKAGE = re.compile(r"package:(?P<package>[A-Za-z_]\w*)(?:/(?P<inside>.+))?")
-VARIABLE = re.compile(r"\$(\{[^}]*\}|[A-Za-z_]\w*)")  # nothing in a recipe is expanded, but for ~ in a path
+VARIABLE = re.compile(r"\$(\{[^}]*\}|[A-Za-z_]\w*)")  # what is left of variables: no value has any
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -195,12 +195,16 @@ def follows_from_another(error: ErrorDetails) -> bool:
     return error["type"] == "default_factory_not_called"
 
 
-def explain(error: ErrorDetails) -> str:
-    """The text for one of pydantic's errors: what was given, what is allowed, did you mean."""
+def explain(error: ErrorDetails, written: str | None = None) -> str:
+    """The text for one of pydantic's errors: what was given, what is allowed, did you mean.
+
+    written: what the file has, shown in place of a value that came from the environment.
+    """
     kind, given, path = error["type"], error["input"], error["loc"]
-    if isinstance(given, str) and VARIABLE.search(given):
-        how = "write the value itself (~/ is your home), or give it by --set, where your shell expands it"
-        return f"given {_show(given)}; variables are not expanded: {how}"
+    if isinstance(given, str) and (variable := VARIABLE.search(given)) and not written:
+        braced = f"${{{variable[1].strip('{}')}}}"
+        return f"given {_show(given)}; only variables in braces have values, as {braced}; write the value, or {braced}"
+    shown = _show(given if written is None else written)
     if kind == "missing":
         return f"missing; add it{_meaning(path)}"
     if kind == "extra_forbidden":
@@ -221,7 +225,7 @@ def explain(error: ErrorDetails) -> str:
     elif kind.startswith("float"):
         allowed = "a number"
     guess = suggest(given, re.findall(r"'([^']*)'", allowed), cutoff=0.75) if kind == "literal_error" else ""
-    return f"given {_show(given)}; allowed: {allowed}{guess}"
+    return f"given {shown}; allowed: {allowed}{guess}"
 
 
 def _meaning(path: tuple[int | str, ...]) -> str:
@@ -241,8 +245,11 @@ def _unknown_key(path: tuple[int | str, ...], given: object) -> str:
     key, allowed = str(path[-1]), list(SECTIONS[here].model_fields)
     if new := RENAMED.get((here, key)):
         return f"this key is called {new} now, with the same values; rename it"
+    if not here:
+        allowed += ["extends", "vars"]
     if here == "stages":
         allowed.insert(allowed.index("students"), "student")
+        allowed.insert(allowed.index("teacher") + 1, "assistant")
     if here == "data":
         allowed[1:1] = CORPUS_PLACES
     if len(written := re.split("[:=]", key, maxsplit=1)) == 2:

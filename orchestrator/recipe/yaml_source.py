@@ -25,6 +25,7 @@ KeyPath = tuple[str | int, ...]
 MAX_FILE_BYTES = 1 << 20
 MAX_VALUES = 20_000  # after aliases are followed: a "billion laughs" file stops here
 OVERRIDE = "--set"  # the place of a value that came from the command line
+ENVIRONMENT = "environment"  # … and of a variable's
 
 _PREFIX = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?[0-9][0-9_]*$")
@@ -45,15 +46,36 @@ class _Malformed(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
-    """The values of one recipe file after its overrides.
+class Expanded:
+    """A text that held variables: as written, where its beginning comes from, and the names that the environment gave.
 
-    `values`: dicts, lists, str, int, float, bool, None. `places`: key path → "FILE:LINE" or "--set".
+    place: "FILE:LINE" or "--set" of the variable's value, or `ENVIRONMENT`; of a text that begins otherwise its own.
     """
 
-    file: str
+    written: str
+    place: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The values of a recipe: of one file, or of several that extend each other, after overrides.
+
+    `files`: the given one first. `values`: dicts, lists, str, int, float, bool, None. `places`: key path → "FILE:LINE"
+    or "--set". `expanded`: the values that held variables. `stages`: the number in the file of each stage of `values`,
+    where there are more of them (`assistant`), and `notes` why, by their place in `values`.
+    """
+
+    files: tuple[str, ...]
     values: Any
     places: dict[KeyPath, str] = field(repr=False)
+    expanded: dict[KeyPath, Expanded] = field(default_factory=dict, repr=False)
+    stages: tuple[int, ...] = ()
+    notes: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        return self.files[0]
 
     def place(self, path: KeyPath) -> str:
         """Where the value at `path` was written, or the nearest value around it."""
@@ -61,17 +83,28 @@ class Source:
             path = path[:-1]
         return self.places.get(path, self.file)
 
-    def came_from_override(self, path: KeyPath) -> bool:
-        return self.place(path) == OVERRIDE
+    def counts_from(self, path: KeyPath) -> Path | None:
+        """The folder that a relative path at `path` counts from: of the file that it stands in.
+
+        None: the current one, of what the command line or the environment gave.
+        """
+        inside = path
+        while inside and inside not in self.expanded and inside not in self.places:
+            inside = inside[:-1]
+        place = self.expanded[inside].place if inside in self.expanded else self.place(path)
+        return None if place in (OVERRIDE, ENVIRONMENT) else Path(place.rpartition(":")[0] or place).parent
 
     def problem(self, path: KeyPath, text: str) -> str:
         """One line: place, path as `--set` would take it, text."""
-        dotted = ".".join(str(key) for key in path)
+        shown = path
+        if self.stages and path[:1] == ("stages",) and len(path) > 1:
+            shown = ("stages", self.stages[int(path[1])], *path[2:])
+        dotted = ".".join(str(key) for key in shown)
         return f"{self.place(path)}: {dotted}: {text}" if dotted else f"{self.place(path)}: {text}"
 
 
-def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
-    """Reads `file` and applies `overrides` (each `path=value`) in order. Raises RecipeErrors."""
+def read_file(file: Path) -> Source:
+    """The values of one file. Raises RecipeErrors."""
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -86,11 +119,14 @@ def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
         raise RecipeErrors(
             [f"{where}: {dotted}: {error.text}" if dotted else f"{where}: {error.text}"]
         ) from None
-    source = Source(str(file), values, {path: f"{file}:{line + 1}" for path, line in lines.items()})
-    problems = [text for override in overrides if (text := _apply(source, override)) is not None]
+    return Source((str(file),), values, {path: f"{file}:{line + 1}" for path, line in lines.items()})
+
+
+def override(source: Source, overrides: Sequence[str]) -> None:
+    """Applies `overrides` (each `path=value`) in order and in place. Raises RecipeErrors."""
+    problems = [text for change in overrides if (text := _apply(source, change)) is not None]
     if problems:
         raise RecipeErrors(problems)
-    return source
 
 
 def _text(raw: bytes) -> str:
@@ -109,6 +145,8 @@ def _parse(text: str) -> tuple[Any, dict[KeyPath, int]]:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line, what = told(error)
+        if "${" in "".join(text.splitlines()[line : line + 1]):
+            what += '; within { } and [ ] a variable stands in quotes, as "${NAME}"'
         raise _Malformed(line, (), what) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
@@ -189,6 +227,11 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath) -> str | int | float | bool | 
         raise _Malformed(
             node.start_mark.line, path, f"given the YAML tag {node.tag!r}; allowed: plain values"
         )
+    return plain_value(text)
+
+
+def plain_value(text: str) -> str | int | float | bool | None:
+    """What a text without quotes means."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     if _INT.match(text):

@@ -1,4 +1,4 @@
-"""What the command says of itself: `minilm --version`, `minilm list` and `minilm completion`."""
+"""What comes with the command: `minilm --version`, `minilm list`, `minilm copy` and `minilm completion`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,29 @@ def list_recipes(options: argparse.Namespace) -> int:
         sizes = ", then ".join(f"{s.layers} x {s.hidden}" for s in one.students)
         steps = f"{sum({s.stage: s.steps for s in one.students}.values()):,}"
         rows.append((one.name, sizes, one.teacher, steps, one.purpose))
-    print(f"{text_table(rows)}\n\nThey lie in {LIBRARY}; one is run by: minilm run {LIBRARY}/NAME.yaml")
+    print(f"{text_table(rows)}\n\nThey lie in {LIBRARY}; one is brought here by: minilm copy NAME")
+    return 0
+
+
+def add_copy(verbs: Any) -> None:
+    copy = add_verb(
+        verbs,
+        "copy",
+        "bring a recipe that comes with this package here, to change it",
+        "minilm copy quickstart",
+        "minilm copy bert-l6-h384-ta --to recipes-of-mine",
+    )
+    copy.add_argument("name", metavar="NAME", help="as `minilm list` has it")
+    copy.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="(default: the current one)")
+    copy.set_defaults(run=copy_recipe)
+
+
+def copy_recipe(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.recipe.library import copy_recipe
+
+    first, *others = copy_recipe(options.name, options.to)
+    beside = f", and what it extends beside it: {', '.join(map(str, others))}" if others else ""
+    print(f"{first} is yours{beside}; look at it with: minilm check {first}")
     return 0
 
 

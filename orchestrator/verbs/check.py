@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilm.data.errors import DataError
 from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.verbs.arguments import add_json, add_overrides, add_verb
 
@@ -32,19 +33,19 @@ def add_check(verbs: Any) -> None:
         action="store_true",
         help="fail on what can't be looked at here: teachers, data, devices, buckets",
     )
-    add_json(check, "print a JSON object a recipe: recipe, sound, problems, not_here, stages")
+    add_json(check, "print a JSON object a recipe: recipe, sound, problems, warnings, not_here, stages")
     check.set_defaults(run=check_recipes)
 
 
 def check_recipes(options: argparse.Namespace) -> int:
-    from minilm.orchestrator.recipe.load import load_recipe
+    from minilm.orchestrator.recipe.load import read_recipe
 
     problems: list[str] = []
     for path in options.recipes:
-        recipe, wrong, notes = None, [], []
+        recipe, source, wrong, notes = None, None, [], []
         warnings: list[str] = []
         try:
-            recipe = load_recipe(path, options.set)
+            recipe, source = read_recipe(path, options.set)
             problems_here, warnings = findings_here(recipe)
             wrong = [f"{path}: {problem}" for problem in problems_here]
         except RecipeErrors as error:
@@ -55,11 +56,13 @@ def check_recipes(options: argparse.Namespace) -> int:
         problems += wrong
         if options.json:
             print(as_json(path, recipe, wrong, warnings, notes))
-        elif recipe and not wrong:
+        elif recipe and source and not wrong:
             stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
             print(f"{path}: sound; stages: {stages}")
+            for number, note in source.notes.items():
+                print(f"{path}: stage {recipe.stages[number].name}: {note}")
             for warning in warnings:
-                print(f"{path}: note: {warning}")
+                print(f"{path}: warning: {warning}")
             for note in notes:
                 print(f"{path}: not here: {note}")
     if problems:
@@ -77,6 +80,7 @@ def as_json(
 
 def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
     """Whatever a run would refuse, and warn of, that can be told from what is on this machine."""
+    from minilm.orchestrator.plan.advice import advice
     from minilm.orchestrator.resolve.evaluation import evaluation_problems
     from minilm.orchestrator.resolve.folders import folder_here
 
@@ -87,14 +91,21 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
     with suppress(UserError):  # a folder without a model: `resolve` says so
         here = any(Path(path).exists() for path in data_sets) or any(map(folder_here, references))
         if not here and recipe.data.source == "text":
-            return evaluation_problems(
-                recipe
-            ), []  # nothing else to look at, and torch takes seconds to import
+            length = recipe.data.seq_len if recipe.data.text else None
+            # nothing else to look at, and torch takes seconds to import
+            return evaluation_problems(recipe), advice(recipe, seq_len=length)
+    from minilm.orchestrator.plan.reading import reading
     from minilm.orchestrator.resolve.stages import known_data, position_notes, resolve
 
     stages, problems = resolve(recipe, folder_here)
-    known = None if problems else known_data(recipe, folder_here)
-    return problems, position_notes(stages, known[0]) if known else []
+    if problems:
+        return problems, []
+    known, data = known_data(recipe, folder_here), None
+    with suppress(DataError):  # of a text that only a run looks at
+        data = reading(recipe)
+    length = known[0] if known else recipe.data.seq_len if recipe.data.text else None
+    notes = position_notes(stages, known[0]) if known else []
+    return [], notes + advice(recipe, stages, data, length)
 
 
 def lacking(recipe: Recipe) -> list[str]:

@@ -62,8 +62,9 @@ def add_plan(verbs: Any) -> None:
 
 
 def plan_recipe(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.plan.advice import advice
     from minilm.orchestrator.plan.cost import plan
-    from minilm.orchestrator.plan.estimate import works
+    from minilm.orchestrator.plan.estimate import planned_stages, works
     from minilm.orchestrator.plan.hardware import parse_hardware
     from minilm.orchestrator.plan.reading import reading
     from minilm.orchestrator.plan.report import as_json, table, whole, whole_as_json
@@ -87,13 +88,17 @@ def plan_recipe(options: argparse.Namespace) -> int:
         }
         plans.append(plan(work, machine, sorted(numbers)))
     data = reading(recipe)
+    length = all_work[0].seq_len
+    warnings = advice(recipe, planned_stages(recipe, length), data, length)
     useful = min(workers, *(work.micro_batches for work in all_work))
     if options.json:
         print("\n".join(json.dumps(as_json(one)) for one in plans))
-        print(json.dumps(whole_as_json(plans, machine, useful, data)))
+        print(json.dumps(whole_as_json(plans, machine, useful, data) | {"warnings": warnings}))
     else:
         print("\n\n".join(table(one, machine) for one in plans))
         print(f"\n{whole(plans, machine, workers, most, data)}")
+        for warning in warnings:
+            print(f"  warning       {warning}")
     return 0
 
 
