@@ -558,8 +558,7 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.text=«one-word»"],
-        "FILE: data: the text has 1 document with 2 tokens, less than one row of 32; give more "
-        "text or a smaller seq_len",
+        "FILE: data: the text has 1 document with 2 tokens, less than one row of 32; give more text",
     ),
     (
         ["data.text=«one-word»", "data.packing=document"],

@@ -17,6 +17,8 @@ from minilm.data.format.pack import content_len
 from minilm.data.sources import text
 from minilm.data.sources.accounts import Accounts
 
+_LEAST_SEQ_LEN = 8  # that a recipe may ask for
+
 
 def check_enough(
     inputs: Sequence[str | Path],
@@ -64,11 +66,8 @@ def no_text(files: Sequence[str]) -> str:
 
 def too_little(split: str, num_tokens: int, num_documents: int, seq_len: int) -> str:
     """What is said of a split, one of `SPLITS`, that has no row."""
-    what, other = ("text", "a smaller seq_len")
-    if split != "train":
-        what, other = ("held-out split", "a larger held_out")
-    return (
-        f"the {what} has {num_documents} document{'' if num_documents == 1 else 's'} with {num_tokens} tokens, less "
-        f"than one row of {seq_len}; "
-        f"give more text or {other}"
-    )
+    what, way = ("held-out split", " or a larger held_out")
+    if split == "train":
+        what, way = ("text", " or a smaller seq_len" if content_len(_LEAST_SEQ_LEN) <= num_tokens else "")
+    documents = f"{num_documents} document{'' if num_documents == 1 else 's'}"
+    return f"the {what} has {documents} with {num_tokens} tokens, less than one row of {seq_len}; give more text{way}"
