@@ -12,6 +12,7 @@ from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.references import HubRef, RegistryRef, parse_reference
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.recipe.yaml_source import read_file
+from tests.conftest import make_teacher
 
 LIBRARY = SCHEMA_FILE.parent
 TEACHERS = {
@@ -255,3 +256,34 @@ def test_the_schema_knows_whole_recipes_and_those_that_extend_one(tmp_path: Path
 def test_the_schema_is_made_from_the_types() -> None:
     again = "run: python -m minilm.orchestrator.recipe.json_schema"
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), again
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of 24 narrow layers with a masked-language-model head, which every recipe of the library can have."""
+    from transformers import AutoModelForMaskedLM
+
+    folder = make_teacher(tmp_path_factory.mktemp("stand-in") / "bert", layers=24, hidden=192, heads=12)
+    AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [f for f in FILES if f != "quickstart.yaml"])
+def test_every_recipe_runs_three_steps_with_a_stand_in(
+    file: str, stand_in: Path, text: Path, tmp_path: Path
+) -> None:
+    """With its own layers, heads, teacher layer and objective; narrower, on short rows."""
+    recipe = load_recipe(LIBRARY / file)
+    changes = [f"data.text={text}", f"data.tokenizer={stand_in}", "data.seq_len=32", "data.held_out=0.1"]
+    changes += [f"stages.{recipe.stages[0].name}.teacher={stand_in}", "compute={micro_batch: 2, threads: 1}"]
+    for stage in recipe.stages:
+        few = {"steps": 3, "warmup_steps": 1, "batch": 4, "held_out_rows": 4, "student.hidden": 192}
+        few["student.ffn"] = 384
+        changes += [f"stages.{stage.name}.{key}={value}" for key, value in few.items()]
+    options = [word for change in changes for word in ("--set", change)]
+    work = tmp_path / "work"
+    command = ["run", str(LIBRARY / file), "--launcher", "inline", "--workdir", str(work), "-q", *options]
+    assert main(command) == 0
+    summary = json.loads((work / "summary.json").read_text())
+    assert [model["name"] for model in summary["models"]][1:] == [stage.name for stage in recipe.stages]
