@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -11,6 +12,7 @@ from minilm.orchestrator.errors import RecipeErrors
 from minilm.orchestrator.recipe.language.assistant import HUB_SHAPES, asks_for_assistant
 from minilm.orchestrator.recipe.load import load_recipe, read_recipe
 from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.recipe.show import as_yaml
 
 BASE = """\
 name: base
@@ -414,3 +416,57 @@ def test_problems_of_stages_that_were_made_are_told_once_and_by_the_files_own_nu
         "mine.yaml:10: stages.0.peak_lr: given 7",
         "mine.yaml:12: stages.1.steps: given 0",
     ]
+
+
+JUNK = [
+    None,
+    3,
+    True,
+    "x",
+    "${X}",
+    "${",
+    "auto",
+    {},
+    [1],
+    {"a": 1},
+    [None],
+    [{}],
+    1.5,
+    "",
+    ["x", {"name": "student"}],
+]
+KEYS = ["students", "student", "assistant", "vars", "x-y", "corpora", "shards", "relations"]
+
+
+def spoilt(value: object, random: Random) -> object:
+    """A copy with some keys left out, of another kind, or too many."""
+    if isinstance(value, list):
+        return [spoilt(item, random) for item in value] + random.choices(JUNK, k=random.random() < 0.05)
+    if not isinstance(value, dict):
+        return value
+    found = {
+        key: random.choice(JUNK) if random.random() < 0.06 else spoilt(inner, random)
+        for key, inner in value.items()
+        if random.random() > 0.04
+    }
+    return found | ({random.choice(KEYS): random.choice(JUNK)} if random.random() < 0.05 else {})
+
+
+def test_whatever_is_wrong_is_told_in_lines_and_what_is_sound_is_shown_soundly(write):
+    random = Random(0)
+    stage = {"name": "student", "teacher": "google-bert/bert-base-uncased", "assistant": "auto", "batch": 64,
+             "student": {"layers": 6, "hidden": 384}, "steps": 9, "peak_lr": 1e-3, "warmup_steps": 1}  # fmt: skip
+    whole = {"name": "a", "data": {"text": "c", "tokenizer": "./t"}, "stages": [stage], "vars": {"A": 1}}
+    sound = 0
+    for _ in range(400):
+        write("base.yaml", json.dumps(spoilt(whole, random)))
+        path = write("mine.yaml", json.dumps({"extends": "base.yaml"} | spoilt(whole, random)))
+        try:
+            recipe, source = read_recipe(path)
+        except RecipeErrors as error:
+            assert error.problems and not any("\n" in problem for problem in error.problems)
+        else:
+            sound += 1
+            shown = write("shown.yaml", as_yaml(recipe, source))
+            assert load_recipe(shown).result_fields() == recipe.result_fields()
+    assert 20 < sound < 380

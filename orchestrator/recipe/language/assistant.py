@@ -141,8 +141,9 @@ def _layers(wanted: Any, stage: dict[str, Any], shapes: Mapping[str, Shape]) -> 
     if wanted != "auto" and not (number and wanted > 0):
         return None, f"given {wanted!r}; allowed: auto, none, or the assistant's number of layers"
     students = dict(_students(stage))
-    if not students or not all(students.values()):
-        return 0, ""  # their sizes are complained about where they stand
+    malformed = not isinstance(stage.get("name"), str) or {"student", "students"} <= stage.keys()
+    if malformed or not students or not all(students.values()):
+        return 0, ""  # what is wrong is complained about where it stands
     sizes = sorted({shape[1] for shape in students.values() if shape})
     if len(sizes) > 1:
         both = " and ".join(map(str, sizes))
