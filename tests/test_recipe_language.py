@@ -162,6 +162,13 @@ def test_files_that_can_not_be_extended(write, extends, expected):
     assert refusals(path) == [f"mine.yaml:2: extends: {expected}"]
 
 
+def test_what_is_extended_stands_in_the_file(write):
+    path = write("mine.yaml", "extends: base.yaml\n")
+    assert refusals(path, "extends=other.yaml") == [
+        "--set: extends: allowed in a file only: write one that extends it"
+    ]
+
+
 def test_a_circle_of_files_is_named_with_all_of_them(write):
     write("sub/x", "")
     write("b.yaml", "extends: sub/../c.yaml\n")

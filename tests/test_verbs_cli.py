@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from minilm.orchestrator.cli import main, parser
+from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.verbs.arguments import Parser
 
 
@@ -141,6 +142,8 @@ def test_run_as_json_is_an_event_a_line(tmp_path, capsys, text, teacher):
     recipe = str(write_recipe(tmp_path, text, teacher))
     command = ["run", recipe, "--json", "--launcher", "inline", "--workdir", str(tmp_path / "work"), *few]
     assert main(command) == 0
+    whole = load_recipe(tmp_path / "work" / "whole-recipe.yaml")
+    assert whole.result_fields() == load_recipe(recipe, few[1::2]).result_fields()
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert all({"event", "time", "text"} <= set(event) for event in events)
     built = [event for event in events if event["event"] == "built"]

@@ -57,11 +57,13 @@ def run_recipe(
     line: StatusLine,
     *,
     redo_from: str | None = None,
+    whole: str = "",
 ) -> Summary:
     """Run every stage that is not done, and return the summary of the whole curriculum.
 
-    The caller holds `lease`, from `workdir.claim`, and closes `launcher`. `redo_from`: as it was claimed. Raises
-    `Stopped` after SIGINT or SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
+    The caller holds `lease`, from `workdir.claim`, and closes `launcher`. `redo_from`: as it was claimed. `whole`: the
+    recipe with all its values, to be written into the work directory. Raises `Stopped` after SIGINT or
+    SIGTERM, `UserError` for bad input, `InfrastructureError` when the workers kept dying.
     """
     began = time.monotonic()
     with closing(line):
@@ -86,7 +88,7 @@ def run_recipe(
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
         for note in position_notes(stages, data.seq_len):
             line.say(note)
-        workdir.adopt(recipe, recipe_file, data, redo_from)
+        workdir.adopt(recipe, recipe_file, data, redo_from, whole)
         line.show("opening the tracking store", force=True)
         tracking = Tracking.open(
             workdir.root,

@@ -17,7 +17,7 @@ from minilm.orchestrator.recipe.changes import invalidated_stages, text_changed,
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import RunFolder
-from minilm.orchestrator.system.files import read_json, write_json
+from minilm.orchestrator.system.files import read_json, write_atomic, write_json
 from minilm.orchestrator.system.lease import Lease, take
 
 
@@ -146,7 +146,9 @@ class Workdir(RunFolder):
         moved = ", ".join(str(path.relative_to(self.root)) for path in there)
         print(f"set aside in {folder}: {moved}", file=sys.stderr)
 
-    def adopt(self, recipe: Recipe, recipe_file: Path, data: DataSpec, redo_from: str | None = None) -> None:
+    def adopt(
+        self, recipe: Recipe, recipe_file: Path, data: DataSpec, redo_from: str | None = None, whole: str = ""
+    ) -> None:
         """Make the directory this recipe's for good; called once its inputs have been found sound.
 
         Raises `UserError` where the data are not those that work here was made from.
@@ -164,3 +166,5 @@ class Workdir(RunFolder):
         copy = self.root / "recipe.yaml"
         if not (copy.exists() and copy.samefile(recipe_file)):
             shutil.copyfile(recipe_file, copy)
+        if whole:
+            write_atomic(self.whole_recipe, whole)

@@ -70,6 +70,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     """
     source = read_chain(Path(path))
     override(source, overrides)
+    if "extends" in source.values:
+        raise RecipeErrors(
+            [source.problem(("extends",), "allowed in a file only: write one that extends it")]
+        )
     for key in [key for key in source.values if key.startswith(ANCHORS)]:
         del source.values[key]
     problems: list[Problem] = variables.expand(source)

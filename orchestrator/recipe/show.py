@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -56,6 +57,15 @@ def as_yaml(recipe: Recipe, source: Source, *head: str) -> str:
         text = f"{_indent(shown.path)}{shown.path[-1]}: {_scalar(shown.value)}"
         lines.append(f"{text:<{COLUMN}}  # {shown.origin}")
     return "\n".join(_with_dashes(lines)) + "\n"
+
+
+def whole_text(recipe: Recipe, source: Source, digest: str) -> str:
+    """The recipe written out, with its files and its digest at the top."""
+    head = (
+        f"{' over '.join(source.files)}, with every default; relative paths count from {Path(source.file).parent}/",
+        f"digest {digest}",
+    )
+    return as_yaml(recipe, source, *head)
 
 
 def _values(section: BaseModel, path: KeyPath, source: Source) -> Iterator[Shown]:

@@ -5,6 +5,7 @@ DIR/cluster.json    the processes of the run's own Ray cluster
 DIR/run.json        the recipe's result-determining fields, and its data's fingerprints
 DIR/set-aside/N/    what `--from STAGE` did again, as it was before
 DIR/recipe.yaml     the recipe file as given
+DIR/whole-recipe.yaml   the recipe with all its values, as `minilm show` prints it: `extends`, `--set`, defaults
 DIR/data/           shards, when the recipe names text
 DIR/tokenizer/      of data behind a URL
 DIR/quarantine.json damaged blocks that are left out, where data.on_corrupt says so
@@ -99,6 +100,10 @@ class RunFolder:
     @property
     def run(self) -> Path:
         return self.root / "run.json"
+
+    @property
+    def whole_recipe(self) -> Path:
+        return self.root / "whole-recipe.yaml"
 
     @property
     def cluster(self) -> Path:

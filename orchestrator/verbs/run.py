@@ -58,12 +58,14 @@ def run_or_read(options: argparse.Namespace, line: StatusLine) -> Summary:
     """Run the recipe; of one that is done already, tell the tracker what is left and read the summary."""
     from minilm.orchestrator.driver.summary import Summary
     from minilm.orchestrator.driver.workdir import Workdir, default_workdir
-    from minilm.orchestrator.recipe.load import load_recipe
+    from minilm.orchestrator.recipe.load import read_recipe
+    from minilm.orchestrator.recipe.show import whole_text
+    from minilm.orchestrator.system.files import sha256_json
     from minilm.orchestrator.system.signals import StopRequest
 
     launcher_type = load_launcher(options.launcher)
     launcher_type.configure_process()
-    recipe = load_recipe(options.recipe, options.set)
+    recipe, source = read_recipe(options.recipe, options.set)
     workdir = Workdir((options.workdir or default_workdir(recipe.name)).resolve())
     if options.redo_from is None and workdir.is_finished(recipe) and workdir.is_evaluated(recipe):
         summary = Summary.read(workdir.summary)
@@ -101,5 +103,6 @@ def run_or_read(options: argparse.Namespace, line: StatusLine) -> Summary:
                 stop,
                 line,
                 redo_from=options.redo_from,
+                whole=whole_text(recipe, source, sha256_json(recipe.result_fields())),
             )
     return summary

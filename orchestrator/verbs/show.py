@@ -28,7 +28,7 @@ def add_show(verbs: Any) -> None:
 
 def show_recipe(options: argparse.Namespace) -> int:
     from minilm.orchestrator.recipe.load import read_recipe
-    from minilm.orchestrator.recipe.show import as_yaml, values
+    from minilm.orchestrator.recipe.show import values, whole_text
     from minilm.orchestrator.system.files import sha256_json
 
     recipe, source = read_recipe(options.recipe, options.set)
@@ -41,11 +41,7 @@ def show_recipe(options: argparse.Namespace) -> int:
         whole = {"recipe": recipe.name, "files": source.files, "digest": digest, "values": shown}
         print(json.dumps(whole, ensure_ascii=False))
     else:
-        head = (
-            f"{' over '.join(source.files)}, with every default; relative paths count from {options.recipe.parent}/",
-            f"digest {digest}",
-        )
-        print(as_yaml(recipe, source, *head), end="")
+        print(whole_text(recipe, source, digest), end="")
     return 0
 
 
