@@ -70,8 +70,108 @@ def test_a_recipe_is_its_row(row: list[str]) -> None:
         assert as_row(recipe, 0) == as_row(load_recipe(LIBRARY / f"{assistant}.yaml"), -1)
 
 
-def test_the_library_is_the_rows_and_the_quickstart() -> None:
-    assert sorted([*(f"{row[0]}.yaml" for row in ROWS), "quickstart.yaml"]) == FILES
+# MiniLMv2 (arXiv:2012.15828): teachers, layers and relation heads by its section 4; batch, rate, warm-up and steps as a
+# public reimplementation has them too (bloomberg/minilmv2.bb, run.sh). All else is as in bert-l6-h384.
+V2_TABLE = """
+id teacher layer L hidden ffn relation_heads vocab batch lr warmup steps
+v2-bert-l6-h384 google-bert/bert-base-uncased last 6 384 1536 48 30522 256 6e-4 4000 400000
+v2-bert-l12-h384 google-bert/bert-base-uncased last 12 384 1536 48 30522 256 6e-4 4000 400000
+v2-bert-l6-h768 google-bert/bert-base-uncased last 6 768 3072 48 30522 256 6e-4 4000 400000
+v2-bert-large-l6-h384 google-bert/bert-large-uncased 21 6 384 1536 64 30522 256 6e-4 4000 400000
+v2-bert-large-l12-h384 google-bert/bert-large-uncased 21 12 384 1536 64 30522 256 6e-4 4000 400000
+v2-roberta-large-l6-h384 FacebookAI/roberta-large 19 6 384 1536 64 50265 256 6e-4 4000 400000
+v2-roberta-large-l12-h384 FacebookAI/roberta-large 19 12 384 1536 64 50265 256 6e-4 4000 400000
+v2-xlmr-large-l6-h384 FacebookAI/xlm-roberta-large 19 6 384 1536 64 250002 256 6e-4 4000 1000000
+v2-xlmr-large-l12-h384 FacebookAI/xlm-roberta-large 19 12 384 1536 64 250002 256 6e-4 4000 1000000
+"""
+V2_ROWS = [line.split() for line in V2_TABLE.splitlines()[2:]]
+# The ablation arms of bert-l6-h384, with the figures of SQuAD 2, MNLI-m and SST-2 (MiniLM, tables 3 and 5 to 7).
+ARMS = {
+    "attention-only": "71.0 / 80.9 / 89.9",
+    "value-mse": "71.4 / 82.0 / 90.8",
+    "layer-to-layer": "71.6 / 81.8 / 90.6",
+    "soft-label-mlm": "67.9 / 79.6 / 89.8",
+    "hidden-relation": "",
+}
+
+
+@pytest.mark.parametrize("row", V2_ROWS, ids=lambda row: row[0])
+def test_a_recipe_of_minilmv2_is_its_row(row: list[str]) -> None:
+    name, teacher, layer, layers, hidden, ffn, relation_heads, vocabulary, batch, rate, warmup, steps = row
+    recipe, base = load_recipe(LIBRARY / f"{name}.yaml"), load_recipe(LIBRARY / "bert-l6-h384.yaml")
+    (stage,), (of_base,) = recipe.stages, base.stages
+    assert recipe.name == name and recipe.data.tokenizer == teacher
+    assert f"{int(vocabulary):,} tokens" in header(f"{name}.yaml")
+    changes = {
+        "teacher": teacher, "teacher_layer": layer if layer == "last" else int(layer), "objective": "minilmv2",
+        "relation_heads": int(relation_heads), "batch": int(batch), "peak_lr": float(rate),
+        "warmup_steps": int(warmup), "steps": int(steps),
+    }  # fmt: skip
+    student = {"layers": int(layers), "hidden": int(hidden), "ffn": int(ffn)}
+    (expected,) = of_base.result_fields()["students"]
+    assert stage.result_fields() == of_base.result_fields() | changes | {"students": [expected | student]}
+    data = {"tokenizer": teacher}
+    assert recipe.data.result_fields() == base.data.result_fields() | data
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_ablation_arm_differs_by_its_objective_alone(arm: str) -> None:
+    file = f"bert-l6-h384-{arm}.yaml"
+    recipe, base = load_recipe(LIBRARY / file), load_recipe(LIBRARY / "bert-l6-h384.yaml")
+    (fields,) = recipe.result_fields()["stages"]
+    (of_base,) = base.result_fields()["stages"]
+    assert fields == of_base | {"objective": arm}
+    rest = base.result_fields() | {"name": recipe.name, "stages": [fields]}
+    assert recipe.result_fields() == rest and ARMS[arm] in header(file)
+    assert (LIBRARY / file).read_text(encoding="utf-8").partition("\nname: ")[2].split() == [
+        f"bert-l6-h384-{arm}", "stages:", "-", "name:", "student", "objective:", arm,
+    ]  # fmt: skip
+
+
+SHAPES = {  # as their config.json has them
+    "google-bert/bert-base-uncased": ("bert", 12, 768, 12, 3072, 30522),
+    "google-bert/bert-large-uncased": ("bert", 24, 1024, 16, 4096, 30522),
+    "FacebookAI/roberta-large": ("roberta", 24, 1024, 16, 4096, 50265),
+    "FacebookAI/xlm-roberta-base": ("xlm-roberta", 12, 768, 12, 3072, 250002),
+    "FacebookAI/xlm-roberta-large": ("xlm-roberta", 24, 1024, 16, 4096, 250002),
+}
+# of student's layers and hidden size: parameters without embeddings, as the papers print them, in millions
+PRINTED = {(6, 768): 42.5, (12, 384): 21.3, (6, 384): 10.6, (4, 384): 7.1, (3, 384): 5.3}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != "quickstart.yaml"])
+def test_every_recipe_plans_with_a_teacher_of_its_own_shape(file: str, tmp_path: Path) -> None:
+    """Of the teacher's config, with no weights: its sizes, the papers' parameters and what the objective needs."""
+    from transformers import AutoConfig
+
+    from minilm.orchestrator.plan.estimate import works
+
+    def folder(reference: str) -> str:
+        name = "google-bert/bert-base-uncased" if reference.startswith("models:") else reference
+        kind, layers, hidden, heads, ffn, vocabulary = SHAPES[name]
+        AutoConfig.for_model(
+            kind, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=ffn,
+            vocab_size=vocabulary, max_position_embeddings=514 if "roberta" in kind else 512,
+            architectures=["BertForMaskedLM"] if kind == "bert" else None,
+        ).save_pretrained(tmp_path)  # fmt: skip
+        return str(tmp_path)
+
+    first = load_recipe(LIBRARY / file).stages[0]
+    teacher = f"stages.{first.name}.teacher={folder(first.teacher)}"
+    recipe = load_recipe(LIBRARY / file, [teacher])
+    for stage, work in zip(recipe.stages, works(recipe, None, "cpu", "float32"), strict=True):
+        (student,) = stage.students
+        (body,) = work.students
+        hidden = student.hidden
+        matrices, biases_and_norms = 4 * hidden**2 + 2 * hidden * body.ffn, 9 * hidden + body.ffn
+        without = student.layers * (matrices + biases_and_norms)
+        assert round(without / 1e6, 1) == PRINTED[student.layers, student.hidden]
+        assert body.parameters > without
+
+
+def test_the_library_is_the_rows_the_arms_and_the_quickstart() -> None:
+    named = [*(row[0] for row in (*ROWS, *V2_ROWS)), *(f"bert-l6-h384-{arm}" for arm in ARMS), "quickstart"]
+    assert sorted(f"{name}.yaml" for name in named) == FILES
 
 
 def test_the_quickstart_narrows_first_and_then_makes_shallow() -> None:
