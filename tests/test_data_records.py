@@ -346,6 +346,35 @@ def test_a_folder_that_datasets_saved_is_read_without_its_metadata(tmp_path):
     assert documents_of(found.files[0]) == TEXTS
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"_data_files": [{"filename": "data-00000-of-00002.arrow"}, {"filename": "data-00001-of-00002.arrow"}]},
+         "lacks 'data-00001-of-00002.arrow', which its state.json names; fetch it again"),
+        ({"_data_files": [{"filename": "data-00000-of-00002.arrow"}], "_indices_data_files": [{"filename": "i.arrow"}]},
+         "is a selection of rows of its files; save it again by load_from_disk, flatten_indices and save_to_disk "
+         "of the library datasets"),
+        ([], "is damaged or of another version"),
+    ],
+)  # fmt: skip
+def test_a_saved_folder_that_is_not_whole_or_not_plain_is_refused(tmp_path, state, message):
+    write_arrow(tmp_path / "data-00000-of-00002.arrow", pa.table({"text": TEXTS}), stream=True)
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(DataError, match=message):
+        find_files([tmp_path])
+
+
+def test_an_arrow_file_that_a_saved_folder_does_not_name_is_left_out(tmp_path):
+    for name in ("data-00000-of-00001.arrow", "old.arrow"):
+        write_arrow(tmp_path / name, pa.table({"text": TEXTS}), stream=True)
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    (tmp_path / "dataset_info.json").write_text("{}")
+    found = find_files([tmp_path])
+    assert [path.name for path in found.files] == ["data-00000-of-00001.arrow"]
+    assert (str(tmp_path / "old.arrow"), "not named in the state.json beside it") in found.left_out
+
+
 # bytes
 
 

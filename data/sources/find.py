@@ -5,6 +5,7 @@ out are hidden files and folders, unknown endings, empty files, broken links, an
 file that is named itself is read or refused, whatever it is called. Any bytes are a file name (surrogateescape).
 """
 
+import json
 import os
 import stat
 from collections import Counter
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minilm.data.errors import DataError
+from minilm.data.errors import DataError, one_line
 from minilm.data.format.manifest import BUILD_FILE, CHECKSUMS, HELD_OUT, MANIFEST, TOKENIZER
 
 FORMATS = {".txt": "txt", ".text": "txt", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -20,12 +21,10 @@ FORMATS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arro
 PACKERS = (".gz", ".xz", ".zst", ".bz2")
 HIDDEN, UNKNOWN, EMPTY, BROKEN = "hidden", "unknown ending", "empty (0 bytes)", "broken link"
 TWICE, BUILT, NO_FILE = "the same as one taken before", "written by a build", "no regular file"
-METADATA = "metadata of a saved data set"
+METADATA, UNLISTED = "metadata of a saved data set", "not named in the state.json beside it"
 _BUILT = {MANIFEST, BUILD_FILE, CHECKSUMS, TOKENIZER, HELD_OUT, "report"}
-_METADATA = {
-    "dataset_dict.json",
-    "dataset_infos.json",
-}  # of the library `datasets`, which saves arrow files …
+# Of the library `datasets`, which saves arrow files …
+_METADATA = {"dataset_dict.json", "dataset_infos.json"}
 _SAVED = {"state.json", "dataset_info.json"}  # … beside these two, and later caches what it computes there
 _NAMED = 3
 
@@ -123,6 +122,7 @@ class Walk:
         names = sorted(entry.name for entry in folder.iterdir())
         of_build = ".build" in names or {MANIFEST, CHECKSUMS} <= set(names)
         saved = set(names) >= _SAVED
+        listed = _listed(folder, names) if saved else None
         looked_at = []
         for name in names:
             if of_build and (name in _BUILT or name == ".build" or name.startswith("shard-")):
@@ -131,9 +131,33 @@ class Walk:
                 self.left_out.append((str(folder / name), HIDDEN))
             elif name in _METADATA or saved and (name in _SAVED or name.startswith("cache-")):
                 self.left_out.append((str(folder / name), METADATA))
+            elif listed is not None and name.endswith(".arrow") and name not in listed:
+                self.left_out.append((str(folder / name), UNLISTED))
             else:
                 looked_at.append(name)
         return looked_at
+
+
+def _listed(folder: Path, names: Sequence[str]) -> set[str]:
+    """The files that make up a data set saved by the library `datasets`. DataError where one is not there, or where the
+    data set is a selection of their rows, which only that library makes."""
+    place = folder / "state.json"
+    try:
+        state = json.loads(place.read_bytes())
+        listed = {str(file["filename"]) for file in state["_data_files"]}
+        is_selection = bool(state.get("_indices_data_files"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{str(place)!r} is damaged or of another version ({one_line(error)}); save it again"
+        ) from error
+    if is_selection:
+        raise DataError(
+            f"{str(folder)!r} is a selection of rows of its files; save it again by load_from_disk, flatten_indices "
+            "and save_to_disk of the library datasets"
+        )
+    if missing := sorted(listed - set(names)):
+        raise DataError(f"{str(folder)!r} lacks {missing[0]!r}, which its state.json names; fetch it again")
+    return listed
 
 
 def summary(left_out: Iterable[tuple[str, str]]) -> list[str]:
