@@ -288,7 +288,7 @@ def test_a_model_that_holds_the_name_as_a_piece_gets_it_written_apart(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<unk>", special=True)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    encoder = Encoder(str(tmp_path / "tokenizer.json"), "text")
+    encoder = Encoder(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), "text")
     text = "ab </s> ba"
     assert encoder.names_in(text) == 1
     [ids] = encoder.encode([text], [0])

@@ -202,7 +202,7 @@ def data(tmp_path_factory):
 def complaints(teacher: Path, data: DataSpec) -> list[str]:
     """What is said of a stage "a" with a teacher that has the tokenizer in this folder."""
     stage = SimpleNamespace(name="a", objective="minilm", objective_fields=lambda: {"name": "minilm"})
-    resolved = ResolvedStage(stage, str(teacher), SHAPE, {})
+    resolved = ResolvedStage(stage, str(teacher), SHAPE, {}, {})
     return check_data([resolved], data.seq_len, data.vocabulary, data.tokenizer)
 
 
@@ -230,7 +230,7 @@ def test_data_made_with_another_lower_casing_are_refused_with_an_example(tmp_pat
             f"stage a: the data's tokenizer is another one than the teacher's in {other} (another lower-casing, "
             f"normalization or pre-tokenization"
         )
-        assert line.endswith(f"; make the data with `--tokenizer {other}`")
+        assert line.endswith(f"; give that as data.tokenizer, or make the data with `--tokenizer {other}`")
     cased = load_tokenizer(str(tmp_path / "cased"))
     assert "becomes" in pipeline_difference(load_tokenizer(str(same)), cased)
 

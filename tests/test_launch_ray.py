@@ -49,7 +49,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "--head",
         "--block",
         "--port",
-        str(free_port()),
+        environment.setdefault("PORT", str(free_port())),
         "--dashboard-port",
         str(dashboard),
         "--dashboard-agent-listen-port",  # else a second cluster on the machine has no agent for jobs
@@ -84,6 +84,34 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+JOIN = """
+import ray, sys
+from pathlib import Path
+from minilm.orchestrator.launch.cluster import Cluster
+from minilm.orchestrator.system.signals import StopRequest
+Cluster(sys.argv[1], 1, Path("record")).connect(StopRequest())
+class Controller:
+    def run(self):
+        return "runs"
+print(ray.get(ray.remote(Controller).options(num_cpus=0).remote().run.remote(), timeout=60))
+"""
+
+
+def test_a_token_in_the_home_folder_keeps_nobody_off_a_cluster_without_tokens(head, tmp_path):
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("ab" * 32)
+    environment = {key: value for key, value in (os.environ | head).items() if key != "RAY_AUTH_MODE"}
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", JOIN, f"127.0.0.1:{head['PORT']}"],
+        env=environment | {"HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.stdout == "runs\n", ended.stderr
 
 
 def command_lines(root: int) -> str:

@@ -47,7 +47,7 @@ def test_a_student_that_fits_has_its_whole_shape():
         ),
         (
             lambda: fit(Objective.named("minilmv2", relation_heads=16)),
-            "student 's': 16 relation heads do not divide the student's hidden size 24",
+            "student 's': 16 relation heads do not divide the student's hidden size 24; give a divisor of 24",
         ),
         (
             lambda: fit(Objective.named("minilm", relation_heads=2), MPNET),

@@ -124,7 +124,7 @@ def test_a_position_bias_belongs_to_attention_only():
         ),
         (
             lambda: Objective.named("minilmv2", relation_heads=50).check(shape(12, 768), shape(12, 384)),
-            "50 relation heads do not divide the teacher's hidden size 768",
+            "50 relation heads do not divide the teacher's hidden size 768; give a divisor of 384",
         ),
     ],
 )

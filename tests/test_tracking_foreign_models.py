@@ -49,7 +49,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, teacher: 
 
 def test_a_model_of_mlflows_own_logging_is_a_teacher(store, teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    folder = model_folder(RegistryRef("models:/theirs/1"), None, RunFolder(tmp_path))
+    folder = model_folder(RegistryRef("models:/theirs/1"), RunFolder(tmp_path))
     assert folder == tmp_path / "teachers" / "theirs-v1"
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -58,23 +58,38 @@ def agent_at_a_free_port() -> Iterator[None]:
 
 
 def authenticate(address: str) -> None:
-    """Use the token that lies ready, if RAY_AUTH_MODE does not say otherwise; a cluster without tokens ignores it.
+    """Use the token that lies ready if the cluster at HOST:PORT demands one and RAY_AUTH_MODE says nothing else.
 
-    Raises `ray.exceptions.AuthenticationError` where the cluster at HOST:PORT demands another one.
+    A cluster without tokens must be joined without one: this process would demand it from the cluster in its turn, and
+    does so as soon as Ray has looked for a token.
+    Raises `ray.exceptions.AuthenticationError` where the cluster demands another one, or there is none.
     """
-    has_token = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
-    if has_token and "RAY_AUTH_MODE" not in os.environ:
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not has_token():
+        raise AuthenticationError("there is no token")  # Ray's client would abort this process
+    if not address.rpartition(":")[2].isdecimal() or "://" in address:
+        return
+    try:
+        look_at(address)
+    except AuthenticationError:
+        if "RAY_AUTH_MODE" in os.environ or not has_token():
+            raise
         os.environ["RAY_AUTH_MODE"] = "token"
         Config.initialize("")  # Ray read it when it was imported
-    if not has_token and os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
-        raise AuthenticationError("there is no token")  # Ray's client would abort this process
-    if address.rpartition(":")[2].isdecimal() and "://" not in address:
-        try:
-            GcsClient(address=address)
-        except AuthenticationError:
-            raise
-        except Exception as error:  # whatever else is wrong there, `ray.init()` says it
-            log.debug("no look at %s: %s", address, error)
+        look_at(address)
+
+
+def has_token() -> bool:
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+
+
+def look_at(address: str) -> None:
+    """Raises `ray.exceptions.AuthenticationError` where the cluster's head does not take this process's token."""
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        raise
+    except Exception as error:  # whatever else is wrong there, `ray.init()` says it
+        log.debug("no look at %s: %s", address, error)
 
 
 class TrainCallback(ControllerCallback, WorkerGroupCallback):

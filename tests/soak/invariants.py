@@ -82,7 +82,8 @@ def tracked(work: Workdir, name: str, folder: StageFolder, server: str) -> Probl
     from minilm.orchestrator.tracking.client import connect
 
     expected: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for point in every_line(folder.step_metrics) + every_line(folder.heldout_metrics):
+    files = (folder.step_metrics, folder.heldout_metrics, folder.system_metrics)
+    for point in (point for file in files for point in every_line(file)):
         for metric, value in point.metrics.items():
             expected[metric].append((point.step, value))
     client = connect(server)

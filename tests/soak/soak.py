@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--disk-mb", type=int, default=256, help="size of the disk, a tmpfs, that is filled (default: 256)"
     )
     soak.add_argument("--json", action="store_true", help="print the report as JSON")
-    soak.set_defaults(run=soak_verb)
+    soak.set_defaults(run=soak_verb, verbose=0)
     return run_verb(soak.parse_args(arguments))
 
 
