@@ -88,11 +88,14 @@ from minilm.orchestrator.launch import cluster, ray_private
 from minilm.orchestrator.launch.base import LaunchOptions
 from minilm.orchestrator.launch.cluster import Cluster
 cluster = Cluster("local", 1, Path("cluster.json"))
-cluster.connect(SimpleNamespace(requested=False, install=lambda: None))
+stop = SimpleNamespace(requested=False, install=lambda: None)
+cluster.connect(stop)
 import ray
 assert ray.cluster_resources()["trainer"] == 1
 print("ready", flush=True)
 sys.stdin.read()
+cluster.leave()
+cluster.connect(stop)  # Ray keeps the first token that it has read
 cluster.leave()
 """
 FIXED_PORTS = {6379, 8265, 10001, 44217, 44227, 52365}  # of `ray start --head`

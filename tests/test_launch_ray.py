@@ -232,7 +232,14 @@ def test_a_cluster_without_room_is_refused_with_what_it_has(head, finished, tmp_
         "--set",
         "stages.small.batch=12",
     )
-    arguments = (finished / "tiny.yaml", "--workdir", tmp_path / "work", "--address", "auto", *override)
+    arguments = (
+        finished / "tiny.yaml",
+        "--workdir",
+        tmp_path / "work",
+        "--address",
+        f"127.0.0.1:{head['PORT']}",
+        *override,
+    )
     _, errors = run("run", *arguments, "--set", "compute.wait_seconds=2", expect=2, **head)
     lack = "the Ray cluster has 2 trainer, the recipe asks for 3, one for each worker"
     assert re.search(rf"waiting for the cluster: {lack} \(\ds of 2s\)", errors)

@@ -331,6 +331,7 @@ def test_a_recipe_that_cannot_be_compared_is_refused(tmp_path, capsys, compute, 
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_worker_a_server_away_and_a_damaged_checkpoint_leave_no_trace(
     recipe_file, recipe, without_faults, tmp_path

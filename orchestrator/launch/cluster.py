@@ -79,9 +79,9 @@ class Cluster:
         if self.address:
             check_answers(self.address)
         else:
-            # known to this cluster's processes only; Ray would write one into the home folder, where the next
+            # known to this process and its clusters only; Ray would write one into the home folder, where the next
             # `ray start` finds it and demands it from then on
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
         from ray.exceptions import AuthenticationError
 
