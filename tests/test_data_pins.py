@@ -1,7 +1,6 @@
 """Every file of a data set is pinned: damage is never called whole, changes no row, and gets into no export."""
 
 import json
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -53,48 +52,6 @@ def rows_of(folder: Path) -> list[np.ndarray]:
         reader.read(range(reader.num_rows)).input_ids.numpy()
         for reader in (RowReader(folder), RowReader(folder / "held-out"))
     ]
-
-
-def damage_at_random(original: Path, rng: random.Random, count: int) -> list[str]:
-    """Flips one bit of, or cuts, a random file `count` times: a line for each damage that passed as whole, or changed
-    a row."""
-    expected = rows_of(original)
-    files = sorted(path for path in original.rglob("*") if path.is_file())
-    wrong = []
-    for turn in range(count):
-        path = files[turn % len(files)]
-        whole = path.read_bytes()
-        if turn // len(files) % 2:
-            at = rng.randrange(len(whole))
-            what = f"{path.relative_to(original)} cut at {at} of {len(whole)}"
-            path.write_bytes(whole[:at])
-        else:
-            at, bit = rng.randrange(len(whole)), rng.randrange(8)
-            what = f"{path.relative_to(original)}, bit {bit} of byte {at} flipped"
-            flip(path, at, bit)
-        try:
-            if verify(original, threads=1).whole:
-                wrong.append(f"{what}: called whole")
-        except DataError:
-            pass
-        try:
-            if any((a != b).any() for a, b in zip(rows_of(original), expected, strict=True)):
-                wrong.append(f"{what}: rows changed")
-        except DataError:
-            pass
-        path.write_bytes(whole)
-    assert verify(original).whole
-    return wrong
-
-
-def test_sixty_damages_all_over_a_data_set_are_found(data):
-    assert damage_at_random(data, random.Random(12), 60) == []
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(3600)
-def test_a_thousand_damages_all_over_a_data_set_are_found(data):
-    assert damage_at_random(data, random.Random(13), 1000) == []
 
 
 def test_the_last_byte_of_every_file_counts(data):

@@ -1,10 +1,10 @@
 """Text, or other people's tokens -> data set: in parallel, resumable, the same bytes whatever the processes.
 
-    plan      inputs, units, tokenizer, arguments -> OUT/.build/plan.json     (data.sources.*, here)
-    tokenize  each unit -> runs of token ids                                  (data.build_tasks)
-    sort      all runs -> buckets in shuffled order
-    write     buckets -> shards
-    publish   shards, checksums, tokenizer -> OUT; the manifest appears last  (data.build_run)
+    plan      inputs, units, tokenizer, arguments -> OUT/.build/plan.json     (sources, here)
+    tokenize  each unit -> runs of token ids                                  (tokenization)
+    sort      all runs -> buckets in shuffled order                           (sort)
+    write     buckets -> shards                                               (write)
+    publish   shards, checksums, tokenizer -> OUT; the manifest appears last  (phases)
 
 A second call with the same arguments over the same inputs finds the manifest and returns at once.
 """

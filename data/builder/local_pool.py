@@ -1,4 +1,4 @@
-"""A few worker processes that run named functions of data.build_tasks: started clean, spoken to in JSON
+"""A few worker processes that run named functions of builder.tasks: started clean, spoken to in JSON
 lines.
 
 Why not multiprocessing: its spawn imports the caller's main module again (a script without a guard starts

@@ -137,6 +137,8 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     setting, data = trial.setting, Path(trial.data)
     autocast = torch.bfloat16 if trial.precision == "bfloat16" else None
     curve: Curve = []
+    how: dict[str, Any] = {"seed": trial.seed, "train_rows": trial.train_rows}
+    how |= {"device": device, "autocast": autocast}
     if task.kind == "cosine":
         metrics = cosine_similarity(
             encoder, tokenizer, task, data, tokens=setting.tokens, batch=setting.batch, device=device
@@ -144,28 +146,9 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     elif task.kind == "spans":
         from minilm.orchestrator.evaluation.squad import fine_tune_spans
 
-        metrics, curve = fine_tune_spans(
-            encoder,
-            tokenizer,
-            data,
-            setting,
-            seed=trial.seed,
-            device=device,
-            autocast=autocast,
-            train_rows=trial.train_rows,
-        )
+        metrics, curve = fine_tune_spans(encoder, tokenizer, data, setting, **how)
     else:
-        metrics, curve = fine_tune(
-            encoder,
-            tokenizer,
-            task,
-            data,
-            setting,
-            seed=trial.seed,
-            device=device,
-            autocast=autocast,
-            train_rows=trial.train_rows,
-        )
+        metrics, curve = fine_tune(encoder, tokenizer, task, data, setting, **how)
     result = {
         "model": trial.source.name,
         "task": trial.task,

@@ -1,9 +1,10 @@
 """The kinds of single values in a recipe: names, paths, references, bounded numbers.
 
 A validator raises ValueError with the words that follow "allowed:" in the message to the author. Leaves
-out which key is of which kind (recipe_types.py).
+out which key is of which kind (schema.py).
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,11 +29,9 @@ def _in_words(words: str) -> WrapValidator:
     """Both bounds of a number, whatever is wrong with it: a reader who mends one does not run into the other."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            if not isinstance(value, bool):  # pydantic would read true as 1
+        if not isinstance(value, bool):  # pydantic would read true as 1
+            with suppress(ValidationError):
                 return handler(value)
-        except ValidationError:
-            pass
         raise ValueError(words)
 
     return WrapValidator(check)

@@ -10,16 +10,6 @@ from typing import Any
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.arguments import add_verb
 
-TEXT_OPTIONS = (
-    "text_field",
-    "line_documents",
-    "invalid_utf8",
-    "csv_separator",
-    "csv_header",
-    "csv_quoting",
-    "csv_ragged",
-)
-
 
 def add_build(verbs: Any) -> None:
     build = add_verb(
@@ -138,6 +128,7 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
 
 
 def build_data(options: argparse.Namespace) -> int:
+    from minilm.orchestrator.recipe.schema import TEXT_OPTIONS
     from minilm.orchestrator.resolve.folders import text_inputs
 
     given = {name: getattr(options, name) for name in TEXT_OPTIONS}
