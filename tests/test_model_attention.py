@@ -2,7 +2,9 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -101,6 +103,15 @@ def test_gradcheck_for_every_tile(monkeypatch, tile):
         return dropout_attention(q, k, v, masks(3)["added"], 0.2)
 
     assert torch.autograd.gradcheck(run, tuple(parts(3)))
+
+
+@pytest.mark.parametrize("dropped", [1, 6554, 65535])
+def test_of_all_decisions_just_as_many_drop_as_the_rate_says(dropped):
+    dropout = _Dropout(dropped / 65536, 0, torch.float64)
+    every = np.arange(65536, dtype=np.uint16).view(np.uint64)
+    dropout._bits = SimpleNamespace(random_raw=lambda count: every[:count].copy())
+    kept = dropout.decisions(torch.Size((65536,)))
+    assert kept.sum() == 65536 - dropped == 65536 * dropout.rate
 
 
 def test_the_share_that_is_kept_is_right_at_every_place():
