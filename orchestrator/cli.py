@@ -77,6 +77,9 @@ def run_verb(options: argparse.Namespace) -> int:
         print("minilm: stopped; the same command goes on or starts again", file=sys.stderr)
         return 130
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            text = f"given the path {str(error.filename)[:60]}…; allowed: 255 bytes a name and 4095 in all"
+            return end(options, UserError.exit_code, text)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" at {error.filename}" if error.filename else ""

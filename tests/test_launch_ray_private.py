@@ -83,6 +83,30 @@ def test_a_train_context_knows_of_drained_nodes(monkeypatch):
         assert ray_private.is_node_drained() is drained
 
 
+def test_a_driver_that_claims_while_others_look_is_not_taken_for_dead(monkeypatch):
+    """Its job is registered before it claims, so that whoever has seen the claim also sees the job."""
+    drivers, claims = [], {}
+
+    def look(name, found):
+        def looked(*_, **__):
+            first = found()
+            if not drivers:
+                drivers.append({"JobID": "02", "IsDead": False})
+                claims[b"02"] = b"{}"
+            return first
+
+        monkeypatch.setattr(*name, looked)
+
+    look((ray_private, "jobs"), lambda: [*drivers])
+    look((ray_private.internal_kv, "_internal_kv_list"), lambda: [*claims])
+    monkeypatch.setattr(ray_private.internal_kv, "_internal_kv_get", lambda key, **_: claims.get(key))
+    monkeypatch.setattr(ray_private.internal_kv, "_internal_kv_del", lambda key, **_: claims.pop(key))
+    ray_private.read_claims()
+    assert ray_private.read_claims() == {"02": "{}"}
+    drivers[0]["IsDead"] = True
+    assert ray_private.read_claims() == {} == claims
+
+
 def test_a_selector_excludes_nodes():
     selector = ray_private.excluding(["a1", "b2"])
     assert selector == {"ray.io/node-id": "!in(a1,b2)"}

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from minilm.orchestrator.errors import RecipeErrors, UserError
 from minilm.orchestrator.recipe.changes import first_difference
 from minilm.orchestrator.recipe.load import load_recipe
-from minilm.orchestrator.recipe.missing import missing_inputs
+from minilm.orchestrator.recipe.missing import missing_inputs, unseen_inputs
 from minilm.orchestrator.recipe.references import FolderRef, HubRef, RegistryRef, StudentRef, parse_reference
 from minilm.orchestrator.recipe.schema import SECTIONS, Recipe
 
@@ -277,6 +277,40 @@ def test_references_of_no_form_are_refused(tmp_path: Path, text: str, allowed: s
     (line,) = problems(tmp_path, BASE.replace("owner/teacher", f"'{text}'"))
     assert line.startswith(f"recipe.yaml:7: stages.0.teacher: given {text!r}; ")
     assert allowed in line
+
+
+def test_a_students_name_is_a_reference_of_a_teacher_only(tmp_path: Path) -> None:
+    text = BASE.replace("corpus.txt", "assistant").replace("./tokenizer", "assistant")
+    recipe = load(tmp_path, text)
+    assert recipe.data.text == (str(tmp_path / "assistant"),)
+    assert "data.tokenizer: assistant is fetched by a run" in unseen_inputs(recipe)[0]
+    assert recipe.stages[1].teacher == "assistant" and len(unseen_inputs(recipe)) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("data.text", "data.text.0"),
+        ("data.cache", "data.cache"),
+        ("compute.checkpoints", "compute.checkpoints"),
+    ],
+)
+def test_a_home_folder_of_nobody_is_refused_where_something_is_read_or_written(
+    tmp_path: Path, key: str, shown: str
+) -> None:
+    (problem,) = problems(tmp_path, BASE, f"{key}=~no-such-user/x")
+    assert problem.startswith(f"--set: {shown}: given '~no-such-user/x'; allowed: a ")
+
+
+def test_a_teacher_in_a_home_folder_of_nobody_is_missing(tmp_path: Path) -> None:
+    notes = missing_inputs(load(tmp_path, BASE, "stages.0.teacher=~no-such-user/bert"))
+    assert any("teacher: given '~no-such-user/bert', but there is no such folder" in note for note in notes)
+
+
+def test_options_of_the_source_text_are_its_own_keys_too(tmp_path: Path) -> None:
+    both = ("data.options={line_documents: true, csv_ragged: true}", "data.csv_ragged=false")
+    options = load(tmp_path, BASE, *both).data.source_options()
+    assert (options["line_documents"], options["csv_ragged"], options["csv_header"]) == (True, False, None)
 
 
 def test_a_package_is_found_and_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

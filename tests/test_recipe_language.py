@@ -115,6 +115,15 @@ def test_null_takes_a_key_away_and_other_lists_and_other_kinds_of_data_replace(w
     ]
 
 
+def test_student_and_students_take_each_others_place_by_null(write):
+    listed = "students: [{name: small, layers: 3, hidden: 384}, {name: large, layers: 6, hidden: 384}]"
+    stage = "extends: base.yaml\nstages:\n  - name: student\n    "
+    several = write("several.yaml", f"{stage}student: null\n    {listed}\n")
+    assert [student.name for student in load_recipe(several).stages[0].students] == ["small", "large"]
+    one = stage.replace("base", "several") + "students: null\n    student: {layers: 4, hidden: 384}\n"
+    assert [student.name for student in load_recipe(write("one.yaml", one)).stages[0].students] == ["student"]
+
+
 def test_paths_count_from_the_file_they_stand_in_and_move_with_it(write, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     (tmp_path / "shared").mkdir()
@@ -146,6 +155,15 @@ def test_a_file_of_an_installed_package_can_be_extended(write):
             "given 'nothing/like', but there is no file nothing/like; paths count from this file's folder",
         ),
         (
+            "~no-such-user/a.yaml",
+            "given '~no-such-user/a.yaml', but there is no file ~no-such-user/a.yaml; paths count "
+            "from this file's folder",
+        ),
+        (
+            "zzz.yaml",
+            "given 'zzz.yaml', but there is no file zzz.yaml; paths count from this file's folder",
+        ),
+        (
             "mine.yaml",
             "given 'mine.yaml', and so a circle: mine.yaml → mine.yaml; allowed in one of these files: no extends",
         ),
@@ -161,6 +179,7 @@ def test_a_file_of_an_installed_package_can_be_extended(write):
 )
 def test_files_that_can_not_be_extended(write, extends, expected):
     path = write("mine.yaml", f"name: mine\nextends: {extends}\n")
+    (path.parent / "zzz.yaml").mkdir()
     assert refusals(path) == [f"mine.yaml:2: extends: {expected}"]
 
 
@@ -269,9 +288,9 @@ def missing(name: str, hint: str = "") -> str:
          "digits and _"),
         ("", "a${", "9: stages.0.steps: given 'a${'; allowed: ${NAME} or ${NAME:-DEFAULT}, and no braces in the "
          "default"),
-        ("vars: 3\n", "50", "1: vars: given 3; allowed: a mapping of NAME: VALUE lines"),
-        ("vars: {A: [1]}\n", "50", "1: vars.A: given a list or mapping; allowed: one text, number, true or false"),
-        ("vars: {a-b: 1}\n", "50", "1: vars.a-b: given a name with other characters; allowed: letters, digits and _, "
+        ("vars: 3\n", "${A}", "1: vars: given 3; allowed: a mapping of NAME: VALUE lines"),
+        ("vars: {A: [1]}\n", "${A}", "1: vars.A: given a list or mapping; allowed: one text, number, true or false"),
+        ("vars: {a-b: 1}\n", "${A}", "1: vars.a-b: given a name with other characters; allowed: letters, digits and _, "
          "no digit first"),
         ("", "{a: ${X}}", "9: not valid YAML: expected ',' or '}', but got '{'; close what is opened here, or put a "
          "comma between its parts; within { } and [ ] a variable stands in quotes, as \"${NAME}\""),
@@ -290,7 +309,19 @@ def test_a_variable_that_is_set_in_vain_is_told(write):
     ]
 
 
-@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "DB_PASSWORD", "API_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "HF_TOKEN",
+        "DB_PASSWORD",
+        "API_KEY",
+        "PGPASSWORD",
+        "MYSQL_PWD",
+        "HFTOKEN",
+        "AwsSecret",
+    ],
+)
 def test_names_that_sound_like_secrets_are_not_read(write, name, monkeypatch):
     monkeypatch.setenv(name, "hunter2")
     (problem,) = refusals(with_variables(write, "", f"steps: ${{{name}}}"))
@@ -298,6 +329,14 @@ def test_names_that_sound_like_secrets_are_not_read(write, name, monkeypatch):
         f"mine.yaml:8: stages.0.steps: {name} sounds like a secret, and a recipe is copied into"
     )
     assert "hunter2" not in problem
+
+
+@pytest.mark.parametrize(
+    "name", ["PWD", "TOKENIZER", "MAX_TOKENS", "KEYBOARD", "PATTERN", "PASSES", "AUTHOR"]
+)
+def test_other_names_are_read(write, name, monkeypatch):
+    monkeypatch.setenv(name, "17")
+    assert load_recipe(with_variables(write, "", f"steps: ${{{name}}}")).stages[0].steps == 17
 
 
 def test_no_message_repeats_a_value_of_the_environment(write, monkeypatch):

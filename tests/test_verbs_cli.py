@@ -28,6 +28,16 @@ def test_help_names_every_verb(capsys):
     assert all(f"    {verb} " in out for verb in ("run", "check", "data", "bench", "pull", "promote"))
 
 
+def test_a_path_that_no_file_can_have_is_told(tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"extends: {'a' * 300}.yaml\n")
+    assert main(["check", str(recipe)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("minilm: error: given the path ") and line.endswith(
+        "; allowed: 255 bytes a name and 4095 in all"
+    )
+
+
 def leaves(of: Parser) -> list[Parser]:
     """Every verb that does something."""
     groups = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]

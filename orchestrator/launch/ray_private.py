@@ -161,9 +161,12 @@ def remove_claim() -> None:
 
 def read_claims() -> dict[str, str]:
     """The claims of all connected drivers by job; those of dead ones are removed."""
+    keys = internal_kv._internal_kv_list(
+        "", namespace=CLAIMS
+    )  # first: who claims later is not taken for dead
     alive = {job["JobID"] for job in jobs() if not job["IsDead"]}
     claims = {}
-    for key in internal_kv._internal_kv_list("", namespace=CLAIMS):
+    for key in keys:
         job, text = key.decode(), internal_kv._internal_kv_get(key, namespace=CLAIMS)
         if job not in alive:
             internal_kv._internal_kv_del(key, namespace=CLAIMS)

@@ -84,6 +84,10 @@ def _start(value: Any) -> Any:
 def _local_path(value: Any) -> Any:
     if not isinstance(value, str) or not value or "://" in value or VARIABLE.search(value):
         raise ValueError("a path on this machine")
+    if value.startswith("~"):  # `load` puts the folder there
+        raise ValueError(
+            "a path on this machine, where no user is called so; begin with ./ where ~ is part of a name"
+        )
     return value
 
 
@@ -106,6 +110,7 @@ def _checkpoint_place(value: Any) -> Any:
     sound = path and not set(path) & set("?#@*[] ") and path.startswith("/") == (scheme == "file")
     if (
         not text
+        or text.startswith("~")
         or VARIABLE.search(text)
         or (is_url and not (sound and scheme in ("file", *CHECKPOINT_SCHEMES)))
     ):

@@ -21,7 +21,7 @@ from minilm.orchestrator.recipe.fields import INITIALIZATIONS
 from minilm.orchestrator.recipe.language import assistant, variables
 from minilm.orchestrator.recipe.language.extends import read_chain
 from minilm.orchestrator.recipe.missing import missing_inputs
-from minilm.orchestrator.recipe.references import VARIABLE, looks_like_path, package_path
+from minilm.orchestrator.recipe.references import VARIABLE, expanded, looks_like_path, package_path
 from minilm.orchestrator.recipe.rules import Problem, check_across, explain, follows_from_another
 from minilm.orchestrator.recipe.schema import (
     CORPUS_PLACES,
@@ -162,11 +162,11 @@ def _anchor_paths(source: Source) -> dict[str, str]:
     """Makes local paths absolute in place. Returns absolute → as written, for those that stay portable."""
     values, as_written = source.values, {}
     stages = values.get("stages") if isinstance(values.get("stages"), list) else []
-    students = {name for stage in stages for name in _student_names(stage)}
+    students = [name for stage in stages for name in _student_names(stage)]
 
     def anchor(parent: Any, key: Any, path: KeyPath, *, is_path: bool) -> None:
         text = parent[key]
-        if not isinstance(text, str) or text in students:
+        if not isinstance(text, str):
             return
         folder = source.counts_from(path)
         absolute = _absolute(text, folder or Path.cwd(), is_path)
@@ -196,7 +196,7 @@ def _anchor_paths(source: Source) -> dict[str, str]:
     if isinstance(evaluation, dict) and "data" in evaluation:
         anchor(evaluation, "data", ("evaluation", "data"), is_path=True)
     for i, stage in enumerate(stages):
-        if isinstance(stage, dict) and "teacher" in stage:
+        if isinstance(stage, dict) and "teacher" in stage and stage["teacher"] not in students:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)
         for student, at in _raw_students(stage):
             if student.get("init") not in INITIALIZATIONS and "init" in student:
@@ -233,7 +233,11 @@ def _absolute(text: str, base: Path, is_path: bool) -> str | None:
             return None
     if not text or "://" in text or text.startswith("models:") or VARIABLE.search(text):
         return None
-    path = Path(os.path.abspath(base / Path(text).expanduser()))  # noqa: PTH100 (resolve follows links)
+    if str(given := expanded(text)).startswith(
+        "~"
+    ):  # of a user that there is not: stays as it is, to be told
+        return None
+    path = Path(os.path.abspath(base / given))  # noqa: PTH100 (resolve follows links)
     return str(path) if is_path or looks_like_path(text) or path.is_dir() else None
 
 

@@ -36,7 +36,7 @@ def missing_inputs(recipe: Recipe) -> list[str]:
         if absent := absent_package(text):
             notes.append(f"{key}: {absent}, or give another{_override(key)}")
             continue
-        reference = parse_reference(text, recipe.student_names)
+        reference = parse_reference(text)
         if isinstance(reference, FolderRef) and not reference.path.is_dir():
             notes.append(f"{key}: given {text!r}, but there is no such folder; give yours{_override(key)}")
     return notes
@@ -59,7 +59,7 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
     notes = []
     for key, text in _references(recipe):
         if not absent_package(text):
-            reference = parse_reference(text, recipe.student_names)
+            reference = parse_reference(text)
             if isinstance(reference, HubRef | RegistryRef):
                 notes.append(
                     f"{key}: {text} is fetched by a run; to have it looked at, give a folder{_override(key)}"
@@ -68,7 +68,7 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
 
 
 def _references(recipe: Recipe) -> list[tuple[str, str]]:
-    """Teachers, tokenizers and the models that students start from, each with its key."""
+    """Tokenizers, the models that students start from, and the teachers that are no students, each with its key."""
     data = recipe.data
     references = [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
     references += [
@@ -76,7 +76,11 @@ def _references(recipe: Recipe) -> list[tuple[str, str]]:
         for corpus in data.corpora or ()
         if corpus.source_tokenizer
     ]
-    references += [(f"stages.{stage.name}.teacher", stage.teacher) for stage in recipe.stages]
+    references += [
+        (f"stages.{stage.name}.teacher", stage.teacher)
+        for stage in recipe.stages
+        if stage.teacher not in recipe.student_names
+    ]
     return references + [
         (f"stage {stage.name}, student {student.name}: init", student.starts_from)
         for stage in recipe.stages

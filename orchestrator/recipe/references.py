@@ -11,6 +11,7 @@ Leaves out fetching: nothing here touches the network, the registry or the conte
 """
 
 import importlib.util
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def parse_reference(text: str, students: Collection[str] = ()) -> Reference:
     if text.startswith("package:"):
         return FolderRef(package_path(text))
     if looks_like_path(text):
-        return FolderRef(Path(text).expanduser())
+        return FolderRef(expanded(text))
     if _HUB.fullmatch(text):
         return HubRef(text)
     raise UserError(f"given {text!r}; allowed: {FORMS}")
@@ -92,6 +93,11 @@ def looks_like_path(text: str) -> bool:
     if "://" in text or text.startswith(("models:", "package:")):
         return False
     return text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.strip("/").count("/") > 1
+
+
+def expanded(text: str) -> Path:
+    """The path with `~` and `~USER` replaced; of a user that this machine has not, as it is: such a path is missing."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path.expanduser raises there)
 
 
 def package_path(text: str) -> Path:

@@ -189,8 +189,11 @@ class Data(_Section):
 
     def source_options(self) -> dict[str, Any]:
         """What the source of `text` is asked for, by its names of the options."""
-        own = {name: getattr(self, name) for name in TEXT_OPTIONS} if self.source == "text" else {}
-        return dict(self.options or {}) | own
+        given = dict(self.options or {})
+        if self.source != "text":
+            return given
+        keys = {name: getattr(self, name) for name in TEXT_OPTIONS}
+        return keys | given | {name: value for name, value in keys.items() if value is not None}
 
     @model_validator(mode="before")
     @classmethod

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.errors import RecipeErrors, UserError
-from minilm.orchestrator.recipe.references import VARIABLE, package_path
+from minilm.orchestrator.recipe.references import VARIABLE, expanded, package_path
 from minilm.orchestrator.recipe.yaml_source import KeyPath, Source, read_file
 
 MAX_FILES = 20
@@ -70,9 +70,13 @@ def _base(source: Source, seen: list[Path]) -> Path | None:
         except UserError as error:
             raise RecipeErrors([source.problem(("extends",), str(error))]) from None
     else:
-        path = Path(source.file).parent / Path(given).expanduser()
+        path = Path(source.file).parent / expanded(given)
     if not path.is_file():
-        names = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        names = [
+            other.name
+            for other in path.parent.glob("*.yaml")
+            if other.is_file() and other.resolve() not in seen
+        ]
         close = difflib.get_close_matches(path.name, names, n=1)
         guess = f"; did you mean {close[0]!r}?" if close else "; paths count from this file's folder"
         raise refuse(f", but there is no file {path}{guess}")
@@ -153,7 +157,8 @@ def _as_lists(base: dict[str, _Node], over: dict[str, _Node]) -> None:
     """Makes `student:` a list of one, named, in a stage whose other side has `students:`."""
     for one, other in ((base, over), (over, base)):
         student = one.get("student")
-        if student and "students" in other and isinstance(student.value, dict):
+        taken_away = "students" in one or "student" in other  # by `KEY: null` beside the other key
+        if student and "students" in other and isinstance(student.value, dict) and not taken_away:
             named = {"name": base["name"]} | student.value
             del one["student"]
             one["students"] = _Node(student.place, [_Node(student.place, named)])

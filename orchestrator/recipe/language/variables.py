@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from minilm.orchestrator.errors import RecipeErrors
 from minilm.orchestrator.recipe.yaml_source import (
     ENVIRONMENT,
     OVERRIDE,
@@ -26,10 +27,11 @@ from minilm.orchestrator.recipe.yaml_source import (
 
 _USE = re.compile(r"\$\{([^{}]*)\}")
 _INSIDE = re.compile(r"([A-Za-z_]\w*)(?::-(.*))?", re.DOTALL)
-_SECRET = {
-    "secret", "secrets", "password", "passwd", "pass", "pw", "token", "credential", "credentials", "key", "apikey",
-    "auth", "pat",
-}  # fmt: skip
+# a whole word of a name, or its end: PGPASSWORD, HFTOKEN, MYSQL_PWD; PWD alone is the current folder
+_SECRET = re.compile(
+    r"(?:^|_)(?:pass|pw|key|auth|pat)(?:_|$)|(?:secrets?|password|passwd|token|credentials?|apikey)(?:_|$)|_pwd$",
+    re.IGNORECASE,
+)
 
 
 class _Unknown(Exception):
@@ -37,10 +39,14 @@ class _Unknown(Exception):
 
 
 def expand(source: Source, environment: Mapping[str, str] = os.environ) -> list[tuple[KeyPath, str]]:
-    """Puts values in the place of variables, in place, and takes `vars` out. Returns the problems by their paths."""
+    """Puts values in the place of variables, in place, and takes `vars` out. Returns the problems by their paths.
+
+    Raises RecipeErrors for a malformed `vars`, without which nothing can be said of the values that ask for it.
+    """
     given = source.values.pop("vars", None)
     if given is not None and not isinstance(given, dict):
-        return [(("vars",), f"given {given!r}; allowed: a mapping of NAME: VALUE lines")]
+        what = f"given {given!r}; allowed: a mapping of NAME: VALUE lines"
+        raise RecipeErrors([source.problem(("vars",), what)])
     variables = _Variables(given or {}, source, environment)
     problems: list[tuple[KeyPath, str]] = [
         (("vars", name), "given a list or mapping; allowed: one text, number, true or false")
@@ -53,7 +59,7 @@ def expand(source: Source, environment: Mapping[str, str] = os.environ) -> list[
         if not re.fullmatch(r"[A-Za-z_]\w*", name)
     ]
     if problems:
-        return problems
+        raise RecipeErrors([source.problem(path, text) for path, text in problems])
     _walk(source.values, (), source, variables, problems)
     for name in variables.given:
         if name not in variables.used and source.place(("vars", name)) == OVERRIDE:
@@ -118,7 +124,7 @@ class _Variables:
                 return self.fill(value, where, (*asking, name))
             return value, Expanded("", where, ())
         if found := self.environment.get(name):
-            if _SECRET & set(name.lower().split("_")):
+            if _SECRET.search(name):
                 raise _Unknown(
                     f"{name} sounds like a secret, and a recipe is copied into records; allowed: another name, under "
                     f"vars or in the environment (credentials of buckets and servers are read from there by themselves)"
