@@ -66,7 +66,7 @@ def reading(recipe: Recipe) -> Reading:
         began, whole = time.perf_counter(), True
         for item in text.read_unit(files[number], text.Unit(number, 0, files[number].num_bytes, 0, 1)):
             if isinstance(item, Document) and isinstance(item.content, str):
-                length = len(encoder.encode([item.content], [])[0])
+                length = len(encoder.encode([item.content])[0])
                 tokens += length + 1
                 pieces += -(-length // content_len(data.seq_len))
             if time.perf_counter() - began > SAMPLE_SECONDS / SAMPLE_FILES:
