@@ -1,10 +1,10 @@
 """Text, or other people's tokens -> data set: in parallel, resumable, the same bytes whatever the processes.
 
     plan      inputs, units, tokenizer, arguments -> OUT/.build/plan.json     (data.sources.*, here)
-    tokenize  each unit -> runs of token ids                                  (data.build_tasks)
+    tokenize  each unit -> runs of token ids                                  (data.builder.tokenization)
     sort      all runs -> buckets in shuffled order
     write     buckets -> shards
-    publish   shards, checksums, tokenizer -> OUT; the manifest appears last  (data.build_run)
+    publish   shards, checksums, tokenizer -> OUT; the manifest appears last  (data.builder.phases)
 
 A second call with the same arguments over the same inputs finds the manifest and returns at once.
 """
@@ -29,6 +29,7 @@ from minilm.data.errors import DataError
 from minilm.data.format.manifest import FORMAT_VERSION, TokenizerInfo
 from minilm.data.format.pack import PACKINGS, content_len, dtype_for
 from minilm.data.format.shard import Layout, blocks_for
+from minilm.data.sources.find import at_home
 from minilm.data.sources.plugin import READER_VERSION, find_source
 from minilm.data.tokenizer import load_tokenizer, pipeline_fingerprint, special_ids, vocabulary_fingerprint
 
@@ -113,7 +114,7 @@ def import_data(
     if allow_skipped is not None and not 0 <= allow_skipped <= 1:
         raise DataError(f"allow_skipped {allow_skipped} is outside 0 … 1; it is a share of the records")
     _check(seq_len, packing, held_out, seed, rows_per_block, shard_bytes, processes)
-    out = Path(out).expanduser()
+    out = at_home(out)
     loaded = load_tokenizer(tokenizer)
     options = {name: value for name, value in (options or {}).items() if value is not None}
     plan = find_source(source).plan(inputs, loaded, options)
