@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from minilm.data.builder import tokenization
 from minilm.data.builder.build import build, import_data
-from minilm.data.builder.clean import Encoder, NotEncoded
+from minilm.data.builder.clean import MARKS, NULS, SURROGATES, Encoder, NotEncoded, clean
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import BUILD_FILE
 from minilm.data.format.seal import sealed
@@ -280,6 +280,10 @@ def test_names_of_special_tokens_stay_text_and_are_counted_or_become_tokens(tmp_
         build([tmp_path / "a.jsonl"], teacher, tmp_path / "tokens", **ONE_ROW)
     with pytest.raises(DataError, match=r"special_tokens 'both' is not known; allowed: text, tokens"):
         build([tmp_path / "a.jsonl"], teacher, tmp_path / "x", special_tokens="both", **ONE_ROW)
+
+
+def test_what_no_tokenizer_takes_is_put_right_and_counted():
+    assert clean("\ufeff a\0b \ud83d") == ("a b \ufffd", {MARKS: 1, NULS: 1, SURROGATES: 1})
 
 
 def test_a_model_that_holds_the_name_as_a_piece_gets_it_written_apart(tmp_path):

@@ -448,6 +448,16 @@ def test_bytes_that_are_not_utf8_are_an_error_or_replaced_and_counted(tmp_path, 
     assert others == [Noticed(0, f"byte {at}", "places that were not UTF-8, replaced by U+FFFD", 1)]
 
 
+def test_replaced_bytes_are_counted_once_however_many_parts_read_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_RANGE_BYTES", 100)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n1,caf\xe9 au\n" + b"2,fine words\n" * 30)
+    [file], _ = describe_all([path], Settings(replace=True))
+    assert len(units(file, 0)) > 1
+    *_, others = read_whole(path, replace=True)
+    assert [item.times for item in others] == [1]
+
+
 def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet", "a.arrow", "a.txt.gz"):
