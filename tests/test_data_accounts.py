@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from minilm.data.builder import tokenization
 from minilm.data.builder.build import build, import_data
-from minilm.data.builder.clean import Encoder, NotEncoded
+from minilm.data.builder.clean import MARKS, NULS, SURROGATES, Encoder, NotEncoded, clean
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import BUILD_FILE
 from minilm.data.format.seal import sealed
@@ -282,17 +282,23 @@ def test_names_of_special_tokens_stay_text_and_are_counted_or_become_tokens(tmp_
         build([tmp_path / "a.jsonl"], teacher, tmp_path / "x", special_tokens="both", **ONE_ROW)
 
 
+def test_what_no_tokenizer_takes_is_put_right_and_counted():
+    assert clean("\ufeff a\0b \ud83d") == ("a b \ufffd", {MARKS: 1, NULS: 1, SURROGATES: 1})
+
+
 def test_a_model_that_holds_the_name_as_a_piece_gets_it_written_apart(tmp_path):
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "▁abs<>/")]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<unk>", special=True)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     encoder = Encoder(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), "text")
     text = "ab </s> ba"
     assert encoder.names_in(text) == 1
-    [ids] = encoder.encode([text], [0])
-    assert 1 not in ids and "".join(pieces[i][0] for i in ids) == "▁ab▁<▁/s>▁ba"
+    for written in (text, "ab ＜/s＞ ba"):  # its normalizer makes the name of the second
+        [ids] = encoder.encode([written])
+        assert 1 not in ids and "".join(pieces[i][0] for i in ids) == "▁ab▁<▁/s>▁ba"
 
 
 @pytest.mark.parametrize("kind", ["one line", "lines", "json", "csv"])

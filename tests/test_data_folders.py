@@ -205,6 +205,17 @@ def test_a_file_that_grows_before_it_is_read_is_an_error(tmp_path, tokenizer, mo
         build([path], tokenizer, tmp_path / "out", **SMALL)
 
 
+def test_a_name_that_begins_with_a_tilde_is_a_name_and_one_too_long_is_an_error(
+    tmp_path, tokenizer, monkeypatch
+):
+    monkeypatch.chdir(write(tmp_path, a__txt="first"))
+    Path("a.txt").rename("~$a.txt")  # as Office calls its own
+    assert build(["~$a.txt"], tokenizer, Path("~$out"), **SMALL).documents == 1
+    assert Path("~$out", "manifest.json").exists()
+    with pytest.raises(DataError, match=r"xx\.txt' cannot be read \(File name too long\)"):
+        find_files(["x" * 300 + ".txt"])
+
+
 ODD_NAMES = [
     b"caf\xe9.txt",
     b"new\nline.txt",

@@ -1,6 +1,7 @@
 """Records of every layout and dialect: each gives the right documents, or an error that says what to do."""
 
 import csv
+import io
 import json
 import random
 from datetime import date
@@ -12,6 +13,7 @@ import pytest
 from minilm.data.errors import DataError
 from minilm.data.records.csv_rows import Asked
 from minilm.data.records.fields import text_of
+from minilm.data.records.json_values import Scanner, records
 from minilm.data.sources import text as source
 from minilm.data.sources.accounts import LeftOut, Noticed
 from minilm.data.sources.find import METADATA, find_files
@@ -125,6 +127,29 @@ def test_json_that_breaks_late_is_an_error_with_its_place(tmp_path):
         documents_of(path)
 
 
+def test_line_ends_are_counted_once_however_long_a_record_is():
+    class Counting(str):
+        counted = 0
+
+        def count(self, sign, start, end):
+            Counting.counted += end - start
+            return super().count(sign, start, end)
+
+        def __add__(self, other):
+            return Counting(super().__add__(other))
+
+        def __getitem__(self, index):
+            found = super().__getitem__(index)
+            return Counting(found) if isinstance(index, slice) else found
+
+    text = dumped(["x" * 300_000, *["two words"] * 1000], indent=0)
+    scanner = Scanner(io.StringIO(text), "a")
+    scanner._buffer = Counting()
+    places = [place for place, _ in records(scanner, "values", None)]
+    assert places == [f"line {number}" for number in range(2, 1003)]
+    assert len(text) // 2 < Counting.counted < 2 * len(text)
+
+
 def test_one_field_is_chosen_for_all_files_or_asked_for(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one two", "title": "three four"}\n')
     (tmp_path / "b.jsonl").write_text('{"content": "five six"}\n')
@@ -212,6 +237,13 @@ def test_nothing_is_quoted_behind_tabs(tmp_path):
         path = tmp_path / name
         path.write_text("id\tsentence\n" + "".join(f"{i}\t{text}\n" for i, text in rows))
         assert documents_of(path) == [text for _, text in rows]
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x0b", "\x0c", "\x1c", "\x85"])
+def test_what_ends_a_line_for_python_alone_ends_no_row(tmp_path, sign):
+    path = tmp_path / "a.csv"
+    path.write_text(f"id,text\n1,one{sign}two words\n2,three\n")
+    assert documents_of(path) == [f"one{sign}two words", "three"]
 
 
 def test_a_file_without_a_header_says_so_or_is_refused(tmp_path):
@@ -414,6 +446,16 @@ def test_bytes_that_are_not_utf8_are_an_error_or_replaced_and_counted(tmp_path, 
     _, _, texts, others = read_whole(tmp_path / name, replace=True)
     assert texts == ["fine", "caf\ufffd au"]
     assert others == [Noticed(0, f"byte {at}", "places that were not UTF-8, replaced by U+FFFD", 1)]
+
+
+def test_replaced_bytes_are_counted_once_however_many_parts_read_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_RANGE_BYTES", 100)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n1,caf\xe9 au\n" + b"2,fine words\n" * 30)
+    [file], _ = describe_all([path], Settings(replace=True))
+    assert len(units(file, 0)) > 1
+    *_, others = read_whole(path, replace=True)
+    assert [item.times for item in others] == [1]
 
 
 def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path):

@@ -293,6 +293,9 @@ def test_epochs_and_tokenizing_where_the_data_are_here(tmp_path, text, teacher, 
     (corpus,) = reading(load_recipe(write_recipe(tmp_path, long_text, teacher))).corpora
     assert corpus.rows == pytest.approx(300 * rows, rel=0.2)
     assert reading(load_recipe(write_recipe(tmp_path, tmp_path / "none.txt", teacher))).corpora == ()
+    odd = tmp_path / "odd.jsonl"  # half a surrogate pair, which a build puts right
+    odd.write_text('{"text": "a word \\ud83d or two"}\n')
+    assert reading(load_recipe(write_recipe(tmp_path, odd, teacher))).corpora[0].rows > 0
 
 
 def test_what_is_not_here_is_named_with_what_to_do(tmp_path, text, teacher, monkeypatch, capsys):

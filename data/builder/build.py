@@ -29,6 +29,7 @@ from minilm.data.errors import DataError
 from minilm.data.format.manifest import FORMAT_VERSION, TokenizerInfo
 from minilm.data.format.pack import PACKINGS, content_len, dtype_for
 from minilm.data.format.shard import Layout, blocks_for
+from minilm.data.sources.find import at_home
 from minilm.data.sources.plugin import READER_VERSION, find_source
 from minilm.data.tokenizer import load_tokenizer, pipeline_fingerprint, special_ids, vocabulary_fingerprint
 
@@ -113,7 +114,7 @@ def import_data(
     if allow_skipped is not None and not 0 <= allow_skipped <= 1:
         raise DataError(f"allow_skipped {allow_skipped} is outside 0 … 1; it is a share of the records")
     _check(seq_len, packing, held_out, seed, rows_per_block, shard_bytes, processes)
-    out = Path(out).expanduser()
+    out = at_home(out)
     loaded = load_tokenizer(tokenizer)
     options = {name: value for name, value in (options or {}).items() if value is not None}
     plan = find_source(source).plan(inputs, loaded, options)

@@ -50,8 +50,11 @@ class Encoder:
         added = self._tokenizer.get_added_tokens_decoder()
         special = {number: token.content for number, token in added.items() if token.special}
         self._names = sorted(special.values())
-        self._ids = frozenset(special)
         self._first = {name[0] for name in self._names if name}
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        self._ids = frozenset(special) - {self._tokenizer.token_to_id(unknown) if unknown else None}
+        tried = [text for name in self._names for text in (name, f"a {name} a", f"a{name}a")]
+        self._model_holds_names = self._as_text and any(map(self._has_own_ids, self._ids_of(tried)))
 
     def names_in(self, text: str) -> int:
         """How many names of special tokens a text holds."""
@@ -59,26 +62,32 @@ class Encoder:
             return 0
         return sum(text.count(name) for name in self._names if name)
 
-    def encode(self, texts: Sequence[str], with_names: Sequence[int]) -> list[list[int]]:
-        """The ids of texts; `with_names`: numbers of those that hold names of special tokens."""
-        encoded: list[list[int]] = [each.ids for each in self._encode(texts)]
-        if self._as_text:
-            for number in with_names:
-                if self._own_ids(encoded[number]):
-                    apart = self._apart(texts[number])
-                    encoded[number] = self._encode([apart])[0].ids
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts."""
+        encoded = self._ids_of(texts)
+        if self._model_holds_names:  # a normalizer makes names too, such as of letters in full width
+            for number, text in enumerate(texts):
+                if self._has_own_ids(encoded[number]):
+                    encoded[number] = self._encode_apart(text)
         return encoded
 
-    def _own_ids(self, ids: list[int]) -> bool:
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
-        known = self._tokenizer.token_to_id(unknown) if unknown else None
-        return not (self._ids - {known}).isdisjoint(ids)
+    def _has_own_ids(self, ids: list[int]) -> bool:
+        return not self._ids.isdisjoint(ids)
+
+    def _encode_apart(self, text: str) -> list[int]:
+        [ids] = self._ids_of([self._apart(text)])
+        if self._has_own_ids(ids) and (normalizer := self._tokenizer.normalizer) is not None:
+            [ids] = self._ids_of([self._apart(normalizer.normalize_str(text))])
+        return ids
 
     def _apart(self, text: str) -> str:
         for name in self._names:
             if len(name) > 1:
                 text = text.replace(name, f"{name[0]} {name[1:]}")
         return text
+
+    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        return [each.ids for each in self._encode(texts)]
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
         try:

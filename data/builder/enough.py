@@ -46,7 +46,7 @@ def check_enough(
         assert isinstance(piece.content, str)
         if not piece.continues:
             split, has_ids = SPLITS[is_held_out(piece.content, held_out, seed)], False
-        if tokens[split] < needed and (num_tokens := len(encoder.encode([piece.content], [])[0])):
+        if tokens[split] < needed and (num_tokens := len(encoder.encode([piece.content])[0])):
             documents[split] += not has_ids
             tokens[split] += num_tokens + (packing == "full" and not has_ids)  # there SEP ends a document
             has_ids = True

@@ -108,20 +108,19 @@ def _coded(folder: str, work: Work, unit: int, accounts: Accounts) -> Iterator[t
         for document, number in zip(texts, names, strict=True):
             if number:
                 accounts.add(Noticed(document.file, _place(document), told, number))
-        with_names = [number for number, count in enumerate(names) if count]
-        coded = iter(_encoded(encoder, texts, with_names, work))
+        coded = iter(_encoded(encoder, texts, work))
         for document in batch:
             ids = next(coded) if isinstance(document.content, str) else document.content
             yield document, np.array(ids, dtype=work.layout.dtype)
 
 
-def _encoded(encoder: Encoder, texts: list[Document], with_names: list[int], work: Work) -> list[list[int]]:
+def _encoded(encoder: Encoder, texts: list[Document], work: Work) -> list[list[int]]:
     try:
-        return encoder.encode([str(document.content) for document in texts], with_names)
+        return encoder.encode([str(document.content) for document in texts])
     except NotEncoded:
         for document in texts:  # which one is it?
             try:
-                encoder.encode([str(document.content)], [])
+                encoder.encode([str(document.content)])
             except NotEncoded as error:
                 name = work.names[document.file] if work.names and document.file < len(work.names) else ""
                 raise DataError(f"text {name!r}, {_place(document)}: {error}; mend or remove it") from error

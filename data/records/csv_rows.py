@@ -6,6 +6,7 @@ like data: then the file is refused until somebody says which. Rows of another l
 """
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -155,7 +156,7 @@ def _begin_rows(begin: str, whole: bool, separator: str, quoting: str) -> list[l
     """The rows of a file's begin, without the last where that may be cut; none where they break the rules."""
     csv.field_size_limit(_FIELD_LIMIT)
     found: list[list[str]] = []
-    reader = csv.reader(begin.splitlines(keepends=True), **_arguments(separator, quoting))
+    reader = csv.reader(io.StringIO(begin, newline=""), **_arguments(separator, quoting))
     try:
         found.extend(row for row in reader if row)
     except csv.Error as error:

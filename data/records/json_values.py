@@ -42,11 +42,15 @@ class Scanner:
     def __init__(self, stream: Text, name: str):
         self._stream, self._name = stream, name
         self._buffer, self._at, self._wants = "", 0, _PIECE
-        self._before, self._lines = 0, 1  # characters and line number of the buffer's begin
+        self._before = 0  # characters ahead of the buffer
+        self._line, self._counted = 1, 0  # the line of `_counted`, a place in the buffer
 
     @property
     def line(self) -> int:
-        return self._lines + self._buffer.count("\n", 0, self._at)
+        """The line that is stood in. Line ends are counted once, for all who ask."""
+        self._line += self._buffer.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return self._line
 
     @property
     def consumed(self) -> int:
@@ -54,7 +58,7 @@ class Scanner:
 
     def _more(self) -> bool:
         piece = self._stream.read(self._wants)
-        self._lines = self.line
+        self._line, self._counted = self.line, 0
         self._before += self._at
         self._buffer, self._at = self._buffer[self._at :] + piece, 0
         self._wants = min(self._wants * 2, _MAX_PIECE)
@@ -98,7 +102,7 @@ class Scanner:
                 if (cut or error.pos >= len(self._buffer) - _NEAR_END) and room and self._more():
                     continue
                 at = self._at + offset
-                line = self._lines + self._buffer.count("\n", 0, at)
+                line = self.line + self._buffer.count("\n", self._at, at)
                 if room and (cut or at >= len(self._buffer.rstrip())):
                     raise DataError(
                         f"text {self._name!r} is cut short in line {line} ({error.msg}); fetch it again"

@@ -68,15 +68,11 @@ class Accounts:
         """The accounts of every input, with its name, for a report."""
         return [
             {
-                "input": name,
+                "input": names[file] if file < len(names) else f"input {file}",
                 "records": _records(self.of(file)),
                 **self.of(file),
             }
-            for file, name in enumerate(names)
-        ] + [
-            {"input": f"input {file}", "records": _records(account), **account}
-            for file, account in sorted(self.inputs.items())
-            if file >= len(names)
+            for file in sorted({*range(len(names)), *self.inputs})
         ]
 
 
@@ -102,9 +98,7 @@ class Books(NamedTuple):
         told += f"{counted(self.documents, 'document')}, {self.empty:,} empty"
         if self.left_out:
             told += f", {sum(self.left_out.values()):,} left out"
-        named = sorted(self.left_out.items(), key=lambda item: -item[1])
-        found = [told]
-        found += [f"left out: {count:,} {reason} (first: {self.first[reason]})" for reason, count in named]
+        found = [told, *(f"left out: {reason}" for reason in self._reasons())]
         found += [f"{count:,} {what} (first: {self.first[what]})" for what, count in self.noticed.items()]
         return found
 
@@ -113,7 +107,7 @@ class Books(NamedTuple):
         if self.skipped_share > WARN_SKIPPED:
             found.append(
                 f"{self.skipped_share:.1%} of the records gave no document (below {WARN_SKIPPED:.0%} is usual): "
-                f"{self._reasons()}"
+                f"{'; '.join(self._reasons()[:3])}"
             )
         if self.without:
             more = f" and {len(self.without) - 3} more" if len(self.without) > 3 else ""
@@ -122,17 +116,18 @@ class Books(NamedTuple):
             )
         return found
 
-    def _reasons(self) -> str:
-        named = sorted(self.left_out.items(), key=lambda item: -item[1])[:3]
-        return "; ".join(f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in named)
+    def _reasons(self) -> list[str]:
+        named = sorted(self.left_out.items(), key=lambda item: -item[1])
+        return [f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in named]
 
     def refuse(self, allowed: float | None) -> None:
         """DataError when a larger share of the records was left out than is allowed (None: the usual bound)."""
         bound = MAX_SKIPPED if allowed is None else allowed
         if self.skipped_share > bound:
+            why = "; ".join(self._reasons()[:3])
             raise DataError(
                 f"{self.skipped_share:.1%} of {self.records:,} records gave no document, more than the {bound:.0%} "
-                f"that are allowed: {self._reasons()}; mend the input, name the text's field, or allow it with "
+                f"that are allowed: {why}; mend the input, name the text's field, or allow it with "
                 "--allow-skipped SHARE (recipe: data.allow_skipped)"
             )
 

@@ -40,15 +40,22 @@ def find_files(inputs: Sequence[str | Path]) -> Found:
     """The text files that `inputs` (files, folders, glob patterns) name. DataError for an input that gives none."""
     walk = Walk(lambda path: format_of(path) is not None)
     for given in inputs:
-        path, taken = Path(given).expanduser(), walk.taken
-        if path.is_file() and format_of(path) is None:
+        path, taken = at_home(given), walk.taken
+        try:
+            is_file, is_folder = path.is_file(), path.is_dir()
+        except OSError as error:  # such as a name that is too long
+            raise DataError(
+                f"text {str(given)!r} cannot be read ({error.strerror}); give files, folders or patterns that match "
+                "text files and may be read"
+            ) from error
+        if is_file and format_of(path) is None:
             raise DataError(
                 f"text {str(given)!r} has an ending that is not known; allowed: {_endings()}; rename it"
             )
-        if path.is_file():
+        if is_file:
             walk.file(path)
         else:
-            for match in [path] if path.is_dir() else _glob(path):
+            for match in [path] if is_folder else _glob(path):
                 walk.below(match)
         if walk.taken == taken:
             raise DataError(_nothing(given, path, walk.left_out))
@@ -158,6 +165,14 @@ def _listed(folder: Path, names: Sequence[str]) -> set[str]:
     if missing := sorted(listed - set(names)):
         raise DataError(f"{str(folder)!r} lacks {missing[0]!r}, which its state.json names; fetch it again")
     return listed
+
+
+def at_home(given: str | Path) -> Path:
+    """A path as a shell has it: `~` and `~user` are home folders, `~$report.txt` is a name like any other."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:  # no user of that name
+        return Path(given)
 
 
 def summary(left_out: Iterable[tuple[str, str]]) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minilm.data.errors import DataError
+from minilm.data.sources.find import at_home
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -81,7 +82,7 @@ class TokenFile:
 
 def clean_prefix(given: str | Path) -> str:
     """PREFIX of PREFIX, PREFIX.idx or PREFIX.bin. DataError unless both files are there."""
-    prefix = str(Path(given).expanduser().absolute())
+    prefix = str(at_home(given).absolute())
     prefix = prefix[:-4] if prefix.endswith((".idx", ".bin")) else prefix
     for ending in (".idx", ".bin"):
         if not Path(prefix + ending).is_file():

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from minilm.data.errors import DataError
-from minilm.data.sources.unpack import Readable
+from minilm.data.records.encoding import Readable
 
 _BLOCK = 512
 _KINDS = {

@@ -43,7 +43,7 @@ from minilm.data.sources.find import changed, find_files, format_of, shown, summ
 from minilm.data.sources.magic import is_parquet, refuse_other
 from minilm.data.sources.plugin import Document, Item, Plan, take
 from minilm.data.sources.progress import tell
-from minilm.data.sources.unpack import open_unpacked, packer_of
+from minilm.data.sources.unpack import Closing, open_unpacked, packer_of
 
 _PEEK_BYTES = 16 << 20
 _PEEK_RECORDS = 200
@@ -351,28 +351,11 @@ def _records(file: TextFile, told: Callable[[int, int], None]) -> Iterator[tuple
 def _utf8(file: TextFile, replaced: Callable[[int, int], None] | None) -> IO[bytes]:
     """A file from its start, unpacked, as sound UTF-8. Without `replaced` other bytes are an error."""
     raw = open_unpacked(file.path)
-    return io.BufferedReader(_Closing(Utf8Stream(raw, file.path, file.encoding, replaced), raw), 1 << 17)
+    return io.BufferedReader(Closing(Utf8Stream(raw, file.path, file.encoding, replaced), raw), 1 << 17)
 
 
 def _opened(file: TextFile) -> IO[bytes]:
     return Path(file.path).open("rb")
-
-
-class _Closing(io.RawIOBase):
-    """A stream that closes the file under it."""
-
-    def __init__(self, stream: io.RawIOBase, file: IO[bytes]):
-        self._stream, self._file = stream, file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        return self._stream.readinto(buffer)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _has_no_blank_line(file: TextFile) -> bool:

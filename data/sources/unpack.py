@@ -11,11 +11,12 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 import zstandard
 
 from minilm.data.errors import DataError
+from minilm.data.records.encoding import Readable
 from minilm.data.sources.progress import tell
 
 BUFFER_BYTES = 1 << 17
@@ -35,16 +36,10 @@ _PADDING = {b"\x1f\x8b\x08": 1, b"\xfd7zXZ\x00": 4}  # zeros that may follow com
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1-3 of a zstd frame that holds nothing
 
 
-class Readable(Protocol):
-    """A stream of bytes that is read front to back; `read` may give less than was asked for, at the end nothing."""
-
-    def read(self, size: int, /) -> bytes | None: ...
-
-
 def open_unpacked(path: str) -> io.BufferedReader:
     """The unpacked bytes of a file, whatever it is packed with; it tells how much of the file was read."""
     file = io.BufferedReader(_TellingFile(path), buffer_size=BUFFER_BYTES)
-    return io.BufferedReader(_OfFile(file, unpacked_stream(file, path)), buffer_size=1 << 20)
+    return io.BufferedReader(Closing(unpacked_stream(file, path), file), buffer_size=1 << 20)
 
 
 def packer_of(path: str) -> str | None:
@@ -86,16 +81,16 @@ class _TellingFile(io.FileIO):
         return count
 
 
-class _OfFile(io.RawIOBase):
-    """A stream that closes its file."""
+class Closing(io.RawIOBase):
+    """A stream that closes the file under it."""
 
-    def __init__(self, file: Any, stream: Any):
-        self._file, self._stream = file, stream
+    def __init__(self, stream: Any, file: IO[bytes]):
+        self._stream, self._file = stream, file
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
         return self._stream.readinto(buffer)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from minilm.data.errors import DataError
 from minilm.data.records.fields import TEXT_FIELDS, WrongType, like_prose, text_of
 from minilm.data.sources.accounts import LeftOut, Noticed
-from minilm.data.sources.find import Walk, summary
+from minilm.data.sources.find import Walk, at_home, summary
 from minilm.data.sources.plugin import Document, Item, Plan, take
 from minilm.data.sources.progress import tell
 from minilm.data.sources.tar_members import Member, members
@@ -243,7 +243,7 @@ def _places(inputs: Sequence[str | Path]) -> tuple[list[str], list[tuple[str, st
     """Tars and URLs in the order given, folders by the tars in them, and what of these is left out."""
     places, walk = list[str](), Walk(lambda path: path.name.lower().endswith(_ENDINGS))
     for given in inputs:
-        folder = Path(given).expanduser()
+        folder = at_home(given)
         if is_remote(str(given)) or not folder.is_dir():
             places.append(_place(given))
             continue
@@ -267,7 +267,7 @@ def _place(given: str | Path) -> str:
         raise DataError(
             f"{text!r}: scheme {scheme!r} is not read by the importer; give tar files, folders or URLs"
         )
-    path = Path(text).expanduser().absolute()
+    path = at_home(text).absolute()
     if not path.is_file():
         raise DataError(f"{str(path)!r} does not exist; give tar files, folders or URLs")
     return str(path)

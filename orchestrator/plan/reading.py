@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilm.data.builder.clean import Encoder
+from minilm.data.builder.tokenization import pieces
 from minilm.data.format.manifest import MANIFEST, load_manifest
 from minilm.data.format.pack import content_len
 from minilm.data.sources import progress, text
-from minilm.data.sources.plugin import Document
+from minilm.data.sources.accounts import Accounts
 from minilm.data.tokenizer import load_tokenizer
 from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Recipe
@@ -61,14 +62,14 @@ def reading(recipe: Recipe) -> Reading:
     encoder = Encoder(deepcopy(tokenizer.backend_tokenizer), data.special_tokens)
     plan = text.plan(text_inputs(data.text), tokenizer, data.source_options())
     files = [text.TextFile(*values) for values in plan.spec]
-    read, seconds, tokens, pieces = 0.0, 0.0, 0, 0
+    read, seconds, tokens, parts = 0.0, 0.0, 0, 0
     for number in _spread(len(files)):
         began, whole = time.perf_counter(), True
-        for item in text.read_unit(files[number], text.Unit(number, 0, files[number].num_bytes, 0, 1)):
-            if isinstance(item, Document) and isinstance(item.content, str):
-                length = len(encoder.encode([item.content], [])[0])
-                tokens += length + 1
-                pieces += -(-length // content_len(data.seq_len))
+        items = text.read_unit(files[number], text.Unit(number, 0, files[number].num_bytes, 0, 1))
+        for piece in pieces(items, Accounts()):
+            length = len(encoder.encode([str(piece.content)])[0])
+            tokens += length + 1
+            parts += -(-length // content_len(data.seq_len))
             if time.perf_counter() - began > SAMPLE_SECONDS / SAMPLE_FILES:
                 whole = False
                 break
@@ -76,7 +77,7 @@ def reading(recipe: Recipe) -> Reading:
         seconds += time.perf_counter() - began
     num_bytes = sum(file.num_bytes for file in files)
     scale = num_bytes / max(read, 1.0)
-    in_rows = tokens / content_len(data.seq_len) if data.packing == "full" else pieces
+    in_rows = tokens / content_len(data.seq_len) if data.packing == "full" else parts
     processes = len(os.sched_getaffinity(0))
     corpus = Corpus("text", scale * in_rows * (1 - data.held_out), 1.0, estimated=scale > 1)
     return Reading((corpus,), num_bytes, scale * seconds / processes, processes)
