@@ -71,7 +71,7 @@ def evaluate_models(
     for name in ("report.html", "report.md"):
         run.artifact(workdir.root / name)
     run.finish()
-    write_json(workdir.evaluation / "done.json", section.model_dump(mode="json"))
+    write_json(workdir.evaluated, workdir.evaluation_of(recipe))
     line.say(comparison.text(), event="evaluated", scores=[score.as_dict() for score in comparison.scores])
 
 
