@@ -20,7 +20,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation import trials
 from minilm.orchestrator.evaluation.batches import shuffled_batches
 from minilm.orchestrator.evaluation.comparison import Comparison, Score, difference, score_all, share_of
-from minilm.orchestrator.evaluation.fine_tune import with_head
+from minilm.orchestrator.evaluation.fine_tune import check_head, with_head
 from minilm.orchestrator.evaluation.protocols import PROTOCOLS, Setting
 from minilm.orchestrator.evaluation.sources import Source, build, check_source, split_control
 from minilm.orchestrator.evaluation.tasks import TASKS
@@ -336,3 +336,10 @@ def test_a_model_without_a_tokenizer_is_refused_by_the_command(tmp_path, teacher
         == 2
     )
     assert f"{folder} has no tokenizer (no tokenizer.json" in capsys.readouterr().err
+
+
+def test_an_architecture_without_a_head_for_the_task_is_refused():
+    with pytest.raises(UserError, match="no head for tasks of spans on a nomic_bert; leave such tasks out"):
+        check_head("nomic_bert", "spans")
+    check_head("nomic_bert", "classes")
+    check_head("no such thing", "cosine")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from minilm.data.tokenizer import has_tokenizer, load_tokenizer
 from minilm.model.encoder.build import build_student, quiet_transformers
@@ -93,6 +93,11 @@ def check_source(source: Source) -> None:
 
 def tokenizer_of(source: Source) -> Any:
     return load_tokenizer(source.folder)
+
+
+def model_type(source: Source) -> str:
+    """The architecture, as transformers calls it."""
+    return str(AutoConfig.from_pretrained(source.folder, trust_remote_code=False).model_type)
 
 
 def build(source: Source, seed: int) -> PreTrainedModel:

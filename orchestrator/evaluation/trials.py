@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from minilm.orchestrator.evaluation.embed import cosine_similarity
-from minilm.orchestrator.evaluation.fine_tune import Curve, fine_tune
+from minilm.orchestrator.evaluation.fine_tune import Curve, check_head, fine_tune
 from minilm.orchestrator.evaluation.protocols import Protocol, Setting
-from minilm.orchestrator.evaluation.read_tables import data_fingerprint, read_split
-from minilm.orchestrator.evaluation.sources import Source, build, source_digest, tokenizer_of
+from minilm.orchestrator.evaluation.read_tables import check_data, data_fingerprint
+from minilm.orchestrator.evaluation.sources import Source, build, model_type, source_digest, tokenizer_of
+from minilm.orchestrator.evaluation.squad import fine_tune_spans
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.versions import code_version
@@ -73,9 +74,9 @@ def plan_trials(
     digests = {source.name: source_digest(source) for source in sources}
     trials = []
     for task, protocol in tasks:
-        rows = 0
-        if task.kind != "cosine":
-            rows = _check_data(task, data)
+        rows = check_data(task, data)
+        for source in sources:
+            check_head(model_type(source), task.kind)
         fingerprint = data_fingerprint(task, data)
         count = seeds or protocol.seeds_of(rows if train_rows is None else min(rows, train_rows))
         for source in sources:
@@ -101,18 +102,6 @@ def plan_trials(
                     for seed in range(own)
                 ]
     return trials
-
-
-def _check_data(task: Task, data: Path) -> int:
-    """The number of training rows; UserError where a split is not as published."""
-    if task.kind == "spans":
-        from minilm.orchestrator.evaluation.squad import read_questions
-
-        read_questions(data, "dev")
-        return len(read_questions(data, "train"))
-    for split in task.dev:
-        read_split(task, data, split)
-    return len(read_split(task, data, "train"))
 
 
 def precision(device: torch.device) -> str:
@@ -142,8 +131,6 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
             encoder, tokenizer, task, data, tokens=setting.tokens, batch=setting.batch, device=device
         )
     elif task.kind == "spans":
-        from minilm.orchestrator.evaluation.squad import fine_tune_spans
-
         metrics, curve = fine_tune_spans(
             encoder,
             tokenizer,
