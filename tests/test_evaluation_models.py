@@ -81,7 +81,7 @@ def test_controls_have_the_shape_and_no_distillation(teacher):
         ),
         (
             "weights",
-            "m has no safetensors weights in .*; save them with save_pretrained .pickles are not read",
+            "m has no model.safetensors; give the folder that save_pretrained wrote",
         ),
         ("wide", "a hidden size of 96 cannot start from the teacher's 48"),
     ],
