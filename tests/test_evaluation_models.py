@@ -83,6 +83,9 @@ def test_controls_have_the_shape_and_no_distillation(teacher):
             "weights",
             "m has no model.safetensors; give the folder that save_pretrained wrote",
         ),
+        ("config cut", "m: cannot read .*/config.json .*; give a folder that save_pretrained wrote"),
+        ("layers", "lacks 16 weights of a bert encoder"),
+        ("weights cut", "cannot load the weights of|holds damaged safetensors|damaged; bring it again"),
         ("wide", "a hidden size of 96 cannot start from the teacher's 48"),
     ],
 )
@@ -92,6 +95,13 @@ def test_a_model_that_cannot_be_evaluated_is_refused_at_once(tmp_path, teacher, 
     gone = {"config": "config.json", "tokenizer": "tokenizer.json", "weights": "model.safetensors"}.get(kind)
     if gone:
         (folder / gone).unlink()
+    elif kind == "layers":
+        config = json.loads((folder / "config.json").read_text())
+        config["num_hidden_layers"] += 1
+        (folder / "config.json").write_text(json.dumps(config))
+    elif kind.endswith("cut"):
+        file = folder / ("config.json" if kind == "config cut" else "model.safetensors")
+        file.write_bytes(file.read_bytes()[:100])
     source = (
         Source("m", "layers", str(folder), (2, 96)) if kind == "wide" else Source("m", "folder", str(folder))
     )

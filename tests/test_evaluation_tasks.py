@@ -205,6 +205,11 @@ def test_squad_files_are_checked(tmp_path):
         UserError, match=r"dev-v2.0.json: question dev0a: its passage has .* and the answer is"
     ):
         read_questions(tmp_path, "dev")
+    path.write_text(
+        '{"data": [{"paragraphs": [{"context": 5, "qas": [{"id": 1, "question": "?", "answers": []}]}]}]}'
+    )
+    with pytest.raises(UserError, match="a passage or an answer is no text"):
+        read_questions(tmp_path, "dev")
     path.write_text('{"rows": []}')
     with pytest.raises(UserError, match=r"dev-v2.0.json is not SQuAD 2.0's JSON"):
         read_questions(tmp_path, "dev")

@@ -64,6 +64,8 @@ def read_questions(data: Path, split: str) -> list[Question]:
             for paragraph in article["paragraphs"]
             for qa in paragraph["qas"]
         ]
+        if not all(isinstance(text, str) for q in found for text in (q.passage, *q.answers)):
+            raise TypeError("a passage or an answer is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not SQuAD 2.0's JSON ({error!r}); put the published file in its place"

@@ -109,10 +109,6 @@ def precision(device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
-def this_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     """The trial's result: from its file where there is one, else computed and written, whole or not at all.
 
