@@ -159,22 +159,6 @@ def read_split(task: Task, data: Path, split: str) -> Examples:
     )
 
 
-def check_data(task: Task, data: Path) -> int:
-    """Read all that the task reads: the number of its training rows, 0 where it has none. UserError where any row is
-    not as published."""
-    if task.kind == "spans":
-        from minilm.orchestrator.evaluation.squad import (
-            read_questions,  # torch, which other tasks need not read
-        )
-
-        read_questions(data, "dev")
-        return len(read_questions(data, "train"))
-    for split in task.dev:
-        if task.kind != "cosine" or has_split(task, data, split):
-            read_split(task, data, split)
-    return 0 if task.kind == "cosine" else len(read_split(task, data, "train"))
-
-
 def _rows(task: Task, layout: Layout, path: Path) -> Iterator[tuple[str, str, float, str]]:
     wanted = [layout.first, layout.second, layout.label, layout.language]
     with path.open(encoding="utf-8-sig", newline="\n") as stream:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from minilm.orchestrator.evaluation.check_data import check_data
 from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.fine_tune import Curve, check_head, fine_tune
 from minilm.orchestrator.evaluation.protocols import Protocol, Setting
-from minilm.orchestrator.evaluation.read_tables import check_data, data_fingerprint
+from minilm.orchestrator.evaluation.read_tables import data_fingerprint
 from minilm.orchestrator.evaluation.sources import Source, build, model_type, source_digest, tokenizer_of
 from minilm.orchestrator.evaluation.squad import fine_tune_spans
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
