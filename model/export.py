@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -188,7 +189,10 @@ def _load(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder} holds no safetensors weights; give a folder written by export_student")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except SafetensorError as error:
+        raise ModelError(f"{folder} holds damaged safetensors weights ({error}); bring them again") from error
 
 
 def _metadata(teacher_card: Path | None) -> str:

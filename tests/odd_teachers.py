@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
         add("encoder.layer.0.attention.self.distance_embedding.weight", 127, 12),
         "«folder» holds weights inside the encoder that a bert has no place for"
         " (encoder.layer.0.attention.self.distance_embedding.weight); it would be another model without them, so give"
-        " another teacher, or one saved by this version of transformers",
+        " another one, or one saved by this version of transformers",
     ),
     "lora": (
         add(f"{_QUERY}.lora_A.default.weight", 4, 48),
@@ -314,7 +314,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "not-finite": (
         not_a_number,
-        "«folder»: weight embeddings.LayerNorm.bias holds numbers that are not finite; give a teacher whose"
+        "«folder»: weight embeddings.LayerNorm.bias holds numbers that are not finite; give a model whose"
         " training did not diverge",
     ),
     "no-weights": (

@@ -115,3 +115,39 @@ def test_check_and_run_refuse_what_cannot_be_evaluated(tmp_path, text, teacher, 
     assert message in "".join(capsys.readouterr())
     assert main(["run", str(recipe), "--workdir", str(tmp_path / "w"), "--launcher", "inline"]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "w" / "data").exists()
+
+
+def test_stages_that_are_added_or_done_again_are_evaluated(tmp_path, text, teacher):
+    recipe, work = write_recipe(tmp_path, text, teacher, tasks=["stsb-embed"]), tmp_path / "work"
+    command = ["run", str(recipe), "--workdir", str(work), "--launcher", "inline"]
+    assert main(command) == 0
+    before = trials(work)
+    values = yaml.safe_load(recipe.read_text())
+    values["stages"].append(values["stages"][0] | {"name": "smaller", "teacher": "small"})
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(command) == 0
+    assert before.items() < trials(work).items() and "smaller" in (work / "report.md").read_text()
+    (work / "report.md").unlink()
+    assert main([*command, "--from", "smaller"]) == 0
+    assert (work / "report.md").exists()
+
+
+@pytest.mark.parametrize("break_it", ["row", "tokenizer"])
+def test_what_an_evaluation_would_refuse_is_refused_before_any_training(
+    tmp_path, text, teacher, capsys, break_it
+):
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    recipe = write_recipe(tmp_path, text, folder)
+    if break_it == "row":
+        file = tmp_path / "tasks" / "SST-2" / "dev.tsv"
+        file.write_text(file.read_text().replace("\t1\n", "\tpositive\n", 1))
+        message = "evaluation: " + str(file)
+    else:
+        for path in (*folder.glob("tokenizer*"), *folder.glob("vocab*")):
+            path.unlink()
+        recipe.write_text(recipe.read_text().replace(f"tokenizer: {folder}", f"tokenizer: {teacher}"))
+        message = f"evaluation: the teacher has no tokenizer in {folder}, and it is scored too"
+    assert main(["check", str(recipe)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["run", str(recipe), "--workdir", str(tmp_path / "w"), "--launcher", "inline"]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "w" / "data").exists()

@@ -20,7 +20,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation import trials
 from minilm.orchestrator.evaluation.batches import shuffled_batches
 from minilm.orchestrator.evaluation.comparison import Comparison, Score, difference, score_all, share_of
-from minilm.orchestrator.evaluation.fine_tune import with_head
+from minilm.orchestrator.evaluation.fine_tune import check_head, with_head
 from minilm.orchestrator.evaluation.protocols import PROTOCOLS, Setting
 from minilm.orchestrator.evaluation.sources import Source, build, check_source, split_control
 from minilm.orchestrator.evaluation.tasks import TASKS
@@ -81,8 +81,11 @@ def test_controls_have_the_shape_and_no_distillation(teacher):
         ),
         (
             "weights",
-            "m has no safetensors weights in .*; save them with save_pretrained .pickles are not read",
+            "m has no model.safetensors; give the folder that save_pretrained wrote",
         ),
+        ("config cut", "m: cannot read .*/config.json .*; give a folder that save_pretrained wrote"),
+        ("layers", "lacks 16 weights of a bert encoder"),
+        ("weights cut", "cannot load the weights of|holds damaged safetensors|damaged; bring it again"),
         ("wide", "a hidden size of 96 cannot start from the teacher's 48"),
     ],
 )
@@ -92,6 +95,13 @@ def test_a_model_that_cannot_be_evaluated_is_refused_at_once(tmp_path, teacher, 
     gone = {"config": "config.json", "tokenizer": "tokenizer.json", "weights": "model.safetensors"}.get(kind)
     if gone:
         (folder / gone).unlink()
+    elif kind == "layers":
+        config = json.loads((folder / "config.json").read_text())
+        config["num_hidden_layers"] += 1
+        (folder / "config.json").write_text(json.dumps(config))
+    elif kind.endswith("cut"):
+        file = folder / ("config.json" if kind == "config cut" else "model.safetensors")
+        file.write_bytes(file.read_bytes()[:100])
     source = (
         Source("m", "layers", str(folder), (2, 96)) if kind == "wide" else Source("m", "folder", str(folder))
     )
@@ -336,3 +346,10 @@ def test_a_model_without_a_tokenizer_is_refused_by_the_command(tmp_path, teacher
         == 2
     )
     assert f"{folder} has no tokenizer (no tokenizer.json" in capsys.readouterr().err
+
+
+def test_an_architecture_without_a_head_for_the_task_is_refused():
+    with pytest.raises(UserError, match="no head for tasks of spans on a nomic_bert; leave such tasks out"):
+        check_head("nomic_bert", "spans")
+    check_head("nomic_bert", "classes")
+    check_head("no such thing", "cosine")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
+from transformers import AutoTokenizer
 
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.metrics import score
 from minilm.orchestrator.evaluation.protocols import PROTOCOLS, protocol_of
 from minilm.orchestrator.evaluation.read_tables import find_layout, has_split, read_split, task_folder
-from minilm.orchestrator.evaluation.squad import read_questions
+from minilm.orchestrator.evaluation.squad import Question, read_questions, windows
 from minilm.orchestrator.evaluation.squad_score import exact, f1, normalize_answer, score_squad
 from minilm.orchestrator.evaluation.tasks import TASKS, find_tasks
 from minilm.orchestrator.verbs.evaluate import PROTOCOL_NAMES
+from tests.conftest import WORDS
 from tests.eval_data import (
     write_cola,
     write_lines,
@@ -203,6 +205,30 @@ def test_squad_files_are_checked(tmp_path):
         UserError, match=r"dev-v2.0.json: question dev0a: its passage has .* and the answer is"
     ):
         read_questions(tmp_path, "dev")
+    path.write_text(
+        '{"data": [{"paragraphs": [{"context": 5, "qas": [{"id": 1, "question": "?", "answers": []}]}]}]}'
+    )
+    with pytest.raises(UserError, match="a passage or an answer is no text"):
+        read_questions(tmp_path, "dev")
     path.write_text('{"rows": []}')
     with pytest.raises(UserError, match=r"dev-v2.0.json is not SQuAD 2.0's JSON"):
         read_questions(tmp_path, "dev")
+
+
+@pytest.mark.parametrize("tokens", [384, 32])
+def test_windows_share_the_stride_and_have_room_beside_a_long_question(teacher, tokens):
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    passage = " ".join(WORDS * 12)
+    answer = passage.split()[200]
+    asked = [
+        Question("q", WORDS[0], passage, (), -1),
+        Question("long", " ".join(WORDS * 9), passage, (answer,), 5),
+    ]
+    found = windows(asked, tokenizer, tokens, 128)
+    assert max(len(row.inputs["input_ids"]) for row in found) == tokens
+    first, second = ({pair for pair in row.offsets if pair} for row in found[:2])
+    assert len(first & second) == min(128, tokens // 3)
+    for number in (0, 1):  # every token of the passage is in some window
+        pieces = [pair for row in found if row.question == number for pair in row.offsets if pair]
+        whole = tokenizer(passage, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        assert set(pieces) == set(map(tuple, whole))

@@ -83,6 +83,7 @@ def test_a_pickle_beside_the_weights_stays_where_it_is(store, tmp_path, caplog):
             [*LOGGED, "model/config.json", *(f"model/model-0000{i}-of-00002.safetensors" for i in (1, 2))],
             ["model/config.json", *(f"model/model-0000{i}-of-00002.safetensors" for i in (1, 2))],
         ),
+        ([*LOGGED, *WEIGHTS, "components/tokenizer/spm.model"], [*WEIGHTS, "components/tokenizer/spm.model"]),
         (
             ["config.json", "model.safetensors", "vocab.txt", "onnx/model.onnx", ".gitattributes"],
             3,

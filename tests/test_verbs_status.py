@@ -97,6 +97,12 @@ def test_a_killed_driver_is_seen_and_nothing_is_changed(work):
     assert sorted(work.root.rglob("*")) == before
 
 
+def test_a_stage_that_is_trained_and_not_registered_yet(work):
+    write_json(work.stage("family").done, {"steps": 60})
+    second = run_status(work.root).stages[1]
+    assert (second.state, second.step, second.doing) == ("trained", 60, "")
+
+
 def test_a_driver_of_another_machine_is_alive_as_long_as_it_gives_signs(work):
     lease = take(work.root / "lease")
     lease.release()

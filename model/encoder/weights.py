@@ -89,7 +89,7 @@ def check_loaded(
     for key, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ModelError(
-                f"{name}: weight {key} holds numbers that are not finite; give a teacher whose training did not diverge"
+                f"{name}: weight {key} holds numbers that are not finite; give a model whose training did not diverge"
             )
 
 
@@ -114,7 +114,7 @@ def _why_surplus(surplus: list[str], config: Any) -> str:
         return f"holds quantised weights ({_some(surplus)}); give the model in float32, float16 or bfloat16"
     return (
         f"holds weights inside the encoder that a {config.model_type} has no place for ({_some(surplus)}); it would"
-        " be another model without them, so give another teacher, or one saved by this version of transformers"
+        " be another model without them, so give another one, or one saved by this version of transformers"
     )
 
 

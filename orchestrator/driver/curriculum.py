@@ -80,7 +80,7 @@ def run_recipe(
         # where a run goes on, the weights were sound, and the driver needs no modelling code (seconds to import)
         weights, built = not workdir.goes_on(recipe), (workdir.data / MANIFEST).exists()
         stages, problems = resolve(recipe, fetch, built=built, weights=weights)
-        problems = problems or evaluation_problems(recipe, running=True)
+        problems = problems or evaluation_problems(recipe, running=True, rows=False)
         if not problems:
             data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop), partial(say_built, line))
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)

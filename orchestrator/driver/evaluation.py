@@ -18,14 +18,14 @@ from minilm.orchestrator.driver.status_line import StatusLine
 from minilm.orchestrator.driver.summary import ModelEntry
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.evaluation.comparison import Comparison, score_all
-from minilm.orchestrator.evaluation.report_page import markdown, page
-from minilm.orchestrator.evaluation.sources import Source, build, check_source
-from minilm.orchestrator.evaluation.speed import machine, measure
-from minilm.orchestrator.evaluation.trials import Trial, plan_trials, run_trial, this_device
+from minilm.orchestrator.evaluation.report_page import write_reports
+from minilm.orchestrator.evaluation.sources import Source, check_source
+from minilm.orchestrator.evaluation.speed import this_device
+from minilm.orchestrator.evaluation.trials import Trial, plan_trials, run_trial
 from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.recipe.schema import Evaluation, Recipe
 from minilm.orchestrator.resolve.evaluation import evaluation_tasks
-from minilm.orchestrator.system.files import write_atomic, write_json
+from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.tracking.tracking import Tracking
 
 RUN = "Evaluation"  # the child run in MLflow; no stage can be called so
@@ -60,9 +60,10 @@ def evaluate_models(
         for result in launcher.each(one_trial, [(trial, str(workdir.evaluation)) for trial in trials]):
             results.append(result)
             last = f"{result['model']}  {result['task']}  seed {result['seed']}"
-            line.show(f"evaluating  {len(results)}/{len(trials)}  {last}", force=True)
+            part = (len(results), len(trials))
+            line.show(f"evaluating  {part[0]}/{part[1]}  {last}", force=True, doing="evaluating", part=part)
         comparison = Comparison(score_all(results), sources, sources[0].name)
-        write_reports(comparison, workdir, recipe.name)
+        write_reports(workdir.root, recipe.name, comparison)
     except BaseException:
         run.finish("FAILED")
         raise
@@ -71,7 +72,7 @@ def evaluate_models(
     for name in ("report.html", "report.md"):
         run.artifact(workdir.root / name)
     run.finish()
-    write_json(workdir.evaluation / "done.json", section.model_dump(mode="json"))
+    write_json(workdir.evaluated, workdir.evaluation_of(recipe))
     line.say(comparison.text(), event="evaluated", scores=[score.as_dict() for score in comparison.scores])
 
 
@@ -106,13 +107,6 @@ def one_trial(given: tuple[Trial, str]) -> dict[str, Any]:
         return run_trial(trial, Path(folder))
     finally:
         torch.set_num_threads(threads)
-
-
-def write_reports(comparison: Comparison, workdir: Workdir, name: str) -> None:
-    sizes = measure([build(source, 0) for source in comparison.sources], this_device())
-    by_name = {source.name: size for source, size in zip(comparison.sources, sizes, strict=True)}
-    write_atomic(workdir.root / "report.html", page(name, comparison, by_name, machine()))
-    write_atomic(workdir.root / "report.md", markdown(comparison, by_name, machine()))
 
 
 def _key(model: str) -> str:

@@ -38,8 +38,16 @@ class Workdir(RunFolder):
 
     def is_evaluated(self, recipe: Recipe) -> bool:
         """Whether nothing is left to do of the recipe's `evaluation`."""
-        section = recipe.evaluation
-        return section is None or read_json(self.evaluation / "done.json") == section.model_dump(mode="json")
+        return recipe.evaluation is None or read_json(self.evaluated) == self.evaluation_of(recipe)
+
+    def evaluation_of(self, recipe: Recipe) -> dict[str, Any]:
+        """What an evaluation that is done is of: the section, and the stages as they are now."""
+        assert recipe.evaluation is not None
+        stages = {stage.name: read_json(self.stage(stage.name).published) for stage in recipe.stages}
+        return {
+            "evaluation": recipe.evaluation.model_dump(mode="json"),
+            "stages": {name: published and published["digest"] for name, published in stages.items()},
+        }
 
     def goes_on(self, recipe: Recipe) -> bool:
         """Has a run begun here, whose inputs were sound then, with a stage left to train? Reads only small files."""
@@ -76,7 +84,7 @@ class Workdir(RunFolder):
         if redone and not goes_on:
             for name in redone:
                 self.set_aside_elsewhere(name)
-            self.set_aside([*(self.stage(name).root for name in redone), self.summary])
+            self.set_aside([*(self.stage(name).root for name in redone), self.summary, self.evaluated])
         self.set_aside(
             [self.stage(name).root for name in invalidated_stages(old, new) if not self.begun(name)]
         )

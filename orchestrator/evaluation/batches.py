@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilm.model.encoder.families import FAMILIES
+
 POOL_BATCHES = 32  # a shuffled epoch is sorted by length within so many batches
 
 
@@ -16,8 +18,8 @@ def most_tokens(model: Any, asked: int) -> int:
     """How many tokens a row may have: `asked`, or the model's own limit where that is less."""
     config = model.config
     limit = getattr(config, "max_position_embeddings", asked)
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        limit -= config.pad_token_id + 1
+    if family := FAMILIES.get(config.model_type):
+        limit -= family.reserved_positions(config.pad_token_id)
     return min(asked, limit) if limit > 0 else asked
 
 

@@ -15,6 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from minilm.model.encoder.build import quiet_transformers
 from minilm.orchestrator.errors import UserError
@@ -29,11 +33,20 @@ from minilm.orchestrator.evaluation.metrics import score
 from minilm.orchestrator.evaluation.protocols import Setting
 from minilm.orchestrator.evaluation.read_tables import Examples, read_split
 from minilm.orchestrator.evaluation.tasks import Task
-from minilm.orchestrator.system.text import one_line
 
 WARMUP, WEIGHT_DECAY, MAX_GRADIENT_NORM = 0.1, 0.01, 1.0
 CURVE_POINTS = 50
 Curve = list[list[float]]  # step and loss
+
+
+def check_head(model_type: str, kind: str) -> None:
+    """UserError where transformers has no head for tasks of this kind on encoders of this architecture."""
+    heads = {"spans": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "cosine": {model_type: ""}}
+    if model_type not in heads.get(kind, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
+        raise UserError(
+            f"transformers has no head for tasks of {kind} on a {model_type}; leave such tasks out, or evaluate "
+            f"another model"
+        )
 
 
 def with_head(encoder: PreTrainedModel, kind: str, num_labels: int, seed: int) -> PreTrainedModel:
@@ -42,16 +55,11 @@ def with_head(encoder: PreTrainedModel, kind: str, num_labels: int, seed: int) -
     config.num_labels = num_labels
     if kind == "score":
         config.problem_type = "regression"
+    check_head(config.model_type, kind)
     chosen = AutoModelForQuestionAnswering if kind == "spans" else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.default_generator.manual_seed(seed)
-        try:
-            model = chosen.from_config(config, dtype=torch.float32)
-        except ValueError as error:
-            raise UserError(
-                f"transformers has no head of this kind for a {config.model_type} ({one_line(error)}); evaluate it on "
-                f"another task"
-            ) from error
+        model = chosen.from_config(config, dtype=torch.float32)
     base = getattr(model, model.base_model_prefix)
     report = base.load_state_dict(encoder.state_dict(), strict=False)
     lacking = [key for key in report.missing_keys if "pooler" not in key]

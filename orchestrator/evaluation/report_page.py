@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 from minilm.orchestrator.evaluation.comparison import Comparison
-from minilm.orchestrator.evaluation.speed import BATCH, TOKENS, Size
+from minilm.orchestrator.evaluation.sources import build
+from minilm.orchestrator.evaluation.speed import BATCH, TOKENS, Size, machine, measure, this_device
+from minilm.orchestrator.system.files import write_atomic
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
@@ -37,6 +40,16 @@ def size_table(sizes: Mapping[str, Size]) -> list[list[str]]:
         ]
         for name, size in sizes.items()
     ]
+
+
+def write_reports(folder: Path, title: str, comparison: Comparison) -> dict[str, Size]:
+    """Measure the models on this machine, and write report.html and report.md into `folder`. Their sizes, by name."""
+    names = [source.name for source in comparison.sources]
+    measured = measure([build(source, 0) for source in comparison.sources], this_device())
+    sizes = dict(zip(names, measured, strict=True))
+    write_atomic(folder / "report.html", page(title, comparison, sizes, machine()))
+    write_atomic(folder / "report.md", markdown(comparison, sizes, machine()))
+    return sizes
 
 
 def markdown(comparison: Comparison, sizes: Mapping[str, Size], machine: str) -> str:

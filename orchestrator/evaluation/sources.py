@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from minilm.data.tokenizer import has_tokenizer, load_tokenizer
 from minilm.model.encoder.build import build_student, quiet_transformers
 from minilm.model.encoder.initialize import initialize
 from minilm.model.encoder.shape import load_config, shape_of
-from minilm.model.export import tokenizer_files, weights_digest
+from minilm.model.encoder.weights import check_folder, check_loaded
+from minilm.model.export import weights_digest
+from minilm.model.files import tokenizer_files
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.system.text import one_line
 
@@ -73,26 +75,28 @@ def check_source(source: Source) -> None:
     folder = Path(source.folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{source.name} is no model (no config.json in {folder}); give a transformers folder")
+    model_type(source)
     if not has_tokenizer(folder):
         raise UserError(
             f"{source.name} has no tokenizer (no tokenizer.json or vocabulary file in {folder}); save its tokenizer "
             f"there with save_pretrained"
         )
-    if source.kind != "random" and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{source.name} has no safetensors weights in {folder}; save them with save_pretrained (pickles are not "
-            f"read)"
-        )
-    if source.is_control:
-        config = load_config(folder)
-        if source.kind == "layers":
-            build(source, 0)
-        elif source.shape is not None:
-            _sizes(config, source.shape)
+    build(source, 0)
 
 
 def tokenizer_of(source: Source) -> Any:
     return load_tokenizer(source.folder)
+
+
+def model_type(source: Source) -> str:
+    """The architecture, as transformers calls it. UserError where config.json is not one that it can read."""
+    try:
+        return str(AutoConfig.from_pretrained(source.folder, trust_remote_code=False).model_type)
+    except Exception as error:  # whatever is in the file reaches code that expects numbers
+        raise UserError(
+            f"{source.name}: cannot read {source.folder}/config.json ({one_line(error)}); give a folder that "
+            f"save_pretrained wrote"
+        ) from error
 
 
 def build(source: Source, seed: int) -> PreTrainedModel:
@@ -110,29 +114,25 @@ def build(source: Source, seed: int) -> PreTrainedModel:
 
 
 def load(folder: Path) -> PreTrainedModel:
+    """The encoder in `folder` in float32 and eval mode. UserError or ModelError unless its weights are its config's."""
+    check_folder(folder)
     try:
         with quiet_transformers():
             model, report = AutoModel.from_pretrained(
                 str(folder),
                 use_safetensors=True,
                 dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # `check_loaded` names them
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (
+        Exception
+    ) as error:  # transformers raises whatever its modules do for values that they did not expect
         raise UserError(
             f"cannot load the weights of {folder}: {one_line(error)}; give a folder that save_pretrained wrote"
         ) from error
-    missing = sorted(key for key in report["missing_keys"] if ".pooler." not in f".{key}")
-    if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing)} weights of its {model.config.model_type} ({missing[0]}, …); give the "
-            f"folder that its save_pretrained wrote"
-        )
-    if any(not torch.isfinite(p).all() for p in model.parameters()):
-        raise UserError(
-            f"{folder} holds weights that are no finite numbers; train it again, or give another model"
-        )
+    check_loaded(str(folder), model, report, head=False)
     return model.eval()
 
 

@@ -34,6 +34,10 @@ class Size:
     tokens_per_second: float
 
 
+def this_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def machine() -> str:
     """This machine in words: its processor or GPU, threads, the version of torch."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()

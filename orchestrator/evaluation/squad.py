@@ -19,10 +19,8 @@ from minilm.orchestrator.evaluation.protocols import Setting
 from minilm.orchestrator.evaluation.read_tables import squad_file
 from minilm.orchestrator.evaluation.squad_score import score_squad
 
-BEST, MOST_ANSWER_TOKENS = (
-    20,
-    30,
-)  # candidates for each end, and the longest answer, as BERT's script has them
+# candidates for each end, and the longest answer, as BERT's script has them
+BEST, MOST_ANSWER_TOKENS = 20, 30
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,8 @@ def read_questions(data: Path, split: str) -> list[Question]:
             for paragraph in article["paragraphs"]
             for qa in paragraph["qas"]
         ]
+        if not all(isinstance(text, str) for q in found for text in (q.passage, *q.answers)):
+            raise TypeError("a passage or an answer is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not SQuAD 2.0's JSON ({error!r}); put the published file in its place"
@@ -84,15 +84,19 @@ def read_questions(data: Path, split: str) -> list[Question]:
 
 
 def windows(questions: list[Question], tokenizer: Any, tokens: int, stride: int) -> list[Window]:
-    """Every piece of every passage, at most `tokens` long with its question, `stride` tokens shared by neighbours."""
+    """Every piece of every passage, at most `tokens` long with its question, `stride` tokens shared by neighbours.
+
+    A question and what neighbours share have at most a third of `tokens` each, so that a piece goes on by some.
+    """
     found = []
+    third = tokens // 3
     for number, question in enumerate(questions):
         pieces = tokenizer(
-            question.text,
+            shortened(question.text, tokenizer, third),
             question.passage,
             truncation="only_second",
             max_length=tokens,
-            stride=min(stride, tokens // 4),
+            stride=min(stride, third),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
@@ -106,6 +110,16 @@ def windows(questions: list[Question], tokenizer: Any, tokens: int, stride: int)
             inputs = {name: pieces[name][piece] for name in tokenizer.model_input_names if name in pieces}
             found.append(Window(number, inputs, offsets, cls, _span(question, offsets, cls)))
     return found
+
+
+def shortened(text: str, tokenizer: Any, tokens: int) -> str:
+    """The beginning of a text, of at most so many tokens."""
+    if len(text.encode()) <= tokens:  # a token has at least a byte
+        return text
+    cut = tokenizer(
+        text, add_special_tokens=False, truncation=True, max_length=tokens, return_offsets_mapping=True
+    )
+    return text[: max((end for _, end in cut["offset_mapping"]), default=0)]
 
 
 def _span(question: Question, offsets: list[tuple[int, int] | None], cls: int) -> tuple[int, int]:

@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
+from minilm.orchestrator.evaluation.check_data import check_data
 from minilm.orchestrator.evaluation.embed import cosine_similarity
-from minilm.orchestrator.evaluation.fine_tune import Curve, fine_tune
+from minilm.orchestrator.evaluation.fine_tune import Curve, check_head, fine_tune
 from minilm.orchestrator.evaluation.protocols import Protocol, Setting
-from minilm.orchestrator.evaluation.read_tables import data_fingerprint, read_split
-from minilm.orchestrator.evaluation.sources import Source, build, source_digest, tokenizer_of
+from minilm.orchestrator.evaluation.read_tables import data_fingerprint
+from minilm.orchestrator.evaluation.sources import Source, build, model_type, source_digest, tokenizer_of
+from minilm.orchestrator.evaluation.squad import fine_tune_spans
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.versions import code_version
 
-FORMAT = 1  # of a trial's file; another number makes every trial new
+FORMAT = 2  # of a trial's file; another number makes every trial new
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def plan_trials(
     digests = {source.name: source_digest(source) for source in sources}
     trials = []
     for task, protocol in tasks:
-        rows = 0
-        if task.kind != "cosine":
-            rows = _check_data(task, data)
+        rows = check_data(task, data)
+        for source in sources:
+            check_head(model_type(source), task.kind)
         fingerprint = data_fingerprint(task, data)
         count = seeds or protocol.seeds_of(rows if train_rows is None else min(rows, train_rows))
         for source in sources:
@@ -103,25 +105,9 @@ def plan_trials(
     return trials
 
 
-def _check_data(task: Task, data: Path) -> int:
-    """The number of training rows; UserError where a split is not as published."""
-    if task.kind == "spans":
-        from minilm.orchestrator.evaluation.squad import read_questions
-
-        read_questions(data, "dev")
-        return len(read_questions(data, "train"))
-    for split in task.dev:
-        read_split(task, data, split)
-    return len(read_split(task, data, "train"))
-
-
 def precision(device: torch.device) -> str:
     """bfloat16 on a GPU that computes in it, float32 elsewhere."""
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-
-
-def this_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
@@ -144,8 +130,6 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
             encoder, tokenizer, task, data, tokens=setting.tokens, batch=setting.batch, device=device
         )
     elif task.kind == "spans":
-        from minilm.orchestrator.evaluation.squad import fine_tune_spans
-
         metrics, curve = fine_tune_spans(encoder, tokenizer, data, setting, **how)
     else:
         metrics, curve = fine_tune(encoder, tokenizer, task, data, setting, **how)

@@ -1,10 +1,14 @@
-"""A recipe's `evaluation` section against the tasks that there are and the files that are here."""
+"""A recipe's `evaluation` section against the tasks that there are, the files that are here, and the first teacher."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from minilm.data.tokenizer import has_tokenizer
+from minilm.model.encoder.shape import load_config
+from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.evaluation.check_data import check_data
 from minilm.orchestrator.evaluation.protocols import Protocol, protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_files
 from minilm.orchestrator.evaluation.tasks import Task, find_tasks
@@ -16,15 +20,41 @@ def evaluation_tasks(section: Evaluation) -> list[tuple[Task, Protocol]]:
     return [(task, protocol_of(task, section.protocol)) for task in find_tasks(section.tasks)]
 
 
-def evaluation_problems(recipe: Recipe, *, running: bool = False) -> list[str]:
-    """Why the section can't be done, a line or none. running: that its folder is not here is a reason too."""
+def evaluation_problems(
+    recipe: Recipe, teacher: str | None = None, *, running: bool = False, rows: bool = True
+) -> list[str]:
+    """Why the section can't be done, a line or none.
+
+    teacher: the first one, which is scored too; looked at where it is a folder. running: that the tasks' folder is not
+    here is a reason too. rows: read all of them, as the evaluation itself does before its first trial.
+    """
     if (section := recipe.evaluation) is None:
         return []
+    look = check_data if rows else data_files
     try:
-        tasks = evaluation_tasks(section)
+        tasks = [task for task, _ in evaluation_tasks(section)]
+        if teacher and Path(teacher).is_dir():
+            check_scored(Path(teacher), tasks)
         if running or Path(section.data).is_dir():
-            for task, _ in tasks:
-                data_files(task, Path(section.data))
+            for task in tasks:
+                look(task, Path(section.data))
     except UserError as error:
         return [f"evaluation: {str(error).removeprefix('--data ')}"]
+    except ModelError:
+        return []  # the teacher's stage says so
     return []
+
+
+def check_scored(teacher: Path, tasks: list[Task]) -> None:
+    """UserError where a teacher that can be learned from, and with it its students, can't be scored."""
+    if not has_tokenizer(teacher):
+        raise UserError(
+            f"the teacher has no tokenizer in {teacher}, and it is scored too; save its tokenizer there with "
+            f"save_pretrained"
+        )
+    from minilm.orchestrator.evaluation.fine_tune import (
+        check_head,  # modelling code, which takes seconds to import
+    )
+
+    for task in tasks:
+        check_head(load_config(teacher).model_type, task.kind)

@@ -64,7 +64,7 @@ def resolve(
     """The stages, and a line for each reason why a run is refused before any text is tokenized.
 
     built: the recipe's text has been made into a data set before, and is not looked at. weights: load the teachers that
-    are folders here, too.
+    are folders here, and read the evaluation's rows.
     """
     known, wrong_data = None, []
     try:
@@ -73,7 +73,7 @@ def resolve(
         raise_passing(error)
         wrong_data = [f"data: {error}"]
     stages, problems = resolve_stages(recipe, find, seq_len=known and known[0], weights=weights)
-    problems += evaluation_problems(recipe)
+    problems += evaluation_problems(recipe, stages[0].source if weights else None, rows=weights)
     try:
         problems += check_data(stages, *known) if known else wrong_data
         if not (built or wrong_data):

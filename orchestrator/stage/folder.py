@@ -132,6 +132,11 @@ class RunFolder:
         return self.root / "evaluation"
 
     @property
+    def evaluated(self) -> Path:
+        """The evaluation is done: of which stages, and how."""
+        return self.evaluation / "done.json"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 

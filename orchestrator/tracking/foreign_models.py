@@ -9,12 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from minilm.model.files import ADAPTER, VOCABULARIES
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.tracking.model_files import is_safe, refuse_outside
 
-_VOCABULARIES = {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"}
-_VOCABULARIES |= {"sentencepiece.bpe.model"}
-_ADAPTER = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
 
 
@@ -39,8 +37,8 @@ def plain_folder(files: Iterable[str], where: str) -> dict[str, str]:
             "and register it by itself, with `minilm register`"
         )
     taken = [model]
-    if not folders[model] & _VOCABULARIES:
-        tokenizers = [folder for folder, names in folders.items() if names & _VOCABULARIES]
+    if folders[model].isdisjoint(VOCABULARIES):
+        tokenizers = [folder for folder, names in folders.items() if not names.isdisjoint(VOCABULARIES)]
         named = [folder for folder in tokenizers if folder.name == "tokenizer"]
         taken += (named or tokenizers)[:1]
     return {str(folder / name): name for folder in taken for name in sorted(folders[folder]) if is_safe(name)}
@@ -53,9 +51,9 @@ def _holds_model(names: set[str]) -> bool:
 
 def _why_none(files: list[str]) -> str:
     by_name = {PurePosixPath(file).name: file for file in files}
-    if _ADAPTER in by_name:
+    if ADAPTER in by_name:
         return (
-            f"holds an adapter ({by_name[_ADAPTER]}) without the model that it changes: merge them "
+            f"holds an adapter ({by_name[ADAPTER]}) without the model that it changes: merge them "
             "(merge_and_unload of peft), and register the whole model"
         )
     if pickled := [file for file in files if file.endswith(_PICKLES)]:

@@ -72,8 +72,9 @@ def add_evaluate(verbs: Any) -> None:
 def evaluate(options: argparse.Namespace) -> int:
     from minilm.orchestrator.evaluation.comparison import Comparison, score_all
     from minilm.orchestrator.evaluation.protocols import protocol_of
+    from minilm.orchestrator.evaluation.speed import this_device
     from minilm.orchestrator.evaluation.tasks import find_tasks
-    from minilm.orchestrator.evaluation.trials import plan_trials, run_trial, this_device
+    from minilm.orchestrator.evaluation.trials import plan_trials, run_trial
 
     if options.data is None:
         raise UserError(
@@ -102,25 +103,19 @@ def evaluate(options: argparse.Namespace) -> int:
             print(json.dumps(score.as_dict()))
         return 0
     print(comparison.text())
-    write_report(comparison, options)
+    write_report(comparison, options.out)
     return 0
 
 
-def write_report(comparison: Comparison, options: argparse.Namespace) -> None:
-    """Measure the models' size and speed, print them, and write page and Markdown into --out."""
-    from minilm.orchestrator.evaluation.report_page import markdown, page, size_table
-    from minilm.orchestrator.evaluation.sources import build
-    from minilm.orchestrator.evaluation.speed import machine, measure
-    from minilm.orchestrator.evaluation.trials import this_device
-    from minilm.orchestrator.system.files import write_atomic
+def write_report(comparison: Comparison, out: Path) -> None:
+    """Measure the models' size and speed, print them, and write page and Markdown into `out`."""
+    from minilm.orchestrator.evaluation.report_page import size_table, write_reports
+    from minilm.orchestrator.evaluation.speed import machine
     from minilm.orchestrator.system.text import text_table
 
-    sizes = measure([build(source, 0) for source in comparison.sources], this_device())
-    by_name = {source.name: size for source, size in zip(comparison.sources, sizes, strict=True)}
-    print(f"\n{text_table(size_table(by_name))}\nmeasured on {machine()}")
-    write_atomic(options.out / "report.html", page("Encoders side by side", comparison, by_name, machine()))
-    write_atomic(options.out / "report.md", markdown(comparison, by_name, machine()))
-    print(f"\nthe page: {options.out / 'report.html'}; as Markdown: {options.out / 'report.md'}")
+    sizes = write_reports(out, "Encoders side by side", comparison)
+    print(f"\n{text_table(size_table(sizes))}\nmeasured on {machine()}")
+    print(f"\nthe page: {out / 'report.html'}; as Markdown: {out / 'report.md'}")
 
 
 def tasks_there(options: argparse.Namespace) -> list[str]:
