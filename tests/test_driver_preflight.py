@@ -114,3 +114,17 @@ def test_a_data_set_behind_a_url(tmp_path, text, teacher, server, capsys):
     assert note.startswith(
         "s3://bucket/words: the server refuses (Forbidden); check the URL and the credentials in the"
     )
+
+
+def test_checkpoints_below_a_file_are_refused_before_anything_is_built(tmp_path, text, teacher, capsys):
+    (tmp_path / "file").write_text("")
+    recipe = write_recipe(tmp_path, text, teacher)
+    for place in ("file", "file/below/it"):
+        change = ("--set", f"compute.checkpoints={tmp_path / place}")
+        given = f"compute.checkpoints: given '{tmp_path / place}'"
+        said = f"{given}, but '{tmp_path / 'file'}' is no folder; give another one"
+        assert check(recipe, capsys, *change) == (0, [said])
+        assert check(recipe, capsys, *change, "--strict")[0] == 2
+        assert run(recipe, tmp_path, *change) == 2
+        assert capsys.readouterr().err.endswith(f"minilm: error: {said}\n")
+    assert check(recipe, capsys, "--set", f"compute.checkpoints={tmp_path / 'none' / 'yet'}") == (0, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,12 +26,22 @@ def check_device(compute: Compute) -> None:
 
 
 def check_checkpoints(compute: Compute, folder: Path) -> None:
-    """`UserError` where the package for the bucket is missing, `InfrastructureError` where the bucket refuses.
+    """`UserError` where the package for the bucket is missing or a file stands in the folder's way,
+    `InfrastructureError` where the bucket refuses.
 
     One that does not answer at once says nothing: the run asks again, with patience. folder: on this machine, for the
     store's files; none is written here.
     """
-    if compute.checkpoints and "://" in compute.checkpoints and not compute.checkpoints.startswith("file://"):
+    if not compute.checkpoints:
+        return
+    place = compute.checkpoints.removeprefix("file://")
+    if "://" not in place:
+        there = next(path for path in (Path(place), *Path(place).parents) if os.path.exists(path))  # noqa: PTH110 (never raises)
+        if not there.is_dir():
+            raise UserError(
+                f"compute.checkpoints: given {compute.checkpoints!r}, but {str(there)!r} is no folder; give another one"
+            )
+    else:
         store = ObjectStore(compute.checkpoints, folder, retry=ONCE)
         with suppress(StoreUnavailable):
             store.names()

@@ -114,8 +114,8 @@ def lacking(recipe: Recipe) -> list[str]:
 
     notes = missing_inputs(recipe) + unseen_inputs(recipe)
     compute, corpora = recipe.compute, recipe.data.corpora or ()
-    places = [compute.checkpoints, *(corpus.shards for corpus in corpora)]
-    if compute.device == "cuda" or any("://" in place for place in places if place):
+    remote = any("://" in corpus.shards for corpus in corpora if corpus.shards)
+    if compute.device == "cuda" or compute.checkpoints or remote:
         from minilm.orchestrator.driver.preflight import check_checkpoints, check_device, check_shards
 
         looks = [partial(check_device, compute), partial(check_checkpoints, compute, Path())]
