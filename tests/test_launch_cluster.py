@@ -81,7 +81,7 @@ def test_a_cluster_that_demands_another_token(tmp_path, monkeypatch):
 
 
 OWN_CLUSTER = """
-import sys
+import os, sys
 from pathlib import Path
 from types import SimpleNamespace
 from minilm.orchestrator.launch import cluster, ray_private
@@ -96,6 +96,9 @@ print("ready", flush=True)
 sys.stdin.read()
 cluster.leave()
 cluster.connect(stop)  # Ray keeps the first token that it has read
+cluster.leave()
+del os.environ["RAY_AUTH_TOKEN"]  # as after somebody's own ray.init(), whose token lies in the home folder
+cluster.connect(stop)
 cluster.leave()
 """
 FIXED_PORTS = {6379, 8265, 10001, 44217, 44227, 52365}  # of `ray start --head`

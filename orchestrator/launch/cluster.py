@@ -39,6 +39,7 @@ OWN_ENVIRONMENT = {
     "AUTOSCALER_METRIC_PORT": "0",  # any free one, and the next too: a head on this machine wants the usual ones
     "DASHBOARD_METRIC_PORT": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "30000",  # of statistics for the dashboard that it has not
+    "RAY_gcs_server_port_wait_time_s": "120",  # for its head to answer; Ray's own 20 are short on a busy machine
 }
 
 
@@ -106,6 +107,7 @@ class Cluster:
                 ray_private.authenticate(self.address)
                 ray.init(**options)
             else:
+                ray_private.read_token_again()
                 with ray_private.agent_at_a_free_port():
                     ray.init(**options)
         except AuthenticationError as error:

@@ -78,6 +78,12 @@ def authenticate(address: str) -> None:
         look_at(address)
 
 
+def read_token_again() -> None:
+    """Have Ray use RAY_AUTH_TOKEN as it is now: it keeps the first token that this process has read, such as the one
+    in the home folder of somebody's own `ray.init()`, and a cluster that starts now knows another one."""
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 def has_token() -> bool:
     return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
