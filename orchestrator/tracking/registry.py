@@ -2,8 +2,8 @@
 unchanged.
 
 A model is a plain transformers folder (config, safetensors, tokenizer, model card), stored in MLflow 3 as a
-LoggedModel without any flavour, so that nothing but files is ever read from it. Folders with anything that
-could hold a pickle are refused both ways. Every version carries the digest of its folder as a tag, and
+LoggedModel, with the files beside it by which MLflow's own commands load it (`mlflow_files`). Folders with anything
+that could hold a pickle are refused both ways, and such that name code of their own are not taken. Every version carries the digest of its folder as a tag, and
 `pull` checks it. An alias moves: `resolve` it once, keep `RegisteredModel.uri`, which names the version.
 
 Every function takes `store`, a tracking URI (`mlflow_server.tracking_uri`), and can be called again after any
@@ -15,6 +15,7 @@ import difflib
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 from minilm.orchestrator.errors import InfrastructureError, UserError
 from minilm.orchestrator.tracking.calls import patiently
 from minilm.orchestrator.tracking.client import connect, is_missing
+from minilm.orchestrator.tracking.mlflow_files import is_mlflows, refuse_own_code, write_mlflow_files
 from minilm.orchestrator.tracking.model_files import folder_digest, model_files
 
 # isort: split
@@ -100,6 +102,9 @@ def register(
         raise UserError(
             f"{folder} is no model: it has no config.json or no safetensors weights; export one there"
         )
+    if taken := [file for file in files if is_mlflows(file)]:
+        raise UserError(f"{folder} holds {taken[0]}, which MLflow has a file of its own for; leave it out")
+    refuse_own_code(folder)
     digest = folder_digest(folder)
 
     def attempt(client: MlflowClient) -> RegisteredModel:
@@ -231,6 +236,9 @@ def _logged_model(
         model_type="transformers-folder",
     )
     client.log_model_artifacts(model.model_id, str(folder))
+    with tempfile.TemporaryDirectory() as beside:
+        write_mlflow_files(folder, Path(beside), model_id=model.model_id, run_id=run_id)
+        client.log_model_artifacts(model.model_id, beside)
     model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])  # shown on the run's page
     return model
