@@ -1,4 +1,4 @@
-"""A second virtual environment with transformers, torch, mlflow and what they need: no project of ours, nothing else."""
+"""A second virtual environment with transformers, torch, mlflow and what they need, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def make_plain_env(folder: Path) -> Path:
         for top in {Path(str(file)).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             if not (site / top).exists():
                 (site / top).symlink_to(Path(str(found.locate_file(top))))
+        for command in found.entry_points.select(group="console_scripts"):
+            script = folder / "bin" / command.name
+            script.write_text(
+                f"#!{folder}/bin/python\nimport sys\nfrom {command.module} import {command.attr}\n"
+                f"sys.exit({command.attr}())\n"
+            )
+            script.chmod(0o755)
     return folder / "bin" / "python"
 
 

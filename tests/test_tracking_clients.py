@@ -17,7 +17,6 @@ import yaml
 from mlflow.models import Model
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.tracking.client import connect
 from minilm.orchestrator.tracking.mlflow_files import EXAMPLE, write_mlflow_files
 from minilm.orchestrator.tracking.registry import make_run, register
 from tests.mlflow_server import ADMIN, server
@@ -45,7 +44,9 @@ def test_a_model_that_names_code_of_its_own_is_not_taken(teacher, tmp_path, file
     folder = shutil.copytree(teacher, tmp_path / "m")
     values = json.loads((folder / file).read_text()) | {"auto_map": {"AutoModel": "OWNER/NAME--model.Own"}}
     (folder / file).write_text(json.dumps(values))
-    with pytest.raises(UserError, match=rf"{file} names code of the model's own \(auto_map\), .* remove that key"):
+    with pytest.raises(
+        UserError, match=rf"{file} names code of the model's own \(auto_map\), .* remove that key"
+    ):
         register(f"sqlite:///{tmp_path}/mlflow.db", "own", folder, run_id="r", alias="newest")
 
 
@@ -102,7 +103,7 @@ def test_mlflows_own_commands_load_and_serve_it(teacher, tmp_path, monkeypatch, 
             environment[f"MLFLOW_TRACKING_{name}"] = value
 
     def client(*arguments: str) -> str:
-        command = [str(python), *arguments]
+        command = [str(python.parent / arguments[0]), *arguments[1:]]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -111,14 +112,25 @@ def test_mlflows_own_commands_load_and_serve_it(teacher, tmp_path, monkeypatch, 
         environment["MLFLOW_TRACKING_URI"] = url
         run_id = make_run(url, "small", teacher, experiment="clients")
         register(url, "small", teacher, run_id=run_id, alias="good")
-        client("-m", "mlflow", "artifacts", "download", "-u", "models:/small@good", "-d", "down")
+        client("mlflow", "artifacts", "download", "-u", "models:/small@good", "-d", "down")
         down = tmp_path / "down"
         for file in teacher.iterdir():
             assert (down / file.name).read_bytes() == file.read_bytes()
-        assert client("-c", CLIENT, "models:/small@good", str(down)).splitlines()[-1] == "no minilm here"
+        assert (
+            client("python", "-c", CLIENT, "models:/small@good", str(down)).splitlines()[-1]
+            == "no minilm here"
+        )
 
         port = free_port()
-        command = [str(python), "-m", "mlflow", "models", "serve", "-m", "models:/small@good", "-p", str(port)]
+        command = [
+            str(python.parent / "mlflow"),
+            "models",
+            "serve",
+            "-m",
+            "models:/small@good",
+            "-p",
+            str(port),
+        ]
         with (tmp_path / "serve.log").open("wb") as log:
             serving = subprocess.Popen(
                 [*command, "--env-manager", "local"],
@@ -137,4 +149,3 @@ def test_mlflows_own_commands_load_and_serve_it(teacher, tmp_path, monkeypatch, 
         finally:
             os.killpg(serving.pid, signal.SIGKILL)
             serving.wait()
-        assert connect(url).get_model_version("small", "1").model_id

@@ -25,7 +25,6 @@ from minilm.orchestrator.evaluation.trials import Trial, plan_trials, run_trial
 from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.recipe.schema import Evaluation, Recipe
 from minilm.orchestrator.resolve.evaluation import evaluation_tasks
-from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.tracking.tracking import Tracking
 
 RUN = "Evaluation"  # the child run in MLflow; no stage can be called so
@@ -38,12 +37,13 @@ def evaluate_models(
     launcher: Launcher,
     tracking: Tracking,
     line: StatusLine,
-) -> None:
-    """Score `models` and their controls, and leave report.html, report.md and evaluation/done.json in the work
-    directory. Raises `UserError` for data that are not as published, `Stopped` on request."""
+    others: Sequence[Source] = (),
+) -> Comparison:
+    """Score `models`, their controls and `others`, and leave report.html and report.md in the work directory. Raises
+    `UserError` for data that are not as published, `Stopped` on request."""
     section = recipe.evaluation
     assert section is not None
-    sources = sources_of(models, section, line)
+    sources = [*sources_of(models, section, line), *others]
     device = torch.device("cpu") if recipe.compute.device == "cpu" else this_device()
     trials = plan_trials(
         sources,
@@ -72,8 +72,8 @@ def evaluate_models(
     for name in ("report.html", "report.md"):
         run.artifact(workdir.root / name)
     run.finish()
-    write_json(workdir.evaluated, workdir.evaluation_of(recipe))
     line.say(comparison.text(), event="evaluated", scores=[score.as_dict() for score in comparison.scores])
+    return comparison
 
 
 def sources_of(models: Sequence[ModelEntry], section: Evaluation, line: StatusLine) -> list[Source]:

@@ -6,7 +6,7 @@ written last and says that the stage needs no further look.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from minilm.model.encoder.shape import shape_of
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.relations import relation_maps
 from minilm.orchestrator.driver.inference_speed import inference_speed
+from minilm.orchestrator.driver.model_cards import complete_card
 from minilm.orchestrator.driver.summary import ModelEntry, terms
 from minilm.orchestrator.feed.corpora import close, open_held_out
 from minilm.orchestrator.recipe.schema import Recipe
@@ -28,6 +29,7 @@ from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.tracking import plots as pictures
 from minilm.orchestrator.tracking import registry
+from minilm.orchestrator.tracking.promotion import MAX_TAG_CHARS
 from minilm.orchestrator.tracking.tracking import StageRun, Tracking
 
 PICTURE_TOKENS = 24
@@ -38,13 +40,14 @@ def publish(
     recipe: Recipe,
     spec: StageSpec,
     folder: StageFolder,
+    licences: Sequence[str],
     tracking: Tracking,
     run: StageRun,
     show: Callable[[str], None],
 ) -> list[ModelEntry]:
     """Picture, register and describe the stage's teacher and students; the teacher's entry comes first.
 
-    `show` is told what is done now.
+    licences: what there is to say of them, for cards and versions. `show` is told what is done now.
     """
     show("drawing attention maps and loss curves")
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer)
@@ -70,6 +73,7 @@ def publish(
         zip(students.items(), speeds[1:], strict=True), start=1
     ):
         show(f"registering {recipe.registered_name(name)} ({number}/{len(students)})")
+        complete_card(recipe, folder, name, licences)
         registered = registry.register(
             tracking.uri,
             recipe.registered_name(name),
@@ -79,6 +83,7 @@ def publish(
                 "minilm.stage_digest": spec.digest,
                 "minilm.teacher": spec.teacher_name,
                 "minilm.steps": str(spec.steps),
+                **({"minilm.licence": "; ".join(licences)[:MAX_TAG_CHARS]} if licences else {}),
                 **registry.shape_tags(shape_of(encoder.model.config), count_parameters(encoder.model)),
                 **{f"minilm.{key}": f"{value:.4g}" for key, value in final[name].items()},
             },

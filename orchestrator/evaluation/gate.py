@@ -80,9 +80,7 @@ def _share(score: Score, teacher: Sequence[Score], least: float) -> Line:
         return Line(f"{what}: the teacher has no recorded result by this protocol on these data", metric)
     share = share_of(other, score)
     if share is None:
-        return Line(
-            f"{what}: the teacher scores {other.mean:.4f}, of which no share can be kept", metric
-        )
+        return Line(f"{what}: the teacher scores {other.mean:.4f}, of which no share can be kept", metric)
     kept = round(share.mean, DIGITS)
     return Line(
         f"{what}: {score.mean:.4f} is {kept:.1%} of the teacher's {other.mean:.4f}, "

@@ -133,7 +133,7 @@ class RunFolder:
 
     @property
     def evaluated(self) -> Path:
-        """The evaluation is done: of which stages, and how."""
+        """What comes after the stages is done: of which stages, and how."""
         return self.evaluation / "done.json"
 
     @property

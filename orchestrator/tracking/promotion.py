@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minilm.orchestrator.tracking.registry import DIGEST_TAG, RUN_TAG, RegisteredModel, _patiently
+from minilm.orchestrator.tracking.registry import RegisteredModel, _patiently, find_logged_model
 
 # isort: split
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel
+from mlflow.entities import Dataset, DatasetInput, InputTag
 
 CHALLENGER = "challenger"
 GATE_TAG, FORCED_TAG = "minilm.gate", "minilm.forced"
@@ -39,7 +39,7 @@ def record_scores(
         version = client.get_model_version(model.name, number)
         if not version.run_id or not metrics:  # of a model that somebody else registered there may be none
             return
-        logged = _logged_model(client, version.run_id, model.digest)
+        logged = find_logged_model(client, version.run_id, model.digest)
         known = {(m.key, m.value) for m in (logged.metrics or ())} if logged else set()
         inputs = {
             (m.dataset, m.dataset_digest[:MAX_DIGEST_CHARS]): DatasetInput(
@@ -84,14 +84,6 @@ def record_gate(
         client.set_registered_model_alias(model.name, CHALLENGER, number)
 
     _patiently(store, attempt, patience_seconds)
-
-
-def _logged_model(client: MlflowClient, run_id: str, digest: str | None) -> LoggedModel | None:
-    """The LoggedModel that `register` made for this folder; not every store's version names it."""
-    experiment_id = client.get_run(run_id).info.experiment_id
-    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{RUN_TAG}` = '{run_id}'"
-    found = client.search_logged_models([experiment_id], query)
-    return found[0] if found else None
 
 
 def holder(store: str, name: str, alias: str, *, patience_seconds: float = 10.0) -> int | None:

@@ -118,7 +118,7 @@ def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Pa
             model.uri,
             found,
         )
-    elif found != model.digest:
+    elif found not in (model.digest, model.next_digest):
         raise UserError(
             f"{model.uri} is not what was registered: digest {found}, registered {model.digest}; "
             "its files were changed in the store, so register it again"

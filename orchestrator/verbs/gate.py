@@ -37,10 +37,14 @@ def add_gate_options(promote: argparse.ArgumentParser) -> None:
         help="by which a score may lie below that of the version the alias names now (default: 0.005)",
     )
     promote.add_argument(
-        "--against", metavar="ALIAS", help="compare with the version of this alias (default: the one that moves)"
+        "--against",
+        metavar="ALIAS",
+        help="compare with the version of this alias (default: the one that moves)",
     )
     promote.add_argument(
-        "--evaluate", action="store_true", help="run what is not recorded yet; with --data and what else evaluate takes"
+        "--evaluate",
+        action="store_true",
+        help="run what is not recorded yet; with --data and what else evaluate takes",
     )
     add_trial_options(promote)
     promote.add_argument(
@@ -125,7 +129,9 @@ def check_options(options: argparse.Namespace) -> None:
     if idle and not options.evaluate:
         raise UserError(f"{idle[0]} needs --evaluate, which runs what is not recorded yet")
     if options.evaluate and options.data is None:
-        raise UserError("--evaluate needs --data DIR, which holds a folder with the published files of each task")
+        raise UserError(
+            "--evaluate needs --data DIR, which holds a folder with the published files of each task"
+        )
 
 
 def source_of(options: argparse.Namespace, store: str, model: str) -> Source:
