@@ -32,7 +32,7 @@ from minilm.orchestrator.tracking import registry
 from minilm.orchestrator.tracking.promotion import MAX_TAG_CHARS
 from minilm.orchestrator.tracking.tracking import StageRun, Tracking
 
-PICTURE_TOKENS = 24
+PICTURE_TOKENS, REPORT_TOKENS = 24, 16
 SPEED_BATCH, SPEED_TOKENS = 8, 128
 
 
@@ -52,7 +52,7 @@ def publish(
     show("drawing attention maps and loss curves")
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer)
     students = {s.name: load_encoder(folder.student(s.name)) for s in spec.students}
-    run.artifact(draw_maps(spec, teacher, students, folder.root / "attention_maps.png"), "pictures")
+    run.artifact(draw_maps(spec, teacher, students, folder), "pictures")
     heldout = read_all_metrics(folder.heldout_metrics)
     first = {} if heldout[0].step else heldout[0].metrics  # lost with another work directory
     curves = folder.root / "loss_curves.png"
@@ -141,8 +141,11 @@ def divergences(by_term: dict[str, float]) -> dict[str, float]:
     }
 
 
-def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:
-    """The query-key maps of teacher and students on the beginning of the first held-out row."""
+def draw_maps(
+    spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], folder: StageFolder
+) -> Path:
+    """The picture of the query-key maps of teacher and students on the beginning of the first held-out row; beside it
+    their means over heads, for the report."""
     held_out = open_held_out(spec.data)
     batch = held_out[0].rows.read(range(1))
     close(held_out)
@@ -155,10 +158,12 @@ def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, Tappe
             taps = encoder.eval()(ids, mask)
             return relation_maps(taps.q, taps.k, mask)[0].numpy()
 
-    pictures.attention_maps(
-        maps(teacher),
-        {name: maps(encoder) for name, encoder in students.items()},
-        tokenizer.convert_ids_to_tokens(ids[0].tolist()),
-        out,
-    )
-    return out
+    found = {"teacher": maps(teacher)} | {name: maps(encoder) for name, encoder in students.items()}
+    tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    means = {name: heads.mean(axis=0)[:REPORT_TOKENS, :REPORT_TOKENS] for name, heads in found.items()}
+    shown = {
+        name: [[round(float(value), 4) for value in row] for row in mean] for name, mean in means.items()
+    }
+    write_json(folder.attention_maps, {"tokens": tokens[:REPORT_TOKENS], "maps": shown})
+    own = found.pop("teacher")
+    return pictures.attention_maps(own, found, tokens, folder.root / "attention_maps.png")
