@@ -12,13 +12,20 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
-from mlflow.models import Model
+from mlflow.models import EvaluationResult, MetricThreshold, Model
+from mlflow.models.evaluation.validation import ModelValidationFailedException
 
+from minilm.orchestrator.cli import main
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.system.files import read_json
+from minilm.orchestrator.tracking.client import connect
 from minilm.orchestrator.tracking.mlflow_files import EXAMPLE, write_mlflow_files
 from minilm.orchestrator.tracking.registry import make_run, register
+from tests.conftest import make_teacher
+from tests.eval_data import write_stsb
 from tests.mlflow_server import ADMIN, server
 from tests.plain_env import make_plain_env
 from tests.ports import free_port
@@ -149,3 +156,46 @@ def test_mlflows_own_commands_load_and_serve_it(teacher, tmp_path, monkeypatch, 
         finally:
             os.killpg(serving.pid, signal.SIGKILL)
             serving.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_gate_in_a_real_server(tmp_path, monkeypatch, capsys):
+    """A worse candidate is refused with the failing line, a better one moves the alias; what is missing is scored."""
+    data = write_stsb(tmp_path / "tasks", glue=False)
+    folders = [make_teacher(tmp_path / f"m{layers}", layers=layers) for layers in (1, 2, 3, 4)]
+    results = tmp_path / "results"
+    with server(tmp_path, free_port()) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        for folder in folders:
+            assert main(["register", str(folder), "m"]) == 0
+        capsys.readouterr()
+        given = ["--results", str(results), "--evaluate", "--data", str(data), "--max-drop", "0"]
+        found = {}
+        for version in range(1, 5):  # each against the best so far
+            code = main(["promote", f"models:/m/{version}", "champion", *given])
+            aliases = {k: int(v) for k, v in connect(url).get_registered_model("m").aliases.items()}
+            tags = connect(url).get_model_version("m", str(version)).tags
+            found[version] = (code, aliases, json.loads(tags["minilm.gate"]), capsys.readouterr())
+    scores = {r["model"]: r["metrics"]["spearman"] for r in map(read_json, (results / "trials").iterdir())}
+    champion = 1
+    outcomes = set()
+    for version, (code, aliases, lines, said) in found.items():
+        better = scores[f"models:/m/{version}"] >= scores[f"models:/m/{champion}"]
+        if version > 1:
+            outcomes.add(better)
+            thresholds = {
+                line["metric"]: MetricThreshold(line["threshold"], greater_is_better=True) for line in lines
+            }
+            result = EvaluationResult({line["metric"]: line["value"] for line in lines}, {})
+            if better:  # MLflow's own validation says the same of what was recorded
+                mlflow.validate_evaluation_results(thresholds, result)
+            else:
+                with pytest.raises(ModelValidationFailedException):
+                    mlflow.validate_evaluation_results(thresholds, result)
+                assert "fails  stsb-embed (spearman, embed-fast): " in said.out
+                assert "champion stays where it is (1 of 1 lines fail), challenger is version" in said.err
+        champion = version if better else champion
+        assert code == (0 if better else 2)
+        assert (aliases["champion"], aliases["challenger"]) == (champion, version)
+    assert outcomes == {True, False}, scores

@@ -20,7 +20,8 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #222 }
 svg { max-width: 100%; height: auto } li, h1, td:first-child { overflow-wrap: anywhere }
-.maps { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } @media print { body { margin: 0; max-width: none; font-size: 11px } }
+.maps { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
+@media print { body { margin: 0; max-width: none; font-size: 11px } }
 """
 
 
