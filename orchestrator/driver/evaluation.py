@@ -92,7 +92,7 @@ def story_of(name: str, folder: StageFolder) -> StageStory:
         divergences=_series(heldout, lambda key: key.count("/") == 2),  # STUDENT/heldout/TERM
         probes=_series(heldout, lambda key: "/heldout/probe/" in key),
         tokens=shown.get("tokens", ()),
-        maps=shown.get("maps"),
+        maps=dict(sorted(shown["maps"].items(), key=lambda item: item[0] != "teacher")) if shown else None,
     )
 
 

@@ -20,13 +20,18 @@ def scatter(title: str, points: Sequence[tuple[float, float, str]], across_is: s
     low = min(0.0, *(y for _, y, _ in points))
     high = max(y for _, y, _ in points) * 1.1 or 1.0
     marks = []
+    lines: list[float] = []  # the labels', none on another
     for x, y, name in points:
         left, top = _place(x / most_x, (y - low) / (high - low))
+        line = top - 8
+        while any(abs(line - other) < 12 for other in lines):
+            line -= 13
+        lines.append(line)
         end = ' text-anchor="end"' if left > WIDTH / 2 else ""
         shift = -8 if end else 8
         marks.append(
             f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="{COLOURS[0]}"/>'
-            f'<text x="{left + shift:.1f}" y="{top - 8:.1f}" font-size="12"{end}>{escape(name)}</text>'
+            f'<text x="{left + shift:.1f}" y="{line:.1f}" font-size="12"{end}>{escape(name)}</text>'
         )
     return _framed(
         title, f"{across_is} (0 to {most_x:.1f})", f"{up_is} ({low:.2f} to {high:.2f})", "".join(marks)
