@@ -148,6 +148,9 @@ def _set_max_length(folder: Path, max_tokens: int) -> None:
     file = folder / "tokenizer_config.json"
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     values["model_max_length"] = max_tokens
+    values.pop(
+        "auto_map", None
+    )  # of code that would come along with the teacher's, and be asked for when it is loaded
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

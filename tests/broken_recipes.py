@@ -22,7 +22,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["nam=x"],
         "--set: nam: unknown key; did you mean 'name'?; allowed: name, seed, data, compute, stages, "
-        "evaluation, tracking, extends, vars",
+        "evaluation, promote, card, tracking, extends, vars",
     ),
     (
         ["seed=-1"],
@@ -495,7 +495,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["comput.workers=1"],
         "FILE:1: comput: unknown key; did you mean 'compute'?; allowed: name, seed, data, "
-        "compute, stages, evaluation, tracking, extends, vars",
+        "compute, stages, evaluation, promote, card, tracking, extends, vars",
     ),
     (
         ["stages.assistant.peak_lr=100"],
@@ -653,7 +653,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["shared={batch: 8}"],
         "--set: shared: unknown key (what merge keys take from is called x-…, as x-shared); "
-        "allowed: name, seed, data, compute, stages, evaluation, tracking, extends, vars",
+        "allowed: name, seed, data, compute, stages, evaluation, promote, card, tracking, extends, vars",
     ),
     (
         ["data.cache=s3://bucket/cache"],

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 
 from minilm.orchestrator.cli import main
 from minilm.orchestrator.driver import evaluation
+from minilm.orchestrator.tracking.client import connect
 from tests.eval_data import write_sst2, write_stsb
 
 pytestmark = pytest.mark.timeout(900)
@@ -152,3 +154,92 @@ def test_what_an_evaluation_would_refuse_is_refused_before_any_training(
     assert message in capsys.readouterr().err
     assert main(["run", str(recipe), "--workdir", str(tmp_path / "w"), "--launcher", "inline"]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "w" / "data").exists()
+
+
+def test_what_comes_after_the_stages_is_on_the_card_and_moves_the_alias(tmp_path, text, teacher, capsys):
+    """Evaluation, card and gate; added to a finished recipe they are all that is left to do."""
+    recipe, work = (
+        write_recipe(tmp_path, text, teacher, tasks=["stsb-embed"], controls=False),
+        tmp_path / "work",
+    )
+    command = ["run", str(recipe), "--workdir", str(work), "--launcher", "inline"]
+    assert main(["check", str(recipe)]) == 0
+    note = f"no licence is known of teacher {teacher} (its card, README.md, states none)"
+    assert f"warning: {note}" in capsys.readouterr().out
+    values = yaml.safe_load(recipe.read_text())
+    section = values.pop("evaluation")
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(command) == 0
+
+    store = f"sqlite:///{work / 'mlflow.db'}"
+    folder = work / "stages" / "small" / "students" / "small"
+    before = ModelCard.load(folder / "README.md")
+    assert "license" not in before.data.to_dict() and note in before.text
+    tags = connect(store).get_model_version("tiny-small", "1").tags
+    assert note in tags["minilm.licence"]
+
+    values |= {
+        "evaluation": section,
+        "promote": {"min_share_of_teacher": 0.01},
+        "card": {
+            "license": "cc-by-nc-4.0",
+            "language": ["en"],
+            "base_model": "owner/bert",
+            "datasets": ["o/d"],
+        },
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(command) == 0
+    out = "".join(capsys.readouterr())
+    assert (
+        "done before" in out and "models:/tiny-small@champion is version 1 now, and so is challenger" in out
+    )
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "cc-by-nc-4.0" and data["language"] == ["en"] and data["datasets"] == ["o/d"]
+    assert (data["base_model"], data["base_model_relation"]) == ("owner/bert", "finetune")
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "feature-extraction")
+    (result,) = card.data.eval_results
+    (own,) = [r for r in trials(work).values() if r["model"] == "small"]
+    assert result.metric_value == pytest.approx(own["metrics"]["spearman"], abs=1e-6)
+    assert card.text.strip().splitlines()[2].startswith("**Fine-tune it before use.**")
+    assert "the licence cc-by-nc-4.0, by card.license, which forbids commercial use" in card.text
+    assert (
+        "| Steps | 4 done of 4 planned |" in card.text
+        and "| Tokens | 1,024 (8 rows x 32 a step) |" in card.text
+    )
+    assert (
+        " tokens; fingerprint " in card.text and "| Hardware | 1 x " in card.text and "torch 2" in card.text
+    )
+    aliases = connect(store).get_registered_model("tiny-small").aliases
+    assert aliases == {"champion": 1, "challenger": 1, "newest": 1} or set(aliases.values()) == {"1"}
+    pulled = tmp_path / "pulled"
+    assert main(["pull", "models:/tiny-small@champion", str(pulled), "--workdir", str(work)]) == 0
+    assert (pulled / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    run_id = connect(store).get_model_version("tiny-small", "1").run_id
+    inputs = connect(store).get_run(run_id).inputs.dataset_inputs
+    assert "stsb-embed" in {one.dataset.name for one in inputs}
+
+    assert main(command) == 0 and "every stage of tiny is done already" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("promote", "message"),
+    [
+        ({"tasks": ["cola"]}, "promote.tasks: given 'cola', which evaluation.tasks does not run; allowed: "),
+        ({"tasks": ["colla"]}, "no task is called 'colla'; did you mean 'cola'?"),
+        (None, "promote: the gate needs scores; add an evaluation section (tasks, data), or remove promote"),
+    ],
+)  # fmt: skip
+def test_a_gate_that_cannot_be_checked_is_refused_before_anything_runs(
+    tmp_path, text, teacher, capsys, promote, message
+):
+    recipe = write_recipe(tmp_path, text, teacher)
+    values = yaml.safe_load(recipe.read_text()) | {"promote": promote or {}}
+    if promote is None:
+        del values["evaluation"]
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(["check", str(recipe)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["run", str(recipe), "--workdir", str(tmp_path / "w"), "--launcher", "inline"]) == 2
+    assert message in capsys.readouterr().err

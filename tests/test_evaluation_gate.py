@@ -146,6 +146,15 @@ def test_champion_moves_by_numbers_and_challenger_always(tmp_path, capsys):
         (["models:/m@bets", "champion"], "model 'm' has no alias 'bets'; "),
         (["models:/m/1", "champion", "--min-share-of-teacher", "0.9"], "needs --teacher MODEL"),
         (["models:/m/1", "champion", "--force", " "], "--force needs a reason"),
+        (
+            ["models:/m/1", "champion", "--against", "stable"],
+            "model 'm' has no alias 'stable'; aliases: best",
+        ),
+        (
+            ["models:/m/1", "champion", "--data", "."],
+            "--data needs --evaluate, which runs what is not recorded yet",
+        ),
+        (["models:/m/1", "good", "--evaluate"], "--evaluate needs --data DIR, which holds a folder"),
     ],
 )
 def test_the_gate_refuses_in_one_line(tmp_path, teacher, capsys, arguments, message):

@@ -527,7 +527,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         "recipe.yaml:15: stages.1.student.heads: given 12; allowed: heads that divide hidden "
         "(25 / 12 is not whole); hidden: 24 would do if the teacher has 12 heads; if not, leave heads out",
         "recipe.yaml:20: workers: unknown key; it belongs under compute; allowed: name, seed, data, "
-        "compute, stages, evaluation, tracking, extends, vars",
+        "compute, stages, evaluation, promote, card, tracking, extends, vars",
         "--set: compute.device: given 'gpu'; allowed: 'auto', 'cpu' or 'cuda'",
     ]
 
@@ -702,7 +702,7 @@ def numbers() -> list[tuple[str, str]]:
     """Every key of the types that holds a number, as `--set` takes it, and one of another kind."""
     places = {"Corpus": "data.0", "Data": "data", "Compute": "compute", "Tracking": "tracking", "Recipe": ""}
     places |= {"Stage": "stages.0", "Student": "stages.0.student", "RelationTerm": "stages.0.relations.0"}
-    places["Evaluation"] = "evaluation"
+    places |= {"Evaluation": "evaluation", "Promotion": "promote", "Card": "card"}
     found = []
     for kind in {Recipe, *SECTIONS.values()}:
         for key, field in kind.model_fields.items():

@@ -250,7 +250,7 @@ def test_pull_takes_the_folder_one_is_in(store: str, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "x.pkl", "model.pt", "code.py", "MLmodel", "a/b.pickle"]
+    "name", ["pytorch_model.bin", "x.pkl", "model.pt", "code.py", "a/MLmodel", "a/b.pickle"]
 )
 def test_what_could_be_a_pickle_goes_neither_up_nor_down(store: str, tmp_path: Path, name: str) -> None:
     folder = folder_of(tmp_path / "m")

@@ -32,11 +32,10 @@ from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.protocols import protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_fingerprint
 from minilm.orchestrator.evaluation.sources import Source, build, check_source, tokenizer_of
-from minilm.orchestrator.evaluation.speed import processor
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.text import text_table
-from minilm.orchestrator.system.versions import versions
+from minilm.orchestrator.system.versions import processor_name, versions
 
 GRAPH, INT8, INTERMEDIATE = "model.onnx", "model_int8.onnx", "openvino_model.xml"
 _WITHOUT_HEAD = ("Model", "ForMaskedLM", "ForPreTraining")
@@ -182,7 +181,7 @@ def export(
             int8=drop,
             latency=tuple(latency),
             files=_sizes(part),
-            machine=processor(),
+            machine=processor_name(),
             versions=used,
         )
         write_json(part / "export.json", asdict(report))

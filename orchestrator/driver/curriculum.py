@@ -33,6 +33,7 @@ from minilm.orchestrator.recipe.references import parse_reference
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.evaluation import evaluation_problems
 from minilm.orchestrator.resolve.folders import model_folder
+from minilm.orchestrator.resolve.licences import licence_notes
 from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, position_notes, resolve
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
@@ -87,7 +88,8 @@ def run_recipe(
             problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)
         if problems:
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
-        for note in position_notes(stages, data.seq_len):
+        licences = licence_notes(recipe, stages)
+        for note in [*position_notes(stages, data.seq_len), *licences]:
             line.say(note)
         workdir.adopt(recipe, recipe_file, data, redo_from, whole)
         line.show("opening the tracking store", force=True)
@@ -104,16 +106,16 @@ def run_recipe(
             recipe_file=recipe_file,
         )
         tracking.datasets(inputs_of(data))
-        driver = Driver(recipe, workdir, lease, data, tuple(stages), tracking, launcher, line, stop)
+        driver = Driver(recipe, workdir, lease, data, tuple(stages), licences, tracking, launcher, line, stop)
         try:
             driver.check_rights()
             models = [entry for number in range(len(recipe.stages)) for entry in driver.run_stage(number)]
             students = {entry.name for entry in models if entry.registered}
             shown = [e for e in models if e.registered or e.name not in students]
-            if not workdir.is_evaluated(recipe):
-                from minilm.orchestrator.driver.evaluation import evaluate_models  # modelling code
+            if not workdir.is_wound_up(recipe):
+                from minilm.orchestrator.driver.wind_up import wind_up  # modelling code
 
-                evaluate_models(recipe, workdir, shown, launcher, tracking, line)
+                wind_up(recipe, workdir, shown, licences, launcher, tracking, line)
         except Stopped:
             tracking.finish("KILLED")
             raise
@@ -150,6 +152,7 @@ class Driver:
     lease: Lease
     data: DataSpec
     stages: tuple[ResolvedStage, ...]
+    licences: list[str]
     tracking: Tracking
     launcher: Launcher
     line: StatusLine
@@ -191,7 +194,7 @@ class Driver:
             # here: the driver needs no modelling code (seconds to import) before a stage is trained
             from minilm.orchestrator.driver.publish import publish
 
-            return publish(self.recipe, spec, folder, self.tracking, run, show)
+            return publish(self.recipe, spec, folder, self.licences, self.tracking, run, show)
         except BaseException as error:
             run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
             raise

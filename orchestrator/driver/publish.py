@@ -6,7 +6,7 @@ written last and says that the stage needs no further look.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from minilm.model.encoder.shape import shape_of
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.relations import relation_maps
 from minilm.orchestrator.driver.inference_speed import inference_speed
+from minilm.orchestrator.driver.model_cards import complete_card
 from minilm.orchestrator.driver.summary import ModelEntry, terms
 from minilm.orchestrator.feed.corpora import close, open_held_out
 from minilm.orchestrator.recipe.schema import Recipe
@@ -28,9 +29,10 @@ from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.tracking import plots as pictures
 from minilm.orchestrator.tracking import registry
+from minilm.orchestrator.tracking.promotion import MAX_TAG_CHARS
 from minilm.orchestrator.tracking.tracking import StageRun, Tracking
 
-PICTURE_TOKENS = 24
+PICTURE_TOKENS, REPORT_TOKENS = 24, 16
 SPEED_BATCH, SPEED_TOKENS = 8, 128
 
 
@@ -38,18 +40,19 @@ def publish(
     recipe: Recipe,
     spec: StageSpec,
     folder: StageFolder,
+    licences: Sequence[str],
     tracking: Tracking,
     run: StageRun,
     show: Callable[[str], None],
 ) -> list[ModelEntry]:
     """Picture, register and describe the stage's teacher and students; the teacher's entry comes first.
 
-    `show` is told what is done now.
+    licences: what there is to say of them, for cards and versions. `show` is told what is done now.
     """
     show("drawing attention maps and loss curves")
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer)
     students = {s.name: load_encoder(folder.student(s.name)) for s in spec.students}
-    run.artifact(draw_maps(spec, teacher, students, folder.root / "attention_maps.png"), "pictures")
+    run.artifact(draw_maps(spec, teacher, students, folder), "pictures")
     heldout = read_all_metrics(folder.heldout_metrics)
     first = {} if heldout[0].step else heldout[0].metrics  # lost with another work directory
     curves = folder.root / "loss_curves.png"
@@ -70,6 +73,7 @@ def publish(
         zip(students.items(), speeds[1:], strict=True), start=1
     ):
         show(f"registering {recipe.registered_name(name)} ({number}/{len(students)})")
+        complete_card(recipe, folder, name, licences)
         registered = registry.register(
             tracking.uri,
             recipe.registered_name(name),
@@ -79,6 +83,7 @@ def publish(
                 "minilm.stage_digest": spec.digest,
                 "minilm.teacher": spec.teacher_name,
                 "minilm.steps": str(spec.steps),
+                **({"minilm.licence": "; ".join(licences)[:MAX_TAG_CHARS]} if licences else {}),
                 **registry.shape_tags(shape_of(encoder.model.config), count_parameters(encoder.model)),
                 **{f"minilm.{key}": f"{value:.4g}" for key, value in final[name].items()},
             },
@@ -136,8 +141,11 @@ def divergences(by_term: dict[str, float]) -> dict[str, float]:
     }
 
 
-def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], out: Path) -> Path:
-    """The query-key maps of teacher and students on the beginning of the first held-out row."""
+def draw_maps(
+    spec: StageSpec, teacher: TappedEncoder, students: dict[str, TappedEncoder], folder: StageFolder
+) -> Path:
+    """The picture of the query-key maps of teacher and students on the beginning of the first held-out row; beside it
+    their means over heads, for the report."""
     held_out = open_held_out(spec.data)
     batch = held_out[0].rows.read(range(1))
     close(held_out)
@@ -150,10 +158,12 @@ def draw_maps(spec: StageSpec, teacher: TappedEncoder, students: dict[str, Tappe
             taps = encoder.eval()(ids, mask)
             return relation_maps(taps.q, taps.k, mask)[0].numpy()
 
-    pictures.attention_maps(
-        maps(teacher),
-        {name: maps(encoder) for name, encoder in students.items()},
-        tokenizer.convert_ids_to_tokens(ids[0].tolist()),
-        out,
-    )
-    return out
+    found = {"teacher": maps(teacher)} | {name: maps(encoder) for name, encoder in students.items()}
+    tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    means = {name: heads.mean(axis=0)[:REPORT_TOKENS, :REPORT_TOKENS] for name, heads in found.items()}
+    shown = {
+        name: [[round(float(value), 4) for value in row] for row in mean] for name, mean in means.items()
+    }
+    write_json(folder.attention_maps, {"tokens": tokens[:REPORT_TOKENS], "maps": shown})
+    own = found.pop("teacher")
+    return pictures.attention_maps(own, found, tokens, folder.root / "attention_maps.png")

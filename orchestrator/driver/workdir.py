@@ -36,18 +36,22 @@ class Workdir(RunFolder):
         same = record is not None and record["recipe"] == recipe.result_fields()
         return same and self.summary.exists()
 
-    def is_evaluated(self, recipe: Recipe) -> bool:
-        """Whether nothing is left to do of the recipe's `evaluation`."""
-        return recipe.evaluation is None or read_json(self.evaluated) == self.evaluation_of(recipe)
+    def is_wound_up(self, recipe: Recipe) -> bool:
+        """Whether nothing is left to do after the stages: of `evaluation`, `promote` and `card`."""
+        return not self.asked_after(recipe) or read_json(self.evaluated) == self.wound_up_as(recipe)
 
-    def evaluation_of(self, recipe: Recipe) -> dict[str, Any]:
-        """What an evaluation that is done is of: the section, and the stages as they are now."""
-        assert recipe.evaluation is not None
+    def asked_after(self, recipe: Recipe) -> dict[str, Any]:
+        """The sections of what comes after the stages, as far as the recipe has them."""
+        sections = {"evaluation": recipe.evaluation, "promote": recipe.promote}
+        found = {name: section.model_dump(mode="json") for name, section in sections.items() if section}
+        card = recipe.card.model_dump(mode="json", exclude_none=True)
+        return found | ({"card": card} if card else {})
+
+    def wound_up_as(self, recipe: Recipe) -> dict[str, Any]:
+        """What a winding up that is done is of: those sections, and the stages as they are now."""
         stages = {stage.name: read_json(self.stage(stage.name).published) for stage in recipe.stages}
-        return {
-            "evaluation": recipe.evaluation.model_dump(mode="json"),
-            "stages": {name: published and published["digest"] for name, published in stages.items()},
-        }
+        digests = {name: published and published["digest"] for name, published in stages.items()}
+        return self.asked_after(recipe) | {"stages": digests}
 
     def goes_on(self, recipe: Recipe) -> bool:
         """Has a run begun here, whose inputs were sound then, with a stage left to train? Reads only small files."""

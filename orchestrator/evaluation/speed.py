@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from transformers import PreTrainedModel
 
 from minilm.model.encoder.build import count_parameters
 from minilm.orchestrator.evaluation.batches import most_tokens
+from minilm.orchestrator.system.versions import processor_name
 
 TOKENS, BATCH, SINGLES, BATCHES = 128, 32, 30, 3
 
@@ -40,15 +39,8 @@ def this_device() -> torch.device:
 
 def machine() -> str:
     """This machine in words: its processor or GPU, threads, the version of torch."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def measure(models: Sequence[PreTrainedModel], device: torch.device) -> list[Size]:

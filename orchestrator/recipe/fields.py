@@ -188,6 +188,9 @@ Workers = Annotated[
 LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
 Alias = Annotated[Slug, BeforeValidator(_alias)]
+CardText = Annotated[
+    str, Field(pattern=r"^[^\s\x00-\x1f](.*[^\s])?$", max_length=300), _in_words("a line of text")
+]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
 Start = Annotated[
     str,

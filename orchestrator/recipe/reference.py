@@ -26,6 +26,8 @@ SECTIONS = {
     "RelationTerm": ("stages.NAME.relations.NAME.KEY", "relations"),
     "Compute": ("compute.KEY", "compute"),
     "Evaluation": ("evaluation.KEY", "evaluation"),
+    "Promotion": ("promote.KEY", "promote"),
+    "Card": ("card.KEY", "card"),
     "Tracking": ("tracking.KEY", "tracking"),
 }
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

@@ -25,6 +25,7 @@ from minilm.orchestrator.recipe.fields import (
     INITIALIZATIONS,
     Alias,
     Betas,
+    CardText,
     CheckpointPlace,
     Count,
     CountFromZero,
@@ -472,6 +473,40 @@ class Evaluation(_Section):
     """Score, for each student, random weights of its shape and the teacher's layers cut to it as well."""
 
 
+class Promotion(_Section):
+    """When the last stage's students become champion: once their scores in the evaluation hold."""
+
+    alias: Alias = "champion"
+    """Alias that moves when every line holds; `challenger` moves in any case."""
+    against: Alias | None = None
+    """Alias of the version that they are compared with, which is scored too; default: the one that `alias` names."""
+    min_share_of_teacher: Positive | None = None
+    """Of the first teacher's score, to be kept on each task, as 0.97; default: no such demand."""
+    max_drop: NonNegative = 0.005
+    """By how much a score may lie below that of the version which they are compared with."""
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Of the evaluation's, those that count; default: all of them."""
+
+
+class Card(_Section):
+    """What the model cards say and no file of the run tells. Nothing in them is guessed."""
+
+    license: CardText | None = None
+    """Licence of the students, as the hub calls it (apache-2.0); default: their teacher's, by its card."""
+    license_name: CardText | None = None
+    """Where `license` is other: its name …"""
+    license_link: CardText | None = None
+    """… and where it can be read."""
+    data_license: CardText | None = None
+    """Licence of the text, which `check` looks at; default: as README.md in its folder says."""
+    language: Annotated[tuple[CardText, ...], Field(min_length=1)] | None = None
+    """Languages of the students, as [en, de]; default: their teacher's, by its card."""
+    datasets: Annotated[tuple[CardText, ...], Field(min_length=1)] | None = None
+    """The data by their ids on the hub, as [wikimedia/wikipedia]; default: those that `data` names itself."""
+    base_model: CardText | None = None
+    """The first teacher by its id on the hub; default: where the recipe names it so."""
+
+
 class Recipe(_Section):
     """What to distil: data, then stages in order, each with one teacher and its students."""
 
@@ -486,6 +521,10 @@ class Recipe(_Section):
     """In order; a stage's student may teach a later stage."""
     evaluation: Evaluation | None = None
     """What the models are worth afterwards; it changes nothing in training."""
+    promote: Promotion | None = None
+    """When the last stage's students become champion; needs `evaluation`."""
+    card: Card = Field(default_factory=Card)
+    """What the model cards say and no file of the run tells."""
     tracking: Tracking
 
     @model_validator(mode="before")
@@ -548,5 +587,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "relations": RelationTerm,
     "compute": Compute,
     "evaluation": Evaluation,
+    "promote": Promotion,
+    "card": Card,
     "tracking": Tracking,
 }

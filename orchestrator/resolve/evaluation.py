@@ -12,7 +12,7 @@ from minilm.orchestrator.evaluation.check_data import check_data
 from minilm.orchestrator.evaluation.protocols import Protocol, protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_files
 from minilm.orchestrator.evaluation.tasks import Task, find_tasks
-from minilm.orchestrator.recipe.schema import Evaluation, Recipe
+from minilm.orchestrator.recipe.schema import Evaluation, Promotion, Recipe
 
 
 def evaluation_tasks(section: Evaluation) -> list[tuple[Task, Protocol]]:
@@ -29,10 +29,13 @@ def evaluation_problems(
     here is a reason too. rows: read all of them, as the evaluation itself does before its first trial.
     """
     if (section := recipe.evaluation) is None:
-        return []
+        why = "promote: the gate needs scores; add an evaluation section (tasks, data), or remove promote"
+        return [why] if recipe.promote else []
     look = check_data if rows else data_files
     try:
         tasks = [task for task, _ in evaluation_tasks(section)]
+        if missing := tasks_not_run(recipe.promote, tasks):
+            return [missing]
         if teacher and Path(teacher).is_dir():
             check_scored(Path(teacher), tasks)
         if running or Path(section.data).is_dir():
@@ -43,6 +46,19 @@ def evaluation_problems(
     except ModelError:
         return []  # the teacher's stage says so
     return []
+
+
+def tasks_not_run(promote: Promotion | None, tasks: list[Task]) -> str:
+    """A line where the gate names a task that the evaluation does not run. UserError for a name of no task."""
+    asked = find_tasks(promote.tasks) if promote and promote.tasks else []
+    run = [task.name for task in tasks]
+    other = [task.name for task in asked if task.name not in run]
+    return (
+        f"promote.tasks: given {other[0]!r}, which evaluation.tasks does not run; allowed: {', '.join(run)}; or add it "
+        f"to evaluation.tasks"
+        if other
+        else ""
+    )
 
 
 def check_scored(teacher: Path, tasks: list[Task]) -> None:

@@ -64,6 +64,11 @@ class StageFolder:
         return self.root / "heartbeat.json"
 
     @property
+    def attention_maps(self) -> Path:
+        """Of teacher and students on one sentence, the mean over heads, for the report."""
+        return self.root / "attention_maps.json"
+
+    @property
     def stop_request(self) -> Path:
         """Created by the driver: checkpoint at the next step boundary and return."""
         return self.root / "stop"
@@ -137,7 +142,7 @@ class RunFolder:
 
     @property
     def evaluated(self) -> Path:
-        """The evaluation is done: of which stages, and how."""
+        """What comes after the stages is done: of which stages, and how."""
         return self.evaluation / "done.json"
 
     @property

@@ -74,3 +74,11 @@ def code_version() -> dict[str, str]:
     code = versions((OURS, "torch", "transformers"))
     commit = git_commit()
     return code | ({"commit": commit} if commit else {})
+
+
+def processor_name() -> str:
+    """This machine's processor, as its maker calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

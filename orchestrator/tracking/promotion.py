@@ -4,16 +4,63 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from minilm.orchestrator.tracking.registry import DIGEST_TAG, RUN_TAG, RegisteredModel, _patiently
+from minilm.orchestrator.tracking.registry import RegisteredModel, _patiently, find_logged_model
 
 # isort: split
 from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag
 
 CHALLENGER = "challenger"
 GATE_TAG, FORCED_TAG = "minilm.gate", "minilm.forced"
+MAX_DIGEST_CHARS = 36  # of a data set, by MLflow
 MAX_TAG_CHARS = 4_000  # MLflow's own limit is 5,000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score as MLflow keeps it: of which data, by name and digest."""
+
+    name: str
+    value: float
+    dataset: str
+    dataset_digest: str
+
+
+def record_scores(
+    store: str, model: RegisteredModel, metrics: Sequence[Metric], *, patience_seconds: float = 10.0
+) -> None:
+    """Log scores on the version's logged model and its run, with their data sets as inputs. Can be repeated."""
+    number = str(model.version)
+
+    def attempt(client: MlflowClient) -> None:
+        version = client.get_model_version(model.name, number)
+        if not version.run_id or not metrics:  # of a model that somebody else registered there may be none
+            return
+        logged = find_logged_model(client, version.run_id, model.digest)
+        known = {(m.key, m.value) for m in (logged.metrics or ())} if logged else set()
+        inputs = {
+            (m.dataset, m.dataset_digest[:MAX_DIGEST_CHARS]): DatasetInput(
+                Dataset(m.dataset, m.dataset_digest[:MAX_DIGEST_CHARS], "minilm", "{}"),
+                [InputTag("mlflow.data.context", "evaluation")],
+            )
+            for m in metrics
+        }
+        client.log_inputs(version.run_id, list(inputs.values()))
+        for m in metrics:
+            if (m.name, m.value) not in known:
+                client.log_metric(
+                    version.run_id,
+                    m.name,
+                    m.value,
+                    dataset_name=m.dataset,
+                    dataset_digest=m.dataset_digest[:MAX_DIGEST_CHARS],
+                    model_id=logged.model_id if logged else None,
+                )
+
+    _patiently(store, attempt, patience_seconds)
 
 
 def record_gate(
@@ -21,12 +68,11 @@ def record_gate(
     model: RegisteredModel,
     *,
     lines: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, float],
     reason: str | None,
     patience_seconds: float = 10.0,
 ) -> None:
-    """Note on the version what was checked and, where it was passed by, why; log the scores on its logged model, and
-    point `challenger` to it. Can be repeated."""
+    """Note on the version what was checked and, where it was passed by, why; point `challenger` to it. Can be
+    repeated."""
     number = str(model.version)
     tags = {GATE_TAG: json.dumps(list(lines))[:MAX_TAG_CHARS]}
     if reason is not None:
@@ -35,22 +81,9 @@ def record_gate(
     def attempt(client: MlflowClient) -> None:
         for key, value in tags.items():
             client.set_model_version_tag(model.name, number, key, value)
-        version = client.get_model_version(model.name, number)
-        if version.run_id:  # of a model that somebody else registered there may be none
-            logged = _logged_model_id(client, version.run_id, model.digest)
-            for metric, score in metrics.items():
-                client.log_metric(version.run_id, metric, score, model_id=logged)
         client.set_registered_model_alias(model.name, CHALLENGER, number)
 
     _patiently(store, attempt, patience_seconds)
-
-
-def _logged_model_id(client: MlflowClient, run_id: str, digest: str | None) -> str | None:
-    """The LoggedModel that `register` made for this folder; not every store's version names it."""
-    experiment_id = client.get_run(run_id).info.experiment_id
-    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{RUN_TAG}` = '{run_id}'"
-    found = client.search_logged_models([experiment_id], query)
-    return found[0].model_id if found else None
 
 
 def holder(store: str, name: str, alias: str, *, patience_seconds: float = 10.0) -> int | None:

@@ -13,6 +13,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.system.files import read_json, write_json
 from minilm.orchestrator.system.text import one_line
 from minilm.orchestrator.tracking.foreign_models import plain_folder
+from minilm.orchestrator.tracking.mlflow_files import is_mlflows
 from minilm.orchestrator.tracking.model_files import folder_digest, model_files, refuse_pickles
 
 # isort: split
@@ -97,8 +98,10 @@ def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Pa
                 (raw / file).replace(part / name)
             shutil.rmtree(raw)
         else:
-            refuse_pickles(files, model.uri)
-            repository.download_artifacts("", dst_path=str(part))
+            own = [file for file in files if not is_mlflows(file)]
+            refuse_pickles(own, model.uri)
+            for file in own:
+                repository.download_artifacts(file, dst_path=str(part))
         for file in model_files(part):
             with (part / file).open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -115,7 +118,7 @@ def _download(client: MlflowClient, store: str, model: RegisteredModel, part: Pa
             model.uri,
             found,
         )
-    elif found != model.digest:
+    elif found not in (model.digest, model.next_digest):
         raise UserError(
             f"{model.uri} is not what was registered: digest {found}, registered {model.digest}; "
             "its files were changed in the store, so register it again"

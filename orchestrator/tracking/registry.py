@@ -2,9 +2,10 @@
 unchanged.
 
 A model is a plain transformers folder (config, safetensors, tokenizer, model card), stored in MLflow 3 as a
-LoggedModel without any flavour, so that nothing but files is ever read from it. Folders with anything that
-could hold a pickle are refused both ways. Every version carries the digest of its folder as a tag, and
-`pull` checks it. An alias moves: `resolve` it once, keep `RegisteredModel.uri`, which names the version.
+LoggedModel, with the files beside it by which MLflow's own commands load it (`mlflow_files`). Folders with anything
+that could hold a pickle are refused both ways, and such that name code of their own are not taken. Every version
+carries the digest of its folder as a tag, and `pull` checks it. An alias moves: `resolve` it once, keep
+`RegisteredModel.uri`, which names the version.
 
 Every function takes `store`, a tracking URI (`mlflow_server.tracking_uri`), and can be called again after any
 death or with any server that was away for a while: registering is idempotent for the same run and the same
@@ -15,6 +16,7 @@ import difflib
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, TypeVar
 from minilm.orchestrator.errors import InfrastructureError, UserError
 from minilm.orchestrator.tracking.calls import patiently
 from minilm.orchestrator.tracking.client import connect, is_missing
+from minilm.orchestrator.tracking.mlflow_files import is_mlflows, refuse_own_code, write_mlflow_files
 from minilm.orchestrator.tracking.model_files import folder_digest, model_files
 
 # isort: split
@@ -31,6 +34,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 if TYPE_CHECKING:  # transformers takes a second to import
     from minilm.model.encoder.shape import EncoderShape
@@ -38,7 +42,13 @@ if TYPE_CHECKING:  # transformers takes a second to import
 logger = logging.getLogger(__name__)
 
 
+CARD = "README.md"
+
+
 DIGEST_TAG = "minilm.digest"
+
+
+_NEXT_DIGEST_TAG = "minilm.next_digest"  # of the folder with the card that is being put in place
 
 
 RUN_TAG = "minilm.run_id"
@@ -67,7 +77,8 @@ class RegisteredModel:
     """One version in the registry.
 
     alias: the one it was asked for or registered with, None if it was asked for by number. uri: names the
-    version, so it never moves. digest: of the folder, None for a model that this project did not register.
+    version, so it never moves. digest: of the folder, None for a model that this project did not register;
+    next_digest: while its card is being replaced.
     """
 
     name: str
@@ -75,6 +86,7 @@ class RegisteredModel:
     alias: str | None
     uri: str
     digest: str | None
+    next_digest: str | None = None
 
 
 def register(
@@ -100,6 +112,9 @@ def register(
         raise UserError(
             f"{folder} is no model: it has no config.json or no safetensors weights; export one there"
         )
+    if taken := [file for file in files if is_mlflows(file)]:
+        raise UserError(f"{folder} holds {taken[0]}, which MLflow has a file of its own for; leave it out")
+    refuse_own_code(folder)
     digest = folder_digest(folder)
 
     def attempt(client: MlflowClient) -> RegisteredModel:
@@ -118,7 +133,7 @@ def register(
                 model.artifact_location,
                 run_id,
                 tags=all_tags,
-                description=card_head(folder / "README.md"),
+                description=card_head(folder / CARD),
                 model_id=model.model_id,
                 await_creation_for=0,  # MLflow's own stores have it ready at once
             )
@@ -128,6 +143,34 @@ def register(
             client.set_registered_model_alias(name, alias, str(version.version))
             client.set_model_version_tag(name, str(version.version), _ALIASED_TAG, alias)
         return _registered(version, alias)
+
+    return _patiently(store, attempt, patience_seconds)
+
+
+def replace_card(
+    store: str, model: RegisteredModel, folder: Path, *, patience_seconds: float = 60.0
+) -> RegisteredModel:
+    """Put the README.md of `folder` into the place of the version's, and its head onto the version's page.
+
+    The other files are those that were registered. A pull meanwhile gets either card. Can be repeated.
+    """
+    digest, name, number = folder_digest(folder), model.name, str(model.version)
+
+    def attempt(client: MlflowClient) -> RegisteredModel:
+        version = client.get_model_version(name, number)
+        if version.tags.get(DIGEST_TAG) != digest:
+            client.set_model_version_tag(name, number, _NEXT_DIGEST_TAG, digest)
+            repository = get_artifact_repository(
+                client.get_model_version_download_uri(name, number), tracking_uri=store
+            )
+            repository.log_artifact(str(folder / CARD))
+            client.update_model_version(name, number, description=card_head(folder / CARD))
+            if logged := find_logged_model(client, version.run_id, version.tags.get(DIGEST_TAG)):
+                client.set_logged_model_tags(logged.model_id, {DIGEST_TAG: digest})
+            client.set_model_version_tag(name, number, DIGEST_TAG, digest)
+        if _NEXT_DIGEST_TAG in version.tags or version.tags.get(DIGEST_TAG) != digest:
+            client.delete_model_version_tag(name, number, _NEXT_DIGEST_TAG)
+        return _registered(client.get_model_version(name, number), model.alias)
 
     return _patiently(store, attempt, patience_seconds)
 
@@ -231,9 +274,20 @@ def _logged_model(
         model_type="transformers-folder",
     )
     client.log_model_artifacts(model.model_id, str(folder))
+    with tempfile.TemporaryDirectory() as beside:
+        write_mlflow_files(folder, Path(beside), model_id=model.model_id, run_id=run_id)
+        client.log_model_artifacts(model.model_id, beside)
     model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])  # shown on the run's page
     return model
+
+
+def find_logged_model(client: MlflowClient, run_id: str, digest: str | None) -> LoggedModel | None:
+    """The LoggedModel that `register` made for this folder; not every store's version names it."""
+    experiment_id = client.get_run(run_id).info.experiment_id
+    query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{RUN_TAG}` = '{run_id}'"
+    found = client.search_logged_models([experiment_id], query)
+    return found[0] if found else None
 
 
 def _experiment(client: MlflowClient, store: str, name: str) -> str:
@@ -304,7 +358,8 @@ def _instead(given: str, there: Iterable[str], what: str) -> str:
 
 def _registered(version: ModelVersion, alias: str | None) -> RegisteredModel:
     uri = f"models:/{version.name}/{version.version}"
-    return RegisteredModel(version.name, int(version.version), alias, uri, version.tags.get(DIGEST_TAG))
+    digests = (version.tags.get(tag) for tag in (DIGEST_TAG, _NEXT_DIGEST_TAG))
+    return RegisteredModel(version.name, int(version.version), alias, uri, *digests)
 
 
 def _patiently(store: str, attempt: Callable[[MlflowClient], Result], patience_seconds: float) -> Result:

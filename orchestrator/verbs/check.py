@@ -95,6 +95,7 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
             # nothing else to look at, and torch takes seconds to import
             return evaluation_problems(recipe), advice(recipe, seq_len=length)
     from minilm.orchestrator.plan.reading import reading
+    from minilm.orchestrator.resolve.licences import licence_notes
     from minilm.orchestrator.resolve.stages import known_data, position_notes, resolve
 
     stages, problems = resolve(recipe, folder_here)
@@ -105,6 +106,7 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
         data = reading(recipe)
     length = known[0] if known else recipe.data.seq_len if recipe.data.text else None
     notes = position_notes(stages, known[0]) if known else []
+    notes += licence_notes(recipe, stages)
     return [], notes + advice(recipe, stages, data, length)
 
 

@@ -46,17 +46,7 @@ def add_evaluate(verbs: Any) -> None:
         "--teacher", metavar="MODEL", help="score this one too, and say what part of it is kept"
     )
     verb.add_argument("--tasks", metavar="NAME,…", help="default: those of the protocol that --data holds")
-    verb.add_argument(
-        "--protocol", choices=PROTOCOL_NAMES, help="default: glue-fixed, embed-fast without --tasks"
-    )
-    verb.add_argument("--data", type=Path, metavar="DIR", help="holds a folder for each task")
-    verb.add_argument("--seeds", type=positive_whole, metavar="N", help="default: the protocol's")
-    verb.add_argument(
-        "--train-rows",
-        type=positive_whole,
-        metavar="N",
-        help="learn from so many rows at most, the same for all",
-    )
+    add_trial_options(verb)
     verb.add_argument("--workdir", type=Path, help="of the run that registered a models:/… here")
     verb.add_argument(
         "--out",
@@ -69,22 +59,53 @@ def add_evaluate(verbs: Any) -> None:
     verb.set_defaults(run=evaluate)
 
 
+TRIAL_OPTIONS = ("--protocol", "--data", "--seeds", "--train-rows")
+
+
+def add_trial_options(verb: argparse.ArgumentParser) -> None:
+    """`TRIAL_OPTIONS`: how models are scored, and on what."""
+    verb.add_argument(
+        "--protocol", choices=PROTOCOL_NAMES, help="default: glue-fixed, embed-fast without --tasks"
+    )
+    verb.add_argument("--data", type=Path, metavar="DIR", help="holds a folder for each task")
+    verb.add_argument("--seeds", type=positive_whole, metavar="N", help="default: the protocol's")
+    verb.add_argument(
+        "--train-rows",
+        type=positive_whole,
+        metavar="N",
+        help="learn from so many rows at most, the same for all",
+    )
+
+
 def evaluate(options: argparse.Namespace) -> int:
     from minilm.orchestrator.evaluation.comparison import Comparison, score_all
-    from minilm.orchestrator.evaluation.protocols import protocol_of
-    from minilm.orchestrator.evaluation.speed import this_device
-    from minilm.orchestrator.evaluation.tasks import find_tasks
-    from minilm.orchestrator.evaluation.trials import plan_trials, run_trial
 
     if options.data is None:
         raise UserError(
             "give --data DIR, which holds a folder with the published files of each task (DIR/STS-B/, DIR/CoLA/, …); "
             "the hub's data sets are not read"
         )
-    names = options.tasks.split(",") if options.tasks else tasks_there(options)
-    tasks = [(task, protocol_of(task, options.protocol)) for task in find_tasks(names)]
     given = list(dict.fromkeys([*([options.teacher] if options.teacher else []), *options.models]))
     sources = [open_source(text, options) for text in given]
+    comparison = Comparison(score_all(run_trials(options, sources)), sources, options.teacher)
+    if options.json:
+        for score in comparison.scores:
+            print(json.dumps(score.as_dict()))
+        return 0
+    print(comparison.text())
+    write_report(comparison, options.out)
+    return 0
+
+
+def run_trials(options: argparse.Namespace, sources: list[Source]) -> list[dict[str, Any]]:
+    """The results of every trial of these models, from their files in --out where they are there."""
+    from minilm.orchestrator.evaluation.protocols import protocol_of
+    from minilm.orchestrator.evaluation.speed import this_device
+    from minilm.orchestrator.evaluation.tasks import find_tasks
+    from minilm.orchestrator.evaluation.trials import plan_trials, run_trial
+
+    names = options.tasks.split(",") if options.tasks else tasks_there(options)
+    tasks = [(task, protocol_of(task, options.protocol)) for task in find_tasks(names)]
     device = this_device()
     trials = plan_trials(
         sources, tasks, options.data, seeds=options.seeds, train_rows=options.train_rows, device=device
@@ -97,20 +118,13 @@ def evaluate(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         results.append(run_trial(trial, options.out))
-    comparison = Comparison(score_all(results), sources, options.teacher)
-    if options.json:
-        for score in comparison.scores:
-            print(json.dumps(score.as_dict()))
-        return 0
-    print(comparison.text())
-    write_report(comparison, options.out)
-    return 0
+    return results
 
 
 def write_report(comparison: Comparison, out: Path) -> None:
     """Measure the models' size and speed, print them, and write page and Markdown into `out`."""
-    from minilm.orchestrator.evaluation.report_page import size_table, write_reports
     from minilm.orchestrator.evaluation.speed import machine
+    from minilm.orchestrator.report.page import size_table, write_reports
     from minilm.orchestrator.system.text import text_table
 
     sizes = write_reports(out, "Encoders side by side", comparison)

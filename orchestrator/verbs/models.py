@@ -10,7 +10,7 @@ from typing import Any
 
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.arguments import add_verb
-from minilm.orchestrator.verbs.gate import add_gate_options, is_gated, pass_gate
+from minilm.orchestrator.verbs.gate import add_gate_options, is_gated, promote_gated
 
 
 def add_pull(verbs: Any) -> None:
@@ -34,6 +34,7 @@ def add_promote(verbs: Any) -> None:
         "point an alias to a version of a registered model (champion: when its scores hold)",
         "minilm promote models:/quickstart-student/1 good --workdir runs/quickstart",
         "minilm promote models:/quickstart-student/1 champion --tasks cola,sst2 --workdir runs/quickstart",
+        "minilm promote models:/quickstart-student/2 champion --evaluate --data DIR --tasks cola --against stable",
     )
     promote.add_argument("uri", metavar="models:/NAME/VERSION")
     promote.add_argument("alias")
@@ -82,8 +83,9 @@ def promote_model(options: argparse.Namespace) -> int:
 
     found = registry.resolve(store(options), options.uri)
     if is_gated(options):
-        pass_gate(options, store(options), found)
-    registry.promote(store(options), found.name, found.version, options.alias)
+        promote_gated(options, store(options), found)
+    else:
+        registry.promote(store(options), found.name, found.version, options.alias)
     print(f"models:/{found.name}@{options.alias} is version {found.version} now")
     return 0
 

@@ -67,7 +67,7 @@ def run_or_read(options: argparse.Namespace, line: StatusLine) -> Summary:
     launcher_type.configure_process()
     recipe, source = read_recipe(options.recipe, options.set)
     workdir = Workdir((options.workdir or default_workdir(recipe.name)).resolve())
-    if options.redo_from is None and workdir.is_finished(recipe) and workdir.is_evaluated(recipe):
+    if options.redo_from is None and workdir.is_finished(recipe) and workdir.is_wound_up(recipe):
         summary = Summary.read(workdir.summary)
         line.say(f"every stage of {recipe.name} is done already in {workdir.root}")
         if has_pending(workdir.root):

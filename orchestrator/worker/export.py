@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from minilm.model.distiller import Distiller
@@ -15,6 +16,7 @@ from minilm.orchestrator.feed.corpora import check_exported_tokenizer
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
 from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.versions import code_version, processor_name
 
 
 def longest_row(model: PreTrainedModel, student: StudentSpec, seq_len: int) -> str:
@@ -73,7 +75,16 @@ def finish_stage(
         )
         export_student(encoder.model, Path(spec.data.tokenizer), folder, card)
         digests[student.name] = weights_digest(folder)
+    made = {"code": code_version(), "hardware": hardware(encoder.model.device)}
     write_json(
         stage.done,
-        {"digest": spec.digest, "data": data, "students": digests, "steps": spec.steps, "ledger": ledger},
+        {"digest": spec.digest, "data": data, "students": digests, "steps": spec.steps, "ledger": ledger}
+        | made,
     )
+
+
+def hardware(device: torch.device) -> str:
+    """What the last attempt computed on, for the card: workers, and the device of rank 0."""
+    workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return f"{workers} x {name}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from minilm.orchestrator.evaluation.comparison import Comparison
 from minilm.orchestrator.evaluation.sources import build
 from minilm.orchestrator.evaluation.speed import BATCH, TOKENS, Size, machine, measure, this_device
+from minilm.orchestrator.report import svg
+from minilm.orchestrator.report.papers import Beside
 from minilm.orchestrator.system.files import write_atomic
 
 STYLE = """
@@ -16,9 +19,23 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #222 }
-svg { max-width: 100%; height: auto } @media print { body { margin: 0; max-width: none; font-size: 11px } }
+svg { max-width: 100%; height: auto } li, h1, td:first-child { overflow-wrap: anywhere }
+.maps { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
+@media print { body { margin: 0; max-width: none; font-size: 11px } }
 """
-WIDTH, HEIGHT, MARGIN = 640, 360, 56
+
+
+@dataclass(frozen=True)
+class StageStory:
+    """What a stage's training looks like. losses, divergences, probes: (step, value) by name; maps: attention of the
+    tapped layer, the mean over heads, by model, [tokens][tokens]."""
+
+    name: str
+    losses: Mapping[str, Sequence[tuple[int, float]]]
+    divergences: Mapping[str, Sequence[tuple[int, float]]]
+    probes: Mapping[str, Sequence[tuple[int, float]]]
+    tokens: Sequence[str] = ()
+    maps: Mapping[str, Sequence[Sequence[float]]] | None = None
 
 
 def size_table(sizes: Mapping[str, Size]) -> list[list[str]]:
@@ -42,28 +59,49 @@ def size_table(sizes: Mapping[str, Size]) -> list[list[str]]:
     ]
 
 
-def write_reports(folder: Path, title: str, comparison: Comparison) -> dict[str, Size]:
-    """Measure the models on this machine, and write report.html and report.md into `folder`. Their sizes, by name."""
+def write_reports(
+    folder: Path,
+    title: str,
+    comparison: Comparison,
+    stages: Sequence[StageStory] = (),
+    beside: Beside | None = None,
+) -> dict[str, Size]:
+    """Measure the models on this machine, and write report.html and report.md into `folder`. Their sizes, by name.
+
+    stages: of the run that made them; beside: the paper's figures, where the recipe is one of a paper's.
+    """
     names = [source.name for source in comparison.sources]
     measured = measure([build(source, 0) for source in comparison.sources], this_device())
     sizes = dict(zip(names, measured, strict=True))
-    write_atomic(folder / "report.html", page(title, comparison, sizes, machine()))
-    write_atomic(folder / "report.md", markdown(comparison, sizes, machine()))
+    write_atomic(folder / "report.html", page(title, comparison, sizes, machine(), stages, beside))
+    write_atomic(folder / "report.md", markdown(comparison, sizes, machine(), beside))
     return sizes
 
 
-def markdown(comparison: Comparison, sizes: Mapping[str, Size], machine: str) -> str:
+def markdown(
+    comparison: Comparison, sizes: Mapping[str, Size], machine: str, beside: Beside | None = None
+) -> str:
     """The tables, for a model card or a README."""
     parts = []
     for protocol in comparison.protocols():
         parts += [f"### {protocol}", _markdown_table(comparison.table(protocol))]
     parts.append("\n".join(f"- {line}" for line in (*comparison.paired(), *comparison.notes())))
+    if beside:
+        ours = _ours(comparison, beside.student)
+        parts += ["### The paper's figures", _markdown_table(beside.table(ours)), _sentence(beside, ours)]
     if sizes:
         parts += [f"### Size and speed ({_measured(machine)})", _markdown_table(size_table(sizes))]
     return "\n\n".join(parts) + "\n"
 
 
-def page(title: str, comparison: Comparison, sizes: Mapping[str, Size], machine: str) -> str:
+def page(
+    title: str,
+    comparison: Comparison,
+    sizes: Mapping[str, Size],
+    machine: str,
+    stages: Sequence[StageStory] = (),
+    beside: Beside | None = None,
+) -> str:
     """The HTML file."""
     parts = [f"<h1>{escape(title)}</h1>"]
     for protocol in comparison.protocols():
@@ -74,6 +112,10 @@ def page(title: str, comparison: Comparison, sizes: Mapping[str, Size], machine:
             "<p>Seed by seed, with the 95 % interval.</p>",
             _list(paired),
         ]
+    if beside:
+        ours = _ours(comparison, beside.student)
+        parts += ["<h2>The paper's figures</h2>", _html_table(beside.table(ours))]
+        parts.append(f"<p>{escape(_sentence(beside, ours))}</p>")
     parts += ["<h2>How it was measured</h2>", _list(comparison.notes())]
     if sizes:
         parts += [
@@ -82,8 +124,10 @@ def page(title: str, comparison: Comparison, sizes: Mapping[str, Size], machine:
             _html_table(size_table(sizes)),
         ]
         parts += [
-            scatter(comparison, sizes, task) for task in dict.fromkeys(s.task for s in comparison.scores)
+            _scatter(comparison, sizes, task) for task in dict.fromkeys(s.task for s in comparison.scores)
         ]
+    if told := [part for stage in stages for part in _story(stage)]:
+        parts += ["<h2>Training</h2>", *told]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -93,39 +137,35 @@ def page(title: str, comparison: Comparison, sizes: Mapping[str, Size], machine:
     )
 
 
-def scatter(comparison: Comparison, sizes: Mapping[str, Size], task: str) -> str:
-    """An SVG picture: score of a task against the milliseconds of one row."""
-    points = [
-        (sizes[s.model].p50, s.mean, s.model)
-        for s in comparison.scores
-        if s.task == task and s.model in sizes
+def _scatter(comparison: Comparison, sizes: Mapping[str, Size], task: str) -> str:
+    """The score of a task against the milliseconds of one row."""
+    scores = [s for s in comparison.scores if s.task == task and s.model in sizes]
+    points = [(sizes[s.model].p50, s.mean, s.model) for s in scores]
+    return svg.scatter(task, points, "milliseconds for one row", scores[0].metric) if scores else ""
+
+
+def _story(stage: StageStory) -> list[str]:
+    parts = [
+        svg.curves(f"{stage.name}: loss", stage.losses, "nats"),
+        svg.curves(f"{stage.name}: divergence on held-out rows", stage.divergences, "nats"),
+        svg.curves(f"{stage.name}: probes", stage.probes, "value"),
     ]
-    if not points:
-        return ""
-    most_x = max(x for x, _, _ in points) * 1.15
-    low = min(0.0, *(y for _, y, _ in points))
-    high = max(y for _, y, _ in points) * 1.1 or 1.0
-    across, up = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
-    marks = []
-    for x, y, name in points:
-        left, top = MARGIN + across * x / most_x, HEIGHT - MARGIN - up * (y - low) / (high - low)
-        end = ' text-anchor="end"' if left > WIDTH / 2 else ""
-        shift = -8 if end else 8
-        marks.append(
-            f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="#0b6e99"/>'
-            f'<text x="{left + shift:.1f}" y="{top - 8:.1f}" font-size="12"{end}>{escape(name)}</text>'
-        )
-    metric = next(s.metric for s in comparison.scores if s.task == task)
-    foot, side = HEIGHT - MARGIN, MARGIN
-    return (
-        f'<h3>{escape(task)}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
-        f'aria-label="{escape(task)} against latency">'
-        f'<path d="M{side} {side}V{foot}H{WIDTH - side}" fill="none" stroke="#222"/>'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 16}" text-anchor="middle" font-size="12">'
-        f"milliseconds for one row (0 to {most_x:.1f})</text>"
-        f'<text x="16" y="{HEIGHT / 2}" transform="rotate(-90 16 {HEIGHT / 2})" text-anchor="middle" font-size="12">'
-        f"{escape(metric)} ({low:.2f} to {high:.2f})</text>{''.join(marks)}</svg>"
-    )
+    if stage.maps:
+        parts += [
+            f"<h3>{escape(stage.name)}: attention on one sentence</h3>",
+            "<p>Rows attend to columns: the mean over heads of the layer that is imitated; square-root scale.</p>",
+            svg.heatmaps(stage.tokens, stage.maps),
+        ]
+    return [part for part in parts if part]
+
+
+def _ours(comparison: Comparison, student: str) -> dict[str, tuple[str, str]]:
+    """Score and protocol of a student by task."""
+    return {s.task: (str(s), s.protocol) for s in comparison.scores if s.model == student}
+
+
+def _sentence(beside: Beside, ours: Mapping[str, tuple[str, str]]) -> str:
+    return beside.sentence(list(dict.fromkeys(protocol for _, protocol in ours.values())))
 
 
 def _measured(machine: str) -> str:
