@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,18 @@ class ResumeState:
 
     ledger: `digest` (hex, see `feed.ledger`) with the `seed` and `batch` that it can be recomputed from. threads: CPU
     threads of every worker. parts: the number of pieces that each micro-batch is cut into (2 after running out of
-    memory). precision: float32 or bfloat16.
+    memory). precision: float32 or bfloat16. points: those that the stage's `until` is decided from, by step.
     """
 
     ledger: dict[str, Any]
     threads: int
     parts: int
     precision: str
+    points: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> ResumeState:
-        return cls(meta["ledger"], meta["threads"], meta["parts"], meta["precision"])
+        return cls(meta["ledger"], meta["threads"], meta["parts"], meta["precision"], meta.get("points", {}))
 
 
 def sha256_file(path: Path) -> str:

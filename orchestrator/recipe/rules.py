@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pydantic_core import ErrorDetails
 
+from minilm.orchestrator.probes.catalogue import DIVERGENCE, PROBES
 from minilm.orchestrator.recipe.references import VARIABLE
 from minilm.orchestrator.recipe.schema import CORPUS_PLACES, SECTIONS, Compute, Stage, Student
 from minilm.orchestrator.recipe.yaml_source import KeyPath
@@ -48,6 +49,9 @@ def check_across(
             yield (*at, "name"), f"given {stage.name!r} a second time; allowed: a name for each stage"
         yield from _teacher(at, stage, earlier, made_by, stage_names)
         yield from _numbers(at, stage, compute, stages.values())
+        yield from _schedule(at, stage)
+        yield from _probes(at, stage)
+        yield from _until(at, stage)
         teacher = earlier.get(stage.teacher, _UNKNOWN)
         yield from _relation_heads(at, stage, teacher)
         here: dict[str, _Known] = {}
@@ -125,6 +129,63 @@ def _numbers(
         most = stage.batch // micro_batch
         what = f"given {compute.workers[1]}; allowed: at most {most}, the micro-batches of a step ({stage.batch} / "
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"
+
+
+def _schedule(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    decay, most = stage.decay_steps, stage.steps - stage.warmup_steps
+    if stage.schedule != "wsd":
+        if decay is not None:
+            what = f"given {decay} with schedule: {stage.schedule}; allowed with schedule: wsd"
+            yield (*at, "decay_steps"), f"{what}; remove it, or say so"
+    elif decay is None:
+        yield (*at, "decay_steps"), f"missing; schedule: wsd needs it, the steps of its decay, at most {most}"
+    elif decay > most:
+        what = f"given {decay}; allowed: at most {most}, the stage's {stage.steps} steps without its warm-up"
+        yield (*at, "decay_steps"), what
+
+
+def _probes(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    names: list[str] = []
+    for i, item in enumerate(stage.evaluate):
+        path, task = (*at, "evaluate", i), PROBES[item.probe].task
+        if item.probe in names:
+            yield (*path, "probe"), f"given {item.probe!r} a second time; allowed: each probe once"
+        if task and item.data is None:
+            what = f"missing; probe {item.probe} reads the files of task {task}"
+            yield (
+                (*path, "data"),
+                f"{what}; give the folder that holds the task's folder, here or as evaluation.data",
+            )
+        elif item.data is not None and not task:
+            what = f"given {item.data!r}; probe {item.probe} reads held-out rows and no files; remove it"
+            yield (*path, "data"), what
+        names.append(item.probe)
+
+
+def _until(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    if (until := stage.until) is None:
+        return
+    path, measured = (*at, "until"), [DIVERGENCE, *(item.probe for item in stage.evaluate)]
+    if stage.schedule not in ("wsd", "constant"):
+        what = (
+            f"given with schedule: {stage.schedule}, whose rate at every step depends on where the stage ends"
+        )
+        yield path, f"{what}; allowed: schedule: wsd with decay_steps, or schedule: constant"
+    if until.probe not in measured:
+        what = f"given {until.probe!r}; allowed: a probe of the stage's evaluate, or {DIVERGENCE}"
+        yield (*path, "probe"), f"{what}; add evaluate: [{{probe: {until.probe}, every: STEPS}}]"
+    elif stage.every(until.probe) is None:
+        what = f"given {until.probe!r}, which is measured before and after only"
+        yield (*path, "probe"), f"{what}; give it every: STEPS, or the stage eval_every: STEPS"
+    if until.share_of_teacher is None and until.patience is None:
+        yield path, "given no condition; allowed: share_of_teacher: SHARE, patience: MEASUREMENTS, or both"
+    elif until.share_of_teacher is not None and not PROBES[until.probe].teacher:
+        others = ", ".join(name for name in measured if PROBES[name].teacher)
+        what = f"given {until.share_of_teacher:g} of {until.probe}, for which the teacher has no value"
+        yield (
+            (*path, "share_of_teacher"),
+            f"{what}; allowed: patience: MEASUREMENTS, or a share of {others or 'another probe of evaluate'}",
+        )
 
 
 def _own_heads(student: Student, teacher: _Known) -> int | None:
