@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from minilm.model.encoder.build import load_encoder
 from minilm.model.export import weights_digest
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.embed import cosine_similarity
@@ -75,14 +74,18 @@ def test_probes_are_logged_by_step_and_change_no_weight_whoever_computes_them(
         step: {key.removeprefix("small/heldout/probe/") for key in metrics if key not in divergence}
         for step, metrics in points.items()
     }
-    every_four = {f"{name}{end}" for name in ("knn", "cka", "stsb-embed") for end in ("", "/share-of-teacher")}
+    every_four = {
+        f"{name}{end}" for name in ("knn", "cka", "stsb-embed") for end in ("", "/share-of-teacher")
+    }
     at_the_ends = every_four | {"linear-sst2", "linear-sst2/share-of-teacher"}
     assert at == {0: at_the_ends, 4: every_four, 6: set(), 8: every_four, 12: at_the_ends}
     assert [step for step, metrics in points.items() if divergence <= metrics.keys()] == [0, 6, 12]
     assert points[12]["small/heldout/probe/cka"] != points[0]["small/heldout/probe/cka"]
     assert measured(shared) == measured(alone)
     assert [(s, m) for s, m in measured(without)] == [
-        (step, {key: m[key] for key in m if key in divergence}) for step, m in measured(alone) if step in (0, 6, 12)
+        (step, {key: m[key] for key in m if key in divergence})
+        for step, m in measured(alone)
+        if step in (0, 6, 12)
     ]
 
 
@@ -90,7 +93,9 @@ def given(spec: StageSpec) -> HeldOutPass:
     return HeldOutPass(build_distiller(spec, ALONE.device), open_held_out(spec.data), 8, 4, None, ALONE)
 
 
-def test_where_all_of_the_model_is_trained_the_similarity_is_that_of_the_task(shards, teacher, tmp_path, tasks):
+def test_where_all_of_the_model_is_trained_the_similarity_is_that_of_the_task(
+    shards, teacher, tmp_path, tasks
+):
     """Of an objective that reads more than the tap, vectors are those that `minilm evaluate` pools."""
     spec = make_spec(
         shards,
@@ -110,7 +115,10 @@ def test_where_all_of_the_model_is_trained_the_similarity_is_that_of_the_task(sh
     assert mine == pytest.approx(theirs["spearman_dev"], abs=1e-6)
     at_the_tap = make_spec(shards, teacher, tmp_path, evaluate=spec.evaluate)
     with torch.no_grad():
-        assert abs(make_evaluators(at_the_tap)[1].score(given(at_the_tap).distiller.teacher, world) - mine) > 1e-3
+        assert (
+            abs(make_evaluators(at_the_tap)[1].score(given(at_the_tap).distiller.teacher, world) - mine)
+            > 1e-3
+        )
 
 
 def test_agreement_is_one_with_itself_and_blind_to_rotation_and_scale():
@@ -120,7 +128,9 @@ def test_agreement_is_one_with_itself_and_blind_to_rotation_and_scale():
     for kind in (Neighbours, LinearCka):
         assert kind.agreement(vectors, vectors) == pytest.approx(1.0)
         assert kind.agreement(vectors, 3 * vectors @ rotation + 5) == pytest.approx(1.0)
-        noisy = [kind.agreement(vectors, vectors + s * rng.normal(size=vectors.shape)) for s in (0.1, 1.0, 9.0)]
+        noisy = [
+            kind.agreement(vectors, vectors + s * rng.normal(size=vectors.shape)) for s in (0.1, 1.0, 9.0)
+        ]
         assert 1 > noisy[0] > noisy[1] > noisy[2] > 0
     assert Neighbours.agreement(vectors[:1], vectors[:1]) == 0.0  # a single row has no neighbour
     assert LinearCka.agreement(vectors, np.ones((60, 4))) == 0.0  # all rows alike: nothing agrees

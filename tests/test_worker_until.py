@@ -51,7 +51,9 @@ def test_a_plateau_is_so_many_measurements_without_a_gain():
     divergence = spec_of(UntilSpec("divergence", 10, patience=1, min_gain=0.0))
     falling = {step: {"small/heldout/a": 1 / step, "small/heldout/a/corpus-1": 9.0} for step in (20, 30, 40)}
     assert met_at(divergence, falling) is None
-    assert met_at(divergence, falling | {50: {"small/heldout/a": 0.03}}) == 50  # lower is better, and this is not
+    assert (
+        met_at(divergence, falling | {50: {"small/heldout/a": 0.03}}) == 50
+    )  # lower is better, and this is not
 
 
 def test_every_student_has_to_be_good_enough():

@@ -136,7 +136,7 @@ def _schedule(at: KeyPath, stage: Stage) -> Iterator[Problem]:
     if stage.schedule != "wsd":
         if decay is not None:
             what = f"given {decay} with schedule: {stage.schedule}; allowed with schedule: wsd"
-            yield (*at, "decay_steps"), f"{what}; remove it, or say so"
+            yield (*at, "decay_steps"), f"{what}; remove it, or change the schedule"
     elif decay is None:
         yield (*at, "decay_steps"), f"missing; schedule: wsd needs it, the steps of its decay, at most {most}"
     elif decay > most:
@@ -173,10 +173,14 @@ def _until(at: KeyPath, stage: Stage) -> Iterator[Problem]:
         yield path, f"{what}; allowed: schedule: wsd with decay_steps, or schedule: constant"
     if until.probe not in measured:
         what = f"given {until.probe!r}; allowed: a probe of the stage's evaluate, or {DIVERGENCE}"
-        yield (*path, "probe"), f"{what}; add evaluate: [{{probe: {until.probe}, every: STEPS}}]"
-    elif stage.every(until.probe) is None:
+        data = ", data: DIR" if PROBES[until.probe].task else ""
+        yield (*path, "probe"), f"{what}; add evaluate: [{{probe: {until.probe}, every: STEPS{data}}}]"
+    elif (every := stage.every(until.probe)) is None:
         what = f"given {until.probe!r}, which is measured before and after only"
-        yield (*path, "probe"), f"{what}; give it every: STEPS, or the stage eval_every: STEPS"
+        yield (*path, "probe"), f"{what}; give the stage eval_every: STEPS"
+    elif (end := stage.steps - (stage.decay_steps or 0)) <= every * -(-max(1, stage.warmup_steps) // every):
+        what = f"given {until.probe!r}, which is measured every {every} steps, not once between the warm-up"
+        yield (*path, "probe"), f"{what} ({stage.warmup_steps}) and step {end}; give it a smaller every"
     if until.share_of_teacher is None and until.patience is None:
         yield path, "given no condition; allowed: share_of_teacher: SHARE, patience: MEASUREMENTS, or both"
     elif until.share_of_teacher is not None and not PROBES[until.probe].teacher:
@@ -331,7 +335,7 @@ def suggest(given: object, allowed: Collection[str], cutoff: float = 0.6) -> str
     if not isinstance(given, str) or not given:
         return ""
     close = difflib.get_close_matches(given, allowed, n=1, cutoff=cutoff)
-    close = close or [word for word in allowed if len(given) > 1 and given in word.split("_")]
+    close = close or [word for word in allowed if len(given) > 1 and given in re.split("[-_]", word)]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -57,7 +57,10 @@ def check_recipes(options: argparse.Namespace) -> int:
         if options.json:
             print(as_json(path, recipe, wrong, warnings, notes))
         elif recipe and source and not wrong:
-            stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
+            stages = ", ".join(
+                f"{stage.name} ({'at most ' if stage.until else ''}{stage.steps:,} steps)"
+                for stage in recipe.stages
+            )
             print(f"{path}: sound; stages: {stages}")
             for number, note in source.notes.items():
                 print(f"{path}: stage {recipe.stages[number].name}: {note}")
