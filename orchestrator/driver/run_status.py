@@ -219,7 +219,7 @@ def checkpoint_text(stage: StageStatus) -> str:
 
 def probes_text(values: dict[str, float]) -> str:
     """`knn 0.410 (41% of the teacher's), cka 0.720 (72%)`."""
-    shown = []
+    shown: list[str] = []
     for probe in [name for name in values if "/" not in name]:
         share = values.get(f"{probe}/share-of-teacher")
         whose = "" if shown else " of the teacher's"

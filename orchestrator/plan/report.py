@@ -92,8 +92,8 @@ def whole(plans: Sequence[Plan], machine: Machine, workers: int, recipe_workers:
         stages = ", ".join(f"{one.work.stage} {long(one.seconds(workers) or 0)}" for one in plans)
         most = "at most " if any(one.work.until for one in plans) else ""
         lines += [
-            f"  time          {most}{long(seconds)} with {workers} worker{'s' if workers > 1 else ''}, without measuring "
-            f"and saving: {stages}",
+            f"  time          {most}{long(seconds)} with {workers} worker{'s' if workers > 1 else ''}, without "
+            f"measuring and saving: {stages}",
             f"  rate          {machine.source}: {machine.flops_per_second / 1e9:,.0f} GFLOP/s, taken for every stage",
         ]
     if workers < asked:
