@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minilm.model.export import weights_digest
+from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import ProbeSpec, StageSpec, UntilSpec
@@ -18,7 +19,7 @@ from minilm.orchestrator.system.files import read_json
 from minilm.orchestrator.worker.loop import run_stage
 from minilm.orchestrator.worker.until import met_at, num_steps
 from tests import worker_pool
-from tests.support import NO_DATA, checkpoints_in, make_spec
+from tests.support import NO_DATA, change, checkpoints_in, make_spec
 
 ANY = Path()
 
@@ -80,6 +81,7 @@ def whole(tmp_path_factory, shards, teacher) -> StageSpec:
         log_every=5,
         checkpoint_every_steps=1,
         keep_checkpoints=40,
+        trunk="trunk",
         evaluate=(ProbeSpec("knn", 4),),
         until=UntilSpec("knn", 4, patience=2, min_gain=1.0),
     )
@@ -140,3 +142,23 @@ def test_where_a_step_was_measured_before_the_log_decides(whole, tmp_path):
     folder.heldout_metrics.write_text("".join(log[:2]) + log[2].replace('probe/knn":', 'probe/knn":9'))
     assert run_stage(spec)
     assert found(spec)[1] == 22  # the gain at step 8 put the plateau off by one measurement
+
+
+def test_a_decay_branches_from_any_checkpoint_before_one_to_the_bits_of_a_run_from_step_zero(whole, tmp_path):
+    plain = change(replace(whole, until=None, evaluate=(), digest="another"), decay_steps=4)
+    scratch, branch, late = (
+        replace(plain, folder=str(tmp_path / name), steps=steps)
+        for name, steps in (("scratch", 14), ("branch", 14), ("late", 30))
+    )
+    assert run_stage(scratch)
+    checkpoints = checkpoints_in(StageFolder(Path(whole.folder)).checkpoints)
+    for spec, step in ((branch, 10), (late, 13)):
+        source = checkpoints[step - 1]
+        shutil.copytree(source, StageFolder(Path(spec.folder)).checkpoints / source.name)
+    seen: list[int] = []
+    assert run_stage(branch, on_step=seen.append)
+    assert seen == [11, 12, 13, 14] and found(branch)[:2] == found(scratch)[:2]
+    with pytest.raises(UserError, match="belongs to another recipe"):  # made in the decay of `whole`
+        run_stage(late)
+    with pytest.raises(UserError, match="belongs to another recipe"):  # whose own decay would have begun
+        run_stage(change(replace(branch, digest="a third", steps=18), decay_steps=5))

@@ -33,7 +33,7 @@ from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.launch.liveness import Heartbeats
 from minilm.orchestrator.probes.catalogue import PROBES
 from minilm.orchestrator.recipe.references import parse_reference
-from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.recipe.schema import Recipe, trunk_fields
 from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
 from minilm.orchestrator.resolve.folders import model_folder
 from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, position_notes, resolve
@@ -222,8 +222,10 @@ class Driver:
             s | {"ffn": sizes[s["name"]].ffn, "init": starts.get(s["name"], s["init"])}
             for s in fields["students"]
         ]
+        fields["teacher"], teacher_name = teacher_digest, fields["teacher"]
+        trunk = trunk_fields(fields)
         inputs = {
-            "stage": fields | {"teacher": teacher_digest},
+            "stage": fields,
             "seed": recipe.seed,
             "precision": compute.precision,
             "data": [self.data.fingerprint, self.data.window],
@@ -233,7 +235,7 @@ class Driver:
             folder=str(self.workdir.stage(stage.name).root.resolve()),
             data=self.data,
             teacher=str(teacher),
-            teacher_name=fields["teacher"],
+            teacher_name=teacher_name,
             teacher_digest=teacher_digest,
             teacher_layer=stage.teacher_layer,
             students=tuple(
@@ -263,6 +265,7 @@ class Driver:
             checkpoints=compute.checkpoints and f"{compute.checkpoints}/{recipe.name}/{stage.name}",
             **grouped(recipe.tracking.model_dump() | compute.model_dump() | stage.model_dump()),
             digest=sha256_json(inputs),
+            trunk=sha256_json(inputs | {"stage": trunk}) if trunk else "",
         )
 
     def train(self, spec: StageSpec, label: str) -> None:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from minilm.orchestrator.probes.catalogue import DIVERGENCE, PROBES
 from minilm.orchestrator.recipe.references import VARIABLE
-from minilm.orchestrator.recipe.schema import CORPUS_PLACES, SECTIONS, Compute, Stage, Student
+from minilm.orchestrator.recipe.schema import CORPUS_PLACES, OPEN_SCHEDULES, SECTIONS, Compute, Stage, Student
 from minilm.orchestrator.recipe.yaml_source import KeyPath
 
 Problem = tuple[KeyPath, str]
@@ -166,7 +166,7 @@ def _until(at: KeyPath, stage: Stage) -> Iterator[Problem]:
     if (until := stage.until) is None:
         return
     path, measured = (*at, "until"), [DIVERGENCE, *(item.probe for item in stage.evaluate)]
-    if stage.schedule not in ("wsd", "constant"):
+    if stage.schedule not in OPEN_SCHEDULES:
         what = (
             f"given with schedule: {stage.schedule}, whose rate at every step depends on where the stage ends"
         )

@@ -444,6 +444,17 @@ class Stage(_Section):
         return fields
 
 
+OPEN_SCHEDULES = ("wsd", "constant")  # before a decay their rates do not depend on the stage's end
+
+
+def trunk_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stage's `result_fields` those that determine its steps before a decay; empty for other schedules."""
+    if fields["schedule"] not in OPEN_SCHEDULES:
+        return {}
+    end = ("steps", "schedule", "decay_steps", "until")
+    return {key: value for key, value in fields.items() if key not in end}
+
+
 class Compute(_Section):
     """Where and how it is computed. Only `micro_batch` and `precision` change the result by more than rounding."""
 

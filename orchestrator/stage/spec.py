@@ -132,7 +132,8 @@ def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
 class StageSpec:
     """One teacher, its students, and how they are trained. Paths are absolute and seen by every node.
 
-    steps: with `until` the most that are made.
+    steps: with `until` the most that are made. trunk: the digest of all that determines the steps before a decay, ""
+    where the rates depend on `steps`.
 
     attempt: a fresh name each time a driver starts the stage. lease: the driver's file in `WORKDIR/lease`, "" where
     none watches over the workers.
@@ -161,6 +162,7 @@ class StageSpec:
     digest: str
     attempt: str = "inline"
     lease: str = ""
+    trunk: str = ""
     evaluate: tuple[ProbeSpec, ...] = ()
     until: UntilSpec | None = None
 

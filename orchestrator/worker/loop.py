@@ -108,7 +108,7 @@ class StageRun:
         self.distiller = build_distiller(spec, world.device)
         self.students = make_states(spec, self.distiller)
         self.models = {student.name: self.distiller.state_module(student.name) for student in self.students}
-        self.fingerprints = Fingerprints(spec.digest, self.row_loader.stream.fingerprint)
+        self.fingerprints = Fingerprints.of(spec, self.row_loader.stream.fingerprint)
         self.store = open_store(spec.checkpoints, self.folder.checkpoints)
         self.fence = Fence(spec.lease, self.store if spec.checkpoints else None, spec.attempt)
         self.precision, self.num_chunks = spec.runtime.precision, 1  # set by `resume`
@@ -297,6 +297,7 @@ class StageRun:
         self.spec = self.metric_logger.spec = replace(self.spec, steps=steps)
         if self.save_policy:
             self.save_policy.spec = self.spec
+            self.save_policy.saver.fingerprints = Fingerprints.of(self.spec, self.fingerprints.data)
             log.info("stage %s is good enough (until): it ends after step %d", self.spec.stage, steps)
 
     def save_if_due(self, done: int, stop: bool) -> None:

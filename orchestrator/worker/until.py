@@ -70,7 +70,7 @@ class UntilPoints:
     def restore(self, saved: Mapping[str, Mapping[str, float]], log: Iterable[Point]) -> None:
         """Begin an attempt with a checkpoint's points and the log's, which are right where both have one."""
         for step, metrics in saved.items():
-            self.points[int(step)] = dict(metrics)
+            self.take(int(step), metrics)
         for point in log:
             self.take(point.step, point.metrics, replace=True)
 
