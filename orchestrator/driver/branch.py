@@ -39,7 +39,8 @@ def branch_checkpoint(
     trunks = trunk_fields(old), trunk_fields(new)
     if not all(trunks):
         raise UserError(
-            f"{what}: the rates of stage {new['name']} depend on its end; allowed: schedule wsd or constant"
+            f"{what}: the rates of stage {new['name']} depend on where it ends, now or before; allowed with schedule "
+            f"wsd or constant; give --from {new['name']}"
         )
     if difference := first_difference(*trunks):
         raise UserError(
