@@ -246,9 +246,9 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.init=teacher"],
-        "--set: stages.0.student.init: given 'teacher'; allowed: random, teacher-layers, or a model to go on from: "
-        "models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub "
-        "id OWNER/NAME",
+        "--set: stages.0.student.init: given 'teacher'; allowed: random, teacher-layers, teacher-pca, or a model to "
+        "go on from: models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH "
+        "or a hub id OWNER/NAME",
     ),
     (
         ["stages.assistant.student.init=«teacher»"],

@@ -21,8 +21,8 @@ from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.catalogue import OBJECTIVES
 from minilm.model.loss.objective import TERMS, Objective
 from minilm.orchestrator import cli
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.launch import base
-from minilm.orchestrator.probes.catalogue import PROBES
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import ProbeSpec
 from minilm.orchestrator.worker.loop import run_stage
@@ -126,6 +126,7 @@ def test_a_data_source_with_an_option_of_its_own(tmp_path, teacher, monkeypatch,
     sys.modules.pop("dashes_example", None)
 
 
+@pytest.mark.slow
 def test_a_launcher(tmp_path, text, teacher, monkeypatch, capsys):
     module = type(sys)("minilm.orchestrator.launch.process")
     vars(module).update(execute(LAUNCHER, module.__name__))

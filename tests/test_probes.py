@@ -13,12 +13,17 @@ from transformers import AutoModel, AutoTokenizer
 from minilm.model.export import weights_digest
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.embed import cosine_similarity
+from minilm.orchestrator.evaluation.probes.agreement import LinearCka, Neighbours
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
+from minilm.orchestrator.evaluation.probes.evaluator import (
+    HeldOutPass,
+    evaluator_class,
+    make_evaluators,
+    measure,
+)
+from minilm.orchestrator.evaluation.probes.texts import Similarity
 from minilm.orchestrator.evaluation.tasks import TASKS
 from minilm.orchestrator.feed.corpora import open_held_out
-from minilm.orchestrator.probes.agreement import LinearCka, Neighbours
-from minilm.orchestrator.probes.catalogue import PROBES
-from minilm.orchestrator.probes.evaluator import HeldOutPass, evaluator_class, make_evaluators, measure
-from minilm.orchestrator.probes.texts import Similarity
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import ProbeSpec, StageSpec

@@ -15,8 +15,8 @@ from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
+from minilm.orchestrator.evaluation.probes.evaluator import HeldOutPass, make_evaluators, measure
 from minilm.orchestrator.feed.corpora import HeldOut
-from minilm.orchestrator.probes.evaluator import HeldOutPass, make_evaluators, measure
 from minilm.orchestrator.train import step as step_module
 from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, group_widths
 from minilm.orchestrator.train.build import build_distiller
@@ -173,7 +173,7 @@ def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, mo
     for grouped in (True, False):
         if not grouped:
             monkeypatch.setattr(
-                "minilm.orchestrator.probes.evaluator.by_length", lambda ids, mask: [(ids, mask)]
+                "minilm.orchestrator.evaluation.probes.evaluator.by_length", lambda ids, mask: [(ids, mask)]
             )
         given = HeldOutPass(distiller, held_out, rows=12, micro_batch=6, autocast=None, world=ALONE)
         values.append(measure(make_evaluators(spec), given))

@@ -22,16 +22,17 @@ from minilm.data.format.manifest import MANIFEST
 from minilm.model.export import weights_digest
 from minilm.orchestrator.driver.preflight import check_checkpoints, check_device
 from minilm.orchestrator.driver.prepare_data import prepare_data
+from minilm.orchestrator.driver.projected_start import PROJECTED, with_projected_starts
 from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter, say_built
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import InfrastructureError, RecipeErrors, Stopped
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.evaluation.read_tables import data_fingerprint
 from minilm.orchestrator.evaluation.tasks import TASKS
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
 from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.launch.liveness import Heartbeats
-from minilm.orchestrator.probes.catalogue import PROBES
 from minilm.orchestrator.recipe.references import parse_reference
 from minilm.orchestrator.recipe.schema import Recipe, trunk_fields
 from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
@@ -280,6 +281,9 @@ class Driver:
         folder = self.workdir.stage(spec.stage)
         spec = replace(spec, attempt=f"{spec.stage}-{uuid.uuid4().hex[:12]}", lease=str(self.lease.path))
         spec = self.launcher.allocate(spec, show)
+        if any(student.init == PROJECTED for student in spec.students):
+            show("projecting the teacher for the students' start", True)
+            spec = with_projected_starts(spec)
         begin_attempt(spec, folder)
         future = self.launcher.start(spec)
         try:

@@ -10,10 +10,10 @@ from minilm.model.encoder.shape import load_config
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.check_data import check_data
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.evaluation.protocols import Protocol, protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_files
 from minilm.orchestrator.evaluation.tasks import TASKS, Task, find_tasks
-from minilm.orchestrator.probes.catalogue import PROBES
 from minilm.orchestrator.recipe.schema import Evaluation, Recipe
 
 

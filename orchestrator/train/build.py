@@ -11,6 +11,7 @@ import os
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, load_encoder
@@ -19,7 +20,7 @@ from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.encoder.warm_start import load_start
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
 from minilm.orchestrator.train.step import StudentState, derive_seed, num_values
 
 
@@ -32,26 +33,38 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer, head=objective.needs_head).to(device)
     students = {}
     for student in spec.students:
-        seed, head = derive_seed(spec.seed, "init", student.name), objective.needs_head
+        head = objective.needs_head
         if student.start:
+            seed = _seed(spec, student)
             model = load_start(student.start, dropout=student.dropout, head=head, seed=seed)
         else:
-            model = build_student(
-                teacher.model.config,
-                layers=student.layers,
-                hidden=student.hidden,
-                heads=student.heads,
-                ffn=student.ffn,
-                dropout=student.dropout,
-                seed=seed,
-                head=head,
-                max_tokens=spec.data.seq_len if student.positions == "cut" else None,
-            )
+            model = build_random(spec, student, teacher.model.config, head=head)
             initialize(model, teacher.model, student.init, student.positions)
         students[student.name] = TappedEncoder(model, student.layers).to(device)
     distiller = Distiller(teacher, students, objective)
     distiller.train()
     return distiller
+
+
+def build_random(
+    spec: StageSpec, student: StudentSpec, teacher_config: PreTrainedConfig, *, head: bool
+) -> PreTrainedModel:
+    """A student of the stage with the random weights that its seed gives."""
+    return build_student(
+        teacher_config,
+        layers=student.layers,
+        hidden=student.hidden,
+        heads=student.heads,
+        ffn=student.ffn,
+        dropout=student.dropout,
+        seed=_seed(spec, student),
+        head=head,
+        max_tokens=spec.data.seq_len if student.positions == "cut" else None,
+    )
+
+
+def _seed(spec: StageSpec, student: StudentSpec) -> int:
+    return derive_seed(spec.seed, "init", student.name)
 
 
 def build_objective(spec: StageSpec) -> Objective:

@@ -19,9 +19,9 @@ from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
 from minilm.orchestrator.checkpoint.format import Fingerprints
 from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.evaluation.probes.evaluator import Evaluator, HeldOutPass, make_evaluators, measure
 from minilm.orchestrator.feed.corpora import close, open_held_out
 from minilm.orchestrator.feed.loader import RowLoader
-from minilm.orchestrator.probes.evaluator import Evaluator, HeldOutPass, make_evaluators, measure
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.lease import Fence

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from minilm.orchestrator.probes.catalogue import DIVERGENCE, PROBES
-from minilm.orchestrator.probes.evaluator import metric_of, share_of
+from minilm.orchestrator.evaluation.probes.catalogue import DIVERGENCE, PROBES
+from minilm.orchestrator.evaluation.probes.evaluator import metric_of, share_of
 from minilm.orchestrator.stage.metrics_file import Point
 from minilm.orchestrator.stage.spec import StageSpec
 

@@ -19,8 +19,8 @@ from minilm.data.read.rows import Rows
 from minilm.data.stream import partition
 from minilm.model.distiller import Distiller
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.evaluation.probes.catalogue import DIVERGENCE, PROBES
 from minilm.orchestrator.feed.corpora import HeldOut
-from minilm.orchestrator.probes.catalogue import DIVERGENCE, PROBES
 from minilm.orchestrator.stage.spec import ProbeSpec, StageSpec
 from minilm.orchestrator.train.bucketing import by_length
 from minilm.orchestrator.train.distributed import World
@@ -124,7 +124,7 @@ def make_evaluators(stage: StageSpec) -> list[Evaluator]:
 
 def evaluator_class(name: str) -> type[Evaluator]:
     module, _, attribute = PROBES[name].evaluator.partition(":")
-    path = module if "." in module else f"minilm.orchestrator.probes.{module}"
+    path = module if "." in module else f"minilm.orchestrator.evaluation.probes.{module}"
     found: type[Evaluator] = getattr(import_module(path), attribute)
     return found
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from minilm.data.stream import partition
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.orchestrator.evaluation.batches import collate, encode, most_tokens, sorted_batches
-from minilm.orchestrator.probes.evaluator import HeldOutPass
+from minilm.orchestrator.evaluation.probes.evaluator import HeldOutPass
 
 
 def row_vectors(encoder: TappedEncoder, given: HeldOutPass) -> np.ndarray:

@@ -14,11 +14,11 @@ import numpy as np
 from minilm.data.tokenizer import load_tokenizer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.orchestrator.evaluation.metrics import score
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
+from minilm.orchestrator.evaluation.probes.evaluator import Evaluator, HeldOutPass
+from minilm.orchestrator.evaluation.probes.vectors import text_vectors
 from minilm.orchestrator.evaluation.read_tables import Examples, has_split, read_split
 from minilm.orchestrator.evaluation.tasks import TASKS
-from minilm.orchestrator.probes.catalogue import PROBES
-from minilm.orchestrator.probes.evaluator import Evaluator, HeldOutPass
-from minilm.orchestrator.probes.vectors import text_vectors
 
 TOKENS, BATCH = 256, 64  # as protocol embed-fast has them
 TRAIN_ROWS, DEV_ROWS = 1024, 2048  # at most, of a linear classifier: few labels, and a minute

@@ -6,8 +6,8 @@ from abc import abstractmethod
 
 import numpy as np
 
-from minilm.orchestrator.probes.evaluator import Evaluator, HeldOutPass
-from minilm.orchestrator.probes.vectors import row_vectors
+from minilm.orchestrator.evaluation.probes.evaluator import Evaluator, HeldOutPass
+from minilm.orchestrator.evaluation.probes.vectors import row_vectors
 
 NEIGHBOURS = 10
 

@@ -7,7 +7,7 @@ import math
 import torch
 
 from minilm.data.read.rows import Rows
-from minilm.orchestrator.probes.evaluator import Evaluator, HeldOutPass
+from minilm.orchestrator.evaluation.probes.evaluator import Evaluator, HeldOutPass
 
 
 class Divergence(Evaluator):
