@@ -72,7 +72,8 @@ def begin_branch(stage: StageFolder, store: CheckpointStore, name: str) -> None:
     """Make the stage's folder anew beside it, from a checkpoint of its own and what was logged up to there."""
     shutil.rmtree(new := beside(stage), ignore_errors=True)
     new.mkdir(parents=True)
-    shutil.copyfile(stage.spec, StageFolder(new).spec)  # it says where the checkpoints are
+    if stage.spec.exists():  # it says where the checkpoints are
+        shutil.copyfile(stage.spec, StageFolder(new).spec)
     if Path(store.where) == stage.checkpoints:
         shutil.copytree(stage.checkpoints / name, StageFolder(new).checkpoints / name)
     for path in (stage.step_metrics, stage.heldout_metrics, stage.system_metrics):
