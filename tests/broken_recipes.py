@@ -665,6 +665,86 @@ ROWS: list[tuple[list[str], str]] = [
         "models:/NAME@ALIAS, models:/NAME/VERSION, package:IMPORT_NAME/PATH, a folder (/…, ./…, "
         "../…, ~/…) or a hub id OWNER/NAME",
     ),
+    (
+        ["stages.small.evaluate=[{probe: stsb}]"],
+        "--set: stages.1.evaluate.0.probe: given 'stsb'; allowed: 'divergence', 'knn', 'cka', 'stsb-embed', "
+        "'linear-cola', 'linear-sst2', 'linear-mrpc', 'linear-rte', 'linear-qnli', 'linear-qqp' or "
+        "'linear-mnli'; did you mean 'stsb-embed'?",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: knn}, {probe: knn}]"],
+        "--set: stages.1.evaluate.1.probe: given 'knn' a second time; allowed: each probe once",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: stsb-embed, every: 4}]"],
+        "--set: stages.1.evaluate.0.data: missing; probe stsb-embed reads the files of task stsb-embed; give the "
+        "folder that holds the task's folder, here or as evaluation.data",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: linear-sst2, data: «empty»}]"],
+        "FILE: stage small: probe linear-sst2: task sst2 has no folder in «empty» (there: no folder); expected "
+        "«empty»/SST-2 with train.tsv, dev.tsv",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: knn, data: /x}]"],
+        "--set: stages.1.evaluate.0.data: given '/x'; probe knn reads held-out rows and no files; remove it",
+    ),
+    (
+        ["stages.small.schedule=wsd"],
+        "FILE:18: stages.1.decay_steps: missing; schedule: wsd needs it, the steps of its decay, at most 36",
+    ),
+    (
+        ["stages.small.decay_steps=8"],
+        "--set: stages.1.decay_steps: given 8 with schedule: linear; allowed with schedule: wsd; remove it, or "
+        "change the schedule",
+    ),
+    (
+        ["stages.small.schedule=wsd", "stages.small.decay_steps=37"],
+        "--set: stages.1.decay_steps: given 37; allowed: at most 36, the stage's 40 steps without its warm-up",
+    ),
+    (
+        ["stages.small.eval_every=4", "stages.small.until={probe: divergence, patience: 2}"],
+        "--set: stages.1.until: given with schedule: linear, whose rate at every step depends on where the stage "
+        "ends; allowed: schedule: wsd with decay_steps, or schedule: constant",
+    ),
+    (
+        ["stages.small.schedule=constant", "stages.small.until={probe: divergence, patience: 2}"],
+        "--set: stages.1.until.probe: given 'divergence', which is measured before and after only; give the stage "
+        "eval_every: STEPS",
+    ),
+    (
+        ["stages.small.schedule=constant", "stages.small.until={probe: stsb-embed, share_of_teacher: 0.97}"],
+        "--set: stages.1.until.probe: given 'stsb-embed'; allowed: a probe of the stage's evaluate, or divergence; "
+        "add evaluate: [{probe: stsb-embed, every: STEPS, data: DIR}]",
+    ),
+    (
+        [
+            "stages.small.schedule=wsd",
+            "stages.small.decay_steps=10",
+            "stages.small.evaluate=[{probe: knn, every: 30}]",
+            "stages.small.until={probe: knn, share_of_teacher: 0.97}",
+        ],
+        "--set: stages.1.until.probe: given 'knn', which is measured every 30 steps, not once between the warm-up "
+        "(4) and step 30; give it a smaller every",
+    ),
+    (
+        [
+            "stages.small.schedule=constant",
+            "stages.small.eval_every=4",
+            "stages.small.until={probe: divergence, share_of_teacher: 0.97}",
+        ],
+        "--set: stages.1.until.share_of_teacher: given 0.97 of divergence, for which the teacher has no value; "
+        "allowed: patience: MEASUREMENTS, or a share of another probe of evaluate",
+    ),
+    (
+        [
+            "stages.small.schedule=constant",
+            "stages.small.eval_every=4",
+            "stages.small.until={probe: divergence}",
+        ],
+        "--set: stages.1.until: given no condition; allowed: share_of_teacher: SHARE, patience: MEASUREMENTS, or "
+        "both",
+    ),
 ]
 
 MENDED: list[tuple[list[str], list[str]]] = [
@@ -758,5 +838,10 @@ MENDED: list[tuple[list[str], list[str]]] = [
     ),
     (["stages.assistant.warmup_steps=40"], ["stages.assistant.warmup_steps=39"]),
     (["compute.workers=3"], ["compute.workers=2"]),
+    (
+        ["stages.small.schedule=constant", "stages.small.until={probe: divergence, patience: 2}"],
+        ["stages.small.eval_every=4"],
+    ),
+    (["stages.small.schedule=wsd"], ["stages.small.decay_steps=36"]),
 ]
 """Overrides of ROWS, and then what their sentence advises: it must not lead into another error."""

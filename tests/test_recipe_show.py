@@ -108,6 +108,11 @@ def test_every_key_is_shown_with_where_it_comes_from(tmp_path, monkeypatch, caps
         "x",
         "y",
         "weight",
+        "probe",
+        "every",
+        "share_of_teacher",
+        "patience",
+        "min_gain",
     }
     assert {key for kind in SECTIONS.values() for key in kind.model_fields} - nowhere <= keys
     digest = next(line for line in lines if line.startswith("# digest "))

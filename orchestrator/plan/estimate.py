@@ -88,6 +88,7 @@ def work_of(
         keep_every=compute.keep_every_steps,
         activation_bytes=2 if precision == "bfloat16" else 4,
         device=device,
+        until=stage.until is not None,
     )
 
 

@@ -158,6 +158,7 @@ Betas = Annotated[
     tuple[Fraction, Fraction], _in_words("two numbers of at least 0 and below 1, as [0.9, 0.999]")
 ]
 Share = Annotated[float, Field(ge=0, le=1), _in_words("a number from 0 to 1")]
+ShareAboveZero = Annotated[float, Field(gt=0, le=1), _in_words("a number above 0, at most 1")]
 HeldOutShare = Annotated[float, Field(gt=0, le=0.5), _in_words("a number above 0, at most 0.5")]
 LearningRate = Annotated[
     float,

@@ -198,6 +198,10 @@ def _anchor_paths(source: Source) -> dict[str, str]:
     for i, stage in enumerate(stages):
         if isinstance(stage, dict) and "teacher" in stage and stage["teacher"] not in students:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)
+        measured = stage.get("evaluate") if isinstance(stage, dict) else None
+        for j, item in enumerate(measured if isinstance(measured, list) else ()):
+            if isinstance(item, dict) and "data" in item:
+                anchor(item, "data", ("stages", i, "evaluate", j, "data"), is_path=True)
         for student, at in _raw_students(stage):
             if student.get("init") not in INITIALIZATIONS and "init" in student:
                 anchor(student, "init", ("stages", i, *at, "init"), is_path=False)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from pydantic_core import ErrorDetails
 
+from minilm.orchestrator.evaluation.probes.catalogue import DIVERGENCE, PROBES
 from minilm.orchestrator.recipe.references import VARIABLE
-from minilm.orchestrator.recipe.schema import CORPUS_PLACES, SECTIONS, Compute, Stage, Student
+from minilm.orchestrator.recipe.schema import CORPUS_PLACES, OPEN_SCHEDULES, SECTIONS, Compute, Stage, Student
 from minilm.orchestrator.recipe.yaml_source import KeyPath
 
 Problem = tuple[KeyPath, str]
@@ -48,6 +49,9 @@ def check_across(
             yield (*at, "name"), f"given {stage.name!r} a second time; allowed: a name for each stage"
         yield from _teacher(at, stage, earlier, made_by, stage_names)
         yield from _numbers(at, stage, compute, stages.values())
+        yield from _schedule(at, stage)
+        yield from _probes(at, stage)
+        yield from _until(at, stage)
         teacher = earlier.get(stage.teacher, _UNKNOWN)
         yield from _relation_heads(at, stage, teacher)
         here: dict[str, _Known] = {}
@@ -129,6 +133,67 @@ def _numbers(
         most = stage.batch // micro_batch
         what = f"given {compute.workers[1]}; allowed: at most {most}, the micro-batches of a step ({stage.batch} / "
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"
+
+
+def _schedule(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    decay, most = stage.decay_steps, stage.steps - stage.warmup_steps
+    if stage.schedule != "wsd":
+        if decay is not None:
+            what = f"given {decay} with schedule: {stage.schedule}; allowed with schedule: wsd"
+            yield (*at, "decay_steps"), f"{what}; remove it, or change the schedule"
+    elif decay is None:
+        yield (*at, "decay_steps"), f"missing; schedule: wsd needs it, the steps of its decay, at most {most}"
+    elif decay > most:
+        what = f"given {decay}; allowed: at most {most}, the stage's {stage.steps} steps without its warm-up"
+        yield (*at, "decay_steps"), what
+
+
+def _probes(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    names: list[str] = []
+    for i, item in enumerate(stage.evaluate):
+        path, task = (*at, "evaluate", i), PROBES[item.probe].task
+        if item.probe in names:
+            yield (*path, "probe"), f"given {item.probe!r} a second time; allowed: each probe once"
+        if task and item.data is None:
+            what = f"missing; probe {item.probe} reads the files of task {task}"
+            yield (
+                (*path, "data"),
+                f"{what}; give the folder that holds the task's folder, here or as evaluation.data",
+            )
+        elif item.data is not None and not task:
+            what = f"given {item.data!r}; probe {item.probe} reads held-out rows and no files; remove it"
+            yield (*path, "data"), what
+        names.append(item.probe)
+
+
+def _until(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    if (until := stage.until) is None:
+        return
+    path, measured = (*at, "until"), [DIVERGENCE, *(item.probe for item in stage.evaluate)]
+    if stage.schedule not in OPEN_SCHEDULES:
+        what = (
+            f"given with schedule: {stage.schedule}, whose rate at every step depends on where the stage ends"
+        )
+        yield path, f"{what}; allowed: schedule: wsd with decay_steps, or schedule: constant"
+    if until.probe not in measured:
+        what = f"given {until.probe!r}; allowed: a probe of the stage's evaluate, or {DIVERGENCE}"
+        data = ", data: DIR" if PROBES[until.probe].task else ""
+        yield (*path, "probe"), f"{what}; add evaluate: [{{probe: {until.probe}, every: STEPS{data}}}]"
+    elif (every := stage.every(until.probe)) is None:
+        what = f"given {until.probe!r}, which is measured before and after only"
+        yield (*path, "probe"), f"{what}; give the stage eval_every: STEPS"
+    elif (end := stage.steps - (stage.decay_steps or 0)) <= every * -(-max(1, stage.warmup_steps) // every):
+        what = f"given {until.probe!r}, which is measured every {every} steps, not once between the warm-up"
+        yield (*path, "probe"), f"{what} ({stage.warmup_steps}) and step {end}; give it a smaller every"
+    if until.share_of_teacher is None and until.patience is None:
+        yield path, "given no condition; allowed: share_of_teacher: SHARE, patience: MEASUREMENTS, or both"
+    elif until.share_of_teacher is not None and not PROBES[until.probe].teacher:
+        others = ", ".join(name for name in measured if PROBES[name].teacher)
+        what = f"given {until.share_of_teacher:g} of {until.probe}, for which the teacher has no value"
+        yield (
+            (*path, "share_of_teacher"),
+            f"{what}; allowed: patience: MEASUREMENTS, or a share of {others or 'another probe of evaluate'}",
+        )
 
 
 def _own_heads(student: Student, teacher: _Known) -> int | None:
@@ -274,7 +339,7 @@ def suggest(given: object, allowed: Collection[str], cutoff: float = 0.6) -> str
     if not isinstance(given, str) or not given:
         return ""
     close = difflib.get_close_matches(given, allowed, n=1, cutoff=cutoff)
-    close = close or [word for word in allowed if len(given) > 1 and given in word.split("_")]
+    close = close or [word for word in allowed if len(given) > 1 and given in re.split("[-_]", word)]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

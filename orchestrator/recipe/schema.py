@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from minilm.model.loss.catalogue import OBJECTIVES, RELATION_FIELDS
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.recipe.fields import (
     INITIALIZATIONS,
     Alias,
@@ -45,6 +46,7 @@ from minilm.orchestrator.recipe.fields import (
     Seed,
     SequenceLength,
     Share,
+    ShareAboveZero,
     Slug,
     Start,
     TextPaths,
@@ -56,9 +58,11 @@ from minilm.orchestrator.recipe.references import Reference, parse_reference
 
 if TYPE_CHECKING:  # a type checker can't see into the tables that these are made from
     ObjectiveName = str
+    ProbeName = str
     RelationField = str
 else:
     ObjectiveName = Literal[tuple(OBJECTIVES)]
+    ProbeName = Literal[tuple(PROBES)]
     RelationField = Literal[RELATION_FIELDS]
 
 
@@ -314,6 +318,33 @@ class RelationTerm(_Section):
     """Of this term in the loss."""
 
 
+class Measurement(_Section):
+    """What is measured while a stage trains, beside the divergence, which always is."""
+
+    probe: ProbeName
+    """divergence: the objective on held-out rows; knn, cka: how far teacher and student agree which of these rows are
+    alike; stsb-embed: how well the cosine of two sentences orders pairs that people judged; linear-TASK: a linear
+    classifier on frozen vectors, from 1,024 labels."""
+    every: Count | None = None
+    """Steps between measurements; default: eval_every."""
+    data: LocalPath | None = None
+    """Folder that holds the task's folder, for stsb-embed and linear-TASK; default: evaluation.data."""
+
+
+class Until(_Section):
+    """When a stage is good enough, so that it ends before its `steps`: all students have the share, or have stopped
+    getting better. Measurements during the warm-up do not count."""
+
+    probe: ProbeName
+    """One of the stage's `evaluate`, or divergence."""
+    share_of_teacher: ShareAboveZero | None = None
+    """A student is good enough with this share of the teacher's own value."""
+    patience: Count | None = None
+    """A student has stopped getting better after so many measurements in a row without a gain."""
+    min_gain: Share = 0.01
+    """Share of its best value by which a measurement must be better to be a gain."""
+
+
 class Stage(_Section):
     """One teacher and the student, or students, that learn from it."""
 
@@ -347,8 +378,11 @@ class Stage(_Section):
     """Learning rate at the end of the warm-up."""
     warmup_steps: CountFromZero
     """Steps in which the learning rate rises from 0 to its peak."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls to 0 after the warm-up; constant: it stays at its peak."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """How the learning rate falls to 0 after the warm-up; constant: it stays at its peak; wsd (warm-up, stable, decay):
+    it stays there until the last `decay_steps`, in which it falls linearly."""
+    decay_steps: Count | None = None
+    """With schedule wsd: steps of the decay; with `until` they begin where that is met."""
     adam_betas: Betas = (0.9, 0.999)
     """Decay rates of Adam's two averages."""
     adam_eps: Positive = 1e-6
@@ -361,6 +395,10 @@ class Stage(_Section):
     """Steps between measurements on held-out rows; default: before and after only."""
     held_out_rows: Count = 256
     """Held-out rows that a measurement reads at most."""
+    evaluate: tuple[Measurement, ...] = ()
+    """Probes that are measured as well, before, after and in between."""
+    until: Until | None = None
+    """When the stage is good enough; `steps` are the most that it makes. Needs schedule wsd or constant."""
 
     @model_validator(mode="before")
     @classmethod
@@ -373,6 +411,11 @@ class Stage(_Section):
         if isinstance(student, dict) and "name" in given:
             student = {"name": given["name"], **student}
         return rest | {"students": [student]}
+
+    def every(self, probe: str) -> int | None:
+        """Steps between a probe's measurements, None for before and after only."""
+        own = [one.every for one in self.evaluate if one.probe == probe and one.every]
+        return own[0] if own else self.eval_every
 
     def objective_fields(self) -> dict[str, Any]:
         """The objective as plain values, for `Objective.named`."""
@@ -387,7 +430,12 @@ class Stage(_Section):
 
     def result_fields(self) -> dict[str, Any]:
         """Everything here that determines the result, as JSON values; paths as the file has them."""
-        fields = self.model_dump(mode="json", exclude={"eval_every"})
+        fields = self.model_dump(mode="json", exclude={"eval_every", "evaluate"})
+        for key in ("decay_steps", "until"):
+            if fields[key] is None:  # as recipes were recorded before there were such keys
+                del fields[key]
+        if self.until:
+            fields["until"]["every"] = self.every(self.until.probe)
         for student in fields[
             "students"
         ]:  # the digest of a stage has the size that the teacher's family gives
@@ -397,6 +445,17 @@ class Stage(_Section):
             student["init"] = self._as_written.get(student["init"], student["init"])
         fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
         return fields
+
+
+OPEN_SCHEDULES = ("wsd", "constant")  # before a decay their rates do not depend on the stage's end
+
+
+def trunk_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stage's `result_fields` those that determine its steps before a decay; empty for other schedules."""
+    if fields["schedule"] not in OPEN_SCHEDULES:
+        return {}
+    end = ("steps", "schedule", "decay_steps", "until")
+    return {key: value for key, value in fields.items() if key not in end}
 
 
 class Compute(_Section):
@@ -536,6 +595,24 @@ class Recipe(_Section):
         experiment = str(given.get("name") or "unnamed")  # a name that is wrong is complained about by itself
         return given | {"tracking": {"experiment": experiment, **(tracking or {})}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _probes_read_where_the_evaluation_does(cls, given: Any) -> Any:
+        evaluation = given.get("evaluation") if isinstance(given, dict) else None
+        stages = given.get("stages") if isinstance(evaluation, dict) else None
+        if not isinstance(evaluation, dict) or not isinstance(stages, list) or not evaluation.get("data"):
+            return given
+
+        def filled(item: Any) -> Any:
+            probe = PROBES.get(str(item.get("probe"))) if isinstance(item, dict) else None
+            return {"data": evaluation["data"], **item} if probe and probe.task else item
+
+        def with_data(stage: Any) -> Any:
+            listed = stage.get("evaluate") if isinstance(stage, dict) else None
+            return stage | {"evaluate": [filled(i) for i in listed]} if isinstance(listed, list) else stage
+
+        return given | {"stages": [with_data(stage) for stage in stages]}
+
     @field_validator("stages")
     @classmethod
     def _fill_in_micro_batches(cls, given: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
@@ -585,6 +662,8 @@ SECTIONS: dict[str, type[_Section]] = {
     "stages": Stage,
     "students": Student,
     "relations": RelationTerm,
+    "evaluate": Measurement,
+    "until": Until,
     "compute": Compute,
     "evaluation": Evaluation,
     "promote": Promotion,

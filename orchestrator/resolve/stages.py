@@ -33,7 +33,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.feed.corpora import describe
 from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
-from minilm.orchestrator.resolve.evaluation import evaluation_problems
+from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
 from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.stage.data import CorpusSpec, PairSpec
 
@@ -74,6 +74,7 @@ def resolve(
         wrong_data = [f"data: {error}"]
     stages, problems = resolve_stages(recipe, find, seq_len=known and known[0], weights=weights)
     problems += evaluation_problems(recipe, stages[0].source if weights else None, rows=weights)
+    problems += probe_problems(recipe, rows=weights)
     try:
         problems += check_data(stages, *known) if known else wrong_data
         if not (built or wrong_data):
