@@ -126,13 +126,17 @@ def test_sentence_packing_gives_each_sentence_a_row_and_splits_by_document(token
     def rows(folder):
         reader = RowReader(folder)
         batch = reader.read(range(reader.manifest.rows))
-        return [tuple(row[1 : n - 1].tolist()) for row, n in zip(batch.input_ids, batch.mask.sum(1), strict=True)]
+        return [
+            tuple(row[1 : n - 1].tolist()) for row, n in zip(batch.input_ids, batch.mask.sum(1), strict=True)
+        ]
 
     def wanted(document):
         first, rest = document.split("\n")
         one, two = first.split(" Was")
         three, four = rest.split("no! ")
-        coded = [encode(t, add_special_tokens=False)["input_ids"] for t in (one, "Was" + two, three + "no!", four)]
+        coded = [
+            encode(t, add_special_tokens=False)["input_ids"] for t in (one, "Was" + two, three + "no!", four)
+        ]
         return [tuple(ids[i : i + 14]) for ids in coded for i in range(0, len(ids), 14)]
 
     train, held_out = rows(tmp_path / "out"), rows(tmp_path / "out" / "held-out")
