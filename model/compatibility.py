@@ -11,6 +11,7 @@ from minilm.model.encoder.sentence_layout import MODULES, DenseLayer, SentenceLa
 from minilm.model.encoder.shape import EncoderShape, student_shape
 from minilm.model.encoder.warm_start import started_shape
 from minilm.model.errors import ModelError
+from minilm.model.loss.embedding import VectorTerm
 from minilm.model.loss.objective import Objective
 
 
@@ -19,7 +20,8 @@ def check_teacher(objective: Objective, teacher: EncoderShape, layer: int | str 
     number = teacher.tapped_layer(layer)
     if objective.embeds and number != teacher.layers:
         raise ModelError(
-            f"vectors are made of the teacher's last layer, {teacher.layers}, and teacher_layer is {layer}; leave it out"
+            f"vectors are made of the teacher's last layer, {teacher.layers}, and teacher_layer is {layer}; leave it"
+            " out"
         )
     _check_head(objective, "the teacher", teacher)
 
@@ -103,12 +105,13 @@ def teacher_layout(
     """
     if own is None and objective.pooling is None:
         raise ModelError(
-            f"{whose} does not say how its vectors are pooled (it has no {MODULES}); give a sentence-transformers model,"
-            " or embedding: {pooling: mean} (or cls) in the stage, if it was trained to be pooled so"
+            f"{whose} does not say how its vectors are pooled (it has no {MODULES}); give a sentence-transformers"
+            " model, or embedding: {pooling: mean} (or cls) in the stage, if it was trained to be pooled so"
         )
     found = own or SentenceLayout(objective.pooling or "")
     width = found.width(hidden)
-    dims = sorted({term.dims for term in objective.relations if getattr(term, "dims", None)}, reverse=True)
+    vectors = [term for term in objective.relations if isinstance(term, VectorTerm)]
+    dims = sorted({term.dims for term in vectors if term.dims is not None}, reverse=True)
     if dims and dims[0] != width:
         fitting = [width, *(size for size in dims if size < width)]
         raise ModelError(

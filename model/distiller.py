@@ -123,7 +123,7 @@ class Distiller(nn.Module):
         )
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters that an optimiser of student `name` updates: the student's, its terms' projections, its head."""
+        """The parameters that an optimiser of student `name` updates: the student's, its projections', its head's."""
         trained = self.students[name].trained_parameters()
         for term, projection in self._projections[name].items():
             trained |= {f"projection.{term}.{key}": p for key, p in projection.named_parameters()}

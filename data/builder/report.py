@@ -23,7 +23,8 @@ class BuildReport:
     `files_left_out`: of what lies in folders, counts by reason.
     `truncated_share`: tokens that stand in no row (what is left behind the last whole row of packing "full").
     `split_share`: documents longer than one row. `length_histogram[i]`: documents of 2^(i/2) … 2^((i+1)/2)
-    tokens; with packing "sentence" both are of sentences, as `counted` says. `tokens_per_second` is that of tokenizing, by all processes together.
+    tokens; with packing "sentence" both are of sentences, as `counted` says. `tokens_per_second` is that of
+    tokenizing, by all processes together.
     """
 
     documents: int

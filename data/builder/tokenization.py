@@ -7,8 +7,8 @@
 Keys are hashes of (file, position in the file, seed), so the concatenated buckets are one shuffle of all
 documents, the same however the text was cut into units or shared among processes. A long document is tokenized in
 pieces of `_PIECE` characters, cut before white space where there is some; they share a key, lie in the same split, and
-`sort` joins them again; the sentences of packing "sentence" stay apart. A document is held out when the hash of its first 65,536 characters falls below the share asked
-for: equal texts always land on the same side.
+`sort` joins them again; the sentences of packing "sentence" stay apart. A document is held out when the hash of its
+first 65,536 characters falls below the share asked for: equal texts always land on the same side.
 Every task writes under a temporary name and renames, so it may run twice. Imports stay light: no torch here.
 """
 

@@ -95,7 +95,11 @@ def save_head(head: SentenceHead, folder: Path, hidden: int, max_tokens: int) ->
         path = f"{len(listed)}_Dense"
         listed.append((path, f"{module}Dense"))
         kind = type(activation)
-        values = {"in_features": layer.inputs, "out_features": layer.outputs, "bias": layer.bias}
+        values: dict[str, object] = {
+            "in_features": layer.inputs,
+            "out_features": layer.outputs,
+            "bias": layer.bias,
+        }
         values |= {"activation_function": f"{kind.__module__}.{kind.__name__}"}
         _write(folder / path / "config.json", values)
         weights = {f"linear.{key}": value.contiguous() for key, value in linear.state_dict().items()}

@@ -40,7 +40,7 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class SentenceLayout:
-    """pooling: one of `POOLINGS`, over valid tokens. dense: layers in order. normalize: whether vectors get length 1."""
+    """pooling: one of `POOLINGS`, over valid tokens. dense: layers in order. normalize: whether the length is 1."""
 
     pooling: str = "mean"
     dense: tuple[DenseLayer, ...] = ()
@@ -60,7 +60,8 @@ def read_layout(folder: str | Path, hidden: int) -> SentenceLayout | None:
     if not (folder / MODULES).is_file():
         return None
     listed = _read(folder / MODULES, list)
-    pooling, dense, normalize = "", [], False
+    pooling, normalize = "", False
+    dense: list[DenseLayer] = []
     for number, module in enumerate(listed):
         kind, path = _kind(module, folder), str(module.get("path") or "")
         if (kind == "Transformer") != (number == 0) or (kind == "Transformer" and path):

@@ -15,7 +15,7 @@ from minilm.model.loss.terms import Pair, Setting, Term
 
 
 @dataclass(frozen=True)
-class _OfVectors(Term):
+class VectorTerm(Term):
     """dims: of the vectors the first so many numbers, at length 1 again (Matryoshka, arXiv 2205.13147); None: all."""
 
     name: str
@@ -43,7 +43,7 @@ class _OfVectors(Term):
 
 
 @dataclass(frozen=True)
-class CosineDistance(_OfVectors):
+class CosineDistance(VectorTerm):
     """1 - cos of teacher's and student's vector, a value a row."""
 
     def sum(self, setting: Setting, pair: Pair) -> Tensor:
@@ -53,7 +53,7 @@ class CosineDistance(_OfVectors):
 
 
 @dataclass(frozen=True)
-class Similarity(_OfVectors):
+class Similarity(VectorTerm):
     """The squared difference of two rows' cosines, the mean over the rows that are computed together, a value a row."""
 
     def sum(self, setting: Setting, pair: Pair) -> Tensor:

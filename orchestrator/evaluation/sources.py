@@ -156,7 +156,7 @@ def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def source_digest(source: Source) -> str:
-    """sha256 (hex) of all that determines the model: weights but for a random control, config, tokenizer, pooling, shape."""
+    """sha256 (hex) of all that makes the model: weights but for a random control, config, tokenizer, pooling, shape."""
     folder = Path(source.folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for key in ("_name_or_path", "transformers_version"):

@@ -328,7 +328,7 @@ class Embedding(_Section):
 
     def terms(self) -> list[dict[str, Any]]:
         """The terms of the loss, for `Objective.named`. The largest of `dims`, the whole, comes first."""
-        sizes = sorted(set(self.dims or ()), reverse=True) or [None]
+        sizes: list[int | None] = [*sorted(set(self.dims or ()), reverse=True)] or [None]
         found: list[dict[str, Any]] = [
             {
                 "term": "cosine_distance",
@@ -358,8 +358,8 @@ class Stage(_Section):
     objective: ObjectiveName = "minilm"
     """minilm: Q-K and V-V relations; minilmv2: Q-Q, K-K and V-V relations; the papers' ablation arms:
     attention-only, value-mse, layer-to-layer, hidden-relation; soft-label-mlm: the teacher's predictions for masked
-    tokens, of a teacher that has a masked-language-model head; embedding: the vectors of whole texts, for a student that
-    is used as it is."""
+    tokens, of a teacher that has a masked-language-model head; embedding: the vectors of whole texts, for a student
+    that is used as it is."""
     embedding: Embedding | None = None
     """How the vectors of objective: embedding are made and compared."""
     relations: Annotated[tuple[RelationTerm, ...], Field(min_length=1)] | None = None

@@ -62,7 +62,7 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
 
 
 def _teacher_head(spec: StageSpec, objective: Objective, teacher: TappedEncoder) -> SentenceLayout:
-    """Give the teacher the modules of its folder, or the pooling that the recipe says; returns how they are laid out."""
+    """Give the teacher the modules of its folder, or the pooling that the recipe says; returns their layout."""
     hidden = teacher.model.config.hidden_size
     own = read_layout(spec.teacher, hidden)
     layout = teacher_layout(objective, f"the teacher {spec.teacher_name}", own, hidden)
