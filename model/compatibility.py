@@ -143,7 +143,8 @@ def student_layout(
                 f"student {name!r}: the model that it starts from has a dense layer to {start.width(hidden)} numbers,"
                 f" and the teacher's vectors have {width}"
                 + (", with dense: false" if objective.dense is False else "")
-                + f"; start from one without (take {MODULES} away from a copy of it), or let dense be"
+                + f"; start from a model without (a copy of it without {MODULES})"
+                + (", or leave dense out" if objective.dense is False else "")
             )
         return replace(start, pooling=pooling, normalize=True)
     if objective.dense is False and hidden != width:

@@ -62,7 +62,7 @@ def check_across(
                 what = f"given {student.name!r} a second time; allowed: a name for each student of the recipe"
                 yield (*path, "name"), what
             if student.starts_from and "/" not in student.starts_from and set(range(index)) <= stages.keys():
-                yield from _start(path, student, earlier, made_by)
+                yield from _start(path, student, stage, earlier, made_by)
             for problem in _heads(path, student, stage, teacher):
                 advice = _fitting(stages, index, i, teacher) if advise and _NOT_WHOLE in problem[1] else ""
                 yield problem[0], problem[1] + advice
@@ -106,14 +106,21 @@ def _teacher(
 
 
 def _start(
-    path: KeyPath, student: Student, earlier: Mapping[str, _Known], made_by: Mapping[str, Stage]
+    path: KeyPath,
+    student: Student,
+    stage: Stage,
+    earlier: Mapping[str, _Known],
+    made_by: Mapping[str, Stage],
 ) -> Iterator[Problem]:
     """Of `init` with an earlier student's name."""
     start = student.init
     if (known := earlier.get(start)) is None:
-        if start in made_by:
-            what = f"a student of stage {made_by[start].name!r}, which is none before this one"
-            yield (*path, "init"), f"given {start!r}, {what}; move that stage up, above this"
+        if start in [other.name for other in stage.students]:
+            what = f"given {start!r}, of this stage itself; allowed: a student of an earlier stage"
+            yield (*path, "init"), what
+        elif start in made_by:
+            what = f"given {start!r}, a student defined only later"
+            yield (*path, "init"), f"{what}; move the stage that makes it ({made_by[start].name}) up, above this"
         else:
             guess = suggest(start, [*INITIALIZATIONS, *earlier], cutoff=0.75)
             yield (*path, "init"), f"given {start!r}; allowed: {STARTS}{guess}"
