@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -314,3 +315,23 @@ def test_sentence_transformers_makes_the_same_vectors(teacher, tmp_path):
             expected = ours(states, inputs["attention_mask"].bool())
         found = torch.from_numpy(SentenceTransformer(str(place), device="cpu").encode(texts))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed"
+)
+def test_the_page_shows_asymmetric_search(teacher, tmp_path):
+    """The Python of docs/embedding.md, with a student that has its teacher's weights."""
+    page = Path(__file__).resolve().parent.parent / "docs" / "embedding.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    folder = make_embedder(shutil.copytree(teacher, tmp_path / "m"), dense=64)
+    layout = read_layout(folder, 48)
+    assert layout is not None
+    student = tmp_path / "student"
+    export_student(AutoModel.from_pretrained(folder), folder, student, "card", load_head(folder, layout))
+    names = {"STUDENT": str(student), "TEACHER": str(folder)}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    assert names["index"].shape == (3, 64)
+    assert names["best"].tolist() == [0, 2]

@@ -120,7 +120,10 @@ def _start(
             yield (*path, "init"), what
         elif start in made_by:
             what = f"given {start!r}, a student defined only later"
-            yield (*path, "init"), f"{what}; move the stage that makes it ({made_by[start].name}) up, above this"
+            yield (
+                (*path, "init"),
+                f"{what}; move the stage that makes it ({made_by[start].name}) up, above this",
+            )
         else:
             guess = suggest(start, [*INITIALIZATIONS, *earlier], cutoff=0.75)
             yield (*path, "init"), f"given {start!r}; allowed: {STARTS}{guess}"
