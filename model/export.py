@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,9 +51,7 @@ def export_student(
 
     if not has_vocabulary(tokenizer_folder):
         raise ModelError(f"{tokenizer_folder} holds no tokenizer; give the tokenizer/ folder of the data set")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = _temporary_folder(out)
-    try:
+    with whole_folder(out) as temporary:
         with quiet_transformers():
             model.save_pretrained(temporary)
         for file in tokenizer_files(tokenizer_folder):
@@ -65,6 +63,15 @@ def export_student(
         if head is not None:
             save_head(head, temporary, shape.hidden, shape.max_tokens)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of `out` when the block ends, and is removed where the block raises."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, lock = _temporary_folder(out)
+    try:
+        yield temporary
         for path in (*temporary.rglob("*"), temporary):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes files private, mkdtemp folders
             _sync(path)

@@ -98,12 +98,15 @@ def with_chat_template(folder: Path) -> None:
     (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
 
 
-BOTH = {"init": "teacher-layers"}
+SLICED, PROJECTED = {"init": "teacher-layers"}, {"init": "teacher-pca"}
+SOFT = {"objective": "soft-label-mlm"}
 # name: (family, its class, its config, what is changed then, keys of its student, keys of its stage)
 SOUND: dict[str, tuple[str, Any, dict[str, Any], Make, dict[str, Any], dict[str, Any]]] = {
     **{kind.replace("_", "-"): (kind, AutoModel, {}, nothing, {}, {}) for kind in FAMILIES},
-    "sliced-modernbert": ("modernbert", AutoModel, {}, nothing, BOTH | {"ffn": 48}, {}),
-    "sliced-eurobert": ("eurobert", AutoModel, {}, nothing, BOTH | {"ffn": 48}, {}),
+    "sliced-modernbert": ("modernbert", AutoModel, {}, nothing, SLICED, {}),
+    "sliced-eurobert": ("eurobert", AutoModel, {}, nothing, SLICED, {}),
+    "projected": ("bert", AutoModelForMaskedLM, {}, nothing, PROJECTED | {"ffn": 48}, SOFT),
+    "projected-nomic": ("nomic_bert", AutoModel, {}, nothing, PROJECTED, {}),
     "with-head": ("bert", AutoModelForMaskedLM, {}, nothing, {}, {"objective": "soft-label-mlm"}),
     "head-left-out": ("roberta", AutoModelForMaskedLM, {}, nothing, {}, {}),
     "classifier": (

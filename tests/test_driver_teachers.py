@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.shape import shape_of
+from minilm.model.export import weights_digest
 from minilm.orchestrator import cli
 from minilm.orchestrator.driver.curriculum import Driver
 from minilm.orchestrator.driver.prepare_data import prepare_data
+from minilm.orchestrator.driver.projected_start import with_projected_starts
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.load import load_recipe
@@ -77,8 +79,8 @@ def students(specs: dict[str, StageSpec]) -> Callable[[str], Path]:
 
     @functools.cache
     def student(name: str) -> Path:
-        spec = specs[name]
-        Path(spec.folder).mkdir(parents=True)
+        spec = with_projected_starts(specs[name])
+        Path(spec.folder).mkdir(parents=True, exist_ok=True)
         assert run_alone(spec), json.loads(StageFolder(Path(spec.folder)).failure.read_text())["message"]
         return StageFolder(Path(spec.folder)).student(name)
 
@@ -131,6 +133,23 @@ def test_a_student_of_each_loads_by_automodel_and_says_what_it_was_trained_on(na
     left |= {"return_dict", "_attn_implementation", "pruned_heads", "quantization_config", "num_labels"}
     assert not left & set(config) and "minilm" not in json.dumps(config)
     assert config["model_type"] == kind and config.get("chunk_size_feed_forward", 0) == 0
+
+
+def test_a_projected_start_is_made_before_the_workers_begin_and_the_same_anywhere(teacher, shards, tmp_path):
+    student = {"layers": 2, "hidden": 24, "init": "teacher-pca"}
+    stage = {"name": "small", "teacher": str(teacher), "student": student, **STAGE}
+    path = write_recipe(tmp_path / "odd.yaml", shards, [stage])
+    found = []
+    for name in ("one", "other"):
+        work = tmp_path / name
+        assert cli.main(["run", str(path), "--launcher", "inline", "--workdir", str(work)]) == 0
+        (start,) = (work / "stages/small/starts").iterdir()
+        card = (work / "stages/small/students/small/README.md").read_text()
+        assert f"| Started from | teacher-pca (weights {weights_digest(start)[:12]}) |" in card
+        found.append(
+            (start.name, weights_digest(start), weights_digest(work / "stages/small/students/small"))
+        )
+    assert found[0] == found[1] and found[0][1] != found[0][2]
 
 
 def test_positions_behind_the_rows_are_the_teachers_where_the_recipe_says_so(students, teachers):

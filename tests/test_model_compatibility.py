@@ -11,7 +11,10 @@ from minilm.model.loss.objective import Objective
 
 BERT = EncoderShape("bert", 6, 48, 4, 192, 100, 64)
 MODERNBERT = replace(
-    BERT, architecture="modernbert", layer_types=("full_attention", "sliding_attention", "full_attention") * 2
+    BERT,
+    architecture="modernbert",
+    ffn=72,
+    layer_types=("full_attention", "sliding_attention", "full_attention") * 2,
 )
 MPNET = replace(BERT, architecture="mpnet", position_bias=True)
 MINILM, DEEP = Objective.named("minilm"), Objective.named("layer-to-layer")
@@ -24,7 +27,7 @@ def fit(objective=MINILM, teacher=BERT, **changes):
 def test_a_student_that_fits_has_its_whole_shape():
     assert fit() == replace(BERT, layers=2, hidden=24, ffn=96, has_head=False)
     shape = fit(teacher=MODERNBERT, heads=4, layers=4)
-    assert shape.ffn == 36 and shape.layer_types == MODERNBERT.layer_types[2:]
+    assert shape.ffn == 40 and shape.layer_types == MODERNBERT.layer_types[2:]
     assert fit(Objective.named("minilmv2", relation_heads=12), heads=2, ffn=50).ffn == 50
     assert fit(Objective.named("soft-label-mlm"), heads=2).has_head
     assert fit(DEEP, layers=6).layers == 6
@@ -92,7 +95,7 @@ def test_a_student_that_fits_has_its_whole_shape():
         ),
         (
             lambda: fit(init="zero"),
-            "student 's': initialisation 'zero' is not known; use one of random, teacher-layers",
+            "student 's': initialisation 'zero' is not known; use one of random, teacher-layers, teacher-pca",
         ),
         (
             lambda: check_teacher(MINILM, BERT, 7),

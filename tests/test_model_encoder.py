@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def test_a_student_of_every_architecture_is_a_teacher(architecture, tmp_path):
     assert not teacher.training and teacher.layer == 2
     shape = shape_of(load_config(tmp_path))
     assert (shape.architecture, shape.layers, shape.hidden, shape.heads) == (architecture, 2, 16, HEADS)
-    assert (shape.ffn, shape.vocab_size) == (24 if architecture == "modernbert" else 64, VOCAB)
+    assert (shape.ffn, shape.vocab_size) == (64 if FAMILIES[architecture].ffn_ratio else 32, VOCAB)
     input_ids = torch.full((1, shape.max_tokens), 5)
     assert teacher(input_ids).q.shape == (1, HEADS, shape.max_tokens, 4)
     grandchild = build_student(teacher.model.config, layers=1, hidden=8, seed=4)
@@ -209,6 +210,23 @@ def test_the_shape_of_a_student_is_known_before_it_is_built(architecture, head, 
     ):
         build_student(config, **sizes, seed=0, head=head).save_pretrained(tmp_path)
         assert shape_of(load_config(tmp_path)) == student_shape(shape_of(config), **sizes, has_head=head)
+
+
+@pytest.mark.parametrize(
+    ("kind", "teacher", "hidden", "ffn"),
+    [
+        ("bert", (312, 1200), 192, 768),  # whatever its teacher has
+        ("modernbert", (768, 1152), 384, 576),
+        ("modernbert", (1024, 2624), 384, 984),
+        ("modernbert", (1024, 2624), 1024, 2624),
+        ("eurobert", (1152, 4096), 384, 1368),  # 1365.3, to the next multiple of 8
+        ("nomic_bert", (768, 3072), 384, 1536),
+        ("nomic_bert", (100, 90), 98, 90),  # no more than its teacher's
+    ],
+)
+def test_a_students_feed_forward_size_is_in_its_familys_ratio_or_its_teachers(kind, teacher, hidden, ffn):
+    shape = replace(shape_of(tiny_config(kind)), hidden=teacher[0], ffn=teacher[1], heads=1, layer_types=())
+    assert student_shape(shape, layers=1, hidden=hidden).ffn == ffn
 
 
 def test_a_layer_in_the_middle_and_two_taps_on_one_model():

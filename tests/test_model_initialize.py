@@ -170,6 +170,7 @@ def test_a_recipe_names_the_start():
     for mine, same in zip(student.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, same)
     with pytest.raises(
-        ModelError, match=r"^initialisation 'zero' is not known; use one of random, teacher-layers$"
+        ModelError,
+        match=r"^initialisation 'zero' is not known; use one of random, teacher-layers, teacher-pca$",
     ):
         initialize(student, teacher, "zero")

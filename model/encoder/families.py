@@ -53,7 +53,7 @@ class Family:
     """One architecture.
 
     ffn, dropout: the config's names of the feed-forward size and of the dropout rates.
-    ffn_ratio: a student's feed-forward size over its hidden size, unless the recipe gives one.
+    ffn_ratio: a student's feed-forward size over its hidden size, unless the recipe gives one; None for the teacher's.
     positions_after_padding: position ids begin at pad_token_id + 1 (RoBERTa and its kin).
     padding: the padding id that positions begin behind where that is not pad_token_id but a number in the code (MPNet).
     position_bias: the attention scores have a learned bias of their own.
@@ -64,7 +64,7 @@ class Family:
 
     ffn: str = "intermediate_size"
     dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    ffn_ratio: float = 4.0
+    ffn_ratio: float | None = 4.0
     positions_after_padding: bool = False
     padding: int | None = None
     position_bias: bool = False
@@ -104,15 +104,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "modernbert": Family(
         dropout=("embedding_dropout", "mlp_dropout", "attention_dropout"),
-        ffn_ratio=1.5,
+        ffn_ratio=None,
         weights={
             "attn.Wqkv": Blocks(rows=(ROTARY, ROTARY, HEADS)),
             "attn.Wo": Blocks(columns=(HEADS,)),
             "mlp.Wi": Blocks(rows=(PLAIN, PLAIN)),
         },
     ),
-    "eurobert": Family(dropout=("attention_dropout",), weights=_LLAMA_ATTENTION),
-    "nomic_bert": Family(weights=_LLAMA_ATTENTION),
+    "eurobert": Family(dropout=("attention_dropout",), ffn_ratio=None, weights=_LLAMA_ATTENTION),
+    "nomic_bert": Family(ffn_ratio=None, weights=_LLAMA_ATTENTION),
     "mpnet": Family(
         positions_after_padding=True,
         padding=1,

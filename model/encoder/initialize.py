@@ -26,7 +26,7 @@ from minilm.model.errors import ModelError
 if TYPE_CHECKING:  # a recipe is checked without modelling code
     from transformers import PreTrainedModel
 
-INITIALIZATIONS = ("random", "teacher-layers")
+INITIALIZATIONS = ("random", "teacher-layers", "teacher-pca")
 POSITIONS = ("cut", "teacher", "keep")
 _TABLE = "position_embeddings.weight"
 _LAYER = re.compile(r"^(.*?\blayers?\.)(\d+)(\..*)$")
@@ -54,6 +54,11 @@ def check_start(teacher: EncoderShape, student: EncoderShape, how: str) -> None:
                 f"a {what} size of {own} cannot start from the teacher's {theirs}; give {theirs} or less, or"
                 " start at random"
             )
+    if how == "teacher-pca" and s.hidden < t.hidden and (s.ffn, t.ffn) == (s.hidden, t.hidden):
+        raise ModelError(
+            f"teacher-pca can't tell a feed-forward size of {s.ffn} from the hidden size, which is the same; give the"
+            " student another ffn, or init: teacher-layers"
+        )
 
 
 def check_positions(teacher: EncoderShape, student: EncoderShape, positions: str, init: str) -> None:
@@ -76,8 +81,10 @@ def has_table(shape: EncoderShape) -> bool:
 def initialize(
     student: "PreTrainedModel", teacher: "PreTrainedModel", how: str, positions: str = "cut"
 ) -> None:
-    """Give a student, built at random, the start that a recipe names. Raises as `check_start` does."""
+    """Give a student, built at random, the start that a recipe names, but teacher-pca, which needs rows
+    (principal_start.py). Raises as `check_start` does."""
     check_start(shape_of(teacher.config), shape_of(student.config), how)
+    assert how != "teacher-pca", "see driver/projected_start.py"
     if how == "teacher-layers":
         from_teacher(student, teacher)
     elif positions == "teacher":
@@ -112,28 +119,37 @@ def from_teacher(student: "PreTrainedModel", teacher: "PreTrainedModel") -> list
     ModelError when the architectures or head counts differ, or the student is deeper or wider than the teacher.
     """
     check_start(shape_of(teacher.config), shape_of(student.config), "teacher-layers")
-    family, heads = family_of(student.config), student.config.num_attention_heads
-    sizes = tuple(
-        getattr(c, "head_dim", None) or c.hidden_size // heads for c in (teacher.config, student.config)
-    )
+    family, sizes = family_of(student.config), head_sizes(teacher, student)
     picked = picked_layers(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
     source = teacher.state_dict()
     copied = []
     for name, target in student.state_dict().items():
-        match = _LAYER.match(name)
-        origin = f"{match[1]}{picked[int(match[2])] - 1}{match[3]}" if match else name
+        origin = teachers_name(name, picked)
         if origin not in source:
             continue
         weight = source[origin]
         blocks = family.blocks(name.rpartition(".")[0])
         for dim, kinds in enumerate((blocks.rows, blocks.columns)[: weight.dim()]):
-            weight = _slice(weight, dim, kinds, target.shape[dim], *sizes)
+            weight = cut(weight, dim, kinds, target.shape[dim], *sizes)
         target.copy_(weight)
         copied.append(name)
     return copied
 
 
-def _slice(
+def teachers_name(name: str, picked: list[int]) -> str:
+    """What a student's module or weight is called in its teacher. picked: of `picked_layers`."""
+    match = _LAYER.match(name)
+    return f"{match[1]}{picked[int(match[2])] - 1}{match[3]}" if match else name
+
+
+def head_sizes(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[int, int]:
+    """How many dimensions a head has, in the teacher and in a student with as many heads."""
+    own, theirs = student.config, teacher.config
+    heads = own.num_attention_heads
+    return getattr(theirs, "head_dim", None) or theirs.hidden_size // heads, own.hidden_size // heads
+
+
+def cut(
     weight: Tensor, dim: int, kinds: tuple[str, ...], size: int, teacher_head: int, student_head: int
 ) -> Tensor:
     """`weight` cut to `size` along `dim`, which is made of equal blocks of these kinds; *_head: sizes of a head."""

@@ -232,7 +232,8 @@ def student_shape(
 ) -> EncoderShape:
     """The shape of a student of this teacher, as `build_student` builds it. ModelError for sizes that do not fit.
 
-    heads, max_tokens: the teacher's unless given. ffn: hidden size times the family's ratio unless given.
+    heads, max_tokens: the teacher's unless given. ffn: hidden size times the family's ratio, or the teacher's, unless
+    given.
     """
     family = FAMILIES[teacher.architecture]
     heads = heads or teacher.heads
@@ -261,12 +262,20 @@ def student_shape(
         layers=layers,
         hidden=hidden,
         heads=heads,
-        ffn=ffn or int(family.ffn_ratio * hidden),
+        ffn=ffn or _default_ffn(family, teacher, hidden),
         layer_types=teacher.layer_types[-layers:],  # the last layer attends as the teacher's last does
         has_head=has_head,
         max_tokens=max_tokens or teacher.max_tokens,
         embedding=hidden if teacher.embedding == teacher.hidden else teacher.embedding,
     )
+
+
+def _default_ffn(family: Family, teacher: EncoderShape, hidden: int) -> int:
+    """By the family's ratio; by the teacher's, to the next multiple of 8, where the family has none."""
+    if family.ffn_ratio is not None:
+        return int(family.ffn_ratio * hidden)
+    exact = -(-teacher.ffn * hidden // teacher.hidden)
+    return exact if hidden >= teacher.hidden else min(-(-exact // 8) * 8, teacher.ffn)
 
 
 def tapped_layer(config: PreTrainedConfig, layer: int | str) -> int:

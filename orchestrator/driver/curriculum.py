@@ -21,6 +21,7 @@ from minilm.data.format.manifest import MANIFEST
 from minilm.model.export import weights_digest
 from minilm.orchestrator.driver.preflight import check_checkpoints, check_device
 from minilm.orchestrator.driver.prepare_data import prepare_data
+from minilm.orchestrator.driver.projected_start import PROJECTED, with_projected_starts
 from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter, say_built
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
@@ -268,6 +269,9 @@ class Driver:
         folder = self.workdir.stage(spec.stage)
         spec = replace(spec, attempt=f"{spec.stage}-{uuid.uuid4().hex[:12]}", lease=str(self.lease.path))
         spec = self.launcher.allocate(spec, show)
+        if any(student.init == PROJECTED for student in spec.students):
+            show("projecting the teacher for the students' start", True)
+            spec = with_projected_starts(spec)
         begin_attempt(spec, folder)
         future = self.launcher.start(spec)
         try:

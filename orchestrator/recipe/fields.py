@@ -21,7 +21,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.references import VARIABLE, check_form
 from minilm.orchestrator.stage.folder import CHECKPOINT_SCHEMES
 
-INITIALIZATIONS = ("random", "teacher-layers")  # the model's own list, a test says
+INITIALIZATIONS = ("random", "teacher-layers", "teacher-pca")  # the model's own list, a test says
 URL_SCHEMES = ("s3", "gs", "https", "http", "file")  # the data layer reads from these, a test says
 
 

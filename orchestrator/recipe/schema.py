@@ -278,14 +278,16 @@ class Student(_Section):
     hidden: Width
     """Hidden size."""
     ffn: Width | None = None
-    """Inner size of the feed-forward part; default: 4 × hidden (ModernBERT, which has gates: 1.5 × hidden)."""
+    """Inner size of the feed-forward part; default: 4 × hidden; in families with gates (ModernBERT,
+    EuroBERT, Nomic) the teacher's own ratio to hidden."""
     heads: Width | None = None
     """Attention heads; default: the teacher's."""
     dropout: Fraction = 0.1
     """Dropout of the student while it trains."""
     init: Start = "random"
     """How the weights start: random; teacher-layers: a uniform pick of the teacher's layers, sliced where
-    the student is narrower; or a model of this very shape that training goes on from: an earlier stage's student by its
+    the student is narrower; teacher-pca: the same layers, projected on the principal directions of the teacher's hidden
+    states on a sample of the rows; or a model of this very shape that training goes on from: an earlier student's
     name, `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
     positions: Literal["cut", "teacher", "keep"] = "cut"
     """What becomes of positions behind the rows' length, which nothing trains. cut: the student takes rows of the

@@ -40,6 +40,10 @@ class StageFolder:
         """The checkpoints, or room to work in for a store that is elsewhere."""
         return self.root / "checkpoints"
 
+    def start(self, student: str, key: str) -> Path:
+        """A model that a student of the stage starts from, made before its workers begin (`init: teacher-pca`)."""
+        return self.root / "starts" / f"{student}-{key}"
+
     @property
     def step_metrics(self) -> Path:
         """Loss terms and speeds by step (JSON lines, append-only)."""

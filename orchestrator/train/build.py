@@ -11,6 +11,7 @@ import os
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from minilm.model.compatibility import student_layout, teacher_layout
 from minilm.model.distiller import Distiller
@@ -36,21 +37,12 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
     vectors = _teacher_head(spec, objective, teacher) if objective.embeds else None
     students = {}
     for student in spec.students:
-        seed, head = derive_seed(spec.seed, "init", student.name), objective.needs_head
+        head = objective.needs_head
         if student.start:
+            seed = _seed(spec, student)
             model = load_start(student.start, dropout=student.dropout, head=head, seed=seed)
         else:
-            model = build_student(
-                teacher.model.config,
-                layers=student.layers,
-                hidden=student.hidden,
-                heads=student.heads,
-                ffn=student.ffn,
-                dropout=student.dropout,
-                seed=seed,
-                head=head,
-                max_tokens=spec.data.seq_len if student.positions == "cut" else None,
-            )
+            model = build_random(spec, student, teacher.model.config, head=head)
             initialize(model, teacher.model, student.init, student.positions)
         encoder = TappedEncoder(model, student.layers)
         if vectors is not None:
@@ -85,6 +77,27 @@ def _student_head(
     if start and start.dense:
         return load_head(student.start, layout)
     return SentenceHead(layout, seed=derive_seed(spec.seed, "dense", student.name))
+
+
+def build_random(
+    spec: StageSpec, student: StudentSpec, teacher_config: PreTrainedConfig, *, head: bool
+) -> PreTrainedModel:
+    """A student of the stage with the random weights that its seed gives."""
+    return build_student(
+        teacher_config,
+        layers=student.layers,
+        hidden=student.hidden,
+        heads=student.heads,
+        ffn=student.ffn,
+        dropout=student.dropout,
+        seed=_seed(spec, student),
+        head=head,
+        max_tokens=spec.data.seq_len if student.positions == "cut" else None,
+    )
+
+
+def _seed(spec: StageSpec, student: StudentSpec) -> int:
+    return derive_seed(spec.seed, "init", student.name)
 
 
 def build_objective(spec: StageSpec) -> Objective:

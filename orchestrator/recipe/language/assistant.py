@@ -6,7 +6,7 @@
 
 Of a teacher of L layers and a student of M layers and hidden size d it makes teacher → L x d → student (MiniLM, Wang
 et al. 2020, section 3.3). The stage NAME-assistant stands before the stage and has its keys; the assistant's layers
-begin at random or, with `init: teacher-layers`, as slices of the teacher's.
+begin at random or, with `init: teacher-layers` or `teacher-pca`, as parts of the teacher's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.recipe.fields import INITIALIZATIONS
 from minilm.orchestrator.recipe.references import (
     FolderRef,
     HubRef,
@@ -207,6 +208,6 @@ def _assistant(stage: dict[str, Any], layers: int) -> dict[str, Any]:
     """The assistant's stage: all keys of the stage, and one student with its first student's keys."""
     own = {key: deepcopy(value) for key, value in stage.items() if key not in ("student", "students")}
     student = {key: value for key, value in _first(stage)[1].items() if key != "name"}
-    if student.get("init") not in (None, "random", "teacher-layers"):
+    if student.get("init") not in (None, *INITIALIZATIONS):
         del student["init"]  # a model of the student's shape
     return own | {"name": f"{stage['name']}-assistant", "student": student | {"layers": layers}}

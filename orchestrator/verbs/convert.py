@@ -1,0 +1,77 @@
+"""`minilm export`: a model's folder made into another, for whoever loads it next."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.verbs.arguments import add_json, add_verb
+from minilm.orchestrator.verbs.gate import not_negative
+
+FORMATS = ("onnx", "openvino", "sentence-transformers")  # those of PACKAGES: a test says
+
+
+def add_export(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "export",
+        "write a model in the format that a service loads, checked against PyTorch and measured",
+        "minilm export STUDENT student-onnx --format onnx",
+        "minilm export STUDENT student-onnx --format onnx --int8 --task stsb-embed --data DIR",
+        "minilm export STUDENT embedder --format sentence-transformers",
+    )
+    verb.add_argument(
+        "model", metavar="MODEL", help="a folder, hub id, models:/NAME@ALIAS or package:NAME/PATH"
+    )
+    verb.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    verb.add_argument("--format", choices=FORMATS, required=True)
+    verb.add_argument("--int8", action="store_true", help="write it in 8 bits too, if its score holds (onnx)")
+    verb.add_argument(
+        "--max-drop",
+        type=not_negative,
+        default=0.005,
+        metavar="DROP",
+        help="of the score in 8 bits (default: 0.005)",
+    )
+    verb.add_argument(
+        "--task", default="stsb-embed", metavar="NAME", help="that says so (default: stsb-embed)"
+    )
+    verb.add_argument("--data", type=Path, metavar="DIR", help="holds the task's folder")
+    verb.add_argument("--workdir", type=Path, help="of the run that registered a models:/… here")
+    add_json(verb, "print a JSON object, for programs")
+    verb.set_defaults(run=export_model)
+
+
+def export_model(options: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from minilm.orchestrator.deploy.packages import require_packages
+    from minilm.orchestrator.evaluation.tasks import find_tasks
+
+    require_packages(options.format)  # before the seconds that it takes to import torch
+    if options.int8 and options.data is None:
+        raise UserError(
+            "--int8 needs --data DIR, which holds the published files of --task (DIR/STS-B/ for stsb-embed): what 8 "
+            "bits cost is measured there"
+        )
+    (task,) = find_tasks([options.task])
+
+    from minilm.orchestrator.deploy.export import Gate, export
+    from minilm.orchestrator.verbs.evaluate import open_source
+
+    gate = Gate(task, options.data, options.max_drop) if options.int8 else None
+    quiet = options.quiet or options.json
+    source = open_source(options.model, options)
+    report = export(
+        source,
+        options.out,
+        options.format,
+        gate,
+        lambda text: None if quiet else print(text, file=sys.stderr),
+    )
+    print(json.dumps(asdict(report)) if options.json else f"{report.text()}\n\n{options.out} is written")
+    return 0
