@@ -326,8 +326,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.small.student.init=asistant"],
-        "--set: stages.1.student.init: given 'asistant'; allowed: random, teacher-layers, teacher-pca, or a model to go "
-        "on from: an earlier student's name, models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…,"
+        "--set: stages.1.student.init: given 'asistant'; allowed: random, teacher-layers, teacher-pca, or a model to "
+        "go on from: an earlier student's name, models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…,"
         " ~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME; did you mean 'assistant'?",
     ),
     (

@@ -125,7 +125,7 @@ def _start(
                 f"{what}; move the stage that makes it ({made_by[start].name}) up, above this",
             )
         else:
-            guess = suggest(start, [*INITIALIZATIONS, *earlier], cutoff=0.75)
+            guess = suggest(start, [*INITIALIZATIONS, *earlier], cutoff=0.8)
             yield (*path, "init"), f"given {start!r}; allowed: {STARTS}{guess}"
         return
     for key in ("layers", "hidden"):

@@ -105,7 +105,7 @@ def resolve_stages(
     `find` is asked for every teacher that is no earlier student, and for every model that a student goes on from.
     seq_len: tokens a row, None where that is not known. weights: load what is here of both.
     """
-    loaded: set[tuple[str, bool]] = set()
+    loaded: set[tuple[str, bool, bool]] = set()
     resolved: list[ResolvedStage] = []
     problems: list[str] = []
     shapes: dict[str, EncoderShape | None] = {}
@@ -155,11 +155,11 @@ def resolve_stages(
             if objective.embeds and teacher is not None and (source is None or Path(source).is_dir()):
                 vectors = stage_vectors(stage, objective, source, teacher, known_layouts)
                 layouts = student_vectors(stage, objective, vectors, teacher, students, starts, known_layouts)
-            head = objective.needs_head
+            head, embeds = objective.needs_head, objective.embeds
             for folder in dict.fromkeys((source, *starts.values())) if weights else ():
-                if folder and (folder, head) not in loaded:
-                    load_weights(folder, head=head, vectors=objective.embeds)
-                    loaded.add((folder, head))
+                if folder and (folder, head, embeds) not in loaded:
+                    load_weights(folder, head=head, vectors=embeds)
+                    loaded.add((folder, head, embeds))
         except (UserError, ModelError) as error:
             raise_passing(error)
             problems.append(f"stage {stage.name}: {error}")
