@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from minilm.model.encoder.sentence_head import SentenceHead, save_head
+from minilm.model.encoder.sentence_layout import MODULES, SentenceLayout
 from minilm.model.export import weights_digest, whole_folder
 from minilm.model.files import SUFFIXES
-from minilm.orchestrator.deploy.embedder_layout import write_layout
 from minilm.orchestrator.deploy.latency import Latency, Open, latency_rows, measure_latency
 from minilm.orchestrator.deploy.onnx_graph import ONE_FILE, open_onnx, quantise, write_onnx
 from minilm.orchestrator.deploy.openvino_model import open_openvino, write_openvino
@@ -31,7 +32,7 @@ from minilm.orchestrator.evaluation.batches import most_tokens
 from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.protocols import protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_fingerprint
-from minilm.orchestrator.evaluation.sources import Source, build, check_source, tokenizer_of
+from minilm.orchestrator.evaluation.sources import Source, build, check_source, head_of, tokenizer_of
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.text import text_table
@@ -145,7 +146,9 @@ def export(
     with whole_folder(out.absolute()) as part:
         _copy(folder, part, weights=format == "sentence-transformers")
         if format == "sentence-transformers":
-            write_layout(part, model.config.hidden_size, most_tokens(model, 512))
+            if not (part / MODULES).exists():  # modules of its own stay as they are
+                head = SentenceHead(SentenceLayout())
+                save_head(head, part, model.config.hidden_size, most_tokens(model, 512))
         else:
             names = _input_names(model, tokenizer_of(source))
             say(f"writing {GRAPH} …")
@@ -196,6 +199,7 @@ def _measure_drop(source: Source, model: PreTrainedModel, int8: Open, gate: Gate
     float32, eight = (
         cosine_similarity(
             encoder,
+            head_of(source),
             tokenizer_of(source),
             gate.task,
             gate.data,

@@ -24,6 +24,7 @@ SECTIONS = {
     "Stage": ("stages.NAME.KEY", "stages"),
     "Student": ("stages.NAME.student.KEY, stages.NAME.students.NAME.KEY", "student"),
     "RelationTerm": ("stages.NAME.relations.NAME.KEY", "relations"),
+    "Embedding": ("stages.NAME.embedding.KEY", "embedding"),
     "Measurement": ("stages.NAME.evaluate.N.KEY", "evaluate"),
     "Until": ("stages.NAME.until.KEY", "until"),
     "Compute": ("compute.KEY", "compute"),
