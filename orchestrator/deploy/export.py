@@ -8,7 +8,6 @@ no more than is allowed. Leaves out heads of tasks.
 from __future__ import annotations
 
 import inspect
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from minilm.model.export import weights_digest, whole_folder
-from minilm.model.files import SUFFIXES
+from minilm.orchestrator.deploy.beside import copy_beside
 from minilm.orchestrator.deploy.embedder_layout import write_layout
 from minilm.orchestrator.deploy.latency import Latency, Open, latency_rows, measure_latency
 from minilm.orchestrator.deploy.onnx_graph import ONE_FILE, open_onnx, quantise, write_onnx
@@ -144,7 +143,7 @@ def export(
     used = versions(("torch", "transformers", *(text.split(">")[0] for text in PACKAGES[format])))
     difference, drop, latency = None, None, []
     with whole_folder(out.absolute()) as part:
-        _copy(folder, part, weights=format == "sentence-transformers")
+        copy_beside(folder, part, weights=format == "sentence-transformers")
         if format == "sentence-transformers":
             write_layout(part, model.config.hidden_size, most_tokens(model, 512))
         else:
@@ -217,19 +216,6 @@ def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     return [
         name for name in ("input_ids", "attention_mask", "token_type_ids") if name in given and name in taken
     ]
-
-
-def _copy(folder: Path, part: Path, *, weights: bool) -> None:
-    """Copy what may lie in a model's folder; weights: of the encoder too (those of modules in folders in any case)."""
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        own = name.parent == Path() and (file.suffix == ".safetensors" or file.name.endswith(".index.json"))
-        if not file.is_file() or file.suffix not in SUFFIXES or (own and not weights):
-            continue
-        if any(step.startswith(".") for step in name.parts):
-            continue
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, part / name)
 
 
 def _sizes(part: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`minilm export`: a model's folder made into another, for whoever loads it next."""
+"""`minilm export` and `minilm shrink`: a model's folder made into another, for whoever loads it next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.verbs.arguments import add_json, add_verb
+from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_whole
 from minilm.orchestrator.verbs.gate import not_negative
 
 FORMATS = ("onnx", "openvino", "sentence-transformers")  # those of PACKAGES: a test says
@@ -72,6 +72,56 @@ def export_model(options: argparse.Namespace) -> int:
         options.format,
         gate,
         lambda text: None if quiet else print(text, file=sys.stderr),
+    )
+    print(json.dumps(asdict(report)) if options.json else f"{report.text()}\n\n{options.out} is written")
+    return 0
+
+
+def add_shrink(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "shrink",
+        "write a model with a smaller vocabulary, chosen from a text; distil from it as from any teacher",
+        "minilm shrink intfloat/multilingual-e5-small e5-de --text corpus/*.txt --keep 30000",
+        "minilm shrink TEACHER smaller --text package:NAME/texts.json --min-count 5",
+    )
+    verb.add_argument(
+        "model", metavar="MODEL", help="a folder, hub id, models:/NAME@ALIAS or package:NAME/PATH"
+    )
+    verb.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    verb.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="INPUT",
+        help="of the kind it is for; as `data build` takes it",
+    )
+    how = verb.add_mutually_exclusive_group(required=True)
+    how.add_argument("--keep", type=positive_whole, metavar="N", help="at most so many tokens")
+    how.add_argument(
+        "--min-count", type=positive_whole, metavar="N", help="the tokens that the text has so many times"
+    )
+    verb.add_argument("--workdir", type=Path, help="of the run that registered a models:/… here")
+    add_json(verb, "print a JSON object, for programs")
+    verb.set_defaults(run=shrink_model)
+
+
+def shrink_model(options: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from minilm.orchestrator.deploy.shrink import shrink
+    from minilm.orchestrator.resolve.folders import text_inputs
+    from minilm.orchestrator.verbs.evaluate import open_source
+
+    source = open_source(options.model, options)
+    report = shrink(
+        source.name,
+        Path(source.folder),
+        options.out,
+        text_inputs(options.text),
+        keep=options.keep,
+        min_count=options.min_count,
     )
     print(json.dumps(asdict(report)) if options.json else f"{report.text()}\n\n{options.out} is written")
     return 0
