@@ -1,5 +1,6 @@
 """Opens folders, URLs and weighted corpora for a `Stream`."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ def open_rows(
     """The data set in a folder or behind a URL. The node's `cache` holds the shards of a URL; `options` go to
     fsspec."""
     if not is_remote(location):
-        return RowReader(Path(location).expanduser(), pin=pin, quarantine=quarantine)
+        return RowReader(Path(os.path.expanduser(location)), pin=pin, quarantine=quarantine)  # noqa: PTH111
     if cache is None:
         raise DataError(
             f"{str(location)!r} is remote; name the folder of this node that may hold its shards (cache)"

@@ -9,6 +9,7 @@ Left out: training a tokenizer.
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +53,8 @@ class SpecialIds(NamedTuple):
 def load_tokenizer(path_or_hub_id: str) -> Any:
     """A fast tokenizer from a folder or hub id. DataError when it cannot be loaded, has no unknown token
     for what its vocabulary does not hold, or does not know its own tokens."""
-    where = str(Path(path_or_hub_id).expanduser()) if path_or_hub_id.startswith("~") else path_or_hub_id
-    if (where.startswith((".", "/")) or Path(where).exists()) and not has_tokenizer(Path(where)):
+    where = os.path.expanduser(path_or_hub_id)  # noqa: PTH111 (Path.expanduser raises for a user that is not there)
+    if (where.startswith((".", "/", "~")) or Path(where).exists()) and not has_tokenizer(Path(where)):
         raise DataError(
             f"tokenizer {path_or_hub_id!r}: no tokenizer.json or vocabulary file there; "
             "give a folder written by save_pretrained, or a hub id"

@@ -16,6 +16,7 @@ from minilm.data.builder import phases
 from minilm.data.builder.build import build, import_data
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import load_manifest
+from minilm.data.open import open_rows
 from minilm.data.sources.find import (
     BROKEN,
     BUILT,
@@ -26,6 +27,7 @@ from minilm.data.sources.find import (
     find_files,
     summary,
 )
+from minilm.data.tokenizer import load_tokenizer
 from tests.data_cases import make_documents, make_tokenizer
 from tests.test_data_tars import write_tar
 
@@ -212,6 +214,9 @@ def test_a_name_that_begins_with_a_tilde_is_a_name_and_one_too_long_is_an_error(
     Path("a.txt").rename("~$a.txt")  # as Office calls its own
     assert build(["~$a.txt"], tokenizer, Path("~$out"), **SMALL).documents == 1
     assert Path("~$out", "manifest.json").exists()
+    assert open_rows("~$out").num_rows == 1
+    with pytest.raises(DataError, match=r"tokenizer '~\$none': no tokenizer.json"):
+        load_tokenizer("~$none")
     with pytest.raises(DataError, match=r"xx\.txt' cannot be read \(File name too long\)"):
         find_files(["x" * 300 + ".txt"])
 

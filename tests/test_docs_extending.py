@@ -125,6 +125,7 @@ def test_a_data_source_with_an_option_of_its_own(tmp_path, teacher, monkeypatch,
     sys.modules.pop("dashes_example", None)
 
 
+@pytest.mark.slow
 def test_a_launcher(tmp_path, text, teacher, monkeypatch, capsys):
     module = type(sys)("minilm.orchestrator.launch.process")
     vars(module).update(execute(LAUNCHER, module.__name__))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import yaml
 from minilm.model.export import weights_digest
 from minilm.orchestrator.checkpoint.format import FORMAT, sealed
 from minilm.orchestrator.checkpoint.local_store import LocalStore
+from minilm.orchestrator.cli import main
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.launch.attempt import take_checkpoints
 from minilm.orchestrator.stage.folder import StageFolder
@@ -96,13 +98,20 @@ def digests(workdir: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) -> Path:
-    """A folder with the recipe and the work directory of a run that was left alone."""
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder, text, teacher)
-    started_in = crowded_folder(folder / "user")
-    run("run", recipe, "--workdir", folder / "work", "--launcher", "inline", cwd=started_in)
+    """A folder with the recipe and the work directory of a run that was left alone; one for all processes and files
+    of tests, which only read it."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "finished"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "whole").exists():
+            recipe = write_recipe(folder, text, teacher)
+            started_in = crowded_folder(folder / "user")
+            run("run", recipe, "--workdir", folder / "work", "--launcher", "inline", cwd=started_in)
+            (folder / "whole").touch()
     return folder
 
 
@@ -133,6 +142,7 @@ def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow(finished):
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_driver_that_goes_on_imports_no_modelling_code_before_its_workers_run(finished, tmp_path):
     """Seconds that every recovery from a dead driver would wait for; only a first run looks into the teachers."""
     program = (
@@ -174,6 +184,7 @@ def test_what_was_tracked(finished):
         assert pictures == {"pictures/attention_maps.png", "pictures/loss_curves.png"}
 
 
+@pytest.mark.slow
 def test_a_registered_student_loads_without_our_code(finished, tmp_path):
     out, _ = run("pull", "models:/tiny-small@newest", tmp_path / "small", "--workdir", finished / "work")
     assert "version 1" in out
@@ -188,6 +199,7 @@ def test_a_registered_student_loads_without_our_code(finished, tmp_path):
     subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_in_a_stage_between_stages_and_while_publishing_the_weights_are_the_same(finished, tmp_path):
     """SIGKILL of the whole driver, three times; then it goes on to the same bits, points and versions."""
     recipe, work = finished / "tiny.yaml", tmp_path / "work"
@@ -307,12 +319,13 @@ def test_sigterm_stops_at_a_step_boundary_with_its_own_exit_code(finished, tmp_p
     assert not (folder.root / "failure.json").exists()
 
 
-def test_a_work_directory_of_another_recipe_is_refused(finished):
+def test_a_work_directory_of_another_recipe_is_refused(finished, tmp_path):
+    shutil.copytree(finished / "work", tmp_path / "work")
     _, errors = run(
         "run",
         finished / "tiny.yaml",
         "--workdir",
-        finished / "work",
+        tmp_path / "work",
         "--set",
         "stages.small.steps=41",
         expect=2,
@@ -422,10 +435,11 @@ def too_long_rows(tmp_path: Path, text: Path, teacher: Path) -> tuple[dict[str, 
 
 
 @pytest.mark.parametrize("make", [bad_tokenizer, missing_text, empty_text, too_long_rows])
-def test_bad_input_is_one_line_and_exit_code_2(make, tmp_path, text, teacher):
+def test_bad_input_is_one_line_and_exit_code_2(make, tmp_path, text, teacher, capsys):
     changes, expected = make(tmp_path, text, teacher)
     recipe = write_recipe(tmp_path, text, teacher, **changes)
-    _, errors = run("run", recipe, "--workdir", tmp_path / "work", "--launcher", "inline", expect=2)
+    assert main(["run", str(recipe), "--workdir", str(tmp_path / "work"), "--launcher", "inline"]) == 2
+    errors = capsys.readouterr().err
     lines = [line for line in errors.splitlines() if line.startswith("minilm: error:")]
     assert len(lines) == 1
     assert expected in lines[0]

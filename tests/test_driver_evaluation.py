@@ -117,6 +117,7 @@ def test_check_and_run_refuse_what_cannot_be_evaluated(tmp_path, text, teacher, 
     assert message in capsys.readouterr().err and not (tmp_path / "w" / "data").exists()
 
 
+@pytest.mark.slow
 def test_stages_that_are_added_or_done_again_are_evaluated(tmp_path, text, teacher):
     recipe, work = write_recipe(tmp_path, text, teacher, tasks=["stsb-embed"]), tmp_path / "work"
     command = ["run", str(recipe), "--workdir", str(work), "--launcher", "inline"]

@@ -595,6 +595,8 @@ def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, expected: str)
         (["stages.1.teacher_layer=5"], "given 5; allowed: 1 to 4, the layers of 'assistant', or last"),
         (["stages.1.warmup_steps=100"], "warmup_steps: given 100; allowed: fewer than the stage's 100 steps"),
         (["compute.micro_batch=48"], "compute.micro_batch: given 48; allowed: a divisor of the batch 64"),
+        (["stages.1.batch=40"], "compute.micro_batch: its default is 32; allowed: a divisor of the batch 40 of "
+                                "stage 'student'; 8 would do"),
         (["stages.1.micro_batch=5"], "stages.1.micro_batch: given 5; allowed: a divisor of the batch 32 of "
                                      "stage 'student'; 4 would do"),
         (["compute.workers=[3, 1]"], "given [3, 1]; allowed: a number of at least 1, or [LEAST, MOST]"),

@@ -63,6 +63,7 @@ def test_every_module_is_in_it_and_can_be_imported(installed, tmp_path):
     assert len(files) > 150 and all(Path(file).is_relative_to(installed) for file in files)
 
 
+@pytest.mark.slow
 def test_it_checks_and_runs_recipes_in_a_folder_with_files_of_our_names(installed, tmp_path, text, teacher):
     folder = crowded_folder(tmp_path / "user")
     environment = os.environ | {

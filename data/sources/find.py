@@ -169,10 +169,7 @@ def _listed(folder: Path, names: Sequence[str]) -> set[str]:
 
 def at_home(given: str | Path) -> Path:
     """A path as a shell has it: `~` and `~user` are home folders, `~$report.txt` is a name like any other."""
-    try:
-        return Path(given).expanduser()
-    except RuntimeError:  # no user of that name
-        return Path(given)
+    return Path(os.path.expanduser(given))  # noqa: PTH111 (Path.expanduser raises for a user that is not there)
 
 
 def summary(left_out: Iterable[tuple[str, str]]) -> list[str]:

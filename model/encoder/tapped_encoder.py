@@ -97,7 +97,7 @@ class TappedEncoder(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the layers before the tap, one by one; the tapped layer itself stays as it is.
 
-        Off unless called: on a CPU it gains 7 % in a teacher and loses 3 % in a student (docs/benchmarks.md).
+        Off unless called: on a CPU it gains 7 % in a teacher and loses 3 % in a student (docs/benchmarks-log.md).
         """
         for block in self.blocks()[:-1]:
             block.compile(backend=backend)

@@ -157,7 +157,7 @@ def train(
 ) -> Curve:
     """Train in place by the setting. loss_of: the mean loss of the rows with these numbers; lengths: of all rows."""
     model.to(device).train()
-    optimizer = torch.optim.AdamW(_groups(model), lr=setting.learning_rate, eps=1e-8)
+    optimizer = torch.optim.AdamW(_groups(model), lr=setting.learning_rate, eps=1e-8, fused=True)
     steps = setting.epochs * math.ceil(len(lengths) / setting.batch)
     warmup = max(1, round(WARMUP * steps))
     curve: Curve = []

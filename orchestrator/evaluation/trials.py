@@ -26,7 +26,7 @@ from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.versions import code_version
 
-FORMAT = 2  # of a trial's file; another number makes every trial new
+FORMAT = 3  # of a trial's file; another number makes every trial new
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,6 @@ def worker_environment() -> dict[str, str]:
     """Environment variables of Ray's workers: the allocator's settings, and the driver's own priority.
 
     Ray would start them at niceness 15; beside a busy program on each core they would then hardly make a step
-    (docs/benchmarks.md, 2026-11-23).
+    (docs/benchmarks-log.md, 2026-11-23).
     """
     return malloc_environment() | {NICENESS: os.environ.get(NICENESS, "0")}

@@ -119,8 +119,12 @@ def _numbers(
     if stage.batch % micro_batch:
         batches = math.gcd(*(other.batch for other in stages if other.micro_batch in (None, micro_batch)))
         fits = max(size for size in range(1, min(micro_batch, batches) + 1) if batches % size == 0)
-        what = f"given {micro_batch}; allowed: a divisor of the batch {stage.batch} of stage {stage.name!r}"
-        yield (*at, "micro_batch"), f"{what}; {fits} would do"
+        untouched = (
+            compute and "micro_batch" not in compute.model_fields_set and micro_batch == compute.micro_batch
+        )
+        what = f"its default is {micro_batch}" if untouched else f"given {micro_batch}"
+        allowed = f"allowed: a divisor of the batch {stage.batch} of stage {stage.name!r}"
+        yield (*at, "micro_batch"), f"{what}; {allowed}; {fits} would do"
     elif compute and compute.workers[1] > stage.batch // micro_batch:
         most = stage.batch // micro_batch
         what = f"given {compute.workers[1]}; allowed: at most {most}, the micro-batches of a step ({stage.batch} / "

@@ -2,7 +2,7 @@
 
 Each step needs it again. By default large blocks go back to the kernel and return by page faults at the next step:
 30,000 of them in the main thread, 9,000 in another one, which has an arena of its own. Keeping them takes 5 to 7 % off
-a step on two cores (docs/benchmarks.md, 2026-11-23). Without glibc nothing changes.
+a step on two cores (docs/benchmarks-log.md, 2026-11-23). Without glibc nothing changes.
 """
 
 from __future__ import annotations

@@ -136,12 +136,12 @@ def tasks_there(options: argparse.Namespace) -> list[str]:
 def open_source(text: str, options: argparse.Namespace) -> Source:
     """The model that `text` names, brought here and looked at. Raises `UserError` where it can't be used."""
     from minilm.orchestrator.evaluation.sources import Source, check_source, split_control
-    from minilm.orchestrator.recipe.references import FolderRef, RegistryRef, parse_reference
+    from minilm.orchestrator.recipe.references import FolderRef, RegistryRef, expanded, parse_reference
     from minilm.orchestrator.resolve.folders import model_folder
     from minilm.orchestrator.stage.folder import RunFolder
 
     kind, reference, shape = split_control(text)
-    local = Path(reference).expanduser()
+    local = expanded(reference)
     ref = FolderRef(local) if local.is_dir() else parse_reference(reference)
     folder = RunFolder(options.workdir or options.out)
     if isinstance(ref, RegistryRef):
