@@ -178,6 +178,10 @@ def test_a_difference_is_found_in_short_and_long_rows_and_a_nan_counts(teacher):
             " bits cost is measured there",
         ),
         (
+            ["--format", "onnx", "--data", "."],
+            "--data says where the cost of 8 bits is measured; give --int8 too, or leave --data out",
+        ),
+        (
             ["--format", "sentence-transformers", "--int8", "--data", "."],
             "--int8 is made for --format onnx, not sentence-transformers; leave it out, or give --format onnx",
         ),
@@ -192,7 +196,6 @@ def test_a_difference_is_found_in_short_and_long_rows_and_a_nan_counts(teacher):
     ],
 )
 def test_options_that_do_not_fit(options, message, teacher, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "require_packages", lambda format: None, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert main(["export", str(teacher), str(tmp_path / "new"), *options]) == 2
     assert capsys.readouterr().err == f"minilm: error: {message}\n"
@@ -250,6 +253,15 @@ def test_a_plain_encoder_becomes_a_sentence_transformer(teacher, tmp_path):
     ]
     assert json.loads((tmp_path / "new/sentence_bert_config.json").read_text())["max_seq_length"] == 64
     AutoModel.from_pretrained(tmp_path / "new")
+
+
+def test_a_registered_model_is_exported_without_a_work_directory(teacher, empty_store, tmp_path, monkeypatch):
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert main(["register", str(teacher), "bert"]) == 0
+    assert main(["export", "models:/bert@newest", "new", "--format", "sentence-transformers"]) == 0
+    assert json.loads((tmp_path / "new/export.json").read_text())["model"] == "models:/bert@newest"
 
 
 def test_modules_that_are_there_stay(teacher, tmp_path):

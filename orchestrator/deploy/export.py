@@ -145,7 +145,8 @@ def export(
     with whole_folder(out.absolute()) as part:
         copy_beside(folder, part, weights=format == "sentence-transformers")
         if format == "sentence-transformers":
-            write_layout(part, model.config.hidden_size, most_tokens(model, 512))
+            longest = most_tokens(model, tokenizer_of(source).model_max_length)
+            write_layout(part, model.config.hidden_size, longest)
         else:
             names = _input_names(model, tokenizer_of(source))
             say(f"writing {GRAPH} …")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,15 @@ def shrink(
     folder: Path,
     out: Path,
     inputs: Sequence[str | Path],
+    options: Mapping[str, Any] | None = None,
     *,
     keep: int | None = None,
     min_count: int | None = None,
 ) -> Shrunk:
     """Write the model in `folder` with a smaller vocabulary to the new folder `out`.
 
-    inputs: text, as a data set is built from. keep, min_count: see `smaller_vocabulary`. UserError, DataError or
-    ModelError where any of it can't be used; `out` is absent then.
+    inputs, options: text, as a data set is built from. keep, min_count: see `smaller_vocabulary`. UserError, DataError
+    or ModelError where any of it can't be used; `out` is absent then.
     """
     if out.exists():
         raise UserError(f"{out} exists; give a folder that does not exist yet, or remove it first")
@@ -88,7 +89,7 @@ def shrink(
     counts: Counter[int] = Counter()
     held_out: list[str] = []
     documents = 0
-    for pieces in _batches(inputs, held_out):
+    for pieces in _batches(inputs, dict(options or {}), held_out):
         documents += sum(first for first, _ in pieces)
         for encoded in old.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False):
             counts.update(encoded.ids)
@@ -120,9 +121,11 @@ def shrink(
     return report
 
 
-def _batches(inputs: Sequence[str | Path], held_out: list[str]) -> Iterator[list[tuple[bool, str]]]:
+def _batches(
+    inputs: Sequence[str | Path], options: dict[str, Any], held_out: list[str]
+) -> Iterator[list[tuple[bool, str]]]:
     """(whether it begins a document, text) of all but the documents that are added to `held_out` instead."""
-    plan, number, aside = text.plan(inputs, None, {}), 0, False
+    plan, number, aside = text.plan(inputs, None, options), 0, False
     batch: list[tuple[bool, str]] = []
     for unit in plan.units:
         for item in text.read(plan.spec, unit):

@@ -9,6 +9,8 @@ from typing import Any
 
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_whole
+from minilm.orchestrator.verbs.data_build import add_text_options
+from minilm.orchestrator.verbs.evaluate import DEFAULT_OUT
 from minilm.orchestrator.verbs.gate import not_negative
 
 FORMATS = ("onnx", "openvino", "sentence-transformers")  # those of PACKAGES: a test says
@@ -58,6 +60,10 @@ def export_model(options: argparse.Namespace) -> int:
             "--int8 needs --data DIR, which holds the published files of --task (DIR/STS-B/ for stsb-embed): what 8 "
             "bits cost is measured there"
         )
+    if options.data is not None and not options.int8:
+        raise UserError(
+            "--data says where the cost of 8 bits is measured; give --int8 too, or leave --data out"
+        )
     (task,) = find_tasks([options.task])
 
     from minilm.orchestrator.deploy.export import Gate, export
@@ -65,7 +71,7 @@ def export_model(options: argparse.Namespace) -> int:
 
     gate = Gate(task, options.data, options.max_drop) if options.int8 else None
     quiet = options.quiet or options.json
-    source = open_source(options.model, options)
+    source = open_source(options.model, place_of_models(options))
     report = export(
         source,
         options.out,
@@ -75,6 +81,11 @@ def export_model(options: argparse.Namespace) -> int:
     )
     print(json.dumps(asdict(report)) if options.json else f"{report.text()}\n\n{options.out} is written")
     return 0
+
+
+def place_of_models(options: argparse.Namespace) -> argparse.Namespace:
+    """Where models that are not folders are brought to: never OUT, which has to be new."""
+    return argparse.Namespace(workdir=options.workdir, out=DEFAULT_OUT)
 
 
 def add_shrink(verbs: Any) -> None:
@@ -96,6 +107,7 @@ def add_shrink(verbs: Any) -> None:
         metavar="INPUT",
         help="of the kind it is for; as `data build` takes it",
     )
+    add_text_options(verb)
     how = verb.add_mutually_exclusive_group(required=True)
     how.add_argument("--keep", type=positive_whole, metavar="N", help="at most so many tokens")
     how.add_argument(
@@ -111,15 +123,17 @@ def shrink_model(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from minilm.orchestrator.deploy.shrink import shrink
+    from minilm.orchestrator.recipe.schema import TEXT_OPTIONS
     from minilm.orchestrator.resolve.folders import text_inputs
     from minilm.orchestrator.verbs.evaluate import open_source
 
-    source = open_source(options.model, options)
+    source = open_source(options.model, place_of_models(options))
     report = shrink(
         source.name,
         Path(source.folder),
         options.out,
         text_inputs(options.text),
+        {name: getattr(options, name) for name in TEXT_OPTIONS},
         keep=options.keep,
         min_count=options.min_count,
     )
