@@ -202,6 +202,11 @@ def test_options_that_do_not_fit(options, message, teacher, tmp_path, capsys, mo
 
 
 def test_folders_that_do_not_fit(teacher, tmp_path, capsys):
+    assert (
+        main(["export", f"random:{teacher}", str(tmp_path / "new"), "--format", "sentence-transformers"]) == 2
+    )
+    expected = f"random:{teacher} is a control of an evaluation; give the folder of a model"
+    assert capsys.readouterr().err == f"minilm: error: {expected}\n"
     (tmp_path / "there").mkdir()
     command = ["export", str(teacher), str(tmp_path / "there"), "--format", "sentence-transformers"]
     assert main(command) == 2

@@ -27,6 +27,7 @@ from minilm.orchestrator.deploy.packages import PACKAGES, require_packages
 from minilm.orchestrator.deploy.served import check_same, largest_difference
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.batches import most_tokens
+from minilm.orchestrator.evaluation.check_data import check_data
 from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.protocols import protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_fingerprint
@@ -118,7 +119,7 @@ def check_export(source: Source, out: Path, format: str, gate: Gate | None) -> N
             raise UserError(
                 f"--task {gate.task.name} has to be trained first; 8 bits are measured on one of: {fit}"
             )
-        data_fingerprint(gate.task, gate.data)
+        check_data(gate.task, gate.data)
     check_source(source)
     names = AutoConfig.from_pretrained(source.folder, trust_remote_code=False).architectures or ()
     headed = [name for name in names if not name.endswith(_WITHOUT_HEAD)]

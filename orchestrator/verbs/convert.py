@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_whole
 from minilm.orchestrator.verbs.data_build import add_text_options
 from minilm.orchestrator.verbs.evaluate import DEFAULT_OUT
 from minilm.orchestrator.verbs.gate import not_negative
+
+if TYPE_CHECKING:
+    from minilm.orchestrator.evaluation.sources import Source
 
 FORMATS = ("onnx", "openvino", "sentence-transformers")  # those of PACKAGES: a test says
 
@@ -67,11 +70,10 @@ def export_model(options: argparse.Namespace) -> int:
     (task,) = find_tasks([options.task])
 
     from minilm.orchestrator.deploy.export import Gate, export
-    from minilm.orchestrator.verbs.evaluate import open_source
 
     gate = Gate(task, options.data, options.max_drop) if options.int8 else None
     quiet = options.quiet or options.json
-    source = open_source(options.model, place_of_models(options))
+    source = find_model(options)
     report = export(
         source,
         options.out,
@@ -83,9 +85,14 @@ def export_model(options: argparse.Namespace) -> int:
     return 0
 
 
-def place_of_models(options: argparse.Namespace) -> argparse.Namespace:
-    """Where models that are not folders are brought to: never OUT, which has to be new."""
-    return argparse.Namespace(workdir=options.workdir, out=DEFAULT_OUT)
+def find_model(options: argparse.Namespace) -> Source:
+    """The MODEL, brought here (never into OUT, which has to be new). UserError for a control of an evaluation."""
+    from minilm.orchestrator.verbs.evaluate import open_source
+
+    source = open_source(options.model, argparse.Namespace(workdir=options.workdir, out=DEFAULT_OUT))
+    if source.is_control:
+        raise UserError(f"{source.name} is a control of an evaluation; give the folder of a model")
+    return source
 
 
 def add_shrink(verbs: Any) -> None:
@@ -125,9 +132,8 @@ def shrink_model(options: argparse.Namespace) -> int:
     from minilm.orchestrator.deploy.shrink import shrink
     from minilm.orchestrator.recipe.schema import TEXT_OPTIONS
     from minilm.orchestrator.resolve.folders import text_inputs
-    from minilm.orchestrator.verbs.evaluate import open_source
 
-    source = open_source(options.model, place_of_models(options))
+    source = find_model(options)
     report = shrink(
         source.name,
         Path(source.folder),
