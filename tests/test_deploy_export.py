@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from minilm.model.encoder.families import FAMILIES
 from minilm.orchestrator.cli import main
 from minilm.orchestrator.deploy import export as deploy
 from minilm.orchestrator.deploy import latency, onnx_graph, packages
-from minilm.orchestrator.deploy.embedder_layout import write_layout
 from minilm.orchestrator.deploy.served import ServedEncoder, largest_difference
 from minilm.orchestrator.evaluation.sources import Source
 from minilm.orchestrator.verbs import convert
@@ -252,10 +252,7 @@ def test_a_plain_encoder_becomes_a_sentence_transformer(teacher, tmp_path):
     ]
     pooling = json.loads((tmp_path / "new/1_Pooling/config.json").read_text())
     assert pooling["word_embedding_dimension"] == 48
-    assert [name for name, value in pooling.items() if value is True] == [
-        "include_prompt",
-        "pooling_mode_mean_tokens",
-    ]
+    assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens"]
     assert json.loads((tmp_path / "new/sentence_bert_config.json").read_text())["max_seq_length"] == 64
     AutoModel.from_pretrained(tmp_path / "new")
 
@@ -274,26 +271,29 @@ def test_modules_that_are_there_stay(teacher, tmp_path):
     shutil.copytree(teacher, folder)
     (folder / "modules.json").write_text("[]")
     (folder / "2_Dense").mkdir()
-    (folder / "2_Dense" / "model.safetensors").write_bytes(b"dense")
+    save_file({"linear.weight": torch.ones(1, 1)}, folder / "2_Dense" / "model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "note.txt").write_text("private")
     deploy.export(of(folder), tmp_path / "new", "sentence-transformers", say=lambda _: None)
     assert (tmp_path / "new/modules.json").read_text() == "[]"
-    assert (tmp_path / "new/2_Dense/model.safetensors").read_bytes() == b"dense"
+    dense = [(place / "2_Dense/model.safetensors").read_bytes() for place in (folder, tmp_path / "new")]
+    assert dense[0] == dense[1]
     assert not (tmp_path / "new/pytorch_model.bin").exists() and not (tmp_path / "new/.cache").exists()
-    assert not write_layout(tmp_path / "new", 48, 64)
 
 
 def test_sentence_transformers_gives_our_vectors(teacher, tmp_path):
     library = pytest.importorskip("sentence_transformers")
-    from minilm.orchestrator.evaluation.embed import mean_pooled
+    from minilm.model.encoder.sentence_head import SentenceHead
+    from minilm.model.encoder.sentence_layout import SentenceLayout
+    from minilm.orchestrator.evaluation.embed import vectors_of
 
     deploy.export(of(teacher), tmp_path / "new", "sentence-transformers", say=lambda _: None)
     texts = ["time", "people way day man thing woman."]
     got = library.SentenceTransformer(str(tmp_path / "new"), device="cpu").encode(texts)
     model, tokenizer = AutoModel.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
-    expected = mean_pooled(model, tokenizer, texts, tokens=64, batch=2, device=torch.device("cpu"))
+    head, device = SentenceHead(SentenceLayout()), torch.device("cpu")
+    expected = vectors_of(model, head, tokenizer, texts, tokens=64, batch=2, device=device)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from minilm.model.encoder.sentence_head import SentenceHead, save_head
+from minilm.model.encoder.sentence_layout import MODULES, SentenceLayout
 from minilm.model.export import weights_digest, whole_folder
 from minilm.orchestrator.deploy.beside import copy_beside
-from minilm.orchestrator.deploy.embedder_layout import write_layout
 from minilm.orchestrator.deploy.latency import Latency, Open, latency_rows, measure_latency
 from minilm.orchestrator.deploy.onnx_graph import ONE_FILE, open_onnx, quantise, write_onnx
 from minilm.orchestrator.deploy.openvino_model import open_openvino, write_openvino
@@ -31,7 +32,7 @@ from minilm.orchestrator.evaluation.check_data import check_data
 from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.protocols import protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_fingerprint
-from minilm.orchestrator.evaluation.sources import Source, build, check_source, tokenizer_of
+from minilm.orchestrator.evaluation.sources import Source, build, check_source, head_of, tokenizer_of
 from minilm.orchestrator.evaluation.speed import processor
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import write_json
@@ -146,8 +147,9 @@ def export(
     with whole_folder(out.absolute()) as part:
         copy_beside(folder, part, weights=format == "sentence-transformers")
         if format == "sentence-transformers":
-            longest = most_tokens(model, tokenizer_of(source).model_max_length)
-            write_layout(part, model.config.hidden_size, longest)
+            if not (part / MODULES).exists():  # modules of its own stay as they are
+                longest = most_tokens(model, tokenizer_of(source).model_max_length)
+                save_head(SentenceHead(SentenceLayout()), part, model.config.hidden_size, longest)
         else:
             names = _input_names(model, tokenizer_of(source))
             say(f"writing {GRAPH} …")
@@ -198,6 +200,7 @@ def _measure_drop(source: Source, model: PreTrainedModel, int8: Open, gate: Gate
     float32, eight = (
         cosine_similarity(
             encoder,
+            head_of(source),
             tokenizer_of(source),
             gate.task,
             gate.data,

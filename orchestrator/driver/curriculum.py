@@ -12,7 +12,7 @@ import time
 import uuid
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def run_recipe(
         problems = problems or evaluation_problems(recipe, running=True, rows=False)
         if not problems:
             data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop), partial(say_built, line))
-            problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)
+            problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer, data.packing)
         if problems:
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
         for note in position_notes(stages, data.seq_len):
@@ -204,17 +204,26 @@ class Driver:
         fields = stage.result_fields()
         sizes = resolved.students
         references = {student["name"]: student["init"] for student in fields["students"]}
-        starts = {name: weights_digest(Path(folder)) for name, folder in resolved.starts.items()}
+        folders = {
+            student.name: str(
+                model_folder(parse_reference(student.starts_from, recipe.student_names), self.workdir, recipe)
+            )
+            for student in stage.students
+            if student.starts_from
+        }
+        starts = {name: weights_digest(Path(folder)) for name, folder in folders.items()}
         fields["students"] = [
             s | {"ffn": sizes[s["name"]].ffn, "init": starts.get(s["name"], s["init"])}
             for s in fields["students"]
         ]
-        inputs = {
+        inputs: dict[str, Any] = {
             "stage": fields | {"teacher": teacher_digest},
             "seed": recipe.seed,
             "precision": compute.precision,
             "data": [self.data.fingerprint, self.data.window],
         }
+        if resolved.teacher_layout is not None:
+            inputs["vectors"] = asdict(resolved.teacher_layout)
         return StageSpec(
             stage=stage.name,
             folder=str(self.workdir.stage(stage.name).root.resolve()),
@@ -233,7 +242,7 @@ class Driver:
                     dropout=student.dropout,
                     init=references[student.name],
                     positions=student.positions,
-                    start=resolved.starts.get(student.name, ""),
+                    start=folders.get(student.name, ""),
                     start_digest=starts.get(student.name, ""),
                 )
                 for student in stage.students

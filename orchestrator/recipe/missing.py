@@ -85,7 +85,7 @@ def _references(recipe: Recipe) -> list[tuple[str, str]]:
         (f"stage {stage.name}, student {student.name}: init", student.starts_from)
         for stage in recipe.stages
         for student in stage.students
-        if student.starts_from
+        if student.starts_from and student.starts_from not in recipe.student_names
     ]
 
 

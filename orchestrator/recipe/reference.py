@@ -24,6 +24,7 @@ SECTIONS = {
     "Stage": ("stages.NAME.KEY", "stages"),
     "Student": ("stages.NAME.student.KEY, stages.NAME.students.NAME.KEY", "student"),
     "RelationTerm": ("stages.NAME.relations.NAME.KEY", "relations"),
+    "Embedding": ("stages.NAME.embedding.KEY", "embedding"),
     "Compute": ("compute.KEY", "compute"),
     "Evaluation": ("evaluation.KEY", "evaluation"),
     "Tracking": ("tracking.KEY", "tracking"),

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from pydantic_core import ErrorDetails
 
+from minilm.orchestrator.recipe.fields import INITIALIZATIONS, STARTS
 from minilm.orchestrator.recipe.references import VARIABLE
-from minilm.orchestrator.recipe.schema import CORPUS_PLACES, SECTIONS, Compute, Stage, Student
+from minilm.orchestrator.recipe.schema import CORPUS_PLACES, SECTIONS, Compute, Data, Stage, Student
 from minilm.orchestrator.recipe.yaml_source import KeyPath
 
 Problem = tuple[KeyPath, str]
@@ -33,7 +34,7 @@ _NOT_WHOLE = "is not whole"
 
 
 def check_across(
-    stages: Mapping[int, Stage], compute: Compute | None, *, advise: bool = True
+    stages: Mapping[int, Stage], compute: Compute | None, data: Data | None = None, *, advise: bool = True
 ) -> Iterator[Problem]:
     """Problems between keys. Parts that are malformed themselves are left out (None, or no such index).
 
@@ -48,6 +49,10 @@ def check_across(
             yield (*at, "name"), f"given {stage.name!r} a second time; allowed: a name for each stage"
         yield from _teacher(at, stage, earlier, made_by, stage_names)
         yield from _numbers(at, stage, compute, stages.values())
+        yield from _embedding(at, stage, stages, made_by)
+        if stage.objective == "embedding" and data is not None and data.text and data.packing == "full":
+            what = f"given 'full'; allowed: sentence or document, because stage {stage.name!r} compares the vectors"
+            yield ("data", "packing"), f"{what} of whole texts (objective: embedding)"
         teacher = earlier.get(stage.teacher, _UNKNOWN)
         yield from _relation_heads(at, stage, teacher)
         here: dict[str, _Known] = {}
@@ -56,6 +61,8 @@ def check_across(
             if student.name in earlier or student.name in here:
                 what = f"given {student.name!r} a second time; allowed: a name for each student of the recipe"
                 yield (*path, "name"), what
+            if student.starts_from and "/" not in student.starts_from and set(range(index)) <= stages.keys():
+                yield from _start(path, student, stage, earlier, made_by)
             for problem in _heads(path, student, stage, teacher):
                 advice = _fitting(stages, index, i, teacher) if advise and _NOT_WHOLE in problem[1] else ""
                 yield problem[0], problem[1] + advice
@@ -96,6 +103,63 @@ def _teacher(
         yield path, f"{what}; allowed: a student's name: {', '.join(earlier)}"
     elif "/" not in teacher and (guess := suggest(teacher, earlier, cutoff=0.75)):
         yield path, f"given {teacher!r}, no earlier student's name{guess} (a hub id would be OWNER/NAME)"
+
+
+def _start(
+    path: KeyPath,
+    student: Student,
+    stage: Stage,
+    earlier: Mapping[str, _Known],
+    made_by: Mapping[str, Stage],
+) -> Iterator[Problem]:
+    """Of `init` with an earlier student's name."""
+    start = student.init
+    if (known := earlier.get(start)) is None:
+        if start in [other.name for other in stage.students]:
+            what = f"given {start!r}, of this stage itself; allowed: a student of an earlier stage"
+            yield (*path, "init"), what
+        elif start in made_by:
+            what = f"given {start!r}, a student defined only later"
+            yield (
+                (*path, "init"),
+                f"{what}; move the stage that makes it ({made_by[start].name}) up, above this",
+            )
+        else:
+            guess = suggest(start, [*INITIALIZATIONS, *earlier], cutoff=0.8)
+            yield (*path, "init"), f"given {start!r}; allowed: {STARTS}{guess}"
+        return
+    for key in ("layers", "hidden"):
+        own, theirs = getattr(student, key), getattr(known, key)
+        if own != theirs:
+            yield (
+                (*path, key),
+                f"given {own}; allowed: {theirs}, as of the student {start!r} that it starts from",
+            )
+
+
+def _embedding(
+    at: KeyPath, stage: Stage, stages: Mapping[int, Stage], made_by: Mapping[str, Stage]
+) -> Iterator[Problem]:
+    """What goes with `objective: embedding`, and with no other."""
+    if stage.objective != "embedding":
+        if stage.embedding is not None:
+            what = f"given with objective: {stage.objective}; allowed with objective: embedding"
+            yield (*at, "embedding"), f"{what}; change that, or leave these keys out"
+        return
+    others = {"relations": None, "relation_heads": None, "reduction": "sequence", "teacher_layer": "last"}
+    for key, usual in others.items():
+        if getattr(stage, key) != usual:
+            what = "given with objective: embedding, which compares whole vectors of the last layers"
+            yield (*at, key), f"{what}; leave it out"
+    maker = made_by.get(stage.teacher)
+    if maker is not None and maker.objective != "embedding" and maker in stages.values():
+        what = (
+            f"given {stage.teacher!r}, whose vectors mean nothing: its stage {maker.name!r} trains relations"
+        )
+        yield (
+            (*at, "teacher"),
+            f"{what}; allowed: a model that embeds texts (to start from it: init: {stage.teacher})",
+        )
 
 
 def _cycle(stage: Stage, made_by: Mapping[str, Stage]) -> list[str]:
@@ -145,7 +209,8 @@ def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> It
             (*path, key),
             f"given {given}; allowed: heads that divide hidden ({student.hidden} / {heads} {_NOT_WHOLE})",
         )
-    if stage.relation_heads is None and student.heads and teacher.heads and student.heads != teacher.heads:
+    compared = stage.relation_heads is None and stage.objective != "embedding"
+    if compared and student.heads and teacher.heads and student.heads != teacher.heads:
         what = f"given {student.heads}; allowed: {teacher.heads}, the heads of the teacher {stage.teacher!r}"
         yield (*path, "heads"), f"{what}, as they are compared one by one; or set relation_heads in the stage"
 

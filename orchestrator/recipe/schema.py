@@ -149,8 +149,9 @@ class Data(_Section):
     registered model."""
     seq_len: SequenceLength = 512
     """Tokens a row."""
-    packing: Literal["full", "document"] = "full"
-    """full: rows filled to the end, no padding; document: a row never crosses documents."""
+    packing: Literal["full", "document", "sentence"] = "full"
+    """full: rows filled to the end, no padding; document: a row never crosses documents; sentence: each sentence is a
+    row, cut where it is longer."""
     held_out: HeldOutShare = 0.01
     """Share of the documents (of tokens: of the rows) kept out of training and used to measure the divergence."""
     text_field: str | None = None
@@ -286,8 +287,8 @@ class Student(_Section):
     init: Start = "random"
     """How the weights start: random; teacher-layers: a uniform pick of the teacher's layers, sliced where
     the student is narrower; teacher-pca: the same layers, projected on the principal directions of the teacher's hidden
-    states on a sample of the rows; or a model of this very shape that training goes on from: `models:/NAME@ALIAS`,
-    `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
+    states on a sample of the rows; or a model of this very shape that training goes on from: an earlier student's
+    name, `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
     positions: Literal["cut", "teacher", "keep"] = "cut"
     """What becomes of positions behind the rows' length, which nothing trains. cut: the student takes rows of the
     length that it was trained on; teacher: as many as its teacher, whose vectors it gets (needs the teacher's width);
@@ -296,7 +297,7 @@ class Student(_Section):
 
     @property
     def starts_from(self) -> str | None:
-        """The reference of the model that it goes on from; None where `init` names a method."""
+        """The reference of the model that it goes on from, or an earlier student; None where `init` names a method."""
         return None if self.init in INITIALIZATIONS else self.init
 
 
@@ -311,6 +312,37 @@ class RelationTerm(_Section):
     """What x is multiplied by: q, k, v or hidden."""
     weight: Positive = 1.0
     """Of this term in the loss."""
+
+
+class Embedding(_Section):
+    """How the vectors of `objective: embedding` are made and compared."""
+
+    pooling: Literal["mean", "cls"] | None = None
+    """How the student's vector is made of its last layer: the mean over tokens, or the first token; default: as the
+    model does that it starts from, else its teacher. Of a teacher that says nothing itself (no modules.json) too."""
+    dense: bool | None = None
+    """Whether a linear layer follows that maps to the teacher's width; default: where the widths differ."""
+    similarity: Positive | None = None
+    """Weight of a second term: the cosines between the rows that are computed together, compared; default: none."""
+    dims: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
+    """Prefixes of the vectors that are compared each on its own, the whole among them, as [384, 256, 128] (Matryoshka);
+    default: the whole alone."""
+
+    def terms(self) -> list[dict[str, Any]]:
+        """The terms of the loss, for `Objective.named`. The largest of `dims`, the whole, comes first."""
+        sizes: list[int | None] = [*sorted(set(self.dims or ()), reverse=True)] or [None]
+        found: list[dict[str, Any]] = [
+            {
+                "term": "cosine_distance",
+                "name": f"cosine_distance_{size}" if number else "cosine_distance",
+                "weight": 1 / len(sizes),
+                "dims": size,
+            }
+            for number, size in enumerate(sizes)
+        ]
+        if self.similarity is not None:
+            found.append({"term": "similarity", "name": "similarity", "weight": self.similarity})
+        return found
 
 
 class Stage(_Section):
@@ -328,7 +360,10 @@ class Stage(_Section):
     objective: ObjectiveName = "minilm"
     """minilm: Q-K and V-V relations; minilmv2: Q-Q, K-K and V-V relations; the papers' ablation arms:
     attention-only, value-mse, layer-to-layer, hidden-relation; soft-label-mlm: the teacher's predictions for masked
-    tokens, of a teacher that has a masked-language-model head."""
+    tokens, of a teacher that has a masked-language-model head; embedding: the vectors of whole texts, for a student
+    that is used as it is."""
+    embedding: Embedding | None = None
+    """How the vectors of objective: embedding are made and compared."""
     relations: Annotated[tuple[RelationTerm, ...], Field(min_length=1)] | None = None
     """A list of terms instead of the objective's own."""
     relation_heads: Width | None = None
@@ -380,13 +415,20 @@ class Stage(_Section):
             "reduction": self.reduction,
             "relation_heads": self.relation_heads,
         }
-        if self.relations is not None:
+        if self.objective == "embedding":
+            own = self.embedding or Embedding()
+            fields |= {"pooling": own.pooling, "dense": own.dense, "relations": own.terms()}
+        elif self.relations is not None:
             fields["relations"] = [relation.model_dump() for relation in self.relations]
         return fields
 
     def result_fields(self) -> dict[str, Any]:
         """Everything here that determines the result, as JSON values; paths as the file has them."""
         fields = self.model_dump(mode="json", exclude={"eval_every"})
+        if self.objective == "embedding":
+            fields["embedding"] = (self.embedding or Embedding()).model_dump(mode="json")
+        else:  # as recipes were recorded before there were embeddings
+            del fields["embedding"]
         for student in fields[
             "students"
         ]:  # the digest of a stage has the size that the teacher's family gives
@@ -459,7 +501,7 @@ class Evaluation(_Section):
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, squad2, xnli are fine-tuned; stsb-embed is the similarity of
-    mean-pooled vectors, without training."""
+    the models' own vectors, or mean-pooled ones, without training."""
     data: LocalPath
     """Folder that holds a folder for each task, with its files as they are published."""
     protocol: Literal["glue-minilm", "glue-fixed"] = "glue-fixed"
@@ -546,6 +588,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "stages": Stage,
     "students": Student,
     "relations": RelationTerm,
+    "embedding": Embedding,
     "compute": Compute,
     "evaluation": Evaluation,
     "tracking": Tracking,

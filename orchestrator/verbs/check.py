@@ -84,8 +84,9 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
     from minilm.orchestrator.resolve.evaluation import evaluation_problems
     from minilm.orchestrator.resolve.folders import folder_here
 
-    references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
+    references = {stage.teacher for stage in recipe.stages}
     references |= {s.starts_from for stage in recipe.stages for s in stage.students if s.starts_from}
+    references -= set(recipe.student_names)
     references |= {recipe.data.tokenizer} if recipe.data.tokenizer else set()
     data_sets = [corpus.shards or f"{corpus.tokens}.bin" for corpus in recipe.data.corpora or ()]
     with suppress(UserError):  # a folder without a model: `resolve` says so

@@ -111,7 +111,7 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--out", type=Path, required=True)
     verb.add_argument("--seq-len", type=int, default=512)
-    verb.add_argument("--packing", choices=("full", "document"), default="full")
+    verb.add_argument("--packing", choices=("full", "document", "sentence"), default="full")
     verb.add_argument("--held-out", type=float, default=0.01, help="share of documents kept for measuring")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument(

@@ -63,6 +63,7 @@ def finish_stage(
             trained=encoder.trained_parameters(),
             teacher=f"{spec.teacher_name}, layer {spec.teacher_layer}",
             teacher_card=Path(spec.teacher) / "README.md",
+            head=encoder.head,
             facts=start
             | {
                 "Objective": spec.objective["name"],
@@ -71,7 +72,7 @@ def finish_stage(
                 "Longest row": longest_row(encoder.model, student, spec.data.seq_len),
             },
         )
-        export_student(encoder.model, Path(spec.data.tokenizer), folder, card)
+        export_student(encoder.model, Path(spec.data.tokenizer), folder, card, encoder.head)
         digests[student.name] = weights_digest(folder)
     write_json(
         stage.done,
