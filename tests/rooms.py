@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "data": {
         "errors": "",
         "tokenizer": "errors",
+        "vocabulary": "errors",
         "format": "errors",
         "order": "errors",
         "storage": "errors format",

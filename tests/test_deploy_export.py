@@ -178,6 +178,10 @@ def test_a_difference_is_found_in_short_and_long_rows_and_a_nan_counts(teacher):
             " bits cost is measured there",
         ),
         (
+            ["--format", "onnx", "--data", "."],
+            "--data says where the cost of 8 bits is measured; give --int8 too, or leave --data out",
+        ),
+        (
             ["--format", "sentence-transformers", "--int8", "--data", "."],
             "--int8 is made for --format onnx, not sentence-transformers; leave it out, or give --format onnx",
         ),
@@ -192,13 +196,17 @@ def test_a_difference_is_found_in_short_and_long_rows_and_a_nan_counts(teacher):
     ],
 )
 def test_options_that_do_not_fit(options, message, teacher, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "require_packages", lambda format: None, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert main(["export", str(teacher), str(tmp_path / "new"), *options]) == 2
     assert capsys.readouterr().err == f"minilm: error: {message}\n"
 
 
 def test_folders_that_do_not_fit(teacher, tmp_path, capsys):
+    assert (
+        main(["export", f"random:{teacher}", str(tmp_path / "new"), "--format", "sentence-transformers"]) == 2
+    )
+    expected = f"random:{teacher} is a control of an evaluation; give the folder of a model"
+    assert capsys.readouterr().err == f"minilm: error: {expected}\n"
     (tmp_path / "there").mkdir()
     command = ["export", str(teacher), str(tmp_path / "there"), "--format", "sentence-transformers"]
     assert main(command) == 2
@@ -247,6 +255,15 @@ def test_a_plain_encoder_becomes_a_sentence_transformer(teacher, tmp_path):
     assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens"]
     assert json.loads((tmp_path / "new/sentence_bert_config.json").read_text())["max_seq_length"] == 64
     AutoModel.from_pretrained(tmp_path / "new")
+
+
+def test_a_registered_model_is_exported_without_a_work_directory(teacher, empty_store, tmp_path, monkeypatch):
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert main(["register", str(teacher), "bert"]) == 0
+    assert main(["export", "models:/bert@newest", "new", "--format", "sentence-transformers"]) == 0
+    assert json.loads((tmp_path / "new/export.json").read_text())["model"] == "models:/bert@newest"
 
 
 def test_modules_that_are_there_stay(teacher, tmp_path):
