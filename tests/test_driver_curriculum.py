@@ -319,17 +319,11 @@ def test_sigterm_stops_at_a_step_boundary_with_its_own_exit_code(finished, tmp_p
     assert not (folder.root / "failure.json").exists()
 
 
-def test_a_work_directory_of_another_recipe_is_refused(finished, tmp_path):
-    shutil.copytree(finished / "work", tmp_path / "work")
-    _, errors = run(
-        "run",
-        finished / "tiny.yaml",
-        "--workdir",
-        tmp_path / "work",
-        "--set",
-        "stages.small.steps=41",
-        expect=2,
-    )
+def test_a_work_directory_of_another_recipe_is_refused(finished, tmp_path, capsys):
+    work = shutil.copytree(finished / "work", tmp_path / "work")
+    command = ["run", str(finished / "tiny.yaml"), "--workdir", str(work), "--set", "stages.small.steps=41"]
+    assert main(command) == 2
+    errors = capsys.readouterr().err
     assert errors.startswith("minilm: error: work directory")
     assert "stages.small.steps is 40 there and 41 now; --from small does it again" in errors
 
@@ -354,6 +348,7 @@ def stop_unlocked(process: subprocess.Popen[str], store: Path) -> None:
         process.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_is_dead_and_that_one_writes_no_more(finished, tmp_path):
     """The first one's process is another host's, as far as anybody knows; it is stopped, overtaken, and wakes."""
     work = tmp_path / "work"
@@ -447,14 +442,15 @@ def test_bad_input_is_one_line_and_exit_code_2(make, tmp_path, text, teacher, ca
     assert not (tmp_path / "work" / "stages").exists() or not list((tmp_path / "work").rglob("*.safetensors"))
 
 
-def test_a_flipped_bit_in_a_shard_ends_the_run_naming_the_shard(finished, tmp_path):
+def test_a_flipped_bit_in_a_shard_ends_the_run_naming_the_shard(finished, tmp_path, capsys):
     recipe, work = finished / "tiny.yaml", tmp_path / "work"
     shutil.copytree(finished / "work" / "data", work / "data")
     shard = next((work / "data").glob("*.tar"))
     content = bytearray(shard.read_bytes())
     content[8192] ^= 1
     shard.write_bytes(content)
-    _, errors = run("run", recipe, "--workdir", work, "--launcher", "inline", expect=2)
+    assert main(["run", str(recipe), "--workdir", str(work), "--launcher", "inline"]) == 2
+    errors = capsys.readouterr().err
     assert shard.name in errors
     assert "Traceback" not in errors
 
