@@ -48,7 +48,8 @@ FORMS = {
         "    batch: 64",
         "    objective: embedding\n    embedding: {dims: [48, 24], dense: true}\n    batch: 64",
     ).replace("  tokenizer:", "  packing: sentence\n  tokenizer:"),
-    "evaluation": BASE + "evaluation: {tasks: [cola, stsb-embed], data: ./glue, train_rows: 9}\n",
+    "evaluation": BASE + "evaluation: {tasks: [cola, stsb-embed], data: ./glue, train_rows: 9}\n"
+    'promote: {min_share_of_teacher: 0.9, tasks: [cola]}\ncard: {license: mit, language: [en, "no"]}\n',
     "extends": "extends: sub/base.yaml\nname: other\nstages: [{name: student, steps: 7, warmup_steps: 1}]\n",
 }
 
@@ -88,7 +89,7 @@ def test_every_key_is_shown_with_where_it_comes_from(tmp_path, monkeypatch, caps
     monkeypatch.setenv("PART", "wiki")
     write(tmp_path, "extends: sub/base.yaml\nname: mine\nvars: {RATE: 1e-4}\ndata: {text: '/x/${PART}'}\n"
           "stages: [{name: student, peak_lr: '${RATE}', assistant: auto}]\n"
-          "evaluation: {tasks: [cola], data: glue}\n")  # fmt: skip
+          "evaluation: {tasks: [cola], data: glue}\npromote: {}\ncard: {}\n")  # fmt: skip
     assert main(["show", "recipe.yaml", "--set", "seed=7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "# recipe.yaml over sub/base.yaml, with every default; relative paths count from ./"

@@ -69,9 +69,9 @@ def metadata(
     recipe: Recipe, spec: StageSpec, known: Mapping[str, Any], student: str, scores: Sequence[Score]
 ) -> ModelCardData:
     """The head of the card. known: what the worker took over from the teacher's card, which the recipe overrides."""
-    stated = recipe.card.model_dump(mode="json", exclude_none=True, exclude={"data_license"})
+    stated = recipe.stated.model_dump(mode="json", exclude_none=True, exclude={"data_license"})
     values = {key: value for key, value in known.items() if key != "model-index"}
-    if recipe.card.license:
+    if recipe.stated.license:
         values = {key: value for key, value in values.items() if not key.startswith("license")}
     stage = next(stage for stage in recipe.stages if stage.name == spec.stage)
     if base := hub_teacher(recipe, stage):

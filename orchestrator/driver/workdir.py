@@ -51,7 +51,7 @@ class Workdir(RunFolder):
         """The sections of what comes after the stages, as far as the recipe has them."""
         sections = {"evaluation": recipe.evaluation, "promote": recipe.promote}
         found = {name: section.model_dump(mode="json") for name, section in sections.items() if section}
-        card = recipe.card.model_dump(mode="json", exclude_none=True)
+        card = recipe.stated.model_dump(mode="json", exclude_none=True)
         return found | ({"card": card} if card else {})
 
     def wound_up_as(self, recipe: Recipe) -> dict[str, Any]:

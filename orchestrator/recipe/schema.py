@@ -624,7 +624,7 @@ class Recipe(_Section):
     """What the models are worth afterwards; it changes nothing in training."""
     promote: Promotion | None = None
     """When the last stage's students become champion; needs `evaluation`."""
-    card: Card = Field(default_factory=Card)
+    card: Card | None = None
     """What the model cards say and no file of the run tells."""
     tracking: Tracking
 
@@ -671,6 +671,11 @@ class Recipe(_Section):
         Raises UserError when a package that the reference names is not installed.
         """
         return parse_reference(stage.teacher, self.student_names)
+
+    @property
+    def stated(self) -> Card:
+        """What the recipe says for the cards."""
+        return self.card or Card()
 
     @property
     def student_names(self) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def licence_notes(recipe: Recipe, stages: Sequence[ResolvedStage]) -> list[str]:
     for what, folder in _models(recipe, stages):
         card = card_of(folder)
         licence = card.get("license")
-        if licence in UNKNOWN and recipe.card.license is None:
+        if licence in UNKNOWN and recipe.stated.license is None:
             notes.append(
                 f"no licence is known of {what} (its card, {CARD}, states none), and so none of the students; find out "
                 f"and state theirs: card.license"
@@ -48,13 +48,13 @@ def licence_notes(recipe: Recipe, stages: Sequence[ResolvedStage]) -> list[str]:
             notes.append(f"{what} has the licence {card.get('license_name') or licence}, {limit}")
     places = _data_folders(recipe)
     found = {f"the data in {place}": card_of(place).get("license") for place in places}
-    if recipe.card.data_license:
-        found = {"the text": recipe.card.data_license}
+    if recipe.stated.data_license:
+        found = {"the text": recipe.stated.data_license}
     for what, licence in found.items():
         if limit := limit_of(licence):
             notes.append(f"{what} has the licence {licence}, {limit}")
-    if recipe.card.license and (limit := limit_of(recipe.card.license)):
-        notes.append(f"the students have the licence {recipe.card.license}, by card.license, {limit}")
+    if recipe.stated.license and (limit := limit_of(recipe.stated.license)):
+        notes.append(f"the students have the licence {recipe.stated.license}, by card.license, {limit}")
     return notes
 
 
