@@ -66,8 +66,12 @@ def _own_batches(lengths: Sequence[int], batch: int, given: HeldOutPass) -> Iter
 
 
 def width(encoder: TappedEncoder) -> int:
-    """Of a vector: the hidden size, which all heads together have too."""
-    return int(encoder.model.config.hidden_size)
+    """Numbers of a vector: of all heads at the tap, else the hidden size."""
+    config = encoder.model.config
+    if not encoder.stops_at_tap:
+        return int(config.hidden_size)
+    heads = config.num_attention_heads
+    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
 
 
 def pooled(encoder: TappedEncoder, ids: Tensor, mask: Tensor | None) -> Tensor:
