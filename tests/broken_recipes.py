@@ -248,7 +248,7 @@ ROWS: list[tuple[list[str], str]] = [
         ["stages.assistant.student.init=teacher"],
         "--set: stages.0.student.init: given 'teacher'; allowed: random, teacher-layers, teacher-pca, or a model to go "
         "on from: an earlier student's name, models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…, "
-        "~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME",
+        "~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME; did you mean 'teacher-layers'?",
     ),
     (
         ["stages.assistant.objective=embedding", "stages.assistant.teacher=«embedder»"],
@@ -534,7 +534,7 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.schedule=step"],
-        "--set: stages.0.schedule: given 'step'; allowed: 'linear', 'cosine' or 'constant'",
+        "--set: stages.0.schedule: given 'step'; allowed: 'linear', 'cosine', 'constant' or 'wsd'",
     ),
     (
         ["stages.assistant.adam_betas=[0.9]"],
@@ -545,8 +545,8 @@ ROWS: list[tuple[list[str], str]] = [
         ["stages.assistant.lr=1e-4"],
         "--set: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "
         "assistant, teacher_layer, student, students, objective, embedding, relations, relation_heads, reduction, "
-        "batch, micro_batch, steps, peak_lr, warmup_steps, schedule, adam_betas, adam_eps, "
-        "weight_decay, max_gradient_norm, eval_every, held_out_rows",
+        "batch, micro_batch, steps, peak_lr, warmup_steps, schedule, decay_steps, adam_betas, adam_eps, "
+        "weight_decay, max_gradient_norm, eval_every, held_out_rows, evaluate, until",
     ),
     (
         ["stages.assistant.eval_every=0"],
