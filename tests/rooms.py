@@ -27,17 +27,15 @@ MAY_IMPORT = {
         "checkpoint": "errors system stage train",
         "worker": "errors system stage train feed checkpoint",
         "evaluation": "errors system",
-        "report": "errors system evaluation",
         "deploy": "errors system evaluation",
         "tracking": "errors system stage",
         "launch": "errors system stage checkpoint worker",
         "resolve": "errors system recipe stage feed evaluation tracking",
         "plan": "errors system recipe resolve",
-        "driver": "errors system stage recipe train feed checkpoint worker evaluation report tracking launch resolve"
-        " plan",
+        "driver": "errors system stage recipe train feed checkpoint worker evaluation tracking launch resolve plan",
         "bench": "errors system stage recipe train feed checkpoint worker resolve plan driver",
-        "verbs": "errors system stage recipe feed train worker evaluation report deploy tracking launch resolve plan"
-        " driver bench",
+        "verbs": "errors system stage recipe feed train worker evaluation deploy tracking launch resolve plan driver"
+        " bench",
         "cli": "errors verbs",
     },
     "data": {

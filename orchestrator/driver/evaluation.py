@@ -18,13 +18,13 @@ from minilm.orchestrator.driver.status_line import StatusLine
 from minilm.orchestrator.driver.summary import ModelEntry
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.evaluation.comparison import Comparison, score_all
+from minilm.orchestrator.evaluation.report.page import StageStory, write_reports
+from minilm.orchestrator.evaluation.report.papers import FIGURES, Beside
 from minilm.orchestrator.evaluation.sources import Source, check_source
 from minilm.orchestrator.evaluation.speed import this_device
 from minilm.orchestrator.evaluation.trials import Trial, plan_trials, run_trial
 from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.recipe.schema import Evaluation, Recipe
-from minilm.orchestrator.report.page import StageStory, write_reports
-from minilm.orchestrator.report.papers import FIGURES, Beside
 from minilm.orchestrator.resolve.evaluation import evaluation_tasks
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import Point, read_all_metrics

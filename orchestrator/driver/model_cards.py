@@ -16,10 +16,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import MANIFEST, load_manifest
 from minilm.orchestrator.evaluation.comparison import Comparison, Score
+from minilm.orchestrator.evaluation.report.page import markdown
 from minilm.orchestrator.evaluation.tasks import TASKS
 from minilm.orchestrator.recipe.references import HubRef
 from minilm.orchestrator.recipe.schema import Recipe, Stage
-from minilm.orchestrator.report.page import markdown
 from minilm.orchestrator.stage.data import CorpusSpec
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics

@@ -123,8 +123,8 @@ def run_trials(options: argparse.Namespace, sources: list[Source]) -> list[dict[
 
 def write_report(comparison: Comparison, out: Path) -> None:
     """Measure the models' size and speed, print them, and write page and Markdown into `out`."""
+    from minilm.orchestrator.evaluation.report.page import size_table, write_reports
     from minilm.orchestrator.evaluation.speed import machine
-    from minilm.orchestrator.report.page import size_table, write_reports
     from minilm.orchestrator.system.text import text_table
 
     sizes = write_reports(out, "Encoders side by side", comparison)

@@ -12,11 +12,11 @@ import pytest
 
 from minilm.orchestrator.evaluation.comparison import Comparison, Score
 from minilm.orchestrator.evaluation.protocols import Setting
+from minilm.orchestrator.evaluation.report.page import StageStory, markdown, page
+from minilm.orchestrator.evaluation.report.papers import FIGURES, METRICS, Beside
 from minilm.orchestrator.evaluation.sources import Source
 from minilm.orchestrator.evaluation.speed import Size
 from minilm.orchestrator.recipe.library import packaged_recipes
-from minilm.orchestrator.report.page import StageStory, markdown, page
-from minilm.orchestrator.report.papers import FIGURES, METRICS, Beside
 
 SETTING = Setting(5e-5, 3, 128, 32)
 NAN = float("nan")

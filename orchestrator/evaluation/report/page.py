@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 
 from minilm.orchestrator.evaluation.comparison import Comparison
+from minilm.orchestrator.evaluation.report import svg
+from minilm.orchestrator.evaluation.report.papers import Beside
 from minilm.orchestrator.evaluation.sources import build
 from minilm.orchestrator.evaluation.speed import BATCH, TOKENS, Size, machine, measure, this_device
-from minilm.orchestrator.report import svg
-from minilm.orchestrator.report.papers import Beside
 from minilm.orchestrator.system.files import write_atomic
 
 STYLE = """
