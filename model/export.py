@@ -28,15 +28,25 @@ from minilm.model.files import has_vocabulary, tokenizer_files
 if TYPE_CHECKING:  # the driver needs `weights_digest` alone, without modelling code
     from transformers import PreTrainedModel
 
+    from minilm.model.encoder.sentence_head import SentenceHead
 
-def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, card: str) -> None:
+
+def export_student(
+    model: "PreTrainedModel",
+    tokenizer_folder: Path,
+    out: Path,
+    card: str,
+    head: "SentenceHead | None" = None,
+) -> None:
     """Write `model` with the tokenizer of `tokenizer_folder` and `card` as README.md to the folder `out`,
     atomically.
 
     AutoModel and AutoTokenizer load `out` without our code or a network. The tokenizer cuts text at the longest row
-    that the model takes. An earlier export at `out` is replaced.
+    that the model takes. An earlier export at `out` is replaced. head: of an embedding model; sentence-transformers
+    then loads `out` too, and its vectors are the head's.
     """
     from minilm.model.encoder.build import quiet_transformers
+    from minilm.model.encoder.sentence_head import save_head
     from minilm.model.encoder.shape import shape_of
 
     if not has_vocabulary(tokenizer_folder):
@@ -48,7 +58,10 @@ def export_student(model: "PreTrainedModel", tokenizer_folder: Path, out: Path, 
             copy = temporary / file.relative_to(tokenizer_folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-        _set_max_length(temporary, shape_of(model.config).max_tokens)
+        shape = shape_of(model.config)
+        _set_max_length(temporary, shape.max_tokens)
+        if head is not None:
+            save_head(head, temporary, shape.hidden, shape.max_tokens)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -72,7 +85,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def weights_digest(source: Path | Mapping[str, Tensor]) -> str:
     """sha256 (hex) over every tensor's name, dtype, shape and bytes, in name order: equal only bit for bit.
 
-    source: an exported folder or a state dict; both give the same digest for the same weights.
+    source: an exported folder or a state dict; both give the same digest for the same weights. Dense layers behind a
+    model's pooling (N_Dense/) count too.
     """
     digest = hashlib.sha256()
     tensors = _load(source) if isinstance(source, Path) else source
@@ -91,11 +105,13 @@ def model_card(
     teacher: str,
     facts: Mapping[str, str],
     teacher_card: Path | None = None,
+    head: "SentenceHead | None" = None,
 ) -> str:
     """The README.md of an export (Markdown): what it is good for, how to load it, what distillation did not train.
 
     trained: names of the trained parameters (`TappedEncoder.trained_parameters`); facts: further rows of the
-    table; teacher_card: the teacher's README.md, from which licence and language are taken, never guessed.
+    table; teacher_card: the teacher's README.md, from which licence and language are taken, never guessed; head: of
+    an embedding model.
     """
     trained = set(trained)
     untrained = [key for key, _ in model.named_parameters() if key not in trained]
@@ -107,22 +123,24 @@ def model_card(
         "Parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         **facts,
     }
+    if head is not None:
+        layout = head.layout
+        rows["Vectors"] = f"{layout.width(config.hidden_size)} numbers: {layout.pooling} pooling" + "".join(
+            f", a dense layer to {layer.outputs}" for layer in layout.dense
+        )
     table = "\n".join(f"| {key} | {' '.join(str(value).split())} |" for key, value in rows.items())
     listed = "\n".join(f"- `{key}`" for key in untrained) or "- none"
-    use = (
-        "**Fine-tune it before use.** The last layer's weights after its queries, keys and values were not trained: its"
-        " pooled vectors mean nothing until a task trains them."
-        if untrained
-        else "All of its weights were trained."
-    )
+    use, source, load, why = _EMBEDDER if head is not None else _ENCODER
+    if head is None and not untrained:
+        use = "All of its weights were trained."
     return f"""---
-{_metadata(teacher_card)}
+{_metadata(teacher_card, embeds=head is not None)}
 ---
 # {name}
 
 {use}
 
-An encoder distilled from its teacher by the objective below (MiniLM, arXiv 2002.10957).
+An encoder distilled from its teacher by the objective below ({source}).
 
 | | |
 |---|---|
@@ -130,17 +148,37 @@ An encoder distilled from its teacher by the objective below (MiniLM, arXiv 2002
 
 ## Load it
 
-    from transformers import AutoModel, AutoTokenizer
-    model = AutoModel.from_pretrained("this folder")
-    tokenizer = AutoTokenizer.from_pretrained("this folder")
+{load}
 
 ## Not trained by distillation
 
-Distillation reads queries, keys and values of the last layer. The weights after these projections are
-untrained by distillation: they hold their initial values until fine-tuning trains them. They are:
+{why} They are:
 
 {listed}
 """
+
+
+_ENCODER = (
+    "**Fine-tune it before use.** The last layer's weights after its queries, keys and values were not trained: its"
+    " pooled vectors mean nothing until a task trains them.",
+    "MiniLM, arXiv 2002.10957",
+    """    from transformers import AutoModel, AutoTokenizer
+    model = AutoModel.from_pretrained("this folder")
+    tokenizer = AutoTokenizer.from_pretrained("this folder")""",
+    """Distillation reads queries, keys and values of the last layer. The weights after these projections are
+untrained by distillation: they hold their initial values until fine-tuning trains them.""",
+)
+_EMBEDDER = (
+    "**Use it as it is.** It makes a vector of a text, in its teacher's own space: its vectors and the teacher's can be"
+    " compared by their cosine, so texts that the teacher has embedded can be searched with it.",
+    "LEAF, arXiv 2509.12539, after MiniLM, arXiv 2002.10957",
+    """    from sentence_transformers import SentenceTransformer
+    vectors = SentenceTransformer("this folder").encode(["a text", "another one"])
+
+It is a plain transformers folder as well: `AutoModel` and `AutoTokenizer` load it, for the hidden states or for
+fine-tuning.""",
+    "Everything that makes a vector was trained. What else the folder holds keeps the values that it started with.",
+)
 
 
 def _set_max_length(folder: Path, max_tokens: int) -> None:
@@ -200,12 +238,15 @@ def _load(folder: Path) -> dict[str, Tensor]:
     if not files:
         raise ModelError(f"{folder} holds no safetensors weights; give a folder written by export_student")
     try:
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+        found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        for file in sorted(folder.glob("[0-9]*_Dense/model.safetensors")):
+            found |= {f"{file.parent.name}/{name}": tensor for name, tensor in load_file(file).items()}
+        return found
     except SafetensorError as error:
         raise ModelError(f"{folder} holds damaged safetensors weights ({error}); bring them again") from error
 
 
-def _metadata(teacher_card: Path | None) -> str:
+def _metadata(teacher_card: Path | None, *, embeds: bool) -> str:
     """YAML for the hub: the library, and what the teacher's card says of licence and language."""
     from huggingface_hub import ModelCard, ModelCardData  # a second to import
 
@@ -217,5 +258,8 @@ def _metadata(teacher_card: Path | None) -> str:
             known = {key: value for key in names if (value := getattr(found, key, None)) is not None}
         except Exception:  # a file that is no card, or whose head is no YAML: nothing is known then
             known = {}
-    data = ModelCardData(library_name="transformers", tags=["minilm", "distillation"], **known)
+    if embeds:
+        known |= {"pipeline_tag": "sentence-similarity"}
+    library = "sentence-transformers" if embeds else "transformers"
+    data = ModelCardData(library_name=library, tags=["minilm", "distillation"], **known)
     return str(data.to_yaml()).strip()

@@ -24,7 +24,7 @@ from minilm.orchestrator.verbs.about import Version, add_completion, add_copy, a
 from minilm.orchestrator.verbs.arguments import Parser, add_group, add_verbs
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
-from minilm.orchestrator.verbs.convert import add_export
+from minilm.orchestrator.verbs.convert import add_export, add_shrink
 from minilm.orchestrator.verbs.data import add_data_verbs
 from minilm.orchestrator.verbs.evaluate import add_evaluate
 from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
@@ -124,6 +124,7 @@ def parser() -> Parser:
     add_bench_verbs(add_group(verbs, "bench", what, "minilm bench step", "minilm bench stream --json"))
     add_evaluate(verbs)
     add_export(verbs)
+    add_shrink(verbs)
     add_pull(verbs)
     add_promote(verbs)
     add_register(verbs)

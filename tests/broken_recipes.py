@@ -58,8 +58,8 @@ ROWS: list[tuple[list[str], str]] = [
         "--set: data.held_out: given 0; allowed: a number above 0, at most 0.5",
     ),
     (
-        ["data.packing=sentence"],
-        "--set: data.packing: given 'sentence'; allowed: 'full' or 'document'",
+        ["data.packing=sentences"],
+        "--set: data.packing: given 'sentences'; allowed: 'full', 'document' or 'sentence'; did you mean 'sentence'?",
     ),
     (
         ["data.tokeniser=x"],
@@ -246,9 +246,130 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.init=teacher"],
-        "--set: stages.0.student.init: given 'teacher'; allowed: random, teacher-layers, teacher-pca, or a model to "
-        "go on from: models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH "
-        "or a hub id OWNER/NAME",
+        "--set: stages.0.student.init: given 'teacher'; allowed: random, teacher-layers, teacher-pca, or a model to go "
+        "on from: an earlier student's name, models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…, "
+        "~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME; did you mean 'teacher-layers'?",
+    ),
+    (
+        ["stages.assistant.objective=embedding", "stages.assistant.teacher=«embedder»"],
+        "FILE:2: data.packing: given 'full'; allowed: sentence or document, because stage 'assistant' "
+        "compares the vectors of whole texts (objective: embedding)",
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "stages.assistant.teacher=«embedder»",
+            "data={shards: «shards»}",
+        ],
+        "FILE: stage assistant: objective embedding compares the vectors of whole texts, and the data's rows "
+        "are pieces of several (packing full); make the data from the text with --packing sentence, or "
+        "document",
+    ),
+    (
+        ["stages.assistant.objective=embedding", "data.packing=sentence"],
+        "FILE: stage assistant: the teacher «teacher» does not say how its vectors are pooled (it has no "
+        "modules.json); give a sentence-transformers model, or embedding: {pooling: mean} (or cls) in the "
+        "stage, if it was trained to be pooled so",
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "data.packing=sentence",
+            "stages.assistant.teacher=«embedder»",
+            "stages.assistant.embedding.dims=[96, 48]",
+        ],
+        "FILE: stage assistant: dims [96, 48]: the teacher's vectors have 48 numbers, and the first of dims "
+        "is all of them; give dims: [48]",
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "data.packing=sentence",
+            "stages.assistant.teacher=«embedder»",
+            "stages.assistant.embedding.dims=[24]",
+        ],
+        "FILE: stage assistant: dims [24]: the teacher's vectors have 48 numbers, and the first of dims is "
+        "all of them; give dims: [48, 24]",
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "data.packing=sentence",
+            "stages.assistant.teacher=«embedder»",
+            "stages.assistant.embedding.dense=false",
+        ],
+        "FILE: stage assistant: student 'assistant' has a hidden size of 24 and the teacher's vectors 48 "
+        "numbers, with dense: false; leave dense out, or give hidden: 48",
+    ),
+    (
+        ["stages.assistant.embedding.pooling=cls"],
+        "FILE:8: stages.0.embedding: given with objective: minilm; allowed with objective: embedding; change "
+        "that, or leave these keys out",
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "data.packing=sentence",
+            "stages.assistant.teacher=«embedder»",
+            "stages.assistant.relation_heads=4",
+            "stages.assistant.reduction=token",
+        ],
+        "--set: stages.0.relation_heads: given with objective: embedding, which compares whole vectors of the"
+        " last layers; leave it out\n"
+        "--set: stages.0.reduction: given with objective: embedding, which compares whole vectors of the last"
+        " layers; leave it out",
+    ),
+    (
+        ["data.packing=sentence", "stages.small.objective=embedding"],
+        "FILE:19: stages.1.teacher: given 'assistant', whose vectors mean nothing: its stage 'assistant' "
+        "trains relations; allowed: a model that embeds texts (to start from it: init: assistant)",
+    ),
+    (
+        ["stages.small.student.init=asistant"],
+        "--set: stages.1.student.init: given 'asistant'; allowed: random, teacher-layers, teacher-pca, or a model to "
+        "go on from: an earlier student's name, models:/NAME@ALIAS, models:/NAME/VERSION, a folder (/…, ./…, ../…,"
+        " ~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME; did you mean 'assistant'?",
+    ),
+    (
+        ["stages.small.student.init=assistant"],
+        "FILE:21: stages.1.student.layers: given 1; allowed: 3, as of the student 'assistant' that it starts "
+        "from",
+    ),
+    (
+        ["stages.assistant.student.init=small"],
+        "--set: stages.0.student.init: given 'small', a student defined only later; move the stage that makes"
+        " it (small) up, above this",
+    ),
+    (
+        ["stages.small.student.init=small"],
+        "--set: stages.1.student.init: given 'small', of this stage itself; allowed: a student of an earlier "
+        "stage",
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "data.packing=sentence",
+            "stages.assistant.teacher=«embedder»",
+            "stages.assistant.student.init=«dense-96»",
+            "stages.assistant.student.hidden=48",
+        ],
+        "FILE: stage assistant: student 'assistant': the model that it starts from has a dense layer to 96 "
+        "numbers, and the teacher's vectors have 48; start from a model without (a copy of it without "
+        "modules.json)",
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "data.packing=sentence",
+            "stages.assistant.teacher=«last-token»",
+        ],
+        "FILE: stage assistant: «last-token»/1_Pooling/config.json pools by lasttoken; use a model that pools"
+        " by one of mean, cls, max, mean_sqrt_len_tokens",
+    ),
+    (
+        ["data.packing=sentence", "data.source=megatron"],
+        "FILE: data: source 'megatron' holds token ids, and packing 'sentence' splits text; give the text "
+        "that they were made of, or packing document",
     ),
     (
         ["stages.assistant.student.init=«teacher»"],
@@ -362,7 +483,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.objective=mini"],
         "--set: stages.0.objective: given 'mini'; allowed: 'minilm', 'minilmv2', "
-        "'attention-only', 'value-mse', 'layer-to-layer', 'soft-label-mlm' or 'hidden-relation'; "
+        "'attention-only', 'value-mse', 'layer-to-layer', 'soft-label-mlm', 'embedding' or 'hidden-relation'; "
         "did you mean 'minilm'?",
     ),
     (
@@ -413,7 +534,7 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.schedule=step"],
-        "--set: stages.0.schedule: given 'step'; allowed: 'linear', 'cosine' or 'constant'",
+        "--set: stages.0.schedule: given 'step'; allowed: 'linear', 'cosine', 'constant' or 'wsd'",
     ),
     (
         ["stages.assistant.adam_betas=[0.9]"],
@@ -423,9 +544,9 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.lr=1e-4"],
         "--set: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "
-        "assistant, teacher_layer, student, students, objective, relations, relation_heads, reduction, "
-        "batch, micro_batch, steps, peak_lr, warmup_steps, schedule, adam_betas, adam_eps, "
-        "weight_decay, max_gradient_norm, eval_every, held_out_rows",
+        "assistant, teacher_layer, student, students, objective, embedding, relations, relation_heads, reduction, "
+        "batch, micro_batch, steps, peak_lr, warmup_steps, schedule, decay_steps, adam_betas, adam_eps, "
+        "weight_decay, max_gradient_norm, eval_every, held_out_rows, evaluate, until",
     ),
     (
         ["stages.assistant.eval_every=0"],
@@ -665,6 +786,86 @@ ROWS: list[tuple[list[str], str]] = [
         "models:/NAME@ALIAS, models:/NAME/VERSION, package:IMPORT_NAME/PATH, a folder (/…, ./…, "
         "../…, ~/…) or a hub id OWNER/NAME",
     ),
+    (
+        ["stages.small.evaluate=[{probe: stsb}]"],
+        "--set: stages.1.evaluate.0.probe: given 'stsb'; allowed: 'divergence', 'knn', 'cka', 'stsb-embed', "
+        "'linear-cola', 'linear-sst2', 'linear-mrpc', 'linear-rte', 'linear-qnli', 'linear-qqp' or "
+        "'linear-mnli'; did you mean 'stsb-embed'?",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: knn}, {probe: knn}]"],
+        "--set: stages.1.evaluate.1.probe: given 'knn' a second time; allowed: each probe once",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: stsb-embed, every: 4}]"],
+        "--set: stages.1.evaluate.0.data: missing; probe stsb-embed reads the files of task stsb-embed; give the "
+        "folder that holds the task's folder, here or as evaluation.data",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: linear-sst2, data: «empty»}]"],
+        "FILE: stage small: probe linear-sst2: task sst2 has no folder in «empty» (there: no folder); expected "
+        "«empty»/SST-2 with train.tsv, dev.tsv",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: knn, data: /x}]"],
+        "--set: stages.1.evaluate.0.data: given '/x'; probe knn reads held-out rows and no files; remove it",
+    ),
+    (
+        ["stages.small.schedule=wsd"],
+        "FILE:18: stages.1.decay_steps: missing; schedule: wsd needs it, the steps of its decay, at most 36",
+    ),
+    (
+        ["stages.small.decay_steps=8"],
+        "--set: stages.1.decay_steps: given 8 with schedule: linear; allowed with schedule: wsd; remove it, or "
+        "change the schedule",
+    ),
+    (
+        ["stages.small.schedule=wsd", "stages.small.decay_steps=37"],
+        "--set: stages.1.decay_steps: given 37; allowed: at most 36, the stage's 40 steps without its warm-up",
+    ),
+    (
+        ["stages.small.eval_every=4", "stages.small.until={probe: divergence, patience: 2}"],
+        "--set: stages.1.until: given with schedule: linear, whose rate at every step depends on where the stage "
+        "ends; allowed: schedule: wsd with decay_steps, or schedule: constant",
+    ),
+    (
+        ["stages.small.schedule=constant", "stages.small.until={probe: divergence, patience: 2}"],
+        "--set: stages.1.until.probe: given 'divergence', which is measured before and after only; give the stage "
+        "eval_every: STEPS",
+    ),
+    (
+        ["stages.small.schedule=constant", "stages.small.until={probe: stsb-embed, share_of_teacher: 0.97}"],
+        "--set: stages.1.until.probe: given 'stsb-embed'; allowed: a probe of the stage's evaluate, or divergence; "
+        "add evaluate: [{probe: stsb-embed, every: STEPS, data: DIR}]",
+    ),
+    (
+        [
+            "stages.small.schedule=wsd",
+            "stages.small.decay_steps=10",
+            "stages.small.evaluate=[{probe: knn, every: 30}]",
+            "stages.small.until={probe: knn, share_of_teacher: 0.97}",
+        ],
+        "--set: stages.1.until.probe: given 'knn', which is measured every 30 steps, not once between the warm-up "
+        "(4) and step 30; give it a smaller every",
+    ),
+    (
+        [
+            "stages.small.schedule=constant",
+            "stages.small.eval_every=4",
+            "stages.small.until={probe: divergence, share_of_teacher: 0.97}",
+        ],
+        "--set: stages.1.until.share_of_teacher: given 0.97 of divergence, for which the teacher has no value; "
+        "allowed: patience: MEASUREMENTS, or a share of another probe of evaluate",
+    ),
+    (
+        [
+            "stages.small.schedule=constant",
+            "stages.small.eval_every=4",
+            "stages.small.until={probe: divergence}",
+        ],
+        "--set: stages.1.until: given no condition; allowed: share_of_teacher: SHARE, patience: MEASUREMENTS, or "
+        "both",
+    ),
 ]
 
 MENDED: list[tuple[list[str], list[str]]] = [
@@ -675,6 +876,32 @@ MENDED: list[tuple[list[str], list[str]]] = [
     (["stages.small.teacher=asistant"], ["stages.small.teacher=assistant"]),
     (["stages.assistant.teacher=small"], ["stages.assistant.teacher=«teacher»"]),
     (["stages.assistant.teacher=«short»"], ["data.seq_len=16"]),
+    (
+        ["stages.assistant.objective=embedding", "stages.assistant.teacher=«embedder»"],
+        ["data.packing=sentence"],
+    ),
+    (
+        ["stages.assistant.objective=embedding", "data.packing=sentence"],
+        ["stages.assistant.embedding.pooling=mean"],
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "data.packing=sentence",
+            "stages.assistant.teacher=«embedder»",
+            "stages.assistant.embedding.dims=[96, 48]",
+        ],
+        ["stages.assistant.embedding.dims=[48]"],
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "data.packing=sentence",
+            "stages.assistant.teacher=«embedder»",
+            "stages.assistant.embedding.dense=false",
+        ],
+        ["stages.assistant.embedding.dense=null"],
+    ),
     (["stages.assistant.teacher=«other-tokenizer»"], ["data.tokenizer=«other-tokenizer»"]),
     (["stages.small.teacher_layer=4"], ["stages.small.teacher_layer=3"]),
     (["stages.assistant.student.hidden=25"], ["stages.assistant.student.hidden=24"]),
@@ -758,5 +985,10 @@ MENDED: list[tuple[list[str], list[str]]] = [
     ),
     (["stages.assistant.warmup_steps=40"], ["stages.assistant.warmup_steps=39"]),
     (["compute.workers=3"], ["compute.workers=2"]),
+    (
+        ["stages.small.schedule=constant", "stages.small.until={probe: divergence, patience: 2}"],
+        ["stages.small.eval_every=4"],
+    ),
+    (["stages.small.schedule=wsd"], ["stages.small.decay_steps=36"]),
 ]
 """Overrides of ROWS, and then what their sentence advises: it must not lead into another error."""

@@ -77,6 +77,19 @@ def make_teacher(
     return folder
 
 
+def make_embedder(folder: Path, *, pooling: str = "mean", dense: int | None = None) -> Path:
+    """Turn a teacher's folder into one of sentence-transformers, with a dense layer of random weights if asked for."""
+    from minilm.model.encoder.sentence_head import SentenceHead, save_head
+    from minilm.model.encoder.sentence_layout import DenseLayer, SentenceLayout
+
+    layers = (DenseLayer(48, dense, activation="Tanh"),) if dense else ()
+    head = SentenceHead(SentenceLayout(pooling, layers), seed=3)
+    for linear in head.linear:
+        torch.nn.init.normal_(linear.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    save_head(head, folder, 48, 64)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def unchanged_teachers() -> Iterator[None]:
     """Whatever a test runs: no step of the loop touches the teacher."""

@@ -77,6 +77,7 @@ def make_spec(
         "peak_lr": 1e-3,
         "warmup_steps": 3,
         "schedule": "linear",
+        "decay_steps": None,
         "adam_betas": (0.9, 0.999),
         "adam_eps": 1e-6,
         "weight_decay": 0.01,

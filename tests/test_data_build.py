@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from minilm.data.builder import local_pool as workers
 from minilm.data.builder import tokenization as build_tasks
-from minilm.data.builder.build import _lock, build
+from minilm.data.builder.build import _lock, build, import_data
 from minilm.data.builder.enough import check_enough
 from minilm.data.errors import DataError
 from minilm.data.format import shard as shard_module
@@ -110,6 +110,51 @@ def test_document_packing_never_mixes_documents(text, tokenizer, tmp_path):
     found = [tuple(row[1 : n - 1].tolist()) for row, n in zip(batch.input_ids, lengths, strict=True)]
     assert sorted(found) == sorted(pieces)
     assert report.truncated_share == 0 and manifest.tokens == int(lengths.sum())
+
+
+def test_sentence_packing_gives_each_sentence_a_row_and_splits_by_document(tokenizer, tmp_path, monkeypatch):
+    documents = [
+        f"Dr. {word} went home at 5 p.m. today. Was it late?\nNot for {word}... no! " + "word " * 30 + "end."
+        for word in (f"w{i}" for i in range(40))
+    ]
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(documents))
+    options = {"packing": "sentence", "held_out": 0.3, **SMALL}
+    report = build([file], tokenizer, tmp_path / "out", processes=1, **options)
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+
+    def rows(folder):
+        reader = RowReader(folder)
+        batch = reader.read(range(reader.manifest.rows))
+        return [
+            tuple(row[1 : n - 1].tolist()) for row, n in zip(batch.input_ids, batch.mask.sum(1), strict=True)
+        ]
+
+    def wanted(document):
+        first, rest = document.split("\n")
+        one, two = first.split(" Was")
+        three, four = rest.split("no! ")
+        coded = [
+            encode(t, add_special_tokens=False)["input_ids"] for t in (one, "Was" + two, three + "no!", four)
+        ]
+        return [tuple(ids[i : i + 14]) for ids in coded for i in range(0, len(ids), 14)]
+
+    train, held_out = rows(tmp_path / "out"), rows(tmp_path / "out" / "held-out")
+    assert sorted(train + held_out) == sorted(row for document in documents for row in wanted(document))
+    whole = [set(wanted(document)) for document in documents]
+    assert report.documents == 40 and report.held_out_documents == sum(w <= set(held_out) for w in whole) > 3
+    assert report.split_share == 110 / 160 and "68.8% of the sentences are longer" in report.text()
+    monkeypatch.setattr(build_tasks, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(build_tasks, "_RUN_TOKENS", 300)
+    monkeypatch.setattr("minilm.data.builder.phases._BUCKET_TOKENS", 500)
+    build([file], tokenizer, tmp_path / "other", processes=2, **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
+
+
+def test_sentence_packing_of_token_ids_is_refused(tokenizer, tmp_path):
+    said = "source 'megatron' holds token ids, and packing 'sentence' splits text; give the text that they were made"
+    with pytest.raises(DataError, match=said):
+        import_data(["x"], tokenizer, tmp_path / "out", source="megatron", packing="sentence", **SMALL)
 
 
 @pytest.mark.parametrize("packing", ["full", "document"])
@@ -242,7 +287,7 @@ BUILD = """
 import sys
 from minilm.data.sources import text
 text._RANGE_BYTES = 1500
-from minilm.data.builder.build import build
+from minilm.data.builder.build import build, import_data
 build(sys.argv[3:], sys.argv[1], sys.argv[2], held_out=0.2, processes=2, seq_len=16, rows_per_block=8,
 shard_bytes=20000)
 """
@@ -558,7 +603,7 @@ from pathlib import Path
 from minilm.data.builder import phases, tokenization
 tokenization._RUN_TOKENS, phases._BUCKET_TOKENS = 1 << 17, 1 << 17
 tokenization._BATCH_CHARACTERS = 1 << 16
-from minilm.data.builder.build import build
+from minilm.data.builder.build import build, import_data
 report = build([sys.argv[1]], sys.argv[2], sys.argv[3], processes=1, seq_len=64)
 status = Path("/proc/self/status").read_text()  # getrusage remembers the peak of the process that forked this one
 print(report.tokens, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) >> 10)

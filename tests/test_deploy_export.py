@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from minilm.model.encoder.families import FAMILIES
 from minilm.orchestrator.cli import main
 from minilm.orchestrator.deploy import export as deploy
 from minilm.orchestrator.deploy import latency, onnx_graph, packages
-from minilm.orchestrator.deploy.embedder_layout import write_layout
 from minilm.orchestrator.deploy.served import ServedEncoder, largest_difference
 from minilm.orchestrator.evaluation.sources import Source
 from minilm.orchestrator.verbs import convert
@@ -178,6 +178,10 @@ def test_a_difference_is_found_in_short_and_long_rows_and_a_nan_counts(teacher):
             " bits cost is measured there",
         ),
         (
+            ["--format", "onnx", "--data", "."],
+            "--data says where the cost of 8 bits is measured; give --int8 too, or leave --data out",
+        ),
+        (
             ["--format", "sentence-transformers", "--int8", "--data", "."],
             "--int8 is made for --format onnx, not sentence-transformers; leave it out, or give --format onnx",
         ),
@@ -192,13 +196,17 @@ def test_a_difference_is_found_in_short_and_long_rows_and_a_nan_counts(teacher):
     ],
 )
 def test_options_that_do_not_fit(options, message, teacher, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "require_packages", lambda format: None, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert main(["export", str(teacher), str(tmp_path / "new"), *options]) == 2
     assert capsys.readouterr().err == f"minilm: error: {message}\n"
 
 
 def test_folders_that_do_not_fit(teacher, tmp_path, capsys):
+    assert (
+        main(["export", f"random:{teacher}", str(tmp_path / "new"), "--format", "sentence-transformers"]) == 2
+    )
+    expected = f"random:{teacher} is a control of an evaluation; give the folder of a model"
+    assert capsys.readouterr().err == f"minilm: error: {expected}\n"
     (tmp_path / "there").mkdir()
     command = ["export", str(teacher), str(tmp_path / "there"), "--format", "sentence-transformers"]
     assert main(command) == 2
@@ -244,12 +252,18 @@ def test_a_plain_encoder_becomes_a_sentence_transformer(teacher, tmp_path):
     ]
     pooling = json.loads((tmp_path / "new/1_Pooling/config.json").read_text())
     assert pooling["word_embedding_dimension"] == 48
-    assert [name for name, value in pooling.items() if value is True] == [
-        "include_prompt",
-        "pooling_mode_mean_tokens",
-    ]
+    assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens"]
     assert json.loads((tmp_path / "new/sentence_bert_config.json").read_text())["max_seq_length"] == 64
     AutoModel.from_pretrained(tmp_path / "new")
+
+
+def test_a_registered_model_is_exported_without_a_work_directory(teacher, empty_store, tmp_path, monkeypatch):
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert main(["register", str(teacher), "bert"]) == 0
+    assert main(["export", "models:/bert@newest", "new", "--format", "sentence-transformers"]) == 0
+    assert json.loads((tmp_path / "new/export.json").read_text())["model"] == "models:/bert@newest"
 
 
 def test_modules_that_are_there_stay(teacher, tmp_path):
@@ -257,26 +271,29 @@ def test_modules_that_are_there_stay(teacher, tmp_path):
     shutil.copytree(teacher, folder)
     (folder / "modules.json").write_text("[]")
     (folder / "2_Dense").mkdir()
-    (folder / "2_Dense" / "model.safetensors").write_bytes(b"dense")
+    save_file({"linear.weight": torch.ones(1, 1)}, folder / "2_Dense" / "model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "note.txt").write_text("private")
     deploy.export(of(folder), tmp_path / "new", "sentence-transformers", say=lambda _: None)
     assert (tmp_path / "new/modules.json").read_text() == "[]"
-    assert (tmp_path / "new/2_Dense/model.safetensors").read_bytes() == b"dense"
+    dense = [(place / "2_Dense/model.safetensors").read_bytes() for place in (folder, tmp_path / "new")]
+    assert dense[0] == dense[1]
     assert not (tmp_path / "new/pytorch_model.bin").exists() and not (tmp_path / "new/.cache").exists()
-    assert not write_layout(tmp_path / "new", 48, 64)
 
 
 def test_sentence_transformers_gives_our_vectors(teacher, tmp_path):
     library = pytest.importorskip("sentence_transformers")
-    from minilm.orchestrator.evaluation.embed import mean_pooled
+    from minilm.model.encoder.sentence_head import SentenceHead
+    from minilm.model.encoder.sentence_layout import SentenceLayout
+    from minilm.orchestrator.evaluation.embed import vectors_of
 
     deploy.export(of(teacher), tmp_path / "new", "sentence-transformers", say=lambda _: None)
     texts = ["time", "people way day man thing woman."]
     got = library.SentenceTransformer(str(tmp_path / "new"), device="cpu").encode(texts)
     model, tokenizer = AutoModel.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
-    expected = mean_pooled(model, tokenizer, texts, tokens=64, batch=2, device=torch.device("cpu"))
+    head, device = SentenceHead(SentenceLayout()), torch.device("cpu")
+    expected = vectors_of(model, head, tokenizer, texts, tokens=64, batch=2, device=device)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

@@ -21,15 +21,16 @@ from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.catalogue import OBJECTIVES
 from minilm.model.loss.objective import TERMS, Objective
 from minilm.orchestrator import cli
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.launch import base
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
-from minilm.orchestrator.worker.evaluate import EVALUATORS
+from minilm.orchestrator.stage.spec import ProbeSpec
 from minilm.orchestrator.worker.loop import run_stage
 from tests.support import make_spec
 from tests.test_driver_curriculum import write_recipe
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
-FAMILY, TERM, SOURCE, LAUNCHER, MEASUREMENT = re.findall(
+FAMILY, TERM, SOURCE, LAUNCHER, PROBE = re.findall(
     r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL
 )
 
@@ -43,10 +44,10 @@ def execute(example: str, module: str = "example") -> dict:
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
     """What an example adds is gone after its test."""
-    for table in (FAMILIES, TERMS, OBJECTIVES, base.LAUNCHERS, EVALUATORS):
+    for table in (FAMILIES, TERMS, OBJECTIVES, base.LAUNCHERS, PROBES):
         for key in list(table):
             monkeypatch.setitem(table, key, table[key])
-    before = [(table, set(table)) for table in (FAMILIES, TERMS, OBJECTIVES, base.LAUNCHERS, EVALUATORS)]
+    before = [(table, set(table)) for table in (FAMILIES, TERMS, OBJECTIVES, base.LAUNCHERS, PROBES)]
     yield
     for table, keys in before:
         for key in set(table) - keys:
@@ -140,12 +141,15 @@ def test_a_launcher(tmp_path, text, teacher, monkeypatch, capsys):
     assert "tiny-small v1" in capsys.readouterr().out
 
 
-def test_a_measurement(tmp_path, shards, teacher):
-    execute(MEASUREMENT)
-    spec = make_spec(shards, teacher, tmp_path)
+def test_a_probe(tmp_path, shards, teacher, monkeypatch):
+    package, module = type(sys)("query_norm_example"), type(sys)("query_norm_example.probes")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module).update(execute(PROBE, module.__name__))
+    spec = make_spec(shards, teacher, tmp_path, evaluate=(ProbeSpec("query-norm", 4),))
     assert run_stage(spec)
-    first, *_, last = read_all_metrics(tmp_path / "heldout.jsonl")
-    assert (
-        0 < first.metrics["small/heldout/probe/query_norm"] != last.metrics["small/heldout/probe/query_norm"]
-    )
-    assert {"small/heldout/attention", "small/heldout/value"} < set(last.metrics)
+    points = read_all_metrics(tmp_path / "heldout.jsonl")
+    assert [point.step for point in points] == [0, 4, 8, 12]
+    first, *_, last = (point.metrics["small/heldout/probe/query-norm"] for point in points)
+    assert 0 < first != last
+    assert {"small/heldout/attention", "small/heldout/value"} < set(points[-1].metrics)

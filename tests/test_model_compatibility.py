@@ -117,7 +117,8 @@ def test_a_student_that_fits_has_its_whole_shape():
         ),
         (
             lambda: Objective.named(relations=[{"term": "cosine", "name": "a"}]),
-            "term 'cosine' is not known; use one of relation, squared_error, soft_labels",
+            "term 'cosine' is not known; use one of relation, squared_error, soft_labels,"
+            " cosine_distance, similarity",
         ),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_position_bias_belongs_to_attention_only():
         (
             lambda: Objective.named("minilm3"),
             "objective 'minilm3' is not known; use one of minilm, minilmv2, attention-only, value-mse,"
-            " layer-to-layer, soft-label-mlm, hidden-relation",
+            " layer-to-layer, soft-label-mlm, embedding, hidden-relation",
         ),
         (lambda: Relation("a", "q", "w"), "relation 'a' is made of 'w'; use q, k, v, hidden"),
         (

@@ -32,6 +32,10 @@ def test_the_papers_recipes_are_warned_of_nothing_but_a_missing_assistant(file):
         ]  # fmt: skip
         return
     found = advice(recipe, seq_len=recipe.data.seq_len)
+    if recipe.name.startswith("embed-"):  # of the stage of relations, never of the one of vectors
+        (line,) = found
+        assert line.startswith("stage relations: student start ")
+        return
     assert all("no assistant, which the papers' rule asks for" in line for line in found)
     small = (3, 4, 6, 12) if "large" in recipe.name else (3, 4, 6)  # at most half of the teacher's layers
     student = recipe.stages[0].students[0]
@@ -116,7 +120,8 @@ def test_check_and_plan_warn_alike_and_refuse_nothing(tmp_path, text, teacher, c
     assert [line.partition(": warning: ")[2] for line in printed] == checked["warnings"]
     assert main(["plan", recipe, "--json", *change]) == 0
     planned = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert planned["warnings"] == checked["warnings"]
+    licence, *of_sizes = checked["warnings"]
+    assert licence.startswith("no licence is known of teacher") and planned["warnings"] == of_sizes
     assert main(["plan", recipe, *change]) == 0
     assert "  warning       stage small: student" in capsys.readouterr().out
 

@@ -521,9 +521,9 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         "recipe.yaml:6: stages.0.peak_lr: missing; add it (Learning rate at the end of the warm-up)",
         "recipe.yaml:10: stages.0.steps: given -100; allowed: a whole number from 1 to 1e9",
         "recipe.yaml:11: stages.0.lr: unknown key; did you mean 'peak_lr'?; allowed: name, teacher, "
-        "assistant, teacher_layer, student, students, objective, relations, relation_heads, reduction, batch, "
-        "micro_batch, steps, peak_lr, warmup_steps, schedule, adam_betas, adam_eps, weight_decay, max_gradient_norm, "
-        "eval_every, held_out_rows",
+        "assistant, teacher_layer, student, students, objective, embedding, relations, relation_heads, reduction, "
+        "batch, micro_batch, steps, peak_lr, warmup_steps, schedule, decay_steps, adam_betas, adam_eps, weight_decay, "
+        "max_gradient_norm, eval_every, held_out_rows, evaluate, until",
         "recipe.yaml:15: stages.1.student.heads: given 12; allowed: heads that divide hidden "
         "(25 / 12 is not whole); hidden: 24 would do if the teacher has 12 heads; if not, leave heads out",
         "recipe.yaml:20: workers: unknown key; it belongs under compute; allowed: name, seed, data, "
@@ -703,6 +703,8 @@ def numbers() -> list[tuple[str, str]]:
     places = {"Corpus": "data.0", "Data": "data", "Compute": "compute", "Tracking": "tracking", "Recipe": ""}
     places |= {"Stage": "stages.0", "Student": "stages.0.student", "RelationTerm": "stages.0.relations.0"}
     places |= {"Evaluation": "evaluation", "Promotion": "promote", "Card": "card"}
+    places |= {"Measurement": "stages.0.evaluate.0", "Until": "stages.0.until"}
+    places |= {"Embedding": "stages.0.embedding"}
     found = []
     for kind in {Recipe, *SECTIONS.values()}:
         for key, field in kind.model_fields.items():
@@ -717,6 +719,9 @@ def test_a_number_out_of_bounds_is_told_both_bounds(tmp_path: Path, path: str, k
     text = MIXED if kind == "Corpus" else BASE
     if kind == "RelationTerm":
         text = BASE.replace("    batch: 64", "    relations: [{name: a, x: q, y: k}]\n    batch: 64")
+    if kind in ("Measurement", "Until"):
+        more = "    evaluate: [{probe: knn}]\n    until: {probe: knn}\n    batch: 64"
+        text = BASE.replace("    batch: 64", more)
     if kind == "Evaluation":
         text = BASE + "evaluation: {tasks: [cola], data: tasks}\n"
     for value in ("-1", "1e300", "1e999", "9" * 50, "x", "true", "[1]"):

@@ -1,6 +1,7 @@
 """The library of recipes says what the paper says, to the last number, and each file explains itself."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -38,6 +39,7 @@ xlmr-l6-h384-ta xlmr-l12-h384 6 384 1536 12 250002 512 512 6e-4 0.9 0.999 0.01 0
 """
 ROWS = [line.split() for line in TABLE.splitlines()[2:]]
 FILES = sorted(path.name for path in LIBRARY.glob("*.yaml"))
+QUICK = ("quickstart.yaml", "embed-quickstart.yaml")  # with teachers that packages hold
 
 
 def as_row(recipe: Recipe, number: int) -> tuple[object, ...]:
@@ -135,16 +137,27 @@ SHAPES = {  # as their config.json has them
     "FacebookAI/roberta-large": ("roberta", 24, 1024, 16, 4096, 50265),
     "FacebookAI/xlm-roberta-base": ("xlm-roberta", 12, 768, 12, 3072, 250002),
     "FacebookAI/xlm-roberta-large": ("xlm-roberta", 24, 1024, 16, 4096, 250002),
+    "sentence-transformers/all-mpnet-base-v2": ("mpnet", 12, 768, 12, 3072, 30527),
 }
 # of student's layers and hidden size: parameters without embeddings, as the papers print them, in millions
 PRINTED = {(6, 768): 42.5, (12, 384): 21.3, (6, 384): 10.6, (4, 384): 7.1, (3, 384): 5.3}
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f != "quickstart.yaml"])
+def teachers(recipe: Recipe, folder: Callable[[str], str]) -> list[str]:
+    """Overrides that give every stage whose teacher is no student another one."""
+    given = {
+        stage.name: stage.teacher for stage in recipe.stages if stage.teacher not in recipe.student_names
+    }
+    return [f"stages.{name}.teacher={folder(teacher)}" for name, teacher in given.items()]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f not in QUICK])
 def test_every_recipe_plans_with_a_teacher_of_its_own_shape(file: str, tmp_path: Path) -> None:
     """Of the teacher's config, with no weights: its sizes, the papers' parameters and what the objective needs."""
     from transformers import AutoConfig
 
+    from minilm.model.encoder.sentence_head import SentenceHead, save_head
+    from minilm.model.encoder.sentence_layout import SentenceLayout
     from minilm.orchestrator.plan.estimate import works
 
     def folder(reference: str) -> str:
@@ -152,14 +165,13 @@ def test_every_recipe_plans_with_a_teacher_of_its_own_shape(file: str, tmp_path:
         kind, layers, hidden, heads, ffn, vocabulary = SHAPES[name]
         AutoConfig.for_model(
             kind, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=ffn,
-            vocab_size=vocabulary, max_position_embeddings=514 if "roberta" in kind else 512,
+            vocab_size=vocabulary, max_position_embeddings=514 if kind in ("mpnet", "roberta", "xlm-roberta") else 512,
             architectures=["BertForMaskedLM"] if kind == "bert" else None,
         ).save_pretrained(tmp_path)  # fmt: skip
+        save_head(SentenceHead(SentenceLayout()), tmp_path, hidden, 512)
         return str(tmp_path)
 
-    first = load_recipe(LIBRARY / file).stages[0]
-    teacher = f"stages.{first.name}.teacher={folder(first.teacher)}"
-    recipe = load_recipe(LIBRARY / file, [teacher])
+    recipe = load_recipe(LIBRARY / file, teachers(load_recipe(LIBRARY / file), folder))
     for stage, work in zip(recipe.stages, works(recipe, None, "cpu", "float32"), strict=True):
         (student,) = stage.students
         (body,) = work.students
@@ -168,10 +180,13 @@ def test_every_recipe_plans_with_a_teacher_of_its_own_shape(file: str, tmp_path:
         without = student.layers * (matrices + biases_and_norms)
         assert round(without / 1e6, 1) == PRINTED[student.layers, student.hidden]
         assert body.parameters > without
+        reads_all = work.teacher.attentions == work.teacher.layers
+        assert reads_all == (stage.objective in ("embedding", "soft-label-mlm", "hidden-relation"))
 
 
 def test_the_library_is_the_rows_the_arms_and_the_quickstart() -> None:
-    named = [*(row[0] for row in (*ROWS, *V2_ROWS)), *(f"bert-l6-h384-{arm}" for arm in ARMS), "quickstart"]
+    named = [*(row[0] for row in (*ROWS, *V2_ROWS)), *(f"bert-l6-h384-{arm}" for arm in ARMS)]
+    named += ["quickstart", "embed-quickstart", "embed-mpnet-l6-h384"]
     assert sorted(f"{name}.yaml" for name in named) == FILES
 
 
@@ -181,6 +196,17 @@ def test_the_quickstart_narrows_first_and_then_makes_shallow() -> None:
     assert shapes == [(6, 192, 12), (3, 192, 12)]
     assert recipe.stages[1].teacher == "assistant"
     assert (recipe.data.seq_len, recipe.data.packing) == (128, "full")
+
+
+@pytest.mark.parametrize("name", ["embed-quickstart", "embed-mpnet-l6-h384"])
+def test_an_embedder_learns_relations_first_and_goes_on_with_vectors_of_the_same_teacher(name: str) -> None:
+    recipe = load_recipe(LIBRARY / f"{name}.yaml")
+    relations, vectors = recipe.stages
+    (start,), (embedder,) = relations.students, vectors.students
+    assert (relations.objective, vectors.objective) == ("minilm", "embedding")
+    assert relations.teacher == vectors.teacher == recipe.data.tokenizer
+    assert embedder.init == start.name and recipe.data.packing == "sentence"
+    assert (start.layers, start.hidden, start.heads) == (embedder.layers, embedder.hidden, embedder.heads)
 
 
 def header(file: str) -> str:
@@ -263,20 +289,24 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher of 24 narrow layers with a masked-language-model head, which every recipe of the library can have."""
     from transformers import AutoModelForMaskedLM
 
+    from minilm.model.encoder.sentence_head import SentenceHead, save_head
+    from minilm.model.encoder.sentence_layout import SentenceLayout
+
     folder = make_teacher(tmp_path_factory.mktemp("stand-in") / "bert", layers=24, hidden=192, heads=12)
     AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    save_head(SentenceHead(SentenceLayout()), folder, 192, 64)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [f for f in FILES if f != "quickstart.yaml"])
+@pytest.mark.parametrize("file", [f for f in FILES if f not in QUICK])
 def test_every_recipe_runs_three_steps_with_a_stand_in(
     file: str, stand_in: Path, text: Path, tmp_path: Path
 ) -> None:
     """With its own layers, heads, teacher layer and objective; narrower, on short rows."""
     recipe = load_recipe(LIBRARY / file)
     changes = [f"data.text={text}", f"data.tokenizer={stand_in}", "data.seq_len=32", "data.held_out=0.1"]
-    changes += [f"stages.{recipe.stages[0].name}.teacher={stand_in}", "compute={micro_batch: 2, threads: 1}"]
+    changes += [*teachers(recipe, lambda _: str(stand_in)), "compute={micro_batch: 2, threads: 1}"]
     for stage in recipe.stages:
         few = {"steps": 3, "warmup_steps": 1, "batch": 4, "held_out_rows": 4, "student.hidden": 192}
         few["student.ffn"] = 384
@@ -286,4 +316,4 @@ def test_every_recipe_runs_three_steps_with_a_stand_in(
     command = ["run", str(LIBRARY / file), "--launcher", "inline", "--workdir", str(work), "-q", *options]
     assert main(command) == 0
     summary = json.loads((work / "summary.json").read_text())
-    assert [model["name"] for model in summary["models"]][1:] == [stage.name for stage in recipe.stages]
+    assert [m["name"] for m in summary["models"] if m["registered"]] == list(recipe.student_names)

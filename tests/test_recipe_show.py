@@ -10,7 +10,7 @@ import pytest
 from minilm.orchestrator.cli import main
 from minilm.orchestrator.recipe.library import LIBRARY
 from minilm.orchestrator.recipe.load import load_recipe, read_recipe
-from minilm.orchestrator.recipe.schema import SECTIONS
+from minilm.orchestrator.recipe.schema import SECTIONS, Embedding
 from minilm.orchestrator.recipe.show import as_yaml, values
 from minilm.orchestrator.system.files import write_json
 from tests.test_recipe import BASE, FAMILY
@@ -44,6 +44,10 @@ FORMS = {
     + BASE.replace("corpus.txt", "${B}.txt").replace(
         "batch: 64", "batch: ${A}\n    micro_batch: '${NO_SUCH:-8}'"
     ),
+    "embedding": BASE.replace(
+        "    batch: 64",
+        "    objective: embedding\n    embedding: {dims: [48, 24], dense: true}\n    batch: 64",
+    ).replace("  tokenizer:", "  packing: sentence\n  tokenizer:"),
     "evaluation": BASE + "evaluation: {tasks: [cola, stsb-embed], data: ./glue, train_rows: 9}\n"
     'promote: {min_share_of_teacher: 0.9, tasks: [cola]}\ncard: {license: mit, language: [en, "no"]}\n',
     "extends": "extends: sub/base.yaml\nname: other\nstages: [{name: student, steps: 7, warmup_steps: 1}]\n",
@@ -109,6 +113,12 @@ def test_every_key_is_shown_with_where_it_comes_from(tmp_path, monkeypatch, caps
         "x",
         "y",
         "weight",
+        "probe",
+        "every",
+        "share_of_teacher",
+        "patience",
+        "min_gain",
+        *Embedding.model_fields,
     }
     assert {key for kind in SECTIONS.values() for key in kind.model_fields} - nowhere <= keys
     digest = next(line for line in lines if line.startswith("# digest "))

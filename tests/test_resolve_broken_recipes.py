@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from minilm.orchestrator import cli
 from tests.broken_recipes import MENDED, ROWS
-from tests.conftest import make_teacher
+from tests.conftest import make_embedder, make_teacher
 
 STAGE = {"batch": 8, "steps": 40, "peak_lr": 1e-3, "warmup_steps": 4, "held_out_rows": 8}
 
@@ -57,6 +57,13 @@ def folders(
     other("small-vocabulary", "bert", **sizes, vocab_size=20)
     other("mpnet", "mpnet", **sizes, max_position_embeddings=66)
     other("gpt2", "gpt2", n_embd=48, n_layer=2, n_head=4)
+    for name, dense in {"embedder": None, "dense-96": 96, "pickled": 48, "last-token": None}.items():
+        odd(name)
+        make_embedder(found[name], dense=dense)
+    (found["pickled"] / "2_Dense" / "model.safetensors").rename(
+        found["pickled"] / "2_Dense" / "pytorch_model.bin"
+    )
+    (found["last-token"] / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
     found["other-tokenizer"] = make_teacher(root / "other-tokenizer", extra_words=("zebra", "yak"))
     found["empty"] = root / "empty"
     found["empty"].mkdir()

@@ -111,6 +111,21 @@ def test_loss_curves_show_every_term_and_mark_what_is_not_finite(
     assert [list(cross.get_xdata()) for cross in crosses] == [[4]]
 
 
+def test_probes_have_an_axis_of_their_own(tmp_path: Path, figures: list[Figure]) -> None:
+    values = {
+        "a/heldout/attention": 1.5,
+        "a/heldout/probe/knn": 0.25,
+        "a/heldout/probe/knn/share-of-teacher": 0.3,
+    }
+    points = [Point(1, 0, {"a/loss": 1.0, "learning_rate": 1e-3})]
+    loss_curves(points, [Point(step, 0, values) for step in (0, 5)], tmp_path / "loss.png")
+    terms, probes, rates = figures[0].axes
+    assert probes.get_ylabel() == "probes" and rates.get_ylabel() == "learning rate"
+    (line,) = probes.get_lines()
+    assert line.get_label() == "knn" and list(line.get_ydata()) == [0.25, 0.25]
+    assert not any("knn" in str(line.get_label()) for line in terms.get_lines())
+
+
 def test_no_points_give_an_empty_picture(tmp_path: Path) -> None:
     assert png_size(loss_curves([], [], tmp_path / "loss.png")) > (300, 300)
 

@@ -15,11 +15,11 @@ from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
+from minilm.orchestrator.evaluation.probes.evaluator import HeldOutPass, make_evaluators, measure
 from minilm.orchestrator.feed.corpora import HeldOut
 from minilm.orchestrator.train import step as step_module
 from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, group_widths
 from minilm.orchestrator.train.build import build_distiller
-from minilm.orchestrator.worker.evaluate import HeldOutPass, evaluate
 from tests.support import make_spec
 from tests.test_model_encoder import tiny_config
 from tests.test_train_step import ALONE, one_step
@@ -166,16 +166,17 @@ def test_every_group_has_a_dropout_mask_of_its_own(documents, teacher, tmp_path,
 
 
 def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, monkeypatch):
-    distiller = build_distiller(make_spec(documents, teacher, tmp_path), ALONE.device)
+    spec = make_spec(documents, teacher, tmp_path)
+    distiller = build_distiller(spec, ALONE.device)
     held_out = [HeldOut("only", 1.0, RowReader(documents / "held-out"))]
     values = []
     for grouped in (True, False):
         if not grouped:
             monkeypatch.setattr(
-                "minilm.orchestrator.worker.evaluate.by_length", lambda ids, mask: [(ids, mask)]
+                "minilm.orchestrator.evaluation.probes.evaluator.by_length", lambda ids, mask: [(ids, mask)]
             )
-        found = evaluate(HeldOutPass(distiller, held_out, rows=12, micro_batch=6, autocast=None, world=ALONE))
-        values.append(found["small"])
+        given = HeldOutPass(distiller, held_out, rows=12, micro_batch=6, autocast=None, world=ALONE)
+        values.append(measure(make_evaluators(spec), given))
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 

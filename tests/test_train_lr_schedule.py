@@ -33,8 +33,17 @@ def test_cosine_is_half_a_wave_and_constant_stays():
     assert rates("linear")[:2] == rates("cosine")[:2]
 
 
+def test_wsd_is_stable_up_to_its_decay_wherever_that_begins():
+    def rates(num_steps: int) -> list[float]:
+        options = {"peak": 2.0, "warmup_steps": 2, "schedule": "wsd", "decay_steps": 4}
+        return [learning_rate(s, num_steps=num_steps, **options) for s in range(num_steps)]
+
+    assert rates(8) == [1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    assert rates(20)[:16] == rates(40)[:16] and rates(20)[16:] == rates(8)[4:]
+
+
 def test_a_schedule_of_no_name():
-    with pytest.raises(ValueError, match="schedule 'step' is not known; use linear, cosine or constant"):
+    with pytest.raises(ValueError, match="schedule 'step' is not known; use linear, cosine, constant or wsd"):
         learning_rate(1, peak=1.0, warmup_steps=0, num_steps=2, schedule="step")
 
 

@@ -84,6 +84,28 @@ def test_a_run_under_way(work, capsys):
     assert f"{Process.this()} has ended in good order" in run_status(work.root).text()
 
 
+def test_probes_and_a_stage_that_may_end_earlier(work, capsys):
+    until = {"probe": "norm", "share_of_teacher": 0.9, "patience": 3}
+    stages = [STAGES[0], STAGES[1] | {"until": until}, STAGES[2]]
+    write_json(work.run, {"recipe": {"name": "mine", "stages": stages}})
+    with MetricsFile(work.stage("family").heldout_metrics) as points:
+        points.append(22, {"six/heldout/probe/norm": 8.0, "six/heldout/probe/norm/share-of-teacher": 0.8})
+    assert main(["status", str(work.root), "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)["stages"][1]
+    assert second["probes"] == {"six": {"norm": 8.0, "norm/share-of-teacher": 0.8}}
+    assert second["held_out"]["six"]["step"] == 20  # the divergence was not measured again
+    text = run_status(work.root).text()
+    assert "stage family:\n  six  norm 8.000 (80% of the teacher's)\n" in text
+    assert (
+        "until norm has 0.9 of the teacher's or has no gain in 3 measurements (not met: at most 60 steps)"
+        in text
+    )
+    beat = json.loads(work.stage("family").heartbeat.read_text()) | {"steps": 30}
+    write_json(work.stage("family").heartbeat, beat)
+    text = run_status(work.root).text()
+    assert "23 of 30" in text and "(met: 30 steps in all)" in text
+
+
 def test_a_killed_driver_is_seen_and_nothing_is_changed(work):
     program = (
         "import os, signal; from pathlib import Path; from minilm.orchestrator.system.lease import take; "

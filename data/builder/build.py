@@ -24,6 +24,7 @@ from minilm.data.builder.fingerprint import finished_build, stamps_of
 from minilm.data.builder.local_pool import WorkerEnded
 from minilm.data.builder.phases import WORK, BuildProgress, BuildRun, Progress
 from minilm.data.builder.report import BuildReport
+from minilm.data.builder.sentences import TOKEN_SOURCES, no_sentences
 from minilm.data.builder.work import Work
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import FORMAT_VERSION, TokenizerInfo
@@ -114,6 +115,8 @@ def import_data(
     if allow_skipped is not None and not 0 <= allow_skipped <= 1:
         raise DataError(f"allow_skipped {allow_skipped} is outside 0 … 1; it is a share of the records")
     _check(seq_len, packing, held_out, seed, rows_per_block, shard_bytes, processes)
+    if packing == "sentence" and source in TOKEN_SOURCES:
+        raise no_sentences(source)
     out = at_home(out)
     loaded = load_tokenizer(tokenizer)
     options = {name: value for name, value in (options or {}).items() if value is not None}
@@ -225,7 +228,7 @@ def _vocab_size(tokenizer: Any) -> int:
 
 def _layout(info: TokenizerInfo, seq_len: int, packing: str, rows_per_block: int, shard_bytes: int) -> Layout:
     needs = {"CLS": info.cls_id, "SEP": info.sep_id}
-    if packing == "document":
+    if packing != "full":
         needs["PAD"] = info.pad_id
     missing = [name for name, number in needs.items() if number < 0]
     if missing:
@@ -233,7 +236,7 @@ def _layout(info: TokenizerInfo, seq_len: int, packing: str, rows_per_block: int
             f"the tokenizer has no {' and no '.join(missing)} token, which packing {packing!r} needs; "
             "use the tokenizer of an encoder (BERT, RoBERTa, …)"
         )
-    dtype, has_lengths = dtype_for(info.vocab_size), packing == "document"
+    dtype, has_lengths = dtype_for(info.vocab_size), packing != "full"
     blocks_per_shard = blocks_for(shard_bytes, seq_len, dtype, rows_per_block, has_lengths)
     return Layout(seq_len, dtype, rows_per_block, blocks_per_shard, has_lengths)
 

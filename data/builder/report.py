@@ -23,7 +23,8 @@ class BuildReport:
     `files_left_out`: of what lies in folders, counts by reason.
     `truncated_share`: tokens that stand in no row (what is left behind the last whole row of packing "full").
     `split_share`: documents longer than one row. `length_histogram[i]`: documents of 2^(i/2) … 2^((i+1)/2)
-    tokens. `tokens_per_second` is that of tokenizing, by all processes together.
+    tokens; with packing "sentence" both are of sentences, as `counted` says. `tokens_per_second` is that of
+    tokenizing, by all processes together.
     """
 
     documents: int
@@ -42,6 +43,7 @@ class BuildReport:
     notes: list[str]
     inputs: list[dict[str, Any]] = field(default_factory=list)
     files_left_out: dict[str, int] = field(default_factory=dict)
+    counted: str = "documents"
 
     @property
     def books(self) -> Books:
@@ -74,7 +76,7 @@ class BuildReport:
             "tokens": f"{self.tokens:,}",
             "unknown": f"{self.unknown_share:.3%} of the tokens",
             "left over": f"{self.truncated_share:.3%} of the tokens, less than a row",
-            "split": f"{self.split_share:.1%} of the documents are longer than a row",
+            "split": f"{self.split_share:.1%} of the {self.counted} are longer than a row",
             "speed": f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.1f} s in all",
             "fingerprint": self.fingerprint[:16],
         }
@@ -115,7 +117,8 @@ def make_report(
         tokens=total["tokens"],
         unknown_share=total["unknown"] / total["tokens"],
         truncated_share=dropped / total["tokens"],
-        split_share=sum(bucket["longer_than_row"] for bucket in every) / total["documents"],
+        split_share=sum(bucket["longer_than_row"] for bucket in every)
+        / sum(bucket["documents"] for bucket in every),
         tokens_per_second=total["tokens"] / max(tokenize_seconds, 1e-9),
         seconds=seconds,
         fingerprint=fingerprint,
@@ -123,6 +126,7 @@ def make_report(
         notes=notes,
         inputs=inputs,
         files_left_out=files_left_out,
+        counted="sentences" if work.packing == "sentence" else "documents",
     )
 
 
@@ -148,8 +152,8 @@ def _draw_lengths(report: BuildReport, seq_len: int, file: IO[bytes]) -> None:
     axes.bar(left, bins[used[0] : used[-1] + 1], width=width, align="edge", edgecolor="white")
     axes.axvline(content_len(seq_len), color="black", linestyle=":", label=f"a row of {seq_len}")
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens of a document")
-    axes.set_ylabel("documents")
+    axes.set_xlabel(f"tokens of a {report.counted[:-1]}")
+    axes.set_ylabel(report.counted)
     axes.set_title(f"{report.documents:,} documents, {report.tokens:,} tokens")
     axes.legend(frameon=False)
     figure.savefig(file, format="png", dpi=120, metadata={"Software": None})

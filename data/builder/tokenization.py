@@ -7,8 +7,8 @@
 Keys are hashes of (file, position in the file, seed), so the concatenated buckets are one shuffle of all
 documents, the same however the text was cut into units or shared among processes. A long document is tokenized in
 pieces of `_PIECE` characters, cut before white space where there is some; they share a key, lie in the same split, and
-`sort` joins them again. A document is held out when the hash of its first 65,536 characters falls below the share asked
-for: equal texts always land on the same side.
+`sort` joins them again; the sentences of packing "sentence" stay apart. A document is held out when the hash of its
+first 65,536 characters falls below the share asked for: equal texts always land on the same side.
 Every task writes under a temporary name and renames, so it may run twice. Imports stay light: no torch here.
 """
 
@@ -24,6 +24,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from minilm.data.builder.clean import NAMES, NAMES_TAKEN, Encoder, NotEncoded, clean
+from minilm.data.builder.sentences import no_sentences, texts_of_rows
 from minilm.data.builder.work import _HEADER, CONTINUES, Work, _run_path, _whole, _work
 from minilm.data.errors import DataError
 from minilm.data.sources.accounts import Accounts, LeftOut, Noticed
@@ -68,23 +69,24 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
             counts["documents"] += has_ids
             counts["held_out"] += has_ids and held_out
 
-    for document, ids in _coded(folder, work, unit, accounts):
+    for document, rows in _coded(folder, work, unit, accounts):
         report({name: counts[name] for name in ("documents", "tokens")})
         if not document.continues:
             close()
             file, has_ids = document.file, False
             key = _shuffle_key(document, work)
             held_out = is_held_out(document.content, work.held_out, work.seed)
-        if not len(ids):
-            continue
-        held.keys.append(key)
-        held.held_out.append(held_out)
-        held.continues.append(has_ids)
-        held.ids.append(ids)
-        has_ids = True
-        counts["tokens"] += len(ids)
-        counts["unknown"] += int(np.count_nonzero(ids == work.unk)) if work.unk >= 0 else 0
-        tokens_held += len(ids)
+        for ids in rows:
+            if not len(ids):
+                continue
+            held.keys.append(key)
+            held.held_out.append(held_out)
+            held.continues.append(has_ids and work.packing != "sentence")
+            held.ids.append(ids)
+            has_ids = True
+            counts["tokens"] += len(ids)
+            counts["unknown"] += int(np.count_nonzero(ids == work.unk)) if work.unk >= 0 else 0
+            tokens_held += len(ids)
         if tokens_held >= _RUN_TOKENS:
             _write_run(_run_path(folder, unit, counts["runs"]), held)
             counts["runs"] += 1
@@ -96,8 +98,11 @@ def tokenize(folder: str, unit: int) -> dict[str, Any]:
     return {**counts, "accounts": accounts.as_json()}
 
 
-def _coded(folder: str, work: Work, unit: int, accounts: Accounts) -> Iterator[tuple[Document, npt.NDArray]]:
-    """Every document of a unit, or piece of one, with its token ids, in order; the rest goes into `accounts`."""
+def _coded(
+    folder: str, work: Work, unit: int, accounts: Accounts
+) -> Iterator[tuple[Document, list[npt.NDArray]]]:
+    """Every document of a unit, or piece of one, in order, with the token ids of its texts (one, or its sentences);
+    the rest goes into `accounts`."""
     path = Path(folder) / "tokenizer" / "tokenizer.json"
     encoder = _encoder(str(path), work.special_tokens, path.stat().st_mtime_ns)
     told = NAMES if work.special_tokens == "text" else NAMES_TAKEN
@@ -110,13 +115,17 @@ def _coded(folder: str, work: Work, unit: int, accounts: Accounts) -> Iterator[t
                 accounts.add(Noticed(document.file, _place(document), told, number))
         coded = iter(_encoded(encoder, texts, work))
         for document in batch:
-            ids = next(coded) if isinstance(document.content, str) else document.content
-            yield document, np.array(ids, dtype=work.layout.dtype)
+            if work.packing == "sentence" and not isinstance(document.content, str):
+                raise no_sentences(work.source)
+            rows = next(coded) if isinstance(document.content, str) else [document.content]
+            yield document, [np.array(ids, dtype=work.layout.dtype) for ids in rows]
 
 
-def _encoded(encoder: Encoder, texts: list[Document], work: Work) -> list[list[int]]:
+def _encoded(encoder: Encoder, texts: list[Document], work: Work) -> list[list[list[int]]]:
+    split = [texts_of_rows(str(document.content), work.packing) for document in texts]
     try:
-        return encoder.encode([str(document.content) for document in texts])
+        coded = iter(encoder.encode([text for own in split for text in own]))
+        return [[next(coded) for _ in own] for own in split]
     except NotEncoded:
         for document in texts:  # which one is it?
             try:

@@ -105,7 +105,7 @@ class Manifest:
     @cached_property
     def layout(self) -> Layout:
         return Layout(
-            self.seq_len, self.dtype, self.rows_per_block, self.blocks_per_shard, self.packing == "document"
+            self.seq_len, self.dtype, self.rows_per_block, self.blocks_per_shard, self.packing != "full"
         )
 
     @property

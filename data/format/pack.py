@@ -4,8 +4,9 @@ full      documents are joined, each ended by SEP; the joined tokens are cut eve
           CLS, such a piece, SEP. There is no padding; tokens after the last whole row are dropped and counted.
 document  every document is cut on its own into pieces of at most seq_len - 2 tokens; a row is CLS, a piece, SEP,
           padding, and its length (CLS and SEP included) is stored. Nothing is dropped.
+sentence  the same for every sentence of a document (builder.sentences).
 
-Both are pure functions of the token arrays, so any process can make any range of rows.
+All are pure functions of the token arrays, so any process can make any range of rows.
 Left out: best-fit bins and masks inside a row; MiniLM's relations are taken within whole rows.
 """
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from minilm.data.errors import DataError
 
-PACKINGS = ("full", "document")
+PACKINGS = ("full", "document", "sentence")
 NUM_WRAPPERS = 2  # CLS and SEP
 
 

@@ -2,7 +2,7 @@
 
     block k   tar header | npy header, padded with spaces | tokens [rows, seq_len]
     {block:09d}.tokens.npy
-              (packing "document")   tar header | npy header | lengths [rows]
+              (unless packing is "full")   tar header | npy header | lengths [rows]
               {block:09d}.lengths.npy
     end       two zero records of 512 bytes
 

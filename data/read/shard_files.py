@@ -51,7 +51,7 @@ class ShardFiles:
 
     def gather(self, rows: I64, into: npt.NDArray) -> I64 | None:
         """Read these rows into `into` ([n, seq_len], contiguous, little-endian stored dtype); returns their stored
-        lengths (int64 [n]) where packing is "document". DamageError names the first damaged block."""
+        lengths (int64 [n]) unless packing is "full". DamageError names the first damaged block."""
         layout = self._manifest.layout
         blocks, within = np.divmod(rows, layout.rows_per_block)
         for block in np.unique(blocks[~self._verified[blocks]]).tolist():

@@ -28,6 +28,7 @@ from minilm.model.encoder.attention_hook import (
     stop_after,
     tapped_attention,
 )
+from minilm.model.encoder.sentence_head import SentenceHead
 from minilm.model.encoder.shape import family_of
 from minilm.model.encoder.taps import EVERY_LAYER, Taps
 from minilm.model.errors import ModelError
@@ -46,6 +47,7 @@ class TappedEncoder(nn.Module):
         self.model = model
         self.training = model.training
         self.layer = layer
+        self.head: SentenceHead | None = None  # what pooled vectors are made by, if these are watched
         family = family_of(model.config)
         if family.adapt is not None:
             family.adapt(model, tapped_attention)
@@ -65,7 +67,7 @@ class TappedEncoder(nn.Module):
         """Set what an objective reads: the taps of `layers` too (ascending, before the tap), and which `fields`.
 
         fields: of `Taps`. With "hidden" the tapped layer runs to its end and its output is handed out; with
-        "logits" all of the model runs.
+        "logits" or "pooled" all of the model runs.
         """
         if list(layers) != sorted(set(layers)) or any(not 1 <= layer < self.layer for layer in layers):
             raise ModelError(
@@ -127,8 +129,12 @@ class TappedEncoder(nn.Module):
             )
         wanted = [self._attentions[layer - 1] for layer in (*self._earlier, self.layer)]
         collector = Collector(wanted, stop_at_last=self.stops_at_tap)
-        logits = None
-        if positions is not None and "logits" in self._fields:
+        logits = pooled = None
+        if "pooled" in self._fields:
+            if self.head is None:
+                raise ModelError("pooled vectors need a sentence head; set `head` of the encoder")
+            pooled = self.head(run(self.model, collector, input_ids, mask).last_hidden_state, mask)
+        elif positions is not None and "logits" in self._fields:
             with only_at(positions, self.model.base_model):
                 logits = run(self.model, collector, input_ids, mask).logits
         elif collector.stop_at_last:
@@ -141,7 +147,7 @@ class TappedEncoder(nn.Module):
                 f"{self.model.config.model_type} ended without reaching the tap of layer {self.layer}"
             )
         *earlier, last = collector.taps
-        return last._replace(earlier=tuple(earlier), hidden=collector.hidden, logits=logits)
+        return last._replace(earlier=tuple(earlier), hidden=collector.hidden, logits=logits, pooled=pooled)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that require gradients and that the watched fields depend on.

@@ -15,7 +15,8 @@ class Taps(NamedTuple):
 
     bias: an additive position bias on the scores, broadcastable to [batch, heads, tokens, tokens], or None.
     If watched: hidden, the layer's output [batch, tokens, hidden]; earlier, the taps of earlier layers;
-    logits [batch, k, vocabulary] of the model's head, at the k positions asked for.
+    logits [batch, k, vocabulary] of the model's head, at the k positions asked for; pooled [batch, width], the
+    sentence head's vectors, float32.
     """
 
     q: Tensor
@@ -25,6 +26,7 @@ class Taps(NamedTuple):
     hidden: Tensor | None = None
     earlier: "tuple[Taps, ...]" = ()
     logits: Tensor | None = None
+    pooled: Tensor | None = None
 
     def like(self, other: "Taps") -> "Taps":
         """Each tensor in the dtype of its counterpart: under autocast hidden states can differ from q, k and v."""

@@ -7,6 +7,7 @@ is made from this table, and reading a recipe must stay quick.
     value-mse         values by squared error, not their relation, through a projection (MiniLM, table 6)
     layer-to-layer    minilm's terms, the mean over the student's layers, mapped uniformly (MiniLM, table 7)
     soft-label-mlm    the teacher's predictions for masked tokens, no relation (the baseline of MiniLM, table 3)
+    embedding         the pooled vectors of both, student trained to its end (LEAF, 2509.12539)
     hidden-relation   the relation of the last hidden states instead of the values' (MiniLM, section 3.2)
 
 `term`: a key of `objective.TERMS`, "relation" unless given; the other keys are that term's fields.
@@ -27,5 +28,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "value-mse": {"relations": (_ATTENTION, {"term": "squared_error", "name": "value", "field": "v"})},
     "layer-to-layer": {"relations": (_ATTENTION, _VALUE), "layer_to_layer": True},
     "soft-label-mlm": {"relations": ({"term": "soft_labels", "name": "soft_labels"},)},
+    "embedding": {"relations": ({"term": "cosine_distance", "name": "cosine_distance"},)},
     "hidden-relation": {"relations": (_ATTENTION, {"name": "hidden", "x": "hidden", "y": "hidden"})},
 }

@@ -16,6 +16,7 @@ from minilm.model.encoder.shape import EncoderShape
 from minilm.model.encoder.taps import EVERY_LAYER, Taps
 from minilm.model.errors import ModelError
 from minilm.model.loss.catalogue import OBJECTIVES
+from minilm.model.loss.embedding import CosineDistance, Similarity
 from minilm.model.loss.masking import Masked, mask_tokens
 from minilm.model.loss.relation_term import Relation
 from minilm.model.loss.relations import relation_weight
@@ -27,6 +28,8 @@ TERMS: dict[str, type[Term]] = {
     "relation": Relation,
     "squared_error": SquaredError,
     "soft_labels": SoftLabels,
+    "cosine_distance": CosineDistance,
+    "similarity": Similarity,
 }
 
 
@@ -37,6 +40,7 @@ class Objective:
     reduction: "sequence" or "token" (see `relation_kl`). relation_heads: re-split both sides into so many
     heads. layer_to_layer: average each term over all student layers, layer i of M against the teacher's
     round-up(i·L/M). mask_token_id, special_ids: of the tokenizer; soft labels mask the one, never the others.
+    pooling, dense: of an embedding, see `compatibility.student_layout`.
     """
 
     relations: tuple[Term, ...]
@@ -46,6 +50,8 @@ class Objective:
     layer_to_layer: bool = False
     mask_token_id: int | None = None
     special_ids: tuple[int, ...] = ()
+    pooling: str | None = None
+    dense: bool | None = None
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.relations]
@@ -58,6 +64,12 @@ class Objective:
         if self.needs_head and self.reduction == "token":
             raise ModelError(
                 'soft labels count by sequence: only some tokens have one; use reduction "sequence"'
+            )
+        of_sequences = [term.name for term in self.relations if term.per_sequence]
+        if of_sequences and (self.reduction == "token" or len(of_sequences) < len(names)):
+            raise ModelError(
+                f"{', '.join(of_sequences)}: vectors of whole sequences are compared, each counting once; use reduction"
+                ' "sequence", and no terms of another kind beside them'
             )
         for term in self.relations if self.layer_to_layer else ():
             if term.per_layer and not EVERY_LAYER.issuperset(term.fields):
@@ -103,6 +115,11 @@ class Objective:
     def needs_head(self) -> bool:
         """Whether teacher and student must be loaded and built with a masked-language-model head."""
         return "logits" in self.fields
+
+    @property
+    def embeds(self) -> bool:
+        """Whether pooled vectors are compared, so that both models run to their end and have a sentence head."""
+        return "pooled" in self.fields
 
     def mask_tokens(self, input_ids: Tensor, mask: Tensor | None) -> Masked | None:
         """The masked rows that soft labels are read from, the same for teacher and student; None without them."""

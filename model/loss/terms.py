@@ -51,6 +51,7 @@ class Term(ABC):
         True  # with layer-to-layer: the mean over the student's layers, not the last alone
     )
     by_head: ClassVar[bool] = False  # whether there is a `head_sum`
+    per_sequence: ClassVar[bool] = False  # a value of a whole sequence: there is no mean over tokens
 
     @property
     @abstractmethod

@@ -69,6 +69,7 @@ def write(
             "format": FORMAT,
             "step": step,
             "job": fingerprints.stage,
+            "trunk": fingerprints.trunk_at(step),
             "data": fingerprints.data,
             "code": code_version(),
             "sha256": hashes,

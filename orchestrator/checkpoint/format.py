@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.checkpoint.store import META, CheckpointStore
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.files import sha256_json
 
 FORMAT = 4
@@ -26,10 +27,24 @@ DAMAGE = (ValueError, KeyError, SafetensorError, FileNotFoundError)  # text that
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What a checkpoint belongs to: the stage's digest and the data's fingerprint."""
+    """What a checkpoint belongs to: the stage's digest and the data's fingerprint.
+
+    trunk: the digest of all that determines the first `stable_steps` steps, whatever comes after; "" where the rates
+    depend on the end.
+    """
 
     stage: str
     data: str
+    trunk: str = ""
+    stable_steps: int = 0
+
+    @classmethod
+    def of(cls, spec: StageSpec, data: str) -> Fingerprints:
+        decay = spec.learning_rate.decay_steps or 0
+        return cls(spec.digest, data, spec.trunk, spec.steps - decay)
+
+    def trunk_at(self, step: int) -> str:
+        return self.trunk if step <= self.stable_steps else ""
 
 
 @dataclass(frozen=True)
@@ -38,17 +53,18 @@ class ResumeState:
 
     ledger: `digest` (hex, see `feed.ledger`) with the `seed` and `batch` that it can be recomputed from. threads: CPU
     threads of every worker. parts: the number of pieces that each micro-batch is cut into (2 after running out of
-    memory). precision: float32 or bfloat16.
+    memory). precision: float32 or bfloat16. points: those that the stage's `until` is decided from, by step.
     """
 
     ledger: dict[str, Any]
     threads: int
     parts: int
     precision: str
+    points: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> ResumeState:
-        return cls(meta["ledger"], meta["threads"], meta["parts"], meta["precision"])
+        return cls(meta["ledger"], meta["threads"], meta["parts"], meta["precision"], meta.get("points", {}))
 
 
 def sha256_file(path: Path) -> str:
@@ -104,8 +120,10 @@ def check_newest(store: CheckpointStore, fingerprints: Fingerprints) -> None:
 
 
 def check_fingerprints(where: str, meta: dict[str, Any], fingerprints: Fingerprints) -> None:
+    trunk = fingerprints.trunk_at(meta["step"])
+    job = fingerprints.stage if trunk and meta.get("trunk") == trunk else meta["job"]
     for what, given, expected in (
-        ("recipe", meta["job"], fingerprints.stage),
+        ("recipe", job, fingerprints.stage),
         ("data set", meta["data"], fingerprints.data),
     ):
         if given != expected:

@@ -8,7 +8,6 @@ no more than is allowed. Leaves out heads of tasks.
 from __future__ import annotations
 
 import inspect
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from minilm.model.encoder.sentence_head import SentenceHead, save_head
+from minilm.model.encoder.sentence_layout import MODULES, SentenceLayout
 from minilm.model.export import weights_digest, whole_folder
-from minilm.model.files import SUFFIXES
-from minilm.orchestrator.deploy.embedder_layout import write_layout
+from minilm.orchestrator.deploy.beside import copy_beside
 from minilm.orchestrator.deploy.latency import Latency, Open, latency_rows, measure_latency
 from minilm.orchestrator.deploy.onnx_graph import ONE_FILE, open_onnx, quantise, write_onnx
 from minilm.orchestrator.deploy.openvino_model import open_openvino, write_openvino
@@ -28,10 +28,11 @@ from minilm.orchestrator.deploy.packages import PACKAGES, require_packages
 from minilm.orchestrator.deploy.served import check_same, largest_difference
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.batches import most_tokens
+from minilm.orchestrator.evaluation.check_data import check_data
 from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.protocols import protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_fingerprint
-from minilm.orchestrator.evaluation.sources import Source, build, check_source, tokenizer_of
+from minilm.orchestrator.evaluation.sources import Source, build, check_source, head_of, tokenizer_of
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.system.text import text_table
@@ -118,7 +119,7 @@ def check_export(source: Source, out: Path, format: str, gate: Gate | None) -> N
             raise UserError(
                 f"--task {gate.task.name} has to be trained first; 8 bits are measured on one of: {fit}"
             )
-        data_fingerprint(gate.task, gate.data)
+        check_data(gate.task, gate.data)
     check_source(source)
     names = AutoConfig.from_pretrained(source.folder, trust_remote_code=False).architectures or ()
     headed = [name for name in names if not name.endswith(_WITHOUT_HEAD)]
@@ -143,9 +144,11 @@ def export(
     used = versions(("torch", "transformers", *(text.split(">")[0] for text in PACKAGES[format])))
     difference, drop, latency = None, None, []
     with whole_folder(out.absolute()) as part:
-        _copy(folder, part, weights=format == "sentence-transformers")
+        copy_beside(folder, part, weights=format == "sentence-transformers")
         if format == "sentence-transformers":
-            write_layout(part, model.config.hidden_size, most_tokens(model, 512))
+            if not (part / MODULES).exists():  # modules of its own stay as they are
+                longest = most_tokens(model, tokenizer_of(source).model_max_length)
+                save_head(SentenceHead(SentenceLayout()), part, model.config.hidden_size, longest)
         else:
             names = _input_names(model, tokenizer_of(source))
             say(f"writing {GRAPH} …")
@@ -196,6 +199,7 @@ def _measure_drop(source: Source, model: PreTrainedModel, int8: Open, gate: Gate
     float32, eight = (
         cosine_similarity(
             encoder,
+            head_of(source),
             tokenizer_of(source),
             gate.task,
             gate.data,
@@ -216,19 +220,6 @@ def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     return [
         name for name in ("input_ids", "attention_mask", "token_type_ids") if name in given and name in taken
     ]
-
-
-def _copy(folder: Path, part: Path, *, weights: bool) -> None:
-    """Copy what may lie in a model's folder; weights: of the encoder too (those of modules in folders in any case)."""
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        own = name.parent == Path() and (file.suffix == ".safetensors" or file.name.endswith(".index.json"))
-        if not file.is_file() or file.suffix not in SUFFIXES or (own and not weights):
-            continue
-        if any(step.startswith(".") for step in name.parts):
-            continue
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, part / name)
 
 
 def _sizes(part: Path) -> dict[str, float]:

@@ -7,12 +7,13 @@ the same command finds the data built, the stages done and the newest checkpoint
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import uuid
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,21 @@ from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, bu
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import InfrastructureError, RecipeErrors, Stopped
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
+from minilm.orchestrator.evaluation.read_tables import data_fingerprint
+from minilm.orchestrator.evaluation.tasks import TASKS
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
 from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.launch.liveness import Heartbeats
 from minilm.orchestrator.recipe.references import parse_reference
-from minilm.orchestrator.recipe.schema import Recipe
-from minilm.orchestrator.resolve.evaluation import evaluation_problems
+from minilm.orchestrator.recipe.schema import Recipe, trunk_fields
+from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
 from minilm.orchestrator.resolve.folders import model_folder
 from minilm.orchestrator.resolve.licences import licence_notes
 from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, position_notes, resolve
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
-from minilm.orchestrator.stage.spec import StageSpec, StudentSpec, grouped
+from minilm.orchestrator.stage.spec import ProbeSpec, StageSpec, StudentSpec, UntilSpec, grouped
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.lease import Lease
 from minilm.orchestrator.system.signals import StopRequest
@@ -83,9 +87,10 @@ def run_recipe(
         weights, built = not workdir.goes_on(recipe), (workdir.data / MANIFEST).exists()
         stages, problems = resolve(recipe, fetch, built=built, weights=weights)
         problems = problems or evaluation_problems(recipe, running=True, rows=False)
+        problems = problems or probe_problems(recipe, running=True, rows=False)
         if not problems:
             data = prepare_data(recipe, workdir, fetch, build_reporter(line, stop), partial(say_built, line))
-            problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer)
+            problems = check_data(stages, data.seq_len, data.vocabulary, data.tokenizer, data.packing)
         if problems:
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
         licences = licence_notes(recipe, stages)
@@ -191,6 +196,8 @@ class Driver:
                 self.train(spec, label)
             self.lease.check()
             show("loading teacher and students")
+            steps = json.loads(folder.done.read_text(encoding="utf-8"))["steps"]
+            spec = replace(spec, steps=steps)  # with `until`, perhaps fewer than the recipe allows
             # here: the driver needs no modelling code (seconds to import) before a stage is trained
             from minilm.orchestrator.driver.publish import publish
 
@@ -206,24 +213,42 @@ class Driver:
         teacher_digest = weights_digest(teacher)
         fields = stage.result_fields()
         sizes = resolved.students
+        until = None
+        if stage.until:
+            until = UntilSpec(every=stage.every(stage.until.probe) or 0, **stage.until.model_dump())
+            for item in stage.evaluate:
+                if item.probe == until.probe and item.data:
+                    task = TASKS[PROBES[item.probe].task]
+                    fields["until"]["data"] = data_fingerprint(task, Path(item.data))
         references = {student["name"]: student["init"] for student in fields["students"]}
-        starts = {name: weights_digest(Path(folder)) for name, folder in resolved.starts.items()}
+        folders = {
+            student.name: str(
+                model_folder(parse_reference(student.starts_from, recipe.student_names), self.workdir, recipe)
+            )
+            for student in stage.students
+            if student.starts_from
+        }
+        starts = {name: weights_digest(Path(folder)) for name, folder in folders.items()}
         fields["students"] = [
             s | {"ffn": sizes[s["name"]].ffn, "init": starts.get(s["name"], s["init"])}
             for s in fields["students"]
         ]
-        inputs = {
-            "stage": fields | {"teacher": teacher_digest},
+        fields["teacher"], teacher_name = teacher_digest, fields["teacher"]
+        trunk = trunk_fields(fields)
+        inputs: dict[str, Any] = {
+            "stage": fields,
             "seed": recipe.seed,
             "precision": compute.precision,
             "data": [self.data.fingerprint, self.data.window],
         }
+        if resolved.teacher_layout is not None:
+            inputs["vectors"] = asdict(resolved.teacher_layout)
         return StageSpec(
             stage=stage.name,
             folder=str(self.workdir.stage(stage.name).root.resolve()),
             data=self.data,
             teacher=str(teacher),
-            teacher_name=fields["teacher"],
+            teacher_name=teacher_name,
             teacher_digest=teacher_digest,
             teacher_layer=stage.teacher_layer,
             students=tuple(
@@ -236,7 +261,7 @@ class Driver:
                     dropout=student.dropout,
                     init=references[student.name],
                     positions=student.positions,
-                    start=resolved.starts.get(student.name, ""),
+                    start=folders.get(student.name, ""),
                     start_digest=starts.get(student.name, ""),
                 )
                 for student in stage.students
@@ -246,9 +271,14 @@ class Driver:
             batch=stage.batch,
             micro_batch=stage.micro_batch,
             steps=stage.steps,
+            evaluate=tuple(
+                ProbeSpec(item.probe, stage.every(item.probe), item.data or "") for item in stage.evaluate
+            ),
+            until=until,
             checkpoints=compute.checkpoints and f"{compute.checkpoints}/{recipe.name}/{stage.name}",
             **grouped(recipe.tracking.model_dump() | compute.model_dump() | stage.model_dump()),
             digest=sha256_json(inputs),
+            trunk=sha256_json(inputs | {"stage": trunk}) if trunk else "",
         )
 
     def train(self, spec: StageSpec, label: str) -> None:

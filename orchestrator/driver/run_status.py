@@ -14,7 +14,7 @@ from minilm.orchestrator.driver.status_line import doing_text
 from minilm.orchestrator.driver.summary import terms
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.stage.folder import RunFolder, StageFolder
-from minilm.orchestrator.stage.metrics_file import read_all_metrics
+from minilm.orchestrator.stage.metrics_file import Point, read_all_metrics
 from minilm.orchestrator.system.files import read_json
 from minilm.orchestrator.system.lease import last_holder
 from minilm.orchestrator.system.text import duration, text_table
@@ -40,9 +40,10 @@ class Checkpoint:
 class StageStatus:
     """state: waiting, begun (not at its end, whether or not a process works on it), trained, or done (registered too).
 
-    doing: as rank 0 said last, `heartbeat_seconds` ago. held_out: of each student the step of the last measurement and
-    the divergence by term, in nats a query. exports: folders by student. `checkpoint` is None where there is none;
-    `checkpoint_error` says why it could not be looked for.
+    steps: of the whole stage; with `until` (its condition in words, else "") the most, and once it is met how many it
+    is. doing: as rank 0 said last, `heartbeat_seconds` ago. held_out: of each student the step of the last measurement
+    and the divergence by term, in nats a query. probes: of each student the newest value by name. exports: folders by
+    student. `checkpoint` is None where there is none; `checkpoint_error` says why it could not be looked for.
     """
 
     stage: str
@@ -54,6 +55,8 @@ class StageStatus:
     checkpoint: Checkpoint | None
     checkpoint_error: str
     held_out: dict[str, dict[str, Any]]
+    until: str
+    probes: dict[str, dict[str, float]]
     exports: dict[str, str]
 
 
@@ -116,22 +119,52 @@ def stage_status(folder: StageFolder, stage: dict[str, Any]) -> StageStatus:
         state = "trained" if done else "begun" if beat or checkpoint else "waiting"
     reached = max(beat["step"] if beat else 0, checkpoint.step if checkpoint else 0)
     points = read_all_metrics(folder.heldout_metrics)
-    held_out = {}
-    for name in names if points else ():
-        by_term = terms(points[-1].metrics, name)
-        held_out[name] = {"step": points[-1].step, "sum": sum(by_term.values()), "terms": by_term}
+    held_out: dict[str, dict[str, Any]] = {}
+    for point in points:
+        held_out |= {
+            name: {"step": point.step, "sum": sum(by_term.values()), "terms": by_term}
+            for name in names
+            if (by_term := terms(point.metrics, name))
+        }
+    last = read_json(folder.done) if done else beat
+    steps = (last or {}).get("steps", stage["steps"])
     return StageStatus(
         stage=stage["name"],
         state=state,
-        step=stage["steps"] if done else reached,
-        steps=stage["steps"],
+        step=steps if done else reached,
+        steps=steps,
         doing="" if done or not beat else doing_text(beat),
         heartbeat_seconds=None if done or not beat else max(time.time() - beat["time"], 0.0),
         checkpoint=checkpoint,
         checkpoint_error=error,
         held_out=held_out,
+        until=until_text(stage, steps),
+        probes=newest_probes(points, names),
         exports={n: str(folder.student(n)) for n in names if done and folder.student(n).is_dir()},
     )
+
+
+def newest_probes(points: list[Point], names: list[str]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for point in points:
+        for key, value in point.metrics.items():
+            student, _, probe = key.partition("/heldout/probe/")
+            if probe and student in found:
+                found[student][probe] = value
+    return {name: values for name, values in found.items() if values}
+
+
+def until_text(stage: dict[str, Any], steps: int) -> str:
+    """The stage's condition in words, and whether it is met."""
+    if not (until := stage.get("until")):
+        return ""
+    conditions = []
+    if until["share_of_teacher"] is not None:
+        conditions.append(f"has {until['share_of_teacher']:g} of the teacher's")
+    if until["patience"] is not None:
+        conditions.append(f"has no gain in {until['patience']} measurements")
+    met = f"met: {steps:,} steps in all" if steps < stage["steps"] else f"not met: at most {steps:,} steps"
+    return f"until {until['probe']} {' or '.join(conditions)} ({met})"
 
 
 def newest_checkpoint(folder: StageFolder) -> tuple[Checkpoint | None, str]:
@@ -169,6 +202,10 @@ def described(status: RunStatus) -> list[str]:
         steps = f"{stage.step:,} of {stage.steps:,}"
         rows.append((stage.stage, stage.state, steps, checkpoint_text(stage), held_out_text(stage), now))
     lines += ["", text_table(rows)]
+    for stage in status.stages:
+        beside = [f"  {name}  {probes_text(values)}" for name, values in stage.probes.items()]
+        beside += [f"  {stage.until}"] * bool(stage.until)
+        lines += ["", f"stage {stage.stage}:", *beside] if beside else []
     exports = [f"  {name}  {path}" for stage in status.stages for name, path in stage.exports.items()]
     return [*lines, "", "exported students:", *exports] if exports else lines
 
@@ -178,6 +215,16 @@ def checkpoint_text(stage: StageStatus) -> str:
         return stage.checkpoint_error or "-"
     age = stage.checkpoint.age_seconds
     return f"step {stage.checkpoint.step:,}" + ("" if age is None else f", {duration(age)} ago")
+
+
+def probes_text(values: dict[str, float]) -> str:
+    """`knn 0.410 (41% of the teacher's), cka 0.720 (72%)`."""
+    shown: list[str] = []
+    for probe in [name for name in values if "/" not in name]:
+        share = values.get(f"{probe}/share-of-teacher")
+        whose = "" if shown else " of the teacher's"
+        shown.append(f"{probe} {values[probe]:.3f}" + ("" if share is None else f" ({share:.0%}{whose})"))
+    return ", ".join(shown)
 
 
 def held_out_text(stage: StageStatus) -> str:

@@ -185,12 +185,13 @@ class StageProgress:
         else:
             text = self.describe(beat)
             facts |= {key: beat.get(key) for key in ("doing", "part", "step", "workers", "metrics")}
+            facts["steps"] = self.steps(beat)
             facts["seconds_left"] = self.seconds_left(beat)
         self.line.show(f"{text}  {silence}" if silence else text, **facts)
 
     def describe(self, beat: dict[str, Any]) -> str:
         spec, metrics = self.spec, beat["metrics"]
-        parts = [self.prefix, f"step {beat['step']}/{spec.steps}"]
+        parts = [self.prefix, f"step {beat['step']}/{self.open_end(beat)}{self.steps(beat)}"]
         if beat["doing"] != "training":
             parts.append(doing_text(beat))
         for student in spec.students:
@@ -208,10 +209,18 @@ class StageProgress:
             ]
         return "  ".join(parts)
 
+    def steps(self, beat: dict[str, Any]) -> int:
+        """Of the whole stage, as far as is known."""
+        return int(beat.get("steps", self.spec.steps))
+
+    def open_end(self, beat: dict[str, Any]) -> str:
+        """`at most `, while nothing says that the stage is good enough before."""
+        return "at most " if self.spec.until and self.steps(beat) == self.spec.steps else ""
+
     def seconds_left(self, beat: dict[str, Any]) -> float | None:
         """Of the steps that are left, without what is measured, saved and exported; None before the first step."""
         rows = beat["metrics"].get("rows_per_second")
-        return None if rows is None else (self.spec.steps - beat["step"]) * self.spec.batch / max(rows, 1e-9)
+        return None if rows is None else (self.steps(beat) - beat["step"]) * self.spec.batch / max(rows, 1e-9)
 
     @staticmethod
     def terms(student: str, metrics: dict[str, float]) -> str:

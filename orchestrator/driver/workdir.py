@@ -12,8 +12,15 @@ from typing import Any
 
 from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.checkpoint.store import CheckpointStore
+from minilm.orchestrator.driver.branch import (
+    begin_branch,
+    branch_checkpoint,
+    end_branch,
+    is_branching,
+    split_from,
+)
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.recipe.changes import invalidated_stages, text_changed, told
+from minilm.orchestrator.recipe.changes import invalidated_stages, shared_changes, text_changed, told
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import RunFolder
@@ -79,16 +86,29 @@ class Workdir(RunFolder):
     def settle(self, new: Mapping[str, Any], redo_from: str | None) -> None:
         """Make sure that all work here is `new`'s (a record, see `changes`), setting aside what is to be done again."""
         old = read_json(self.run)
-        redone = self.check(old, new, redo_from)
+        stage, step = split_from(redo_from)
+        redone = self.check(old, new, stage)
         if old is None:
+            if step is not None:
+                raise UserError(f"--from {redo_from}: no stage has begun in {self.root}; leave it out")
             return
         goes_on = (
             old.get("from") == redo_from and old["recipe"] == new["recipe"] and not self.summary.exists()
         )
         if redone and not goes_on:
+            kept = ""
+            if stage is not None and step is not None and not is_branching(self.stage(stage)):
+                if changes := shared_changes(old, new):
+                    raise UserError(f"--from {redo_from}: {changes[0]}; give --from {stage}")
+                before, now = ({s["name"]: s for s in record["recipe"]["stages"]} for record in (old, new))
+                store = self.checkpoints(stage)
+                kept = branch_checkpoint(store, before.get(stage, now[stage]), now[stage], step)
+                begin_branch(self.stage(stage), store, kept)
             for name in redone:
-                self.set_aside_elsewhere(name)
+                self.set_aside_elsewhere(name, but=kept)
             self.set_aside([*(self.stage(name).root for name in redone), self.summary, self.evaluated])
+            if stage is not None and step is not None:
+                end_branch(self.stage(stage))
         self.set_aside(
             [self.stage(name).root for name in invalidated_stages(old, new) if not self.begun(name)]
         )
@@ -136,12 +156,13 @@ class Workdir(RunFolder):
         stage = self.stage(name)
         return open_store((read_json(stage.spec) or {}).get("checkpoints"), stage.checkpoints)
 
-    def set_aside_elsewhere(self, name: str) -> None:
-        """The checkpoints of a stage that are not in this directory."""
+    def set_aside_elsewhere(self, name: str, *, but: str) -> None:
+        """The checkpoints of a stage that are not in this directory, but for one."""
         if (read_json(self.stage(name).spec) or {}).get("checkpoints"):
             store = self.checkpoints(name)
             for checkpoint in store.names():
-                store.set_aside(checkpoint)
+                if checkpoint != but:
+                    store.set_aside(checkpoint)
 
     def set_aside(self, paths: Sequence[Path]) -> None:
         """Move what exists of `paths` to a new folder, DIR/set-aside/NUMBER, and say so."""
@@ -168,7 +189,7 @@ class Workdir(RunFolder):
         pinned = [[corpus.place, corpus.fingerprint] for corpus in data.corpora]
         new: dict[str, Any] = {"recipe": recipe.result_fields(), "data": pinned}
         old = read_json(self.run)
-        self.check(old, new, redo_from)
+        self.check(old, new, split_from(redo_from)[0])
         going_on = redo_from
         if old and old["recipe"] != new["recipe"]:
             self.summary.unlink(missing_ok=True)  # of fewer stages, or of others

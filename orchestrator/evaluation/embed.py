@@ -1,4 +1,4 @@
-"""Pooled vectors of texts, and how well their cosine orders pairs that people have judged."""
+"""Vectors of texts, and how well their cosine orders pairs that people have judged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
+from minilm.model.encoder.sentence_head import SentenceHead
 from minilm.orchestrator.evaluation.batches import collate, encode, most_tokens, sorted_batches
 from minilm.orchestrator.evaluation.metrics import score
 from minilm.orchestrator.evaluation.read_tables import has_split, read_split
 from minilm.orchestrator.evaluation.tasks import Task
 
 
-def mean_pooled(
+def vectors_of(
     model: PreTrainedModel,
+    head: SentenceHead,
     tokenizer: Any,
     texts: Sequence[str],
     *,
@@ -26,22 +28,23 @@ def mean_pooled(
     batch: int,
     device: torch.device,
 ) -> np.ndarray:
-    """float32 [texts, hidden]: the mean of the last hidden states over valid tokens, special ones too, of length 1."""
+    """float32 [texts, width]: what the head makes of the last hidden states (special tokens too), of length 1."""
     rows = encode(tokenizer, texts, None, most_tokens(model, tokens))
-    found = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+    found = np.empty((len(texts), head.layout.width(model.config.hidden_size)), dtype=np.float32)
     model.to(device).eval()
+    head.to(device)
     with torch.inference_mode():
         for numbers in sorted_batches([len(row["input_ids"]) for row in rows], batch):
             inputs = collate(tokenizer, [rows[i] for i in numbers], device)
             states = model(**inputs).last_hidden_state
-            mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
-            mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-            found[numbers] = normalize(mean.float(), dim=-1).cpu().numpy()
+            vectors = head(states, inputs["attention_mask"].bool())
+            found[numbers] = normalize(vectors, dim=-1).cpu().numpy()
     return found
 
 
 def cosine_similarity(
     model: PreTrainedModel,
+    head: SentenceHead,
     tokenizer: Any,
     task: Task,
     data: Path,
@@ -56,7 +59,7 @@ def cosine_similarity(
     for split in splits:
         examples = read_split(task, data, split)
         texts = list(dict.fromkeys([*examples.first, *(examples.second or ())]))
-        vectors = mean_pooled(model, tokenizer, texts, tokens=tokens, batch=batch, device=device)
+        vectors = vectors_of(model, head, tokenizer, texts, tokens=tokens, batch=batch, device=device)
         place = {text: i for i, text in enumerate(texts)}
         one = vectors[[place[text] for text in examples.first]]
         other = vectors[[place[text] for text in examples.second or ()]]

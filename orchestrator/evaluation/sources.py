@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from minilm.data.tokenizer import has_tokenizer, load_tokenizer
 from minilm.model.encoder.build import build_student, quiet_transformers
 from minilm.model.encoder.initialize import initialize
+from minilm.model.encoder.sentence_head import SentenceHead, load_head
+from minilm.model.encoder.sentence_layout import MODULES, SentenceLayout, read_layout
 from minilm.model.encoder.shape import load_config, shape_of
 from minilm.model.encoder.weights import check_folder, check_loaded
 from minilm.model.export import weights_digest
@@ -136,6 +138,16 @@ def load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def head_of(source: Source) -> SentenceHead:
+    """What makes a vector of hidden states: the folder's own modules, else the mean over tokens. A control pools as its
+    folder does, without dense layers. ModelError where modules cannot be applied, or their weights are not there."""
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    found = read_layout(source.folder, config.hidden_size) or SentenceLayout()
+    return (
+        SentenceHead(SentenceLayout(found.pooling)) if source.is_control else load_head(source.folder, found)
+    )
+
+
 def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
     own = shape_of(config)
     layers, hidden = shape or (own.layers, own.hidden)
@@ -144,13 +156,14 @@ def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def source_digest(source: Source) -> str:
-    """sha256 (hex) of all that determines the model: weights but for a random control, config, tokenizer, shape."""
+    """sha256 (hex) of all that makes the model: weights but for a random control, config, tokenizer, pooling, shape."""
     folder = Path(source.folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     digest = hashlib.sha256(json.dumps([source.kind, source.shape, config], sort_keys=True).encode())
-    for path in tokenizer_files(folder):
+    pooling = sorted((*folder.glob(MODULES), *folder.glob("[0-9]*_*/config.json")))
+    for path in (*pooling, *tokenizer_files(folder)):
         digest.update(path.read_bytes())
     if source.kind != "random":
         digest.update(weights_digest(folder).encode())

@@ -20,7 +20,14 @@ from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.fine_tune import Curve, check_head, fine_tune
 from minilm.orchestrator.evaluation.protocols import Protocol, Setting
 from minilm.orchestrator.evaluation.read_tables import data_fingerprint
-from minilm.orchestrator.evaluation.sources import Source, build, model_type, source_digest, tokenizer_of
+from minilm.orchestrator.evaluation.sources import (
+    Source,
+    build,
+    head_of,
+    model_type,
+    source_digest,
+    tokenizer_of,
+)
 from minilm.orchestrator.evaluation.squad import fine_tune_spans
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
@@ -78,6 +85,8 @@ def plan_trials(
         rows = check_data(task, data)
         for source in sources:
             check_head(model_type(source), task.kind)
+            if task.kind == "cosine":
+                head_of(source)
         fingerprint = data_fingerprint(task, data)
         count = seeds or protocol.seeds_of(rows if train_rows is None else min(rows, train_rows))
         for source in sources:
@@ -127,7 +136,14 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     how |= {"device": device, "autocast": autocast}
     if task.kind == "cosine":
         metrics = cosine_similarity(
-            encoder, tokenizer, task, data, tokens=setting.tokens, batch=setting.batch, device=device
+            encoder,
+            head_of(trial.source),
+            tokenizer,
+            task,
+            data,
+            tokens=setting.tokens,
+            batch=setting.batch,
+            device=device,
         )
     elif task.kind == "spans":
         metrics, curve = fine_tune_spans(encoder, tokenizer, data, setting, **how)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import HELD_OUT, MANIFEST, TOKENIZER, check_files, sha256_of
+from minilm.data.format.pack import PACKINGS
 from minilm.data.read.cached_reader import CachedReader
 from minilm.data.read.indexed_dataset import IndexedRows
 from minilm.data.read.quarantine import Quarantine
@@ -128,6 +129,7 @@ def describe(
                 path.relative_to(tokenizer).as_posix(): sha256_of(path)
                 for path in tokenizer_files(Path(tokenizer))
             },
+            packing=min((_packing(part.rows) for part in opened), key=PACKINGS.index),
         )
     finally:
         close(opened)
@@ -216,6 +218,10 @@ def _split_pair(corpus: CorpusSpec) -> tuple[RowRange, RowRange]:
         )
     num_train = rows.num_rows - num_held_out
     return RowRange(rows, 0, num_train), RowRange(rows, num_train, num_held_out)
+
+
+def _packing(rows: Rows) -> str:
+    return rows.manifest.packing if isinstance(rows, RowReader) else PACKINGS[0]  # a pair's rows are full
 
 
 def _tokenizer_folder(corpus: CorpusSpec, rows: Rows) -> str:

@@ -44,7 +44,7 @@ def take_checkpoints(spec: StageSpec, folder: StageFolder) -> None:
                 f"where there are none; copy them there, or set compute.checkpoints back"
             )
     if spec.checkpoints:  # another work directory's run may know the place too
-        check_newest(store, Fingerprints(spec.digest, spec.data.fingerprint))
+        check_newest(store, Fingerprints.of(spec, spec.data.fingerprint))
         with writing(store.where):
             store.claim(spec.attempt)
 

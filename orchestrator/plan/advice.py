@@ -62,10 +62,11 @@ def advice(
             *_rate(stage),
             *_epochs(stage, data),
             *_positions(stage, one, seq_len),
-            *_tokens(stage, students, seq_len),
             *_sizes(students, teacher),
-            *_assistant(stage, students, teacher, teachers.get(stage.teacher)),
         ]
+        if stage.objective != "embedding":  # the papers' rules are of relations
+            warnings += _tokens(stage, students, seq_len)
+            warnings += _assistant(stage, students, teacher, teachers.get(stage.teacher))
         lines += [f"stage {stage.name}: {text}" for text in warnings]
         shapes |= students
         teachers |= dict.fromkeys(students, teacher)

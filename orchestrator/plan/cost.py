@@ -35,7 +35,7 @@ class Body:
 class Work:
     """One stage. relations: how many the loss compares; exact: gradients are summed as integers.
 
-    activation_bytes: 4, or 2 where the forward pass is in bfloat16. device: cpu or cuda.
+    activation_bytes: 4, or 2 where the forward pass is in bfloat16. device: cpu or cuda. until: `steps` are the most.
     """
 
     stage: str
@@ -51,6 +51,7 @@ class Work:
     keep_every: int | None
     activation_bytes: int = FLOAT
     device: str = "cpu"
+    until: bool = False
 
     @property
     def micro_batches(self) -> int:

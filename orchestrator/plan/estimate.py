@@ -12,9 +12,12 @@ from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedConfig
 
 from minilm.data.format.manifest import load_manifest
+from minilm.model.compatibility import student_layout
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters
 from minilm.model.encoder.families import FAMILIES
+from minilm.model.encoder.sentence_head import SentenceHead
+from minilm.model.encoder.sentence_layout import SentenceLayout
 from minilm.model.encoder.shape import load_config, shape_of, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
@@ -78,7 +81,7 @@ def work_of(
         students=tuple(
             body(student, distiller.trained_parameters(name)) for name, student in students.items()
         ),
-        relations=len(distiller.objective.names),
+        relations=0 if distiller.objective.embeds else len(distiller.objective.names),
         seq_len=seq_len,
         batch=stage.batch,
         micro_batch=stage.micro_batch,
@@ -88,6 +91,7 @@ def work_of(
         keep_every=compute.keep_every_steps,
         activation_bytes=2 if precision == "bfloat16" else 4,
         device=device,
+        until=stage.until is not None,
     )
 
 
@@ -100,6 +104,9 @@ def build_stage(resolved: ResolvedStage, configs: dict[str, PreTrainedConfig], d
     with torch.device(device):
         model = kind.from_config(config, attn_implementation=FAMILIES[config.model_type].attention)
     teacher = TappedEncoder(model.eval(), tapped_layer(config, stage.teacher_layer))
+    vectors = resolved.teacher_layout or SentenceLayout()  # of a hub id that is not here
+    if objective.embeds:
+        teacher.head = SentenceHead(vectors).to(device)
     students = {}
     for student in stage.students:
         start, shape = resolved.starts.get(student.name), resolved.students[student.name]
@@ -115,6 +122,10 @@ def build_stage(resolved: ResolvedStage, configs: dict[str, PreTrainedConfig], d
             max_tokens=shape.max_tokens,
         )
         students[student.name] = TappedEncoder(built, student.layers)
+        if objective.embeds:
+            sizes = config.hidden_size, shape.hidden
+            layout = resolved.layouts.get(student.name) or student_layout("", objective, vectors, *sizes)
+            students[student.name].head = SentenceHead(layout).to(built.device)
         configs[student.name] = built.config
     return Distiller(teacher, students, objective)
 

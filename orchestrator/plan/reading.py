@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilm.data.builder.clean import Encoder
+from minilm.data.builder.sentences import texts_of_rows
 from minilm.data.builder.tokenization import pieces
 from minilm.data.format.manifest import MANIFEST, load_manifest
 from minilm.data.format.pack import content_len
@@ -67,9 +68,9 @@ def reading(recipe: Recipe) -> Reading:
         began, whole = time.perf_counter(), True
         items = text.read_unit(files[number], text.Unit(number, 0, files[number].num_bytes, 0, 1))
         for piece in pieces(items, Accounts()):
-            length = len(encoder.encode([str(piece.content)])[0])
-            tokens += length + 1
-            parts += -(-length // content_len(data.seq_len))
+            lengths = list(map(len, encoder.encode(texts_of_rows(str(piece.content), data.packing))))
+            tokens += sum(lengths) + 1
+            parts += sum(-(-length // content_len(data.seq_len)) for length in lengths)
             if time.perf_counter() - began > SAMPLE_SECONDS / SAMPLE_FILES:
                 whole = False
                 break

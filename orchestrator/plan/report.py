@@ -47,7 +47,8 @@ def table(found: Plan, machine: Machine) -> str:
     """The plan of a stage in lines for people."""
     work, flops, memory = found.work, found.flops_a_token, found.memory
     lines = [
-        f"stage {work.stage}: {work.steps:,} steps of {work.batch} x {work.seq_len} tokens = {found.tokens:,} tokens",
+        f"stage {work.stage}: {'at most ' if work.until else ''}{work.steps:,} steps of {work.batch} x {work.seq_len} "
+        f"tokens = {found.tokens:,} tokens",
         f"  operations    {found.flops:.2e} FLOP; MFLOP a token: teacher {flops.teacher / 1e6:.1f}, "
         f"students {flops.students / 1e6:.1f}, relations {flops.relations / 1e6:.1f}",
         f"  parameters    teacher {work.teacher.parameters:,}, students "
@@ -89,9 +90,10 @@ def whole(plans: Sequence[Plan], machine: Machine, workers: int, recipe_workers:
         lines.append(f"  time          unknown: {machine.source}")
     else:
         stages = ", ".join(f"{one.work.stage} {long(one.seconds(workers) or 0)}" for one in plans)
+        most = "at most " if any(one.work.until for one in plans) else ""
         lines += [
-            f"  time          {long(seconds)} with {workers} worker{'s' if workers > 1 else ''}, without measuring and "
-            f"saving: {stages}",
+            f"  time          {most}{long(seconds)} with {workers} worker{'s' if workers > 1 else ''}, without "
+            f"measuring and saving: {stages}",
             f"  rate          {machine.source}: {machine.flops_per_second / 1e9:,.0f} GFLOP/s, taken for every stage",
         ]
     if workers < asked:

@@ -20,7 +20,7 @@ def invalidated_stages(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
 
     Where either has no fingerprints, they are not compared.
     """
-    why_all = "; ".join(_shared_changes(old, new))
+    why_all = "; ".join(shared_changes(old, new))
     before = {stage["name"]: stage for stage in old["recipe"]["stages"]}
     found: dict[str, str] = {}
     changed_students: dict[str, str] = {}
@@ -55,7 +55,8 @@ def text_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return seeds[0] != seeds[1] or any(before.get(key) != now.get(key) for key in BUILT_WITH)
 
 
-def _shared_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def shared_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs of what all stages share, in words."""
     differences = {key: first_difference(old["recipe"][key], new["recipe"][key]) for key in SHARED}
     changes = [told(key, difference) for key, difference in differences.items() if difference]
     pairs = zip(old.get("data") or (), new.get("data") or (), strict=False)

@@ -68,16 +68,19 @@ def _reference(value: Any) -> Any:
     return value
 
 
+STARTS = (
+    f"{', '.join(INITIALIZATIONS)}, or a model to go on from: an earlier student's name, models:/NAME@ALIAS, "
+    "models:/NAME/VERSION, a folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME"
+)
+
+
 def _start(value: Any) -> Any:
-    if value in INITIALIZATIONS:
-        return value
     try:
-        check_form(value if isinstance(value, str) and "/" in value else "")
-    except UserError:
-        raise ValueError(
-            f"{', '.join(INITIALIZATIONS)}, or a model to go on from: models:/NAME@ALIAS, models:/NAME/VERSION, a "
-            "folder (/…, ./…, ../…, ~/…), package:IMPORT_NAME/PATH or a hub id OWNER/NAME"
-        ) from None
+        if not isinstance(value, str) or "/" not in value:
+            return _slug(value)  # a method or a student's name: `rules` knows them
+        check_form(value)
+    except (UserError, ValueError):
+        raise ValueError(STARTS) from None
     return value
 
 
@@ -158,6 +161,7 @@ Betas = Annotated[
     tuple[Fraction, Fraction], _in_words("two numbers of at least 0 and below 1, as [0.9, 0.999]")
 ]
 Share = Annotated[float, Field(ge=0, le=1), _in_words("a number from 0 to 1")]
+ShareAboveZero = Annotated[float, Field(gt=0, le=1), _in_words("a number above 0, at most 1")]
 HeldOutShare = Annotated[float, Field(gt=0, le=0.5), _in_words("a number above 0, at most 0.5")]
 LearningRate = Annotated[
     float,

@@ -83,7 +83,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     problems += wrong
     try:
         recipe = Recipe.model_validate(source.values, context=as_written)
-        problems += check_across(dict(enumerate(recipe.stages)), recipe.compute)
+        problems += check_across(dict(enumerate(recipe.stages)), recipe.compute, recipe.data)
     except ValidationError as error:
         problems += [
             (details["loc"], explain(details, _written(source, details["loc"])))
@@ -109,7 +109,8 @@ def _check_sound_parts(values: dict[str, Any]) -> list[Problem]:
     given = values.get("stages")
     stages = {i: _sound(Stage, stage) for i, stage in enumerate(given)} if isinstance(given, list) else {}
     compute = _sound(Compute, values.get("compute", {}))
-    return list(check_across({i: stage for i, stage in stages.items() if stage}, compute))
+    data = _sound(Data, values.get("data"))
+    return list(check_across({i: stage for i, stage in stages.items() if stage}, compute, data))
 
 
 def _sound(section: type[Section], value: Any) -> Section | None:
@@ -198,8 +199,12 @@ def _anchor_paths(source: Source) -> dict[str, str]:
     for i, stage in enumerate(stages):
         if isinstance(stage, dict) and "teacher" in stage and stage["teacher"] not in students:
             anchor(stage, "teacher", ("stages", i, "teacher"), is_path=False)
+        measured = stage.get("evaluate") if isinstance(stage, dict) else None
+        for j, item in enumerate(measured if isinstance(measured, list) else ()):
+            if isinstance(item, dict) and "data" in item:
+                anchor(item, "data", ("stages", i, "evaluate", j, "data"), is_path=True)
         for student, at in _raw_students(stage):
-            if student.get("init") not in INITIALIZATIONS and "init" in student:
+            if "init" in student and student["init"] not in (*INITIALIZATIONS, *students):
                 anchor(student, "init", ("stages", i, *at, "init"), is_path=False)
     return as_written
 

@@ -32,6 +32,12 @@ def missing_inputs(recipe: Recipe) -> list[str]:
         notes.append(
             f"evaluation.data: given {given!r}, but there is no such folder; --set evaluation.data=DIR"
         )
+    for stage in recipe.stages:
+        for i, item in enumerate(stage.evaluate):
+            own = item.data and not (recipe.evaluation and item.data == recipe.evaluation.data)
+            if own and not Path(str(item.data)).is_dir():
+                key = f"stages.{stage.name}.evaluate.{i}.data"
+                notes.append(f"{key}: given {item.data!r}, but there is no such folder; --set {key}=DIR")
     for key, text in _references(recipe):
         if absent := absent_package(text):
             notes.append(f"{key}: {absent}, or give another{_override(key)}")
@@ -85,7 +91,7 @@ def _references(recipe: Recipe) -> list[tuple[str, str]]:
         (f"stage {stage.name}, student {student.name}: init", student.starts_from)
         for stage in recipe.stages
         for student in stage.students
-        if student.starts_from
+        if student.starts_from and student.starts_from not in recipe.student_names
     ]
 
 

@@ -13,8 +13,18 @@ from typing import NamedTuple
 
 from pydantic_core import ErrorDetails
 
+from minilm.orchestrator.evaluation.probes.catalogue import DIVERGENCE, PROBES
+from minilm.orchestrator.recipe.fields import INITIALIZATIONS, STARTS
 from minilm.orchestrator.recipe.references import VARIABLE
-from minilm.orchestrator.recipe.schema import CORPUS_PLACES, SECTIONS, Compute, Stage, Student
+from minilm.orchestrator.recipe.schema import (
+    CORPUS_PLACES,
+    OPEN_SCHEDULES,
+    SECTIONS,
+    Compute,
+    Data,
+    Stage,
+    Student,
+)
 from minilm.orchestrator.recipe.yaml_source import KeyPath
 
 Problem = tuple[KeyPath, str]
@@ -33,7 +43,7 @@ _NOT_WHOLE = "is not whole"
 
 
 def check_across(
-    stages: Mapping[int, Stage], compute: Compute | None, *, advise: bool = True
+    stages: Mapping[int, Stage], compute: Compute | None, data: Data | None = None, *, advise: bool = True
 ) -> Iterator[Problem]:
     """Problems between keys. Parts that are malformed themselves are left out (None, or no such index).
 
@@ -48,6 +58,13 @@ def check_across(
             yield (*at, "name"), f"given {stage.name!r} a second time; allowed: a name for each stage"
         yield from _teacher(at, stage, earlier, made_by, stage_names)
         yield from _numbers(at, stage, compute, stages.values())
+        yield from _schedule(at, stage)
+        yield from _probes(at, stage)
+        yield from _until(at, stage)
+        yield from _embedding(at, stage, stages, made_by)
+        if stage.objective == "embedding" and data is not None and data.text and data.packing == "full":
+            what = f"given 'full'; allowed: sentence or document, because stage {stage.name!r} compares the vectors"
+            yield ("data", "packing"), f"{what} of whole texts (objective: embedding)"
         teacher = earlier.get(stage.teacher, _UNKNOWN)
         yield from _relation_heads(at, stage, teacher)
         here: dict[str, _Known] = {}
@@ -56,6 +73,8 @@ def check_across(
             if student.name in earlier or student.name in here:
                 what = f"given {student.name!r} a second time; allowed: a name for each student of the recipe"
                 yield (*path, "name"), what
+            if student.starts_from and "/" not in student.starts_from and set(range(index)) <= stages.keys():
+                yield from _start(path, student, stage, earlier, made_by)
             for problem in _heads(path, student, stage, teacher):
                 advice = _fitting(stages, index, i, teacher) if advise and _NOT_WHOLE in problem[1] else ""
                 yield problem[0], problem[1] + advice
@@ -98,6 +117,63 @@ def _teacher(
         yield path, f"given {teacher!r}, no earlier student's name{guess} (a hub id would be OWNER/NAME)"
 
 
+def _start(
+    path: KeyPath,
+    student: Student,
+    stage: Stage,
+    earlier: Mapping[str, _Known],
+    made_by: Mapping[str, Stage],
+) -> Iterator[Problem]:
+    """Of `init` with an earlier student's name."""
+    start = student.init
+    if (known := earlier.get(start)) is None:
+        if start in [other.name for other in stage.students]:
+            what = f"given {start!r}, of this stage itself; allowed: a student of an earlier stage"
+            yield (*path, "init"), what
+        elif start in made_by:
+            what = f"given {start!r}, a student defined only later"
+            yield (
+                (*path, "init"),
+                f"{what}; move the stage that makes it ({made_by[start].name}) up, above this",
+            )
+        else:
+            guess = suggest(start, [*INITIALIZATIONS, *earlier], cutoff=0.8)
+            yield (*path, "init"), f"given {start!r}; allowed: {STARTS}{guess}"
+        return
+    for key in ("layers", "hidden"):
+        own, theirs = getattr(student, key), getattr(known, key)
+        if own != theirs:
+            yield (
+                (*path, key),
+                f"given {own}; allowed: {theirs}, as of the student {start!r} that it starts from",
+            )
+
+
+def _embedding(
+    at: KeyPath, stage: Stage, stages: Mapping[int, Stage], made_by: Mapping[str, Stage]
+) -> Iterator[Problem]:
+    """What goes with `objective: embedding`, and with no other."""
+    if stage.objective != "embedding":
+        if stage.embedding is not None:
+            what = f"given with objective: {stage.objective}; allowed with objective: embedding"
+            yield (*at, "embedding"), f"{what}; change that, or leave these keys out"
+        return
+    others = {"relations": None, "relation_heads": None, "reduction": "sequence", "teacher_layer": "last"}
+    for key, usual in others.items():
+        if getattr(stage, key) != usual:
+            what = "given with objective: embedding, which compares whole vectors of the last layers"
+            yield (*at, key), f"{what}; leave it out"
+    maker = made_by.get(stage.teacher)
+    if maker is not None and maker.objective != "embedding" and maker in stages.values():
+        what = (
+            f"given {stage.teacher!r}, whose vectors mean nothing: its stage {maker.name!r} trains relations"
+        )
+        yield (
+            (*at, "teacher"),
+            f"{what}; allowed: a model that embeds texts (to start from it: init: {stage.teacher})",
+        )
+
+
 def _cycle(stage: Stage, made_by: Mapping[str, Stage]) -> list[str]:
     """Teacher, student, student's student … back to the first; empty where the teachers of `stage` have a beginning."""
     chain = [stage.teacher]
@@ -131,6 +207,67 @@ def _numbers(
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"
 
 
+def _schedule(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    decay, most = stage.decay_steps, stage.steps - stage.warmup_steps
+    if stage.schedule != "wsd":
+        if decay is not None:
+            what = f"given {decay} with schedule: {stage.schedule}; allowed with schedule: wsd"
+            yield (*at, "decay_steps"), f"{what}; remove it, or change the schedule"
+    elif decay is None:
+        yield (*at, "decay_steps"), f"missing; schedule: wsd needs it, the steps of its decay, at most {most}"
+    elif decay > most:
+        what = f"given {decay}; allowed: at most {most}, the stage's {stage.steps} steps without its warm-up"
+        yield (*at, "decay_steps"), what
+
+
+def _probes(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    names: list[str] = []
+    for i, item in enumerate(stage.evaluate):
+        path, task = (*at, "evaluate", i), PROBES[item.probe].task
+        if item.probe in names:
+            yield (*path, "probe"), f"given {item.probe!r} a second time; allowed: each probe once"
+        if task and item.data is None:
+            what = f"missing; probe {item.probe} reads the files of task {task}"
+            yield (
+                (*path, "data"),
+                f"{what}; give the folder that holds the task's folder, here or as evaluation.data",
+            )
+        elif item.data is not None and not task:
+            what = f"given {item.data!r}; probe {item.probe} reads held-out rows and no files; remove it"
+            yield (*path, "data"), what
+        names.append(item.probe)
+
+
+def _until(at: KeyPath, stage: Stage) -> Iterator[Problem]:
+    if (until := stage.until) is None:
+        return
+    path, measured = (*at, "until"), [DIVERGENCE, *(item.probe for item in stage.evaluate)]
+    if stage.schedule not in OPEN_SCHEDULES:
+        what = (
+            f"given with schedule: {stage.schedule}, whose rate at every step depends on where the stage ends"
+        )
+        yield path, f"{what}; allowed: schedule: wsd with decay_steps, or schedule: constant"
+    if until.probe not in measured:
+        what = f"given {until.probe!r}; allowed: a probe of the stage's evaluate, or {DIVERGENCE}"
+        data = ", data: DIR" if PROBES[until.probe].task else ""
+        yield (*path, "probe"), f"{what}; add evaluate: [{{probe: {until.probe}, every: STEPS{data}}}]"
+    elif (every := stage.every(until.probe)) is None:
+        what = f"given {until.probe!r}, which is measured before and after only"
+        yield (*path, "probe"), f"{what}; give the stage eval_every: STEPS"
+    elif (end := stage.steps - (stage.decay_steps or 0)) <= every * -(-max(1, stage.warmup_steps) // every):
+        what = f"given {until.probe!r}, which is measured every {every} steps, not once between the warm-up"
+        yield (*path, "probe"), f"{what} ({stage.warmup_steps}) and step {end}; give it a smaller every"
+    if until.share_of_teacher is None and until.patience is None:
+        yield path, "given no condition; allowed: share_of_teacher: SHARE, patience: MEASUREMENTS, or both"
+    elif until.share_of_teacher is not None and not PROBES[until.probe].teacher:
+        others = ", ".join(name for name in measured if PROBES[name].teacher)
+        what = f"given {until.share_of_teacher:g} of {until.probe}, for which the teacher has no value"
+        yield (
+            (*path, "share_of_teacher"),
+            f"{what}; allowed: patience: MEASUREMENTS, or a share of {others or 'another probe of evaluate'}",
+        )
+
+
 def _own_heads(student: Student, teacher: _Known) -> int | None:
     """A student's heads: its teacher's unless given, or those of the model it starts from, which is not known here."""
     return student.heads or (None if student.starts_from else teacher.heads)
@@ -145,7 +282,8 @@ def _heads(path: KeyPath, student: Student, stage: Stage, teacher: _Known) -> It
             (*path, key),
             f"given {given}; allowed: heads that divide hidden ({student.hidden} / {heads} {_NOT_WHOLE})",
         )
-    if stage.relation_heads is None and student.heads and teacher.heads and student.heads != teacher.heads:
+    compared = stage.relation_heads is None and stage.objective != "embedding"
+    if compared and student.heads and teacher.heads and student.heads != teacher.heads:
         what = f"given {student.heads}; allowed: {teacher.heads}, the heads of the teacher {stage.teacher!r}"
         yield (*path, "heads"), f"{what}, as they are compared one by one; or set relation_heads in the stage"
 
@@ -274,7 +412,7 @@ def suggest(given: object, allowed: Collection[str], cutoff: float = 0.6) -> str
     if not isinstance(given, str) or not given:
         return ""
     close = difflib.get_close_matches(given, allowed, n=1, cutoff=cutoff)
-    close = close or [word for word in allowed if len(given) > 1 and given in word.split("_")]
+    close = close or [word for word in allowed if len(given) > 1 and given in re.split("[-_]", word)]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from minilm.model.loss.catalogue import OBJECTIVES, RELATION_FIELDS
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.recipe.fields import (
     INITIALIZATIONS,
     Alias,
@@ -45,6 +46,7 @@ from minilm.orchestrator.recipe.fields import (
     Seed,
     SequenceLength,
     Share,
+    ShareAboveZero,
     Slug,
     Start,
     TextPaths,
@@ -56,9 +58,11 @@ from minilm.orchestrator.recipe.references import Reference, parse_reference
 
 if TYPE_CHECKING:  # a type checker can't see into the tables that these are made from
     ObjectiveName = str
+    ProbeName = str
     RelationField = str
 else:
     ObjectiveName = Literal[tuple(OBJECTIVES)]
+    ProbeName = Literal[tuple(PROBES)]
     RelationField = Literal[RELATION_FIELDS]
 
 
@@ -150,8 +154,9 @@ class Data(_Section):
     registered model."""
     seq_len: SequenceLength = 512
     """Tokens a row."""
-    packing: Literal["full", "document"] = "full"
-    """full: rows filled to the end, no padding; document: a row never crosses documents."""
+    packing: Literal["full", "document", "sentence"] = "full"
+    """full: rows filled to the end, no padding; document: a row never crosses documents; sentence: each sentence is a
+    row, cut where it is longer."""
     held_out: HeldOutShare = 0.01
     """Share of the documents (of tokens: of the rows) kept out of training and used to measure the divergence."""
     text_field: str | None = None
@@ -287,8 +292,8 @@ class Student(_Section):
     init: Start = "random"
     """How the weights start: random; teacher-layers: a uniform pick of the teacher's layers, sliced where
     the student is narrower; teacher-pca: the same layers, projected on the principal directions of the teacher's hidden
-    states on a sample of the rows; or a model of this very shape that training goes on from: `models:/NAME@ALIAS`,
-    `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
+    states on a sample of the rows; or a model of this very shape that training goes on from: an earlier student's
+    name, `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
     positions: Literal["cut", "teacher", "keep"] = "cut"
     """What becomes of positions behind the rows' length, which nothing trains. cut: the student takes rows of the
     length that it was trained on; teacher: as many as its teacher, whose vectors it gets (needs the teacher's width);
@@ -297,7 +302,7 @@ class Student(_Section):
 
     @property
     def starts_from(self) -> str | None:
-        """The reference of the model that it goes on from; None where `init` names a method."""
+        """The reference of the model that it goes on from, or an earlier student; None where `init` names a method."""
         return None if self.init in INITIALIZATIONS else self.init
 
 
@@ -312,6 +317,64 @@ class RelationTerm(_Section):
     """What x is multiplied by: q, k, v or hidden."""
     weight: Positive = 1.0
     """Of this term in the loss."""
+
+
+class Measurement(_Section):
+    """What is measured while a stage trains, beside the divergence, which always is."""
+
+    probe: ProbeName
+    """divergence: the objective on held-out rows; knn, cka: how far teacher and student agree which of these rows are
+    alike; stsb-embed: how well the cosine of two sentences orders pairs that people judged; linear-TASK: a linear
+    classifier on frozen vectors, from 1,024 labels."""
+    every: Count | None = None
+    """Steps between measurements; default: eval_every."""
+    data: LocalPath | None = None
+    """Folder that holds the task's folder, for stsb-embed and linear-TASK; default: evaluation.data."""
+
+
+class Until(_Section):
+    """When a stage is good enough, so that it ends before its `steps`: all students have the share, or have stopped
+    getting better. Measurements during the warm-up do not count."""
+
+    probe: ProbeName
+    """One of the stage's `evaluate`, or divergence."""
+    share_of_teacher: ShareAboveZero | None = None
+    """A student is good enough with this share of the teacher's own value."""
+    patience: Count | None = None
+    """A student has stopped getting better after so many measurements in a row without a gain."""
+    min_gain: Share = 0.01
+    """Share of its best value by which a measurement must be better to be a gain."""
+
+
+class Embedding(_Section):
+    """How the vectors of `objective: embedding` are made and compared."""
+
+    pooling: Literal["mean", "cls"] | None = None
+    """How the student's vector is made of its last layer: the mean over tokens, or the first token; default: as the
+    model does that it starts from, else its teacher. Of a teacher that says nothing itself (no modules.json) too."""
+    dense: bool | None = None
+    """Whether a linear layer follows that maps to the teacher's width; default: where the widths differ."""
+    similarity: Positive | None = None
+    """Weight of a second term: the cosines between the rows that are computed together, compared; default: none."""
+    dims: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
+    """Prefixes of the vectors that are compared each on its own, the whole among them, as [384, 256, 128] (Matryoshka);
+    default: the whole alone."""
+
+    def terms(self) -> list[dict[str, Any]]:
+        """The terms of the loss, for `Objective.named`. The largest of `dims`, the whole, comes first."""
+        sizes: list[int | None] = [*sorted(set(self.dims or ()), reverse=True)] or [None]
+        found: list[dict[str, Any]] = [
+            {
+                "term": "cosine_distance",
+                "name": f"cosine_distance_{size}" if number else "cosine_distance",
+                "weight": 1 / len(sizes),
+                "dims": size,
+            }
+            for number, size in enumerate(sizes)
+        ]
+        if self.similarity is not None:
+            found.append({"term": "similarity", "name": "similarity", "weight": self.similarity})
+        return found
 
 
 class Stage(_Section):
@@ -329,7 +392,10 @@ class Stage(_Section):
     objective: ObjectiveName = "minilm"
     """minilm: Q-K and V-V relations; minilmv2: Q-Q, K-K and V-V relations; the papers' ablation arms:
     attention-only, value-mse, layer-to-layer, hidden-relation; soft-label-mlm: the teacher's predictions for masked
-    tokens, of a teacher that has a masked-language-model head."""
+    tokens, of a teacher that has a masked-language-model head; embedding: the vectors of whole texts, for a student
+    that is used as it is."""
+    embedding: Embedding | None = None
+    """How the vectors of objective: embedding are made and compared."""
     relations: Annotated[tuple[RelationTerm, ...], Field(min_length=1)] | None = None
     """A list of terms instead of the objective's own."""
     relation_heads: Width | None = None
@@ -347,8 +413,11 @@ class Stage(_Section):
     """Learning rate at the end of the warm-up."""
     warmup_steps: CountFromZero
     """Steps in which the learning rate rises from 0 to its peak."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls to 0 after the warm-up; constant: it stays at its peak."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """How the learning rate falls to 0 after the warm-up; constant: it stays at its peak; wsd (warm-up, stable, decay):
+    it stays there until the last `decay_steps`, in which it falls linearly."""
+    decay_steps: Count | None = None
+    """With schedule wsd: steps of the decay; with `until` they begin where that is met."""
     adam_betas: Betas = (0.9, 0.999)
     """Decay rates of Adam's two averages."""
     adam_eps: Positive = 1e-6
@@ -361,6 +430,10 @@ class Stage(_Section):
     """Steps between measurements on held-out rows; default: before and after only."""
     held_out_rows: Count = 256
     """Held-out rows that a measurement reads at most."""
+    evaluate: tuple[Measurement, ...] = ()
+    """Probes that are measured as well, before, after and in between."""
+    until: Until | None = None
+    """When the stage is good enough; `steps` are the most that it makes. Needs schedule wsd or constant."""
 
     @model_validator(mode="before")
     @classmethod
@@ -374,6 +447,11 @@ class Stage(_Section):
             student = {"name": given["name"], **student}
         return rest | {"students": [student]}
 
+    def every(self, probe: str) -> int | None:
+        """Steps between a probe's measurements, None for before and after only."""
+        own = [one.every for one in self.evaluate if one.probe == probe and one.every]
+        return own[0] if own else self.eval_every
+
     def objective_fields(self) -> dict[str, Any]:
         """The objective as plain values, for `Objective.named`."""
         fields: dict[str, Any] = {
@@ -381,13 +459,25 @@ class Stage(_Section):
             "reduction": self.reduction,
             "relation_heads": self.relation_heads,
         }
-        if self.relations is not None:
+        if self.objective == "embedding":
+            own = self.embedding or Embedding()
+            fields |= {"pooling": own.pooling, "dense": own.dense, "relations": own.terms()}
+        elif self.relations is not None:
             fields["relations"] = [relation.model_dump() for relation in self.relations]
         return fields
 
     def result_fields(self) -> dict[str, Any]:
         """Everything here that determines the result, as JSON values; paths as the file has them."""
-        fields = self.model_dump(mode="json", exclude={"eval_every"})
+        fields = self.model_dump(mode="json", exclude={"eval_every", "evaluate"})
+        for key in ("decay_steps", "until"):
+            if fields[key] is None:  # as recipes were recorded before there were such keys
+                del fields[key]
+        if self.until:
+            fields["until"]["every"] = self.every(self.until.probe)
+        if self.objective == "embedding":
+            fields["embedding"] = (self.embedding or Embedding()).model_dump(mode="json")
+        else:  # as recipes were recorded before there were embeddings
+            del fields["embedding"]
         for student in fields[
             "students"
         ]:  # the digest of a stage has the size that the teacher's family gives
@@ -397,6 +487,17 @@ class Stage(_Section):
             student["init"] = self._as_written.get(student["init"], student["init"])
         fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
         return fields
+
+
+OPEN_SCHEDULES = ("wsd", "constant")  # before a decay their rates do not depend on the stage's end
+
+
+def trunk_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stage's `result_fields` those that determine its steps before a decay; empty for other schedules."""
+    if fields["schedule"] not in OPEN_SCHEDULES:
+        return {}
+    end = ("steps", "schedule", "decay_steps", "until")
+    return {key: value for key, value in fields.items() if key not in end}
 
 
 class Compute(_Section):
@@ -460,7 +561,7 @@ class Evaluation(_Section):
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, squad2, xnli are fine-tuned; stsb-embed is the similarity of
-    mean-pooled vectors, without training."""
+    the models' own vectors, or mean-pooled ones, without training."""
     data: LocalPath
     """Folder that holds a folder for each task, with its files as they are published."""
     protocol: Literal["glue-minilm", "glue-fixed"] = "glue-fixed"
@@ -536,6 +637,24 @@ class Recipe(_Section):
         experiment = str(given.get("name") or "unnamed")  # a name that is wrong is complained about by itself
         return given | {"tracking": {"experiment": experiment, **(tracking or {})}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _probes_read_where_the_evaluation_does(cls, given: Any) -> Any:
+        evaluation = given.get("evaluation") if isinstance(given, dict) else None
+        stages = given.get("stages") if isinstance(evaluation, dict) else None
+        if not isinstance(evaluation, dict) or not isinstance(stages, list) or not evaluation.get("data"):
+            return given
+
+        def filled(item: Any) -> Any:
+            probe = PROBES.get(str(item.get("probe"))) if isinstance(item, dict) else None
+            return {"data": evaluation["data"], **item} if probe and probe.task else item
+
+        def with_data(stage: Any) -> Any:
+            listed = stage.get("evaluate") if isinstance(stage, dict) else None
+            return stage | {"evaluate": [filled(i) for i in listed]} if isinstance(listed, list) else stage
+
+        return given | {"stages": [with_data(stage) for stage in stages]}
+
     @field_validator("stages")
     @classmethod
     def _fill_in_micro_batches(cls, given: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
@@ -590,6 +709,9 @@ SECTIONS: dict[str, type[_Section]] = {
     "stages": Stage,
     "students": Student,
     "relations": RelationTerm,
+    "embedding": Embedding,
+    "evaluate": Measurement,
+    "until": Until,
     "compute": Compute,
     "evaluation": Evaluation,
     "promote": Promotion,

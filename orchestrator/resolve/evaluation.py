@@ -1,4 +1,5 @@
-"""A recipe's `evaluation` section against the tasks that there are, the files that are here, and the first teacher."""
+"""A recipe's `evaluation` section and its stages' probes against the tasks that there are, the files that are here,
+and the first teacher."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from minilm.model.encoder.shape import load_config
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.check_data import check_data
+from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.evaluation.protocols import Protocol, protocol_of
 from minilm.orchestrator.evaluation.read_tables import data_files
-from minilm.orchestrator.evaluation.tasks import Task, find_tasks
+from minilm.orchestrator.evaluation.tasks import TASKS, Task, find_tasks
 from minilm.orchestrator.recipe.schema import Evaluation, Promotion, Recipe
 
 
@@ -59,6 +61,24 @@ def tasks_not_run(promote: Promotion | None, tasks: list[Task]) -> str:
         if other
         else ""
     )
+
+
+def probe_problems(recipe: Recipe, *, running: bool = False, rows: bool = True) -> list[str]:
+    """Why a stage's probes can't read what they need, a line for each stage. `running`, `rows`: as above."""
+    look = check_data if rows else data_files
+    problems, seen = [], set()
+    for stage in recipe.stages:
+        for item in stage.evaluate:
+            task, data = TASKS.get(PROBES[item.probe].task), Path(item.data or "")
+            if task is None or (task.name, data) in seen or not (running or data.is_dir()):
+                continue
+            seen.add((task.name, data))
+            try:
+                look(task, data)
+            except UserError as error:
+                text = str(error).removeprefix("--data ")
+                problems.append(f"stage {stage.name}: probe {item.probe}: {text}")
+    return problems
 
 
 def check_scored(teacher: Path, tasks: list[Task]) -> None:

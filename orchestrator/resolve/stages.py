@@ -8,10 +8,11 @@ Shapes come from configs; a teacher that is here is loaded once, to see that its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minilm.data.builder.enough import check_enough
+from minilm.data.builder.sentences import TOKEN_SOURCES, no_sentences
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import MANIFEST, TokenizerInfo
 from minilm.data.sources.plugin import find_source
@@ -26,6 +27,7 @@ from minilm.data.tokenizer import (
 )
 from minilm.model.compatibility import check_teacher, fit_student
 from minilm.model.encoder.initialize import has_table
+from minilm.model.encoder.sentence_layout import SentenceLayout, read_layout
 from minilm.model.encoder.shape import EncoderShape, load_config, shape_of
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
@@ -33,8 +35,9 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.feed.corpora import describe
 from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
-from minilm.orchestrator.resolve.evaluation import evaluation_problems
+from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
 from minilm.orchestrator.resolve.folders import text_inputs
+from minilm.orchestrator.resolve.vectors import stage_vectors, student_vectors
 from minilm.orchestrator.stage.data import CorpusSpec, PairSpec
 
 # From a reference in the recipe to a folder or hub id; None where it is not here.
@@ -48,7 +51,9 @@ class ResolvedStage:
     source: the teacher's folder or hub id; None for an earlier student, and for a teacher that is not here.
     teacher: its shape; None where that is not known here. students: a shape for each student, empty without a teacher;
     one that goes on from a model that is not here has none.
-    starts: folder or hub id of the model that a student goes on from, by the student's name, where it is here.
+    starts: folder or hub id of the model that a student goes on from, by the student's name, where it is here and no
+    earlier student. teacher_layout, layouts: how the teacher and each student make their vectors, where the objective
+    compares these and the teacher's folder is here.
     """
 
     stage: Stage
@@ -56,6 +61,8 @@ class ResolvedStage:
     teacher: EncoderShape | None
     students: Mapping[str, EncoderShape]
     starts: Mapping[str, str]
+    teacher_layout: SentenceLayout | None = None
+    layouts: Mapping[str, SentenceLayout] = field(default_factory=dict)
 
 
 def resolve(
@@ -74,6 +81,7 @@ def resolve(
         wrong_data = [f"data: {error}"]
     stages, problems = resolve_stages(recipe, find, seq_len=known and known[0], weights=weights)
     problems += evaluation_problems(recipe, stages[0].source if weights else None, rows=weights)
+    problems += probe_problems(recipe, rows=weights)
     try:
         problems += check_data(stages, *known) if known else wrong_data
         if not (built or wrong_data):
@@ -98,14 +106,16 @@ def resolve_stages(
     `find` is asked for every teacher that is no earlier student, and for every model that a student goes on from.
     seq_len: tokens a row, None where that is not known. weights: load what is here of both.
     """
-    loaded: set[tuple[str, bool]] = set()
+    loaded: set[tuple[str, bool, bool]] = set()
     resolved: list[ResolvedStage] = []
     problems: list[str] = []
     shapes: dict[str, EncoderShape | None] = {}
+    known_layouts: dict[str, SentenceLayout] = {}
     for stage in recipe.stages:
         source = teacher = None
         students: dict[str, EncoderShape] = {}
         starts: dict[str, str] = {}
+        vectors, layouts = None, dict[str, SentenceLayout]()
         try:
             objective = Objective.named(**stage.objective_fields())
             if stage.teacher in shapes:
@@ -113,9 +123,16 @@ def resolve_stages(
             elif source := find(stage.teacher):
                 teacher = shape_of(load_config(source))
             for student in stage.students:
+                if student.starts_from in shapes:
+                    continue
                 if student.starts_from and (start := find(student.starts_from)):
                     starts[student.name] = start
             start_shapes = {name: shape_of(load_config(start)) for name, start in starts.items()}
+            start_shapes |= {
+                student.name: shape
+                for student in stage.students
+                if student.starts_from and (shape := shapes.get(student.starts_from))
+            }
             if teacher is not None:
                 check_teacher(objective, teacher, stage.teacher_layer)
                 students = {
@@ -134,27 +151,35 @@ def resolve_stages(
                         seq_len=seq_len,
                     )
                     for student in stage.students
-                    if student.starts_from is None or student.name in starts
+                    if student.starts_from is None or student.name in start_shapes
                 }
-            head = objective.needs_head
+            if objective.embeds and teacher is not None and (source is None or Path(source).is_dir()):
+                vectors = stage_vectors(stage, objective, source, teacher, known_layouts)
+                layouts = student_vectors(stage, objective, vectors, teacher, students, starts, known_layouts)
+            head, embeds = objective.needs_head, objective.embeds
             for folder in dict.fromkeys((source, *starts.values())) if weights else ():
-                if folder and (folder, head) not in loaded:
-                    load_weights(folder, head=head)
-                    loaded.add((folder, head))
+                if folder and (folder, head, embeds) not in loaded:
+                    load_weights(folder, head=head, vectors=embeds)
+                    loaded.add((folder, head, embeds))
         except (UserError, ModelError) as error:
             raise_passing(error)
             problems.append(f"stage {stage.name}: {error}")
-        resolved.append(ResolvedStage(stage, source, teacher, students, starts))
+        resolved.append(ResolvedStage(stage, source, teacher, students, starts, vectors, layouts))
+        known_layouts |= layouts
         shapes |= {student.name: students.get(student.name) for student in stage.students}
     return resolved, problems
 
 
-def load_weights(source: str, *, head: bool) -> None:
-    """Load a model's weights and let go of them. ModelError where they are not those of its config."""
+def load_weights(source: str, *, head: bool, vectors: bool = False) -> None:
+    """Load a model's weights and let go of them, with `vectors` those of its dense layers too. ModelError where they
+    are not those of its config."""
     if Path(source).is_dir():
         from minilm.model.encoder.build import load_encoder  # modelling code, which takes seconds to import
+        from minilm.model.encoder.sentence_head import load_head
 
-        load_encoder(source, head=head)
+        model = load_encoder(source, head=head).model
+        if vectors and (layout := read_layout(source, model.config.hidden_size)):
+            load_head(source, layout)
 
 
 def position_notes(stages: list[ResolvedStage], seq_len: int) -> list[str]:
@@ -173,8 +198,9 @@ def position_notes(stages: list[ResolvedStage], seq_len: int) -> list[str]:
     ]
 
 
-def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None, str] | None:
-    """Tokens a row, the tokenizer's identity and its folder, before any text is tokenized and any row is read.
+def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None, str, str] | None:
+    """Tokens a row, the tokenizer's identity and its folder, and the packing, before any text is tokenized and any row
+    is read.
 
     From the tokenizer where text is read, else from the data sets that are on this machine, which are opened; None
     without either. Raises `UserError` or `DataError` for a source, tokenizer or data set that can't be used.
@@ -185,16 +211,23 @@ def known_data(recipe: Recipe, find: Find) -> tuple[int, TokenizerInfo | None, s
         if not here:
             return None
         described = describe(here, window=data.window)
-        return described.seq_len, described.vocabulary, described.tokenizer
+        return described.seq_len, described.vocabulary, described.tokenizer, described.packing
     find_source(data.source)
+    if data.packing == "sentence" and data.source in TOKEN_SOURCES:
+        raise no_sentences(data.source)
     assert data.tokenizer is not None  # recipe.schema: text with a tokenizer
     folder = find(data.tokenizer)
     if folder is None or not Path(folder).is_dir():
-        return data.seq_len, None, ""
+        return data.seq_len, None, "", data.packing
     loaded = load_tokenizer(folder)
     size = max(loaded.get_vocab().values()) + 1
     ids, pipeline = special_ids(loaded), pipeline_fingerprint(loaded)
-    return data.seq_len, TokenizerInfo(vocabulary_fingerprint(loaded), size, *ids, pipeline), folder
+    return (
+        data.seq_len,
+        TokenizerInfo(vocabulary_fingerprint(loaded), size, *ids, pipeline),
+        folder,
+        data.packing,
+    )
 
 
 def check_text(recipe: Recipe, find: Find) -> None:
@@ -246,15 +279,20 @@ def corpus_spec(corpus: Corpus, recipe: Recipe, find: Callable[[str], str]) -> C
 
 
 def check_data(
-    stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerInfo | None, folder: str
+    stages: list[ResolvedStage], seq_len: int, tokenizer: TokenizerInfo | None, folder: str, packing: str = ""
 ) -> list[str]:
     """A line for each stage where a model can't read rows of `seq_len` tokens, or means other tokens by their ids.
 
-    `tokenizer`, `folder`: the data's, None and "" where they are not known yet.
+    `tokenizer`, `folder`, `packing`: the data's, None and "" where they are not known yet.
     """
     problems = []
     for resolved in stages:
         where = f"stage {resolved.stage.name}"
+        if packing == "full" and resolved.stage.objective == "embedding":
+            problems.append(
+                f"{where}: objective embedding compares the vectors of whole texts, and the data's rows are pieces "
+                "of several (packing full); make the data from the text with --packing sentence, or document"
+            )
         for name, start in resolved.starts.items():
             if (shape := resolved.students.get(name)) is None:
                 continue

@@ -60,7 +60,7 @@ class QuarantineSpec:
 class DataSpec:
     """`fingerprint`: of all corpora and weights. `tokenizer`: the folder that students are exported with. `window`:
     shuffled by so many shards, None for fully. `quarantine`: None where damage ends the run. `tokenizer_files`: the
-    sha256 of each file in `tokenizer` that an export copies."""
+    sha256 of each file in `tokenizer` that an export copies. `packing`: full where any corpus is."""
 
     corpora: tuple[CorpusSpec, ...]
     fingerprint: str
@@ -71,6 +71,7 @@ class DataSpec:
     cache: CacheSpec
     quarantine: QuarantineSpec | None = None
     tokenizer_files: dict[str, str] = field(default_factory=dict)
+    packing: str = ""
 
     @property
     def places(self) -> str:

@@ -54,6 +54,7 @@ class LearningRateSpec:
     peak_lr: float
     warmup_steps: int
     schedule: str
+    decay_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,27 @@ class RuntimeSpec:
     stall_seconds: float
 
 
+@dataclass(frozen=True)
+class ProbeSpec:
+    """A probe and after how many steps it measures each time (None: before and after only). data: the folder that holds
+    its task's folder, "" for a probe that reads none."""
+
+    probe: str
+    every: int | None = None
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class UntilSpec:
+    """When a stage is good enough, as in the recipe's stage. every: steps between the probe's measurements."""
+
+    probe: str
+    every: int
+    share_of_teacher: float | None = None
+    patience: int | None = None
+    min_gain: float = 0.01
+
+
 GROUPS: dict[str, type[Any]] = {
     "optimizer": OptimizerSpec,
     "learning_rate": LearningRateSpec,
@@ -109,6 +131,9 @@ def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class StageSpec:
     """One teacher, its students, and how they are trained. Paths are absolute and seen by every node.
+
+    steps: with `until` the most that are made. trunk: the digest of all that determines the steps before a decay, ""
+    where the rates depend on `steps`.
 
     attempt: a fresh name each time a driver starts the stage. lease: the driver's file in `WORKDIR/lease`, "" where
     none watches over the workers.
@@ -137,6 +162,9 @@ class StageSpec:
     digest: str
     attempt: str = "inline"
     lease: str = ""
+    trunk: str = ""
+    evaluate: tuple[ProbeSpec, ...] = ()
+    until: UntilSpec | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"data": self.data.to_values()}, indent=1)
@@ -146,6 +174,8 @@ class StageSpec:
         values = json.loads(text)
         values["data"] = DataSpec.from_values(values["data"])
         values["students"] = tuple(StudentSpec(**s) for s in values["students"])
+        values["evaluate"] = tuple(ProbeSpec(**probe) for probe in values.get("evaluate", ()))
+        values["until"] = UntilSpec(**values["until"]) if values.get("until") else None
         for name, kind in GROUPS.items():
             values[name] = kind(**values[name])
         betas = tuple(values["optimizer"].adam_betas)  # a list in JSON

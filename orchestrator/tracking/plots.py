@@ -89,11 +89,11 @@ def attention_maps(
 def loss_curves(
     points: Sequence[Point], heldout_metrics: Sequence[Point], out: Path, *, title: str = "Loss by step"
 ) -> Path:
-    """Writes a PNG: for each student the training loss and its terms (lines), the held-out terms (dots), and
-    the learning rate below.
+    """Writes a PNG: for each student the training loss and its terms (lines), the held-out terms (dots), below them
+    its probes, where there are any, and the learning rate.
 
-    points: metrics "STUDENT/loss", "STUDENT/TERM", "learning_rate"; heldout_metrics: "STUDENT/heldout/TERM". Values by
-    head or corpus are left out.
+    points: metrics "STUDENT/loss", "STUDENT/TERM", "learning_rate"; heldout_metrics: "STUDENT/heldout/TERM" and
+    "STUDENT/heldout/probe/NAME". Values by head or corpus are left out.
     Values that are not finite leave a gap and are marked by a cross on the lower edge.
     """
     names = [name for point in [*points, *heldout_metrics] for name in point.metrics]
@@ -101,8 +101,10 @@ def loss_curves(
         dict.fromkeys(name.split("/")[0] for name in names if name.endswith("/loss") or "/heldout/" in name)
     )
     panels = max(1, len(students))
-    figure = Figure(figsize=(5.2 * panels + 0.6, 4.6), layout="constrained")
-    axes = figure.subplots(2, panels, squeeze=False, sharex=True, height_ratios=[4, 1])
+    probed = any(_names(heldout_metrics, f"{student}/heldout/probe/") for student in students)
+    heights = [4, 2, 1] if probed else [4, 1]
+    figure = Figure(figsize=(5.2 * panels + 0.6, 0.92 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), panels, squeeze=False, sharex=True, height_ratios=heights)
     for column, student in enumerate(students):
         axis = axes[0, column]
         names = _names(points, f"{student}/", leave_out=("gradient_norm",))
@@ -132,17 +134,25 @@ def loss_curves(
         axis.set_title(student, fontsize=11)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False)
+        for i, name in enumerate(_names(heldout_metrics, f"{student}/heldout/probe/")):
+            steps, values = _series(heldout_metrics, name)
+            colour, label = _COLOURS[i % len(_COLOURS)], name.rpartition("/")[2]
+            axes[1, column].plot(steps, values, "o-", markersize=3, linewidth=1, color=colour, label=label)
+        if probed:
+            axes[1, column].legend(fontsize=8, frameon=False)
     for column in range(panels):
         steps, rates = _series(points, "learning_rate")
-        axes[1, column].plot(steps, rates, color=_TEACHER_COLOUR, linewidth=1.2)
-        axes[1, column].set_xlabel("step", fontsize=9)
-        axes[1, column].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        axes[1, column].yaxis.get_offset_text().set_fontsize(7.5)
-        axes[1, column].set_ylim(bottom=0)
-        axes[1, column].yaxis.set_major_locator(MaxNLocator(2))
-        axes[1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[-1, column].plot(steps, rates, color=_TEACHER_COLOUR, linewidth=1.2)
+        axes[-1, column].set_xlabel("step", fontsize=9)
+        axes[-1, column].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes[-1, column].yaxis.get_offset_text().set_fontsize(7.5)
+        axes[-1, column].set_ylim(bottom=0)
+        axes[-1, column].yaxis.set_major_locator(MaxNLocator(2))
+        axes[-1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("divergence (nats)", fontsize=9)
-    axes[1, 0].set_ylabel("learning rate", fontsize=9)
+    axes[-1, 0].set_ylabel("learning rate", fontsize=9)
+    if probed:
+        axes[1, 0].set_ylabel("probes", fontsize=9)
     for axis in axes.flat:
         axis.grid(color="#e4e4e4", linewidth=0.6)
         axis.set_axisbelow(True)

@@ -13,9 +13,12 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from minilm.model.compatibility import student_layout, teacher_layout
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, load_encoder
 from minilm.model.encoder.initialize import initialize
+from minilm.model.encoder.sentence_head import SentenceHead, load_head
+from minilm.model.encoder.sentence_layout import SentenceLayout, read_layout
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.encoder.warm_start import load_start
 from minilm.model.loss.objective import Objective
@@ -31,6 +34,7 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
     """
     objective = build_objective(spec)
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer, head=objective.needs_head).to(device)
+    vectors = _teacher_head(spec, objective, teacher) if objective.embeds else None
     students = {}
     for student in spec.students:
         head = objective.needs_head
@@ -40,10 +44,39 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
         else:
             model = build_random(spec, student, teacher.model.config, head=head)
             initialize(model, teacher.model, student.init, student.positions)
-        students[student.name] = TappedEncoder(model, student.layers).to(device)
+        encoder = TappedEncoder(model, student.layers)
+        if vectors is not None:
+            encoder.head = _student_head(spec, student, objective, vectors, teacher)
+        students[student.name] = encoder.to(device)
     distiller = Distiller(teacher, students, objective)
     distiller.train()
     return distiller
+
+
+def _teacher_head(spec: StageSpec, objective: Objective, teacher: TappedEncoder) -> SentenceLayout:
+    """Give the teacher the modules of its folder, or the pooling that the recipe says; returns their layout."""
+    hidden = teacher.model.config.hidden_size
+    own = read_layout(spec.teacher, hidden)
+    layout = teacher_layout(objective, f"the teacher {spec.teacher_name}", own, hidden)
+    head = load_head(spec.teacher, layout) if own else SentenceHead(layout)
+    teacher.head = head.to(teacher.model.device)
+    return layout
+
+
+def _student_head(
+    spec: StageSpec,
+    student: StudentSpec,
+    objective: Objective,
+    vectors: SentenceLayout,
+    teacher: TappedEncoder,
+) -> SentenceHead:
+    """The student's pooling and dense layers: those of the model it goes on from, or new ones."""
+    start = read_layout(student.start, student.hidden) if student.start else None
+    sizes = teacher.model.config.hidden_size, student.hidden
+    layout = student_layout(student.name, objective, vectors, *sizes, start)
+    if start and start.dense:
+        return load_head(student.start, layout)
+    return SentenceHead(layout, seed=derive_seed(spec.seed, "dense", student.name))
 
 
 def build_random(

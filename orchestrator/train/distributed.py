@@ -56,6 +56,13 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def merge(self, parts: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on the CPU of which each rank has filled in its own part, the rest zeros: no
+        element is rounded."""
+        if self.size > 1:
+            dist.all_reduce(parts, group=self.control)
+        return parts
+
     def broadcast(self, values: Sequence[int]) -> list[int]:
         """Rank 0's integers, on every rank; the other ranks give equally many, of any value."""
         return self.all_reduce_integers(values if self.is_rank_zero else [0] * len(values))

@@ -57,7 +57,10 @@ def check_recipes(options: argparse.Namespace) -> int:
         if options.json:
             print(as_json(path, recipe, wrong, warnings, notes))
         elif recipe and source and not wrong:
-            stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in recipe.stages)
+            stages = ", ".join(
+                f"{stage.name} ({'at most ' if stage.until else ''}{stage.steps:,} steps)"
+                for stage in recipe.stages
+            )
             print(f"{path}: sound; stages: {stages}")
             for number, note in source.notes.items():
                 print(f"{path}: stage {recipe.stages[number].name}: {note}")
@@ -81,11 +84,12 @@ def as_json(
 def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
     """Whatever a run would refuse, and warn of, that can be told from what is on this machine."""
     from minilm.orchestrator.plan.advice import advice
-    from minilm.orchestrator.resolve.evaluation import evaluation_problems
+    from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
     from minilm.orchestrator.resolve.folders import folder_here
 
-    references = {stage.teacher for stage in recipe.stages} - set(recipe.student_names)
+    references = {stage.teacher for stage in recipe.stages}
     references |= {s.starts_from for stage in recipe.stages for s in stage.students if s.starts_from}
+    references -= set(recipe.student_names)
     references |= {recipe.data.tokenizer} if recipe.data.tokenizer else set()
     data_sets = [corpus.shards or f"{corpus.tokens}.bin" for corpus in recipe.data.corpora or ()]
     with suppress(UserError):  # a folder without a model: `resolve` says so
@@ -93,7 +97,8 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
         if not here and recipe.data.source == "text":
             length = recipe.data.seq_len if recipe.data.text else None
             # nothing else to look at, and torch takes seconds to import
-            return evaluation_problems(recipe), advice(recipe, seq_len=length)
+            problems = evaluation_problems(recipe) + probe_problems(recipe)
+            return problems, advice(recipe, seq_len=length)
     from minilm.orchestrator.plan.reading import reading
     from minilm.orchestrator.resolve.licences import licence_notes
     from minilm.orchestrator.resolve.stages import known_data, position_notes, resolve

@@ -1,15 +1,20 @@
-"""`minilm export`: a model's folder made into another, for whoever loads it next."""
+"""`minilm export` and `minilm shrink`: a model's folder made into another, for whoever loads it next."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.verbs.arguments import add_json, add_verb
+from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_whole
+from minilm.orchestrator.verbs.data_build import add_text_options
+from minilm.orchestrator.verbs.evaluate import DEFAULT_OUT
 from minilm.orchestrator.verbs.gate import not_negative
+
+if TYPE_CHECKING:
+    from minilm.orchestrator.evaluation.sources import Source
 
 FORMATS = ("onnx", "openvino", "sentence-transformers")  # those of PACKAGES: a test says
 
@@ -58,20 +63,85 @@ def export_model(options: argparse.Namespace) -> int:
             "--int8 needs --data DIR, which holds the published files of --task (DIR/STS-B/ for stsb-embed): what 8 "
             "bits cost is measured there"
         )
+    if options.data is not None and not options.int8:
+        raise UserError(
+            "--data says where the cost of 8 bits is measured; give --int8 too, or leave --data out"
+        )
     (task,) = find_tasks([options.task])
 
     from minilm.orchestrator.deploy.export import Gate, export
-    from minilm.orchestrator.verbs.evaluate import open_source
 
     gate = Gate(task, options.data, options.max_drop) if options.int8 else None
     quiet = options.quiet or options.json
-    source = open_source(options.model, options)
+    source = find_model(options)
     report = export(
         source,
         options.out,
         options.format,
         gate,
         lambda text: None if quiet else print(text, file=sys.stderr),
+    )
+    print(json.dumps(asdict(report)) if options.json else f"{report.text()}\n\n{options.out} is written")
+    return 0
+
+
+def find_model(options: argparse.Namespace) -> Source:
+    """The MODEL, brought here (never into OUT, which has to be new). UserError for a control of an evaluation."""
+    from minilm.orchestrator.verbs.evaluate import open_source
+
+    source = open_source(options.model, argparse.Namespace(workdir=options.workdir, out=DEFAULT_OUT))
+    if source.is_control:
+        raise UserError(f"{source.name} is a control of an evaluation; give the folder of a model")
+    return source
+
+
+def add_shrink(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "shrink",
+        "write a model with a smaller vocabulary, chosen from a text; distil from it as from any teacher",
+        "minilm shrink intfloat/multilingual-e5-small e5-de --text corpus/*.txt --keep 30000",
+        "minilm shrink TEACHER smaller --text package:NAME/texts.json --min-count 5",
+    )
+    verb.add_argument(
+        "model", metavar="MODEL", help="a folder, hub id, models:/NAME@ALIAS or package:NAME/PATH"
+    )
+    verb.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    verb.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="INPUT",
+        help="of the kind it is for; as `data build` takes it",
+    )
+    add_text_options(verb)
+    how = verb.add_mutually_exclusive_group(required=True)
+    how.add_argument("--keep", type=positive_whole, metavar="N", help="at most so many tokens")
+    how.add_argument(
+        "--min-count", type=positive_whole, metavar="N", help="the tokens that the text has so many times"
+    )
+    verb.add_argument("--workdir", type=Path, help="of the run that registered a models:/… here")
+    add_json(verb, "print a JSON object, for programs")
+    verb.set_defaults(run=shrink_model)
+
+
+def shrink_model(options: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from minilm.orchestrator.deploy.shrink import shrink
+    from minilm.orchestrator.recipe.schema import TEXT_OPTIONS
+    from minilm.orchestrator.resolve.folders import text_inputs
+
+    source = find_model(options)
+    report = shrink(
+        source.name,
+        Path(source.folder),
+        options.out,
+        text_inputs(options.text),
+        {name: getattr(options, name) for name in TEXT_OPTIONS},
+        keep=options.keep,
+        min_count=options.min_count,
     )
     print(json.dumps(asdict(report)) if options.json else f"{report.text()}\n\n{options.out} is written")
     return 0

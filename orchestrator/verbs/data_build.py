@@ -22,23 +22,30 @@ def add_build(verbs: Any) -> None:
     build.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="txt, json, jsonl, csv, tsv, parquet, arrow; also packed"
     )
-    build.add_argument(
+    add_text_options(build)
+    _add_building(build)
+    build.set_defaults(run=build_data)
+
+
+def add_text_options(verb: argparse.ArgumentParser) -> None:
+    """How text is read: `TEXT_OPTIONS` of the recipe."""
+    verb.add_argument(
         "--text-field",
         help="the field or column that holds the text; a dotted path, as meta.text, leads into objects "
         "(default: see docs/data.md)",
     )
-    build.add_argument(
+    verb.add_argument(
         "--line-documents", action="store_true", default=None, help="each line of a txt file is a document"
     )
-    build.add_argument(
+    verb.add_argument(
         "--invalid-utf8",
         choices=("stop", "replace"),
         help="bytes that are not UTF-8: an error (default), or replaced by U+FFFD and counted",
     )
-    build.add_argument(
+    verb.add_argument(
         "--csv-separator", metavar="SIGN", help="comma, tab, semicolon, bar or one character (default: found)"
     )
-    header = build.add_mutually_exclusive_group()
+    header = verb.add_mutually_exclusive_group()
     header.add_argument(
         "--csv-header", action="store_true", default=None, help="the first row has the columns' names"
     )
@@ -48,16 +55,14 @@ def add_build(verbs: Any) -> None:
         action="store_false",
         help="the first row is data; columns are called 1, 2, …",
     )
-    build.add_argument(
+    verb.add_argument(
         "--csv-quoting",
         choices=("standard", "backslash", "none"),
         help="default: none behind tabs, else standard",
     )
-    build.add_argument(
+    verb.add_argument(
         "--csv-ragged", action="store_true", default=None, help="take rows with more or fewer columns"
     )
-    _add_building(build)
-    build.set_defaults(run=build_data)
 
 
 def add_import(verbs: Any) -> None:
@@ -106,7 +111,7 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--out", type=Path, required=True)
     verb.add_argument("--seq-len", type=int, default=512)
-    verb.add_argument("--packing", choices=("full", "document"), default="full")
+    verb.add_argument("--packing", choices=("full", "document", "sentence"), default="full")
     verb.add_argument("--held-out", type=float, default=0.01, help="share of documents kept for measuring")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument(

@@ -33,7 +33,10 @@ def add_run(verbs: Any) -> None:
     run.add_argument("--workdir", type=Path, help="where everything is written (default: runs/NAME)")
     add_overrides(run)
     run.add_argument(
-        "--from", dest="redo_from", metavar="STAGE", help="do this stage and those behind it again"
+        "--from",
+        dest="redo_from",
+        metavar="STAGE[@STEP]",
+        help="do this stage and those behind it again; @STEP: from its checkpoint of that step, with another end",
     )
     run.add_argument("--launcher", choices=tuple(LAUNCHERS), default="ray")
     run.add_argument("--address", help="of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")

@@ -65,6 +65,7 @@ def finish_stage(
             trained=encoder.trained_parameters(),
             teacher=f"{spec.teacher_name}, layer {spec.teacher_layer}",
             teacher_card=Path(spec.teacher) / "README.md",
+            head=encoder.head,
             facts=start
             | {
                 "Objective": spec.objective["name"],
@@ -73,7 +74,7 @@ def finish_stage(
                 "Longest row": longest_row(encoder.model, student, spec.data.seq_len),
             },
         )
-        export_student(encoder.model, Path(spec.data.tokenizer), folder, card)
+        export_student(encoder.model, Path(spec.data.tokenizer), folder, card, encoder.head)
         digests[student.name] = weights_digest(folder)
     made = {"code": code_version(), "hardware": hardware(encoder.model.device)}
     write_json(

@@ -6,8 +6,10 @@ device when it logs a step and nowhere else.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from minilm.orchestrator.checkpoint.async_saver import AsyncSaver
 from minilm.orchestrator.checkpoint.format import Fingerprints
 from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.evaluation.probes.evaluator import Evaluator, HeldOutPass, make_evaluators, measure
 from minilm.orchestrator.feed.corpora import close, open_held_out
 from minilm.orchestrator.feed.loader import RowLoader
 from minilm.orchestrator.stage.folder import StageFolder
@@ -30,14 +33,16 @@ from minilm.orchestrator.train.numerics import AUTOCAST
 from minilm.orchestrator.train.step import StepOutcome, train_step
 from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, forget_start_failures
 from minilm.orchestrator.worker.errors import Evicted, NotFinite, PeerFailed
-from minilm.orchestrator.worker.evaluate import HeldOutPass, evaluate
 from minilm.orchestrator.worker.export import finish_stage
 from minilm.orchestrator.worker.failures import check_teacher_output
 from minilm.orchestrator.worker.metric_logger import MetricLogger
 from minilm.orchestrator.worker.resume import resume
 from minilm.orchestrator.worker.save_policy import SavePolicy, is_kept
-from minilm.orchestrator.worker.step_metrics import is_evaluated, is_logged, rate, step_metrics
+from minilm.orchestrator.worker.step_metrics import is_logged, rate, step_metrics
+from minilm.orchestrator.worker.until import UntilPoints
 from minilm.orchestrator.worker.watchdog import Watchdog, peer_timeout
+
+log = logging.getLogger(__name__)
 
 STOP_CHECK_SECONDS = 0.5
 
@@ -98,10 +103,12 @@ class StageRun:
             compute_deterministically()
         self.row_loader = RowLoader(spec, world)
         self.held_out = open_held_out(spec.data)
+        self.evaluators = make_evaluators(spec)
+        self.until = UntilPoints(spec)
         self.distiller = build_distiller(spec, world.device)
         self.students = make_states(spec, self.distiller)
         self.models = {student.name: self.distiller.state_module(student.name) for student in self.students}
-        self.fingerprints = Fingerprints(spec.digest, self.row_loader.stream.fingerprint)
+        self.fingerprints = Fingerprints.of(spec, self.row_loader.stream.fingerprint)
         self.store = open_store(spec.checkpoints, self.folder.checkpoints)
         self.fence = Fence(spec.lease, self.store if spec.checkpoints else None, spec.attempt)
         self.precision, self.num_chunks = spec.runtime.precision, 1  # set by `resume`
@@ -157,7 +164,7 @@ class StageRun:
 
     def resume(self) -> int:
         """The first step to compute."""
-        first, self.precision, self.num_chunks = resume(
+        first, self.precision, self.num_chunks, steps = resume(
             self.spec,
             self.world,
             store=self.store,
@@ -166,8 +173,10 @@ class StageRun:
             fingerprints=self.fingerprints,
             row_loader=self.row_loader,
             fence=self.fence,
+            until=self.until,
             crash_loop_guard=self.crash_loop_guard,
         )
+        self.end_at(steps)
         if (dtype := AUTOCAST[self.precision]) is not None:
             self.distiller.teacher.keep_linear_weights_in(dtype)
         return first
@@ -177,12 +186,13 @@ class StageRun:
         flags = RankFlags(0, 0, 0)
         self.metric_logger.restart(first)
         for step in range(first, self.spec.steps):
+            if step >= self.spec.steps:  # good enough by now
+                break
             self.begin_step(step)
             outcome, flags = self.train_step(step)
             done = step + 1
             self.log_if_due(step, outcome)
-            if is_evaluated(self.spec, done):
-                self.evaluate(done)
+            self.evaluate(done)
             self.beat("training", done)
             self.save_if_due(done, flags.leave)
             if on_step:
@@ -249,8 +259,26 @@ class StageRun:
             self.metric_logger.step(step + 1, metrics)
 
     def evaluate(self, done: int) -> None:
+        """Run the evaluators that are due, all of them at the ends, and log what they find. It may say that the stage
+        is good enough, and so that it ends earlier than was known."""
+        due = [one for one in self.evaluators if done in (0, self.spec.steps) or one.is_due(done)]
+        if not due:
+            return
         self.expect_long("evaluating", done)
-        measured = evaluate(
+        metrics = self.measure(due, done)
+        if self.spec.until:
+            self.until.take(done, metrics)
+            (steps,) = self.world.broadcast([self.until.num_steps()])
+            self.end_at(steps)
+        if done == self.spec.steps:
+            metrics |= self.measure([one for one in self.evaluators if one not in due], done)
+        with self.writing():
+            self.metric_logger.heldout(done, metrics)
+        self.watchdog.alive()
+
+    def measure(self, evaluators: list[Evaluator], done: int) -> dict[str, float]:
+        return measure(
+            evaluators,
             HeldOutPass(
                 self.distiller,
                 self.held_out,
@@ -259,11 +287,18 @@ class StageRun:
                 autocast=AUTOCAST[self.precision],
                 world=self.world,
                 progress=lambda *part: self.beat("evaluating", done, part=part),
-            )
+            ),
         )
-        with self.writing():
-            self.metric_logger.heldout(done, measured)
-        self.watchdog.alive()
+
+    def end_at(self, steps: int) -> None:
+        """From here on the stage has so many steps. On all ranks the same, as rank 0 has found."""
+        if steps == self.spec.steps:
+            return
+        self.spec = self.metric_logger.spec = replace(self.spec, steps=steps)
+        if self.save_policy:
+            self.save_policy.spec = self.spec
+            self.save_policy.saver.fingerprints = Fingerprints.of(self.spec, self.fingerprints.data)
+            log.info("stage %s is good enough (until): it ends after step %d", self.spec.stage, steps)
 
     def save_if_due(self, done: int, stop: bool) -> None:
         """On rank 0, begin a checkpoint if one is due. Waits for the one in flight if this one must be made."""
@@ -271,7 +306,13 @@ class StageRun:
             return
         if self.save_policy.saver.busy:
             self.expect_long("saving", done)
-        self.save_policy.save(done, stop, num_chunks=self.num_chunks, precision=self.precision)
+        self.save_policy.save(
+            done,
+            stop,
+            num_chunks=self.num_chunks,
+            precision=self.precision,
+            points=self.until.saved(),
+        )
         self.watchdog.alive()
 
     def wait_for_save(self, done: int) -> None:

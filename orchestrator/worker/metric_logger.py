@@ -70,14 +70,12 @@ class MetricLogger:
         rows_per_second = (step - self.since_step) * self.spec.batch / seconds
         return {"rows_per_second": rows_per_second, "tokens_per_second": rows_per_second * self.seq_len}
 
-    def heldout(self, step: int, measured: dict[str, dict[str, float]]) -> None:
-        """Log what was measured on held-out rows, by student and name. The time it took does not count as training."""
+    def heldout(self, step: int, measured: dict[str, float]) -> None:
+        """Log what the evaluators have measured. The time it took does not count as training."""
         self.restart(step)
         if self.heldout_metrics:
             self.fence.check()
-            self.heldout_metrics.append(
-                step, {f"{s}/heldout/{t}": v for s, terms in measured.items() for t, v in terms.items()}
-            )
+            self.heldout_metrics.append(step, measured)
 
     def beat(
         self, doing: str, step: int, *, part: tuple[int, int] | None = None, force: bool = False
@@ -98,6 +96,7 @@ class MetricLogger:
                 "doing": doing,
                 "part": part,
                 "step": step,
+                "steps": self.spec.steps,
                 "time": time.time(),
                 "pid": self.process.pid,
                 "process": asdict(self.process),

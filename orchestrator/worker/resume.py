@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from minilm.orchestrator.checkpoint.format import Fingerprints, ResumeState
 from minilm.orchestrator.checkpoint.store import CheckpointStore
 from minilm.orchestrator.feed.loader import RowLoader
 from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.system.write_errors import writing
@@ -27,16 +29,19 @@ from minilm.orchestrator.train.step import StudentState
 from minilm.orchestrator.worker.crash_loop import CrashLoopGuard
 from minilm.orchestrator.worker.errors import PeerFailed
 from minilm.orchestrator.worker.failures import no_progress
+from minilm.orchestrator.worker.until import UntilPoints
 
 log = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
-    """The first step to compute (from 0), its precision, and the pieces that each micro-batch is computed in."""
+    """The first step to compute (from 0), its precision, the pieces that each micro-batch is computed in, and at how
+    many steps the stage ends as far as that is known."""
 
     step: int
     precision: str
     num_chunks: int
+    steps: int
 
 
 def resume(
@@ -49,10 +54,12 @@ def resume(
     fingerprints: Fingerprints,
     row_loader: RowLoader,
     fence: Fence,
+    until: UntilPoints,
     crash_loop_guard: CrashLoopGuard | None,
 ) -> Start:
     """Load the chosen checkpoint into `models` and `students`, and begin to read rows at its step.
 
+    until: is given the points that there are.
     crash_loop_guard: on rank 0 only, where the attempt is counted. Raises there `NoProgress` after attempts that died
     at the same step and what `checkpoint.restore_newest` raises; on the other ranks `PeerFailed` then. Raises
     `QuarantineGrew` if the ranks have read different lists of damaged blocks.
@@ -63,6 +70,11 @@ def resume(
         try:
             fence.check()
             found = checkpoint.restore_newest(store, models, students, fingerprints)
+            until.restore(
+                found[1].points if found else {},
+                read_all_metrics(StageFolder(Path(spec.folder)).heldout_metrics),
+            )
+            spec = replace(spec, steps=until.num_steps())
             begin_attempt(spec, row_loader, crash_loop_guard, found[0] if found else 0)
         except Exception as problem:  # raised after the broadcast, which the other ranks wait for
             error = problem
@@ -70,8 +82,15 @@ def resume(
     fixed_threads = spec.runtime.gradient_sum == "exact" and world.device.type == "cpu"
     threads = choose_threads(spec.runtime.threads, state.threads if state else None, exact=fixed_threads)
     precision = choose_precision(spec.runtime.precision, state.precision if state else None, world.device)
-    failed, step, threads, precision_index, quarantine_digest = world.broadcast(
-        [error is not None, step, threads, PRECISIONS.index(precision), row_loader.quarantine_mask.digest]
+    failed, step, steps, threads, precision_index, quarantine_digest = world.broadcast(
+        [
+            error is not None,
+            step,
+            spec.steps,
+            threads,
+            PRECISIONS.index(precision),
+            row_loader.quarantine_mask.digest,
+        ]
     )
     if error is not None:
         raise error
@@ -85,7 +104,7 @@ def resume(
     row_loader.begin(step, state.ledger if state else {})
     if world.is_rank_zero:
         log.info("stage %s: %s", spec.stage, f"resumes at step {step}" if step else "starts")
-    return Start(step, PRECISIONS[precision_index], state.parts if state else 1)
+    return Start(step, PRECISIONS[precision_index], state.parts if state else 1, steps)
 
 
 def begin_attempt(spec: StageSpec, row_loader: RowLoader, guard: CrashLoopGuard, first: int) -> None:

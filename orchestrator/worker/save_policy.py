@@ -39,7 +39,15 @@ class SavePolicy:
             self.overdue = True
         return self._must(done, stop) or (not self.saver.busy and (self.overdue or self.timer()))
 
-    def save(self, done: int, stop: bool, *, num_chunks: int, precision: str) -> None:
+    def save(
+        self,
+        done: int,
+        stop: bool,
+        *,
+        num_chunks: int,
+        precision: str,
+        points: dict[str, dict[str, float]],
+    ) -> None:
         """Begin a checkpoint, after the one in flight. Raises the error that the previous save ended with."""
         self.overdue = False
         self.timer.restart()
@@ -52,7 +60,9 @@ class SavePolicy:
             assert self.row_loader.expected is not None, "rank 0 saves"
             self.row_loader.expected.check(steps)
 
-        state = ResumeState(self.row_loader.resume_state(), torch.get_num_threads(), num_chunks, precision)
+        state = ResumeState(
+            self.row_loader.resume_state(), torch.get_num_threads(), num_chunks, precision, points
+        )
         self.saver.save(done, state, check, must=self._must(done, stop))
 
     def _must(self, done: int, stop: bool) -> bool:

@@ -13,14 +13,9 @@ from minilm.orchestrator.worker.failures import check_finite
 
 
 def is_logged(spec: StageSpec, done: int) -> bool:
-    """True if metrics are logged after `done` steps."""
-    return done % spec.measuring.log_every == 0 or done == spec.steps
-
-
-def is_evaluated(spec: StageSpec, done: int) -> bool:
-    """True if the students are measured on held-out rows after `done` steps."""
-    every = spec.measuring.eval_every
-    return done == spec.steps or (every is not None and done % every == 0)
+    """True if metrics are logged after `done` steps: where the stage ends, or may turn out to end, they are."""
+    may_end = spec.until is not None and done % spec.until.every == 0
+    return done % spec.measuring.log_every == 0 or done == spec.steps or may_end
 
 
 def rate(spec: StageSpec, step: int) -> float:
@@ -31,6 +26,7 @@ def rate(spec: StageSpec, step: int) -> float:
         warmup_steps=spec.learning_rate.warmup_steps,
         num_steps=spec.steps,
         schedule=spec.learning_rate.schedule,
+        decay_steps=spec.learning_rate.decay_steps,
     )
 
 

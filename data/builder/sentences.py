@@ -1,0 +1,32 @@
+"""Packing "sentence": a text becomes its sentences, each a row of its own.
+
+The rules are those of `sentencex` for English: they know common abbreviations and the full stops of all scripts, and
+load nothing. What a rule does not know is cut once too often ("3. Januar") or not at all; a row stays text either way.
+"""
+
+from collections.abc import Iterable
+
+import sentencex
+
+from minilm.data.errors import DataError
+
+TOKEN_SOURCES = ("megatron", "fairseq", "fairseq-legacy")  # they hold ids and no text
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text in order, without what is white space alone."""
+    found: Iterable[str] = sentencex.segment("en", text)
+    return [sentence for sentence in found if not sentence.isspace()]
+
+
+def texts_of_rows(text: str, packing: str) -> list[str]:
+    """What is tokenized on its own: the sentences, or with another packing the whole text."""
+    return split_sentences(text) if packing == "sentence" else [text]
+
+
+def no_sentences(source: str) -> DataError:
+    """The error of a source that has token ids where sentences are wanted."""
+    return DataError(
+        f"source {source!r} holds token ids, and packing 'sentence' splits text; give the text that they were made "
+        "of, or packing document"
+    )

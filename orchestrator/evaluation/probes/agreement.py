@@ -1,0 +1,61 @@
+"""How far teacher and student agree which held-out rows are alike: no labels, and no one width for both."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+
+from minilm.orchestrator.evaluation.probes.evaluator import Evaluator, HeldOutPass
+from minilm.orchestrator.evaluation.probes.vectors import row_vectors
+
+NEIGHBOURS = 10
+
+
+class Agreement(Evaluator):
+    """A number from 0 to 1 for each student; 1, the teacher's agreement with itself, is the teacher's value."""
+
+    def run(self, given: HeldOutPass) -> dict[str, dict[str, float]]:
+        if self.teacher is None:
+            self.teacher = row_vectors(given.distiller.teacher, given)
+        return {
+            name: self.metrics(self.agreement(self.teacher, row_vectors(student, given)), of_teacher=1.0)
+            for name, student in given.distiller.students.items()
+        }
+
+    teacher: np.ndarray | None = None
+
+    @staticmethod
+    @abstractmethod
+    def agreement(teacher: np.ndarray, student: np.ndarray) -> float:
+        """Of vectors [rows, width], float64."""
+
+
+class Neighbours(Agreement):
+    """The mean share of common nearest neighbours, by cosine; by chance it is about neighbours / rows."""
+
+    @staticmethod
+    def agreement(teacher: np.ndarray, student: np.ndarray) -> float:
+        number = min(NEIGHBOURS, len(teacher) - 1)
+        ours, theirs = _neighbours(student, number), _neighbours(teacher, number)
+        common = [len({*a} & {*b}) for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
+        return sum(common) / max(number * len(common), 1)
+
+
+class LinearCka(Agreement):
+    """Centred kernel alignment with linear kernels: blind to rotation and scale."""
+
+    @staticmethod
+    def agreement(teacher: np.ndarray, student: np.ndarray) -> float:
+        one, other = teacher - teacher.mean(axis=0), student - student.mean(axis=0)
+        norms = np.linalg.norm(one.T @ one) * np.linalg.norm(other.T @ other)
+        return float(np.linalg.norm(other.T @ one) ** 2 / norms) if norms else 0.0
+
+
+def _neighbours(vectors: np.ndarray, number: int) -> np.ndarray:
+    """int [rows, number]: the rows nearest to each, itself left out; of equally near ones the first."""
+    centred = vectors - vectors.mean(axis=0)  # else all rows point the same way, by the mean that they share
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(min=1e-12)
+    near = unit @ unit.T
+    np.fill_diagonal(near, -np.inf)
+    return np.argsort(-near, axis=1, kind="stable")[:, :number]
