@@ -163,7 +163,9 @@ def test_mlflows_own_commands_load_and_serve_it(teacher, tmp_path, monkeypatch, 
 def test_the_gate_in_a_real_server(tmp_path, monkeypatch, capsys):
     """A worse candidate is refused with the failing line, a better one moves the alias; what is missing is scored."""
     data = write_stsb(tmp_path / "tasks", glue=False)
-    folders = [make_teacher(tmp_path / f"m{layers}", layers=layers) for layers in (1, 2, 3, 4)]
+    folders = [
+        make_teacher(tmp_path / f"m{layers}", layers=layers) for layers in (2, 3, 1)
+    ]  # less is better here
     results = tmp_path / "results"
     with server(tmp_path, free_port()) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
@@ -172,7 +174,7 @@ def test_the_gate_in_a_real_server(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         given = ["--results", str(results), "--evaluate", "--data", str(data), "--max-drop", "0"]
         found = {}
-        for version in range(1, 5):  # each against the best so far
+        for version in (1, 2, 3):  # each against the best so far
             code = main(["promote", f"models:/m/{version}", "champion", *given])
             aliases = {k: int(v) for k, v in connect(url).get_registered_model("m").aliases.items()}
             tags = connect(url).get_model_version("m", str(version)).tags
