@@ -124,11 +124,12 @@ def test_where_all_of_the_model_is_trained_the_similarity_is_that_of_the_task(
     head = head_of(Source("teacher", "folder", str(folder)))
     options = {"tokens": 256, "batch": 64, "device": ALONE.device}
     theirs = cosine_similarity(model, head, tokenizer, TASKS["stsb-embed"], tasks, **options)
-    assert mine == pytest.approx(theirs["spearman_dev"], abs=1e-6)
+    # 24 pairs, some of a sentence with itself, whose cosines differ by rounding: an order among these is worth 2e-4
+    assert mine == pytest.approx(theirs["spearman_dev"], abs=2e-3)
     at_the_tap = make_spec(shards, folder, tmp_path, evaluate=probes)
     with torch.no_grad():
         tapped = make_evaluators(at_the_tap)[1].score(given(at_the_tap).distiller.teacher, world)
-    assert abs(tapped - mine) > 1e-3
+    assert abs(tapped - mine) > 1e-2
 
 
 def test_agreement_is_one_with_itself_and_blind_to_rotation_and_scale():
