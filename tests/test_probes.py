@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from minilm.orchestrator.evaluation.probes.evaluator import (
     measure,
 )
 from minilm.orchestrator.evaluation.probes.texts import Similarity
+from minilm.orchestrator.evaluation.sources import Source, head_of
 from minilm.orchestrator.evaluation.tasks import TASKS
 from minilm.orchestrator.feed.corpora import open_held_out
 from minilm.orchestrator.stage.folder import StageFolder
@@ -31,6 +33,7 @@ from minilm.orchestrator.train.build import build_distiller
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
+from tests.conftest import make_embedder
 from tests.eval_data import write_sst2, write_stsb
 from tests.support import make_spec
 
@@ -98,32 +101,35 @@ def given(spec: StageSpec) -> HeldOutPass:
     return HeldOutPass(build_distiller(spec, ALONE.device), open_held_out(spec.data), 8, 4, None, ALONE)
 
 
+@pytest.mark.parametrize("objective", ["hidden-relation", "embedding"])
 def test_where_all_of_the_model_is_trained_the_similarity_is_that_of_the_task(
-    shards, teacher, tmp_path, tasks
+    objective, shards, teacher, tmp_path, tasks
 ):
-    """Of an objective that reads more than the tap, vectors are those that `minilm evaluate` pools."""
-    spec = make_spec(
-        shards,
-        teacher,
-        tmp_path,
-        objective={"name": "hidden-relation"},
-        evaluate=(ProbeSpec("stsb-embed", None, str(tasks)),),
-    )
-    world = given(spec)
-    similarity = make_evaluators(spec)[1]
+    """Of an objective that reads more than the tap, vectors are those of `minilm evaluate`: the model's own in a stage
+    of embeddings, here by its first token and a dense layer."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    if objective == "embedding":
+        make_embedder(folder, pooling="cls", dense=64)
+    probes = (ProbeSpec("stsb-embed", None, str(tasks)),)
+    spec = make_spec(shards, folder, tmp_path, objective={"name": objective}, evaluate=probes)
+    world, similarity = given(spec), make_evaluators(spec)[1]
     assert isinstance(similarity, Similarity)
     with torch.no_grad():
         mine = similarity.score(world.distiller.teacher, world)
-    model, tokenizer = AutoModel.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(teacher)
+        assert similarity.run(world)["small"].keys() == {
+            "probe/stsb-embed",
+            "probe/stsb-embed/share-of-teacher",
+        }
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    head = head_of(Source("teacher", "folder", str(folder)))
     options = {"tokens": 256, "batch": 64, "device": ALONE.device}
-    theirs = cosine_similarity(model, tokenizer, TASKS["stsb-embed"], tasks, **options)
-    assert mine == pytest.approx(theirs["spearman_dev"], abs=1e-6)
-    at_the_tap = make_spec(shards, teacher, tmp_path, evaluate=spec.evaluate)
+    theirs = cosine_similarity(model, head, tokenizer, TASKS["stsb-embed"], tasks, **options)
+    # 24 pairs, some of a sentence with itself, whose cosines differ by rounding: an order among these is worth 2e-4
+    assert mine == pytest.approx(theirs["spearman_dev"], abs=2e-3)
+    at_the_tap = make_spec(shards, folder, tmp_path, evaluate=probes)
     with torch.no_grad():
-        assert (
-            abs(make_evaluators(at_the_tap)[1].score(given(at_the_tap).distiller.teacher, world) - mine)
-            > 1e-3
-        )
+        tapped = make_evaluators(at_the_tap)[1].score(given(at_the_tap).distiller.teacher, world)
+    assert abs(tapped - mine) > 1e-2
 
 
 def test_agreement_is_one_with_itself_and_blind_to_rotation_and_scale():

@@ -1,4 +1,5 @@
-"""One vector a row: the mean over its valid tokens of the states that the stage trains.
+"""One vector a row: its own of the sentence head in a stage of embeddings, else the mean over its valid tokens of the
+states that the stage trains.
 
 An objective of q, k and v ends at the tap, and what lies behind it holds its first values: then the values at the tap
 are taken, all heads beside each other. Where an objective reads more, it is the output of the tapped layer or, with the
@@ -66,8 +67,10 @@ def _own_batches(lengths: Sequence[int], batch: int, given: HeldOutPass) -> Iter
 
 
 def width(encoder: TappedEncoder) -> int:
-    """Numbers of a vector: of all heads at the tap, else the hidden size."""
+    """Numbers of a vector: of the sentence head, of all heads at the tap, or the hidden size."""
     config = encoder.model.config
+    if encoder.head is not None:
+        return encoder.head.layout.width(config.hidden_size)
     if not encoder.stops_at_tap:
         return int(config.hidden_size)
     heads = config.num_attention_heads
@@ -76,6 +79,8 @@ def width(encoder: TappedEncoder) -> int:
 
 def pooled(encoder: TappedEncoder, ids: Tensor, mask: Tensor | None) -> Tensor:
     """float32 [rows, width] on the CPU. ids int64, mask bool [rows, tokens]."""
+    if encoder.head is not None:
+        return encoder(ids, mask).pooled.float().cpu()
     if encoder.stops_at_tap:
         states = encoder(ids, mask).v.transpose(1, 2).flatten(2)  # [rows, tokens, heads * head_size]
     elif encoder.layer < encoder.model.config.num_hidden_layers:
