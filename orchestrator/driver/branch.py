@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilm.orchestrator.checkpoint.format import DAMAGE, parse_meta
 from minilm.orchestrator.checkpoint.store import CheckpointStore, step_of
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.changes import first_difference, told
@@ -62,6 +61,8 @@ def branch_checkpoint(
 
 
 def _before_a_decay(store: CheckpointStore, name: str) -> bool:
+    from minilm.orchestrator.checkpoint.format import DAMAGE, parse_meta  # takes torch along
+
     try:
         return bool(parse_meta(store.read_meta(name)).get("trunk"))
     except DAMAGE:
