@@ -11,7 +11,9 @@ from minilm.orchestrator.checkpoint.local_store import LocalStore
 from minilm.orchestrator.checkpoint.store import step_of
 from minilm.orchestrator.feed.corpora import describe
 from minilm.orchestrator.stage.data import CacheSpec, CorpusSpec, DataSpec
+from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import GROUPS, StageSpec, StudentSpec, grouped
+from minilm.orchestrator.system.files import read_json
 
 
 def crowded_folder(folder: Path) -> Path:
@@ -40,6 +42,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def has_checkpoint(folder: Path, step: int) -> bool:
     """Is a checkpoint of `step` or later in a local store? A name may be gone before anybody looks."""
     return any(step_of(path.name) >= step for path in checkpoints_in(folder))
+
+
+def finished_as(spec: StageSpec) -> dict[str, Any]:
+    """What a finished stage records, whatever hardware it was made on: digests of rows and weights among it."""
+    return {
+        k: v for k, v in (read_json(StageFolder(Path(spec.folder)).done) or {}).items() if k != "hardware"
+    }
 
 
 def describe_folder(data: Path) -> DataSpec:

@@ -296,7 +296,7 @@ def test_checkpoints_that_another_recipe_is_making_are_left_to_it(tmp_path, shar
     folder, store = StageFolder(tmp_path / "stage"), LocalStore(tmp_path / "elsewhere")
     store.claim("first")
     spec = make_spec(shards, teacher, folder.root, checkpoints=store.where, attempt="second")
-    meta = {"format": FORMAT, "job": "another", "data": spec.data.fingerprint}
+    meta = {"format": FORMAT, "job": "another", "data": spec.data.fingerprint, "step": 3}
     write_json(store.folder / "step-000000003" / "checkpoint.json", sealed(meta))
     with pytest.raises(UserError, match="belongs to another recipe .another, this run has digest"):
         take_checkpoints(spec, folder)

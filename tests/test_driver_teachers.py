@@ -69,7 +69,7 @@ def specs(recipe: Path) -> dict[str, StageSpec]:
     stages, problems = resolve(loaded, folder_here)
     assert not problems
     data = prepare_data(loaded, workdir, lambda reference: str(folder_here(reference)), None)
-    driver = Driver(loaded, workdir, None, data, tuple(stages), None, None, None, None)  # type: ignore[arg-type]
+    driver = Driver(loaded, workdir, None, data, tuple(stages), [], None, None, None, None)  # type: ignore[arg-type]
     return {resolved.stage.name: replace(driver.make_spec(resolved), lease="") for resolved in stages}
 
 

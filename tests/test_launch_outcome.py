@@ -121,8 +121,8 @@ def test_storage_that_is_away_for_a_moment_does_not_end_the_watch(spec, tmp_path
         future.set_result(None)
 
     driver = Driver(
-        recipe=None, workdir=None, lease=SimpleNamespace(check=check), data=NO_DATA, stages=(), tracking=None,
-        launcher=INLINE, line=StatusLine(), stop=SimpleNamespace(requested=True),
+        recipe=None, workdir=None, lease=SimpleNamespace(check=check), data=NO_DATA, stages=(), licences=[],
+        tracking=None, launcher=INLINE, line=StatusLine(), stop=SimpleNamespace(requested=True),
     )  # fmt: skip
     driver.watch(future, spec, "first")
     assert len(asked) == 2 and StageFolder(tmp_path).stop_request.exists()

@@ -14,7 +14,7 @@ from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
-from tests.support import checkpoints_in, make_spec
+from tests.support import checkpoints_in, finished_as, make_spec
 
 BETA1 = 0.9
 
@@ -36,7 +36,7 @@ def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, gra
     two = replace(one, folder=str(tmp_path / "two"))
     assert run_stage(one)
     assert worker_pool.join(worker_pool.start(two, 2)) == [0, 0], worker_pool.log(two)
-    ledgers = [StageFolder(Path(spec.folder)).done.read_text() for spec in (one, two)]
+    ledgers = [finished_as(spec) for spec in (one, two)]
     alone, shared = gradients(one), gradients(two)
     assert alone.keys() == shared.keys()
     assert max(g.abs().max() for g in alone.values()) > 1e-3
