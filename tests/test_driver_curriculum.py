@@ -455,6 +455,7 @@ def test_a_flipped_bit_in_a_shard_ends_the_run_naming_the_shard(finished, tmp_pa
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(finished, tmp_path):
     """A real full file system: a small tmpfs holds the stages."""
     work = tmp_path / "work"

@@ -182,6 +182,7 @@ def test_a_job_that_no_retry_cures_is_stopped_and_says_why(head, tmp_path):
     assert told in done.stdout
 
 
+@pytest.mark.slow
 def test_killed_workers_and_a_killed_driver_change_nothing(finished, tmp_path):  # noqa: F811
     """A local cluster of `minilm run` itself: SIGKILL the worker in the first stage, both in the second."""
     recipe, work = finished / "tiny.yaml", tmp_path / "work"
