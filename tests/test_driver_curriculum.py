@@ -25,6 +25,7 @@ from minilm.orchestrator.checkpoint.local_store import LocalStore
 from minilm.orchestrator.cli import main
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.launch.attempt import take_checkpoints
+from minilm.orchestrator.recipe.library import copy_recipe
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.system.files import read_json, write_json
@@ -133,10 +134,17 @@ def test_a_run_ends_with_a_table_of_all_models(finished):
         assert sum(model["after"].values()) < sum(model["before"].values())
 
 
-def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow(finished):
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_a_finished_run_starts_neither_torch_nor_ray_nor_mlflow_and_a_check_from_afar_none(
+    finished, verb, tmp_path
+):
+    """That check is of a recipe whose teacher is not here."""
+    given = ["run", str(finished / "tiny.yaml"), "--workdir", str(finished / "work")]
+    if verb == "check":
+        given = ["check", *map(str, copy_recipe("bert-l6-h384", tmp_path))]
     program = (
         "import sys; from minilm.orchestrator.cli import main; "
-        f"code = main(['run', {str(finished / 'tiny.yaml')!r}, '--workdir', {str(finished / 'work')!r}]); "
+        f"code = main({given!r}); "
         "sys.exit(code or bool({'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from mlflow import MlflowClient
 
 from minilm.orchestrator.cli import main
 from minilm.orchestrator.driver import evaluation
+from minilm.orchestrator.driver.status_line import StatusLine
+from minilm.orchestrator.driver.summary import ModelEntry
+from minilm.orchestrator.recipe.schema import Evaluation
 from minilm.orchestrator.tracking.client import connect
 from tests.eval_data import write_sst2, write_stsb
 
@@ -43,6 +47,17 @@ def write_recipe(folder: Path, text: Path, teacher: Path, **section: object) -> 
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def test_each_model_is_scored_once(teacher, capsys):
+    """Two stages have one teacher, and their students one shape."""
+    section = Evaluation.model_validate({"tasks": ["cola"], "data": "tasks"})
+    models = [
+        ModelEntry(name, role, 1, 48, 1, 1.0, {}, {}, "", str(teacher))
+        for name, role in (("t", "teacher"), ("t", "teacher"), ("a", "student"), ("b", "student"))
+    ]
+    found = evaluation.sources_of(models, section, StatusLine(sys.stderr))
+    assert [source.name for source in found] == ["t", "a", "b", "random:a", "layers:t:1x48", "random:b"]
 
 
 def trials(work: Path) -> dict[str, dict]:
@@ -135,7 +150,7 @@ def test_stages_that_are_added_or_done_again_are_evaluated(tmp_path, text, teach
     assert (work / "report.md").exists()
 
 
-@pytest.mark.parametrize("break_it", ["row", "tokenizer"])
+@pytest.mark.parametrize("break_it", ["row", "pooling", "tokenizer"])
 def test_what_an_evaluation_would_refuse_is_refused_before_any_training(
     tmp_path, text, teacher, capsys, break_it
 ):
@@ -145,6 +160,16 @@ def test_what_an_evaluation_would_refuse_is_refused_before_any_training(
         file = tmp_path / "tasks" / "SST-2" / "dev.tsv"
         file.write_text(file.read_text().replace("\t1\n", "\tpositive\n", 1))
         message = "evaluation: " + str(file)
+    elif break_it == "pooling":
+        modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+        modules += [
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir()
+        pooling = {"word_embedding_dimension": 48, "pooling_mode_lasttoken": True}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        message = "evaluation: the teacher is scored too, and "
     else:
         for path in (*folder.glob("tokenizer*"), *folder.glob("vocab*")):
             path.unlink()
@@ -164,7 +189,7 @@ def test_what_comes_after_the_stages_is_on_the_card_and_moves_the_alias(tmp_path
     )
     command = ["run", str(recipe), "--workdir", str(work), "--launcher", "inline"]
     assert main(["check", str(recipe)]) == 0
-    note = f"no licence is known of teacher {teacher} (its card, README.md, states none)"
+    note = f"no licence is known of teacher {teacher} (its card, README.md, names none)"
     assert f"warning: {note}" in capsys.readouterr().out
     values = yaml.safe_load(recipe.read_text())
     section = values.pop("evaluation")
@@ -212,7 +237,7 @@ def test_what_comes_after_the_stages_is_on_the_card_and_moves_the_alias(tmp_path
         " tokens; fingerprint " in card.text and "| Hardware | 1 x " in card.text and "torch 2" in card.text
     )
     aliases = connect(store).get_registered_model("tiny-small").aliases
-    assert aliases == {"champion": 1, "challenger": 1, "newest": 1} or set(aliases.values()) == {"1"}
+    assert {k: int(v) for k, v in aliases.items()} == {"champion": 1, "challenger": 1, "newest": 1}
     pulled = tmp_path / "pulled"
     assert main(["pull", "models:/tiny-small@champion", str(pulled), "--workdir", str(work)]) == 0
     assert (pulled / "README.md").read_bytes() == (folder / "README.md").read_bytes()
@@ -228,6 +253,7 @@ def test_what_comes_after_the_stages_is_on_the_card_and_moves_the_alias(tmp_path
     [
         ({"tasks": ["cola"]}, "promote.tasks: given 'cola', which evaluation.tasks does not run; allowed: "),
         ({"tasks": ["colla"]}, "no task is called 'colla'; did you mean 'cola'?"),
+        ({"against": "newest"}, "promote: given 'newest', which tracking.alias moves to every new version before"),
         (None, "promote: the gate needs scores; add an evaluation section (tasks, data), or remove promote"),
     ],
 )  # fmt: skip

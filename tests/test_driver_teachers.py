@@ -152,6 +152,17 @@ def test_a_projected_start_is_made_before_the_workers_begin_and_the_same_anywher
     assert found[0] == found[1] and found[0][1] != found[0][2]
 
 
+def test_positions_behind_the_rows_are_those_of_a_projected_start(students, specs):
+    name = "projected-positions"
+    start = with_projected_starts(specs[name]).students[0].start
+    own, first = (
+        AutoModel.from_pretrained(folder).embeddings.position_embeddings.weight
+        for folder in (students(name), start)
+    )
+    assert own.shape == first.shape and torch.equal(own[SEQ_LEN:], first[SEQ_LEN:])
+    assert not torch.equal(own[:SEQ_LEN], first[:SEQ_LEN])
+
+
 def test_positions_behind_the_rows_are_the_teachers_where_the_recipe_says_so(students, teachers):
     name = "teachers-positions"
     own, theirs = (

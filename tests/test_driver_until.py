@@ -165,6 +165,7 @@ def ended(recipe, tmp_path) -> Workdir:
             "assistant@x",
             "--from assistant@x: given 'x' as step; allowed: STAGE, or STAGE@STEP as small@2000",
         ),
+        ([], "@8", "--from @8: given no stage; allowed: STAGE, or STAGE@STEP as small@2000"),
         ([], "assistant@5", "--from assistant@5: there is no checkpoint of this step; allowed: 4, 8"),
         (
             [],

@@ -14,6 +14,7 @@ from minilm.orchestrator.evaluation.sources import Source, source_digest
 from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.tracking import registry
 from minilm.orchestrator.tracking.client import connect
+from minilm.orchestrator.tracking.promotion import record_gate
 from tests.conftest import make_teacher
 
 SETTING = Setting(5e-5, 3, 128, 32)
@@ -131,7 +132,14 @@ def test_champion_moves_by_numbers_and_challenger_always(tmp_path, capsys):
         [run.info.experiment_id], f"tags.`minilm.run_id` = '{run.info.run_id}'"
     )
     assert {m.key: m.value for m in logged.metrics} == {"glue-fixed/cola/matthews": 0.6}
-    assert "minilm.forced" not in connect(store).get_model_version("m", "3").tags
+    version = connect(store).get_model_version("m", "3")
+    assert "minilm.forced" not in version.tags
+    many = [line for line in json.loads(version.tags["minilm.gate"]) for _ in range(30)]
+    record_gate(store, registry.resolve(store, "models:/m/3"), lines=many, reason=None)
+    kept = json.loads(
+        connect(store).get_model_version("m", "3").tags["minilm.gate"]
+    )  # whole, though it is long
+    assert len(kept) == 60 and all(line["holds"] and "text" not in line for line in kept)
 
     code, text, aliases = promote(1, *share[:-1], "sst2")
     assert code == 2 and "sst2: the candidate has no recorded result" in text and aliases["champion"] == 3
@@ -150,6 +158,7 @@ def test_champion_moves_by_numbers_and_challenger_always(tmp_path, capsys):
             ["models:/m/1", "champion", "--against", "stable"],
             "model 'm' has no alias 'stable'; aliases: best",
         ),
+        (["models:/m/1", "champion", "--against", "best"], "models:/m@best is the candidate itself"),
         (
             ["models:/m/1", "champion", "--data", "."],
             "--data needs --evaluate, which runs what is not recorded yet",

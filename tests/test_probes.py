@@ -144,6 +144,9 @@ def test_agreement_is_one_with_itself_and_blind_to_rotation_and_scale():
         ]
         assert 1 > noisy[0] > noisy[1] > noisy[2] > 0
     assert Neighbours.agreement(vectors[:1], vectors[:1]) == 0.0  # a single row has no neighbour
+    assert (
+        Neighbours.agreement(vectors[:9], rng.normal(size=(9, 5))) < 1
+    )  # of few rows not all are neighbours
     assert LinearCka.agreement(vectors, np.ones((60, 4))) == 0.0  # all rows alike: nothing agrees
 
 

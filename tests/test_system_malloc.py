@@ -28,13 +28,13 @@ print(faults())
 
 
 def test_memory_that_is_freed_is_kept():
-    """10 blocks of 16,384 pages each, one after the other."""
+    """10 blocks of 16,384 pages each, one after the other; a busy machine may take some of them itself."""
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     given_back, kept = (
         int(subprocess.check_output([sys.executable, "-c", PROGRAM, way], env=environment))
         for way in ("leave", "keep")
     )
-    assert kept < given_back / 10  # with pages of 4 kB 163,840 are given back
+    assert kept < given_back / 2  # with pages of 4 kB 163,840 are given back
 
 
 def test_settings_in_the_users_environment_go_before(monkeypatch):

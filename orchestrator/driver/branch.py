@@ -22,10 +22,9 @@ from minilm.orchestrator.stage.metrics_file import MetricsFile, read_all_metrics
 def split_from(redo_from: str | None) -> tuple[str | None, int | None]:
     """(stage, step) of what `--from` was given: STAGE or STAGE@STEP."""
     stage, mark, step = (redo_from or "").partition("@")
-    if mark and not step.isdecimal():
-        raise UserError(
-            f"--from {redo_from}: given {step!r} as step; allowed: STAGE, or STAGE@STEP as small@2000"
-        )
+    if mark and not (stage and step.isdecimal()):
+        given = f"{step!r} as step" if stage else "no stage"
+        raise UserError(f"--from {redo_from}: given {given}; allowed: STAGE, or STAGE@STEP as small@2000")
     return stage or None, int(step) if mark else None
 
 

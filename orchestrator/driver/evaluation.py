@@ -134,7 +134,7 @@ def sources_of(models: Sequence[ModelEntry], section: Evaluation, line: StatusLi
                 line.say(f"there is no control {control.name}: {error}")
             else:
                 found.append(control)
-    return found
+    return list(dict.fromkeys(found))  # a teacher of two stages, a control of two students of one shape
 
 
 def one_trial(given: tuple[Trial, str]) -> dict[str, Any]:

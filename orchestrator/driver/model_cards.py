@@ -117,11 +117,12 @@ def provenance(recipe: Recipe, spec: StageSpec, folder: StageFolder) -> list[str
     """How the model came about, as a section."""
     done = read_json(folder.done) or {}
     steps, code = done["steps"], done.get("code", {})
+    most = "" if spec.data.packing == "full" else "at most "  # the rest is padding
     rows = {
         "Recipe": f"{recipe.name}, digest {sha256_json(recipe.result_fields())}",
         "Stage": f"{spec.stage}, digest {spec.digest}",
         "Steps": f"{steps:,} done of {spec.steps:,} planned",
-        "Tokens": f"{steps * spec.batch * spec.data.seq_len:,} ({spec.batch} rows x {spec.data.seq_len} a step)",
+        "Tokens": f"{most}{steps * spec.batch * spec.data.seq_len:,} ({spec.batch} rows x {spec.data.seq_len} a step)",
         "Time": f"{duration(training_seconds(folder, spec))} of training steps",
         "Hardware": done.get("hardware", "not recorded"),
         "Code": ", ".join(f"{name} {version}" for name, version in code.items()) or "not recorded",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.comparison import Score
 from minilm.orchestrator.evaluation.gate import Gate, Line, check_gate, metric_name
 from minilm.orchestrator.evaluation.sources import Source
@@ -19,6 +20,11 @@ def compared_with(store: str, candidate: RegisteredModel, alias: str, against: s
     none yet, or the candidate itself. UserError where `against` is another alias, which there is not."""
     if against is not None and against != alias:
         version: int | None = registry.resolve(store, f"models:/{candidate.name}@{against}").version
+        if version == candidate.version:
+            raise UserError(
+                f"models:/{candidate.name}@{against} is the candidate itself, with which nothing can be compared; give "
+                f"another alias to compare with"
+            )
     else:
         version = holder(store, candidate.name, alias)
     return None if version in (None, candidate.version) else f"models:/{candidate.name}/{version}"

@@ -3,10 +3,10 @@ and the first teacher."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from minilm.data.tokenizer import has_tokenizer
-from minilm.model.encoder.shape import load_config
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.check_data import check_data
@@ -23,13 +23,19 @@ def evaluation_tasks(section: Evaluation) -> list[tuple[Task, Protocol]]:
 
 
 def evaluation_problems(
-    recipe: Recipe, teacher: str | None = None, *, running: bool = False, rows: bool = True
+    recipe: Recipe, teachers: Sequence[str] = (), *, running: bool = False, rows: bool = True
 ) -> list[str]:
     """Why the section can't be done, a line or none.
 
-    teacher: the first one, which is scored too; looked at where it is a folder. running: that the tasks' folder is not
-    here is a reason too. rows: read all of them, as the evaluation itself does before its first trial.
+    teachers: those from elsewhere, which are scored too; looked at where they are folders. running: that the tasks'
+    folder is not here is a reason too. rows: read all of them, as the evaluation itself does before its first trial.
     """
+    promote, given = recipe.promote, recipe.tracking.alias
+    if promote and given in (promote.alias, promote.against):
+        return [
+            f"promote: given {given!r}, which tracking.alias moves to every new version before any score is known; "
+            f"give tracking or promote another alias"
+        ]
     if (section := recipe.evaluation) is None:
         why = "promote: the gate needs scores; add an evaluation section (tasks, data), or remove promote"
         return [why] if recipe.promote else []
@@ -38,8 +44,9 @@ def evaluation_problems(
         tasks = [task for task, _ in evaluation_tasks(section)]
         if missing := tasks_not_run(recipe.promote, tasks):
             return [missing]
-        if teacher and Path(teacher).is_dir():
-            check_scored(Path(teacher), tasks)
+        for teacher in map(Path, dict.fromkeys(teachers)):
+            if teacher.is_dir():
+                check_scored(teacher, tasks)
         if running or Path(section.data).is_dir():
             for task in tasks:
                 look(task, Path(section.data))
@@ -88,9 +95,14 @@ def check_scored(teacher: Path, tasks: list[Task]) -> None:
             f"the teacher has no tokenizer in {teacher}, and it is scored too; save its tokenizer there with "
             f"save_pretrained"
         )
-    from minilm.orchestrator.evaluation.fine_tune import (
-        check_head,  # modelling code, which takes seconds to import
-    )
+    from minilm.model.encoder.shape import load_config  # takes torch along: seconds to import
+    from minilm.orchestrator.evaluation.fine_tune import check_head
+    from minilm.orchestrator.evaluation.sources import Source, head_of
 
     for task in tasks:
         check_head(load_config(teacher).model_type, task.kind)
+        if task.kind == "cosine":
+            try:
+                head_of(Source(str(teacher), "folder", str(teacher)))
+            except ModelError as error:  # of its vectors, which no stage may have read
+                raise UserError(f"the teacher is scored too, and {error}") from error

@@ -12,12 +12,13 @@ from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.resolve.stages import ResolvedStage
 
 CARD = "README.md"
-UNKNOWN = (None, "unknown")
-# as the hub calls licences: cc-by-nc-4.0, fair-noncommercial-research-license, intel-research, apple-amlr, …
+UNKNOWN: tuple[Any, ...] = (None, "", [], "unknown", "other")  # other: what it is stands in license_name
+# as the hub calls licences (cc-by-nc-4.0, fair-noncommercial-research-license, intel-research, apple-amlr, …), and as
+# people write them in a name (CC BY-NC 4.0, Non Commercial)
 _NOT_COMMERCIAL = re.compile(
-    r"(^|-)nc(-|$)|non-?commercial|research|^apple-amlr$|^deepfloyd-if", re.IGNORECASE
+    r"(?<![a-z])nc(?![a-z])|non[\W_]?commercial|research|^apple-amlr$|^deepfloyd-if", re.IGNORECASE
 )
-_NOT_DERIVED = re.compile(r"(^|-)nd(-|$)|no-?deriv", re.IGNORECASE)
+_NOT_DERIVED = re.compile(r"(?<![a-z])nd(?![a-z])|no[\W_]?deriv", re.IGNORECASE)
 
 
 def card_of(folder: Path) -> Mapping[str, Any]:
@@ -38,14 +39,14 @@ def licence_notes(recipe: Recipe, stages: Sequence[ResolvedStage]) -> list[str]:
     notes = []
     for what, folder in _models(recipe, stages):
         card = card_of(folder)
-        licence = card.get("license")
+        licence = card.get("license_name") or card.get("license")
         if licence in UNKNOWN and recipe.stated.license is None:
             notes.append(
-                f"no licence is known of {what} (its card, {CARD}, states none), and so none of the students; find out "
+                f"no licence is known of {what} (its card, {CARD}, names none), and so none of the students; find out "
                 f"and state theirs: card.license"
             )
-        elif limit := limit_of(card.get("license_name") or licence):
-            notes.append(f"{what} has the licence {card.get('license_name') or licence}, {limit}")
+        elif limit := limit_of(licence):
+            notes.append(f"{what} has the licence {licence}, {limit}")
     places = _data_folders(recipe)
     found = {f"the data in {place}": card_of(place).get("license") for place in places}
     if recipe.stated.data_license:

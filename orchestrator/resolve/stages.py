@@ -80,7 +80,8 @@ def resolve(
         raise_passing(error)
         wrong_data = [f"data: {error}"]
     stages, problems = resolve_stages(recipe, find, seq_len=known and known[0], weights=weights)
-    problems += evaluation_problems(recipe, stages[0].source if weights else None, rows=weights)
+    scored = [stage.source for stage in stages if stage.source] if weights else []
+    problems += evaluation_problems(recipe, scored, rows=weights)
     problems += probe_problems(recipe, rows=weights)
     try:
         problems += check_data(stages, *known) if known else wrong_data

@@ -74,7 +74,10 @@ def record_gate(
     """Note on the version what was checked and, where it was passed by, why; point `challenger` to it. Can be
     repeated."""
     number = str(model.version)
-    tags = {GATE_TAG: json.dumps(list(lines))[:MAX_TAG_CHARS]}
+    text = json.dumps(list(lines))
+    if len(text) > MAX_TAG_CHARS:  # the numbers alone: a part of JSON is none
+        text = json.dumps([{key: value for key, value in line.items() if key != "text"} for line in lines])
+    tags = {GATE_TAG: text} if lines else {}  # none are checked where the candidate is champion already
     if reason is not None:
         tags[FORCED_TAG] = reason[:MAX_TAG_CHARS]
 

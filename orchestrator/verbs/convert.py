@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 FORMATS = ("onnx", "openvino", "sentence-transformers")  # those of PACKAGES: a test says
 
 
+def add_model_and_out(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "model", metavar="MODEL", help="a folder, hub id, models:/NAME@ALIAS or package:NAME/PATH"
+    )
+    verb.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    verb.add_argument("--workdir", type=Path, help="of the run that registered a models:/… here")
+    add_json(verb, "print a JSON object, for programs")
+
+
 def add_export(verbs: Any) -> None:
     verb = add_verb(
         verbs,
@@ -28,10 +37,7 @@ def add_export(verbs: Any) -> None:
         "minilm export STUDENT student-onnx --format onnx --int8 --task stsb-embed --data DIR",
         "minilm export STUDENT embedder --format sentence-transformers",
     )
-    verb.add_argument(
-        "model", metavar="MODEL", help="a folder, hub id, models:/NAME@ALIAS or package:NAME/PATH"
-    )
-    verb.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    add_model_and_out(verb)
     verb.add_argument("--format", choices=FORMATS, required=True)
     verb.add_argument("--int8", action="store_true", help="write it in 8 bits too, if its score holds (onnx)")
     verb.add_argument(
@@ -45,8 +51,6 @@ def add_export(verbs: Any) -> None:
         "--task", default="stsb-embed", metavar="NAME", help="that says so (default: stsb-embed)"
     )
     verb.add_argument("--data", type=Path, metavar="DIR", help="holds the task's folder")
-    verb.add_argument("--workdir", type=Path, help="of the run that registered a models:/… here")
-    add_json(verb, "print a JSON object, for programs")
     verb.set_defaults(run=export_model)
 
 
@@ -103,10 +107,7 @@ def add_shrink(verbs: Any) -> None:
         "minilm shrink intfloat/multilingual-e5-small e5-de --text corpus/*.txt --keep 30000",
         "minilm shrink TEACHER smaller --text package:NAME/texts.json --min-count 5",
     )
-    verb.add_argument(
-        "model", metavar="MODEL", help="a folder, hub id, models:/NAME@ALIAS or package:NAME/PATH"
-    )
-    verb.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    add_model_and_out(verb)
     verb.add_argument(
         "--text",
         nargs="+",
@@ -120,8 +121,6 @@ def add_shrink(verbs: Any) -> None:
     how.add_argument(
         "--min-count", type=positive_whole, metavar="N", help="the tokens that the text has so many times"
     )
-    verb.add_argument("--workdir", type=Path, help="of the run that registered a models:/… here")
-    add_json(verb, "print a JSON object, for programs")
     verb.set_defaults(run=shrink_model)
 
 

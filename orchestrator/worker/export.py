@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from minilm.model.distiller import Distiller
-from minilm.model.encoder.initialize import copy_positions, has_table
+from minilm.model.encoder.build import load_encoder
+from minilm.model.encoder.initialize import INITIALIZATIONS, copy_positions, has_table
 from minilm.model.encoder.shape import shape_of
 from minilm.model.export import export_student, model_card, weights_digest
 from minilm.orchestrator.feed.corpora import check_exported_tokenizer
@@ -26,7 +27,7 @@ def longest_row(model: PreTrainedModel, student: StudentSpec, seq_len: int) -> s
         return f"{shape.max_tokens} tokens, as in training"
     if not has_table(shape):
         return f"{shape.max_tokens} tokens; trained on rows of {seq_len}"
-    if student.start:
+    if student.start and student.init not in INITIALIZATIONS:
         rest = "were not trained in this run"
     elif student.positions == "teacher":
         rest = "are the teacher's, not trained here"
@@ -54,8 +55,11 @@ def finish_stage(
         progress(number, len(spec.students))
         encoder = distiller.students[student.name]
         folder = stage.student(student.name)
-        if student.positions == "teacher" and not student.start:
-            copy_positions(encoder.model, distiller.teacher.model, first=spec.data.seq_len)
+        if student.positions == "teacher" and student.init in INITIALIZATIONS:
+            source = distiller.teacher.model
+            if student.start:  # the teacher projected to the student's width
+                source = load_encoder(student.start, head=distiller.objective.needs_head).model
+            copy_positions(encoder.model, source, first=spec.data.seq_len)
         start = (
             {"Started from": f"{student.init} (weights {student.start_digest[:12]})"} if student.start else {}
         )

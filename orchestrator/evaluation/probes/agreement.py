@@ -1,10 +1,14 @@
-"""How far teacher and student agree which held-out rows are alike: no labels, and no one width for both."""
+"""How far teacher and student agree which held-out rows are alike: no labels, and no one width for both.
+
+Products are torch's, whose threads a stage keeps; numpy's have other bits for other numbers of threads.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 
 import numpy as np
+import torch
 
 from minilm.orchestrator.evaluation.probes.evaluator import Evaluator, HeldOutPass
 from minilm.orchestrator.evaluation.probes.vectors import row_vectors
@@ -36,7 +40,7 @@ class Neighbours(Agreement):
 
     @staticmethod
     def agreement(teacher: np.ndarray, student: np.ndarray) -> float:
-        number = min(NEIGHBOURS, len(teacher) - 1)
+        number = min(NEIGHBOURS, (len(teacher) - 1) // 3)  # of all others everybody has the same
         ours, theirs = _neighbours(student, number), _neighbours(teacher, number)
         common = [len({*a} & {*b}) for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
         return sum(common) / max(number * len(common), 1)
@@ -47,15 +51,15 @@ class LinearCka(Agreement):
 
     @staticmethod
     def agreement(teacher: np.ndarray, student: np.ndarray) -> float:
-        one, other = teacher - teacher.mean(axis=0), student - student.mean(axis=0)
-        norms = np.linalg.norm(one.T @ one) * np.linalg.norm(other.T @ other)
-        return float(np.linalg.norm(other.T @ one) ** 2 / norms) if norms else 0.0
+        one, other = (torch.from_numpy(v - v.mean(axis=0)) for v in (teacher, student))
+        norms = float((one.T @ one).norm() * (other.T @ other).norm())
+        return float((other.T @ one).norm() ** 2) / norms if norms else 0.0
 
 
 def _neighbours(vectors: np.ndarray, number: int) -> np.ndarray:
     """int [rows, number]: the rows nearest to each, itself left out; of equally near ones the first."""
     centred = vectors - vectors.mean(axis=0)  # else all rows point the same way, by the mean that they share
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(min=1e-12)
-    near = unit @ unit.T
+    near = (torch.from_numpy(unit) @ torch.from_numpy(unit.T)).numpy()
     np.fill_diagonal(near, -np.inf)
     return np.argsort(-near, axis=1, kind="stable")[:, :number]
