@@ -48,7 +48,8 @@ def fit_student(
     """
     try:
         if start is not None:
-            student = started_shape(teacher, start, layers=layers, hidden=hidden, heads=heads, ffn=ffn)
+            sizes = {"layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
+            student = started_shape(teacher, start, **sizes, any_family=objective.embeds)  # type: ignore[arg-type]
         else:
             student = student_shape(
                 teacher,

@@ -379,7 +379,7 @@ ROWS: list[tuple[list[str], str]] = [
     (
         ["stages.assistant.student.init=«modernbert»", "stages.assistant.student.hidden=48"],
         "FILE: stage assistant: student 'assistant': it starts from a modernbert and learns from a bert; start from a "
-        "model of the teacher's family",
+        "model of the teacher's family (only objective: embedding takes any)",
     ),
     (
         ["stages.assistant.student.init=teacher-layers", "stages.assistant.student.layers=4"],

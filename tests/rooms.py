@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "errors": "",
         "tokenizer": "errors",
         "vocabulary": "errors",
+        "token_match": "errors tokenizer",
         "format": "errors",
         "order": "errors",
         "storage": "errors format",

@@ -19,8 +19,8 @@ from minilm.model.encoder.shape import shape_of
 from minilm.model.export import weights_digest
 from minilm.orchestrator import cli
 from minilm.orchestrator.driver.curriculum import Driver
+from minilm.orchestrator.driver.made_starts import with_made_starts
 from minilm.orchestrator.driver.prepare_data import prepare_data
-from minilm.orchestrator.driver.projected_start import with_projected_starts
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.recipe.load import load_recipe
@@ -79,7 +79,7 @@ def students(specs: dict[str, StageSpec]) -> Callable[[str], Path]:
 
     @functools.cache
     def student(name: str) -> Path:
-        spec = with_projected_starts(specs[name])
+        spec = with_made_starts(specs[name])
         Path(spec.folder).mkdir(parents=True, exist_ok=True)
         assert run_alone(spec), json.loads(StageFolder(Path(spec.folder)).failure.read_text())["message"]
         return StageFolder(Path(spec.folder)).student(name)
@@ -154,7 +154,7 @@ def test_a_projected_start_is_made_before_the_workers_begin_and_the_same_anywher
 
 def test_positions_behind_the_rows_are_those_of_a_projected_start(students, specs):
     name = "projected-positions"
-    start = with_projected_starts(specs[name]).students[0].start
+    start = with_made_starts(specs[name]).students[0].start
     own, first = (
         AutoModel.from_pretrained(folder).embeddings.position_embeddings.weight
         for folder in (students(name), start)

@@ -138,6 +138,7 @@ SHAPES = {  # as their config.json has them
     "FacebookAI/xlm-roberta-base": ("xlm-roberta", 12, 768, 12, 3072, 250002),
     "FacebookAI/xlm-roberta-large": ("xlm-roberta", 24, 1024, 16, 4096, 250002),
     "sentence-transformers/all-mpnet-base-v2": ("mpnet", 12, 768, 12, 3072, 30527),
+    "sentence-transformers/all-MiniLM-L6-v2": ("bert", 6, 384, 12, 1536, 30522),
 }
 # of student's layers and hidden size: parameters without embeddings, as the papers print them, in millions
 PRINTED = {(6, 768): 42.5, (12, 384): 21.3, (6, 384): 10.6, (4, 384): 7.1, (3, 384): 5.3}
@@ -149,6 +150,16 @@ def teachers(recipe: Recipe, folder: Callable[[str], str]) -> list[str]:
         stage.name: stage.teacher for stage in recipe.stages if stage.teacher not in recipe.student_names
     }
     return [f"stages.{name}.teacher={folder(teacher)}" for name, teacher in given.items()]
+
+
+def starts(recipe: Recipe, folder: Callable[[str], str]) -> list[str]:
+    """Overrides that give every student that goes on from a model from outside another one."""
+    return [
+        f"stages.{stage.name}.student.init={folder(student.starts_from)}"
+        for stage in recipe.stages
+        for student in stage.students
+        if student.starts_from and student.starts_from not in recipe.student_names
+    ]
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f not in QUICK])
@@ -167,11 +178,13 @@ def test_every_recipe_plans_with_a_teacher_of_its_own_shape(file: str, tmp_path:
             kind, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=ffn,
             vocab_size=vocabulary, max_position_embeddings=514 if kind in ("mpnet", "roberta", "xlm-roberta") else 512,
             architectures=["BertForMaskedLM"] if kind == "bert" else None,
-        ).save_pretrained(tmp_path)  # fmt: skip
-        save_head(SentenceHead(SentenceLayout()), tmp_path, hidden, 512)
-        return str(tmp_path)
+        ).save_pretrained(tmp_path / kind)  # fmt: skip
+        save_head(SentenceHead(SentenceLayout()), tmp_path / kind, hidden, 512)
+        (tmp_path / kind / "vocab.txt").touch()
+        return str(tmp_path / kind)
 
-    recipe = load_recipe(LIBRARY / file, teachers(load_recipe(LIBRARY / file), folder))
+    given = load_recipe(LIBRARY / file)
+    recipe = load_recipe(LIBRARY / file, [*teachers(given, folder), *starts(given, folder)])
     for stage, work in zip(recipe.stages, works(recipe, None, "cpu", "float32"), strict=True):
         (student,) = stage.students
         (body,) = work.students
@@ -186,7 +199,7 @@ def test_every_recipe_plans_with_a_teacher_of_its_own_shape(file: str, tmp_path:
 
 def test_the_library_is_the_rows_the_arms_and_the_quickstart() -> None:
     named = [*(row[0] for row in (*ROWS, *V2_ROWS)), *(f"bert-l6-h384-{arm}" for arm in ARMS)]
-    named += ["quickstart", "embed-quickstart", "embed-mpnet-l6-h384"]
+    named += ["quickstart", "embed-quickstart", "embed-mpnet-l6-h384", "embed-mpnet-from-minilm"]
     assert sorted(f"{name}.yaml" for name in named) == FILES
 
 
@@ -207,6 +220,14 @@ def test_an_embedder_learns_relations_first_and_goes_on_with_vectors_of_the_same
     assert relations.teacher == vectors.teacher == recipe.data.tokenizer
     assert embedder.init == start.name and recipe.data.packing == "sentence"
     assert (start.layers, start.hidden, start.heads) == (embedder.layers, embedder.hidden, embedder.heads)
+
+
+def test_an_embedder_goes_on_from_a_small_model_that_embeds_already() -> None:
+    (vectors,) = load_recipe(LIBRARY / "embed-mpnet-from-minilm.yaml").stages
+    (embedder,) = vectors.students
+    assert (
+        embedder.starts_from == "sentence-transformers/all-MiniLM-L6-v2" and vectors.objective == "embedding"
+    )
 
 
 def header(file: str) -> str:
@@ -306,6 +327,7 @@ def test_every_recipe_runs_three_steps_with_a_stand_in(
     """With its own layers, heads, teacher layer and objective; narrower, on short rows."""
     recipe = load_recipe(LIBRARY / file)
     changes = [f"data.text={text}", f"data.tokenizer={stand_in}", "data.seq_len=32", "data.held_out=0.1"]
+    changes += starts(recipe, lambda _: "random")
     changes += [*teachers(recipe, lambda _: str(stand_in)), "compute={micro_batch: 2, threads: 1}"]
     for stage in recipe.stages:
         few = {"steps": 3, "warmup_steps": 1, "batch": 4, "held_out_rows": 4, "student.hidden": 192}

@@ -84,7 +84,7 @@ def initialize(
     """Give a student, built at random, the start that a recipe names, but teacher-pca, which needs rows
     (principal_start.py). Raises as `check_start` does."""
     check_start(shape_of(teacher.config), shape_of(student.config), how)
-    assert how != "teacher-pca", "see driver/projected_start.py"
+    assert how != "teacher-pca", "see driver/made_starts.py"
     if how == "teacher-layers":
         from_teacher(student, teacher)
     elif positions == "teacher":

@@ -23,15 +23,16 @@ def started_shape(
     hidden: int,
     heads: int | None = None,
     ffn: int | None = None,
+    any_family: bool = False,
 ) -> EncoderShape:
     """The shape of a student that starts from a model of shape `start`: the same.
 
-    ModelError where the sizes that are asked for are others, or the family is not the teacher's.
+    ModelError where the sizes that are asked for are others, or the family is not the teacher's, unless `any_family`.
     """
-    if start.architecture != teacher.architecture:
+    if start.architecture != teacher.architecture and not any_family:
         raise ModelError(
             f"it starts from a {start.architecture} and learns from a {teacher.architecture};"
-            " start from a model of the teacher's family"
+            " start from a model of the teacher's family (only objective: embedding takes any)"
         )
     asked = {"layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
     if wrong := [key for key, size in asked.items() if size not in (None, getattr(start, key))]:

@@ -21,7 +21,7 @@ from minilm.data.sources.plugin import Document
 from minilm.data.tokenizer import load_tokenizer
 from minilm.data.vocabulary import smaller_vocabulary
 from minilm.model.encoder.build import count_parameters, load_encoder, quiet_transformers
-from minilm.model.encoder.cut_vocabulary import cut_vocabulary, special_tokens
+from minilm.model.encoder.other_vocabulary import cut_vocabulary, special_tokens
 from minilm.model.encoder.shape import family_of, load_config, shape_of
 from minilm.model.errors import ModelError
 from minilm.model.export import weights_digest, whole_folder

@@ -20,9 +20,9 @@ from typing import Any
 
 from minilm.data.format.manifest import MANIFEST
 from minilm.model.export import weights_digest
+from minilm.orchestrator.driver.made_starts import with_made_starts
 from minilm.orchestrator.driver.preflight import check_checkpoints, check_device
 from minilm.orchestrator.driver.prepare_data import prepare_data
-from minilm.orchestrator.driver.projected_start import PROJECTED, with_projected_starts
 from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter, say_built
 from minilm.orchestrator.driver.summary import ModelEntry, Summary
 from minilm.orchestrator.driver.workdir import Workdir
@@ -38,7 +38,14 @@ from minilm.orchestrator.recipe.schema import Recipe, trunk_fields
 from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
 from minilm.orchestrator.resolve.folders import model_folder
 from minilm.orchestrator.resolve.licences import licence_notes
-from minilm.orchestrator.resolve.stages import ResolvedStage, check_data, position_notes, resolve
+from minilm.orchestrator.resolve.stages import (
+    ResolvedStage,
+    check_data,
+    position_notes,
+    resolve,
+    start_notes,
+)
+from minilm.orchestrator.resolve.starts import other_vocabulary
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import ProbeSpec, StageSpec, StudentSpec, UntilSpec, grouped
@@ -94,7 +101,8 @@ def run_recipe(
         if problems:
             raise RecipeErrors([f"{recipe_file}: {problem}" for problem in problems])
         licences = licence_notes(recipe, stages)
-        for note in [*position_notes(stages, data.seq_len), *licences]:
+        notes = [*position_notes(stages, data.seq_len), *start_notes(stages, data.tokenizer)]
+        for note in [*notes, *licences]:
             line.say(note)
         workdir.adopt(recipe, recipe_file, data, redo_from, whole)
         line.show("opening the tracking store", force=True)
@@ -243,6 +251,13 @@ class Driver:
         }
         if resolved.teacher_layout is not None:
             inputs["vectors"] = asdict(resolved.teacher_layout)
+        if moved := {
+            name: match.rows
+            for name, start in resolved.starts.items()
+            if stage.objective == "embedding"
+            and (match := other_vocabulary(start, self.data.tokenizer, sizes[name].vocab_size))
+        }:
+            inputs["tokens"] = moved
         return StageSpec(
             stage=stage.name,
             folder=str(self.workdir.stage(stage.name).root.resolve()),
@@ -293,9 +308,7 @@ class Driver:
         folder = self.workdir.stage(spec.stage)
         spec = replace(spec, attempt=f"{spec.stage}-{uuid.uuid4().hex[:12]}", lease=str(self.lease.path))
         spec = self.launcher.allocate(spec, show)
-        if any(student.init == PROJECTED for student in spec.students):
-            show("projecting the teacher for the students' start", True)
-            spec = with_projected_starts(spec)
+        spec = with_made_starts(spec, lambda text: show(text, True))
         begin_attempt(spec, folder)
         future = self.launcher.start(spec)
         try:

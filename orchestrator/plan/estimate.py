@@ -5,6 +5,7 @@ Encoders are built without storage, so that parameters are counted and not guess
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -110,8 +111,10 @@ def build_stage(resolved: ResolvedStage, configs: dict[str, PreTrainedConfig], d
     students = {}
     for student in stage.students:
         start, shape = resolved.starts.get(student.name), resolved.students[student.name]
+        base = load_config(start) if start else copy.copy(config)
+        base.vocab_size = shape.vocab_size
         built = build_student(
-            load_config(start) if start else config,
+            base,
             layers=shape.layers,
             hidden=shape.hidden,
             heads=shape.heads,

@@ -37,6 +37,7 @@ from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
 from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
 from minilm.orchestrator.resolve.folders import text_inputs
+from minilm.orchestrator.resolve.starts import start_problem, vocabulary_note, with_tokens_of
 from minilm.orchestrator.resolve.vectors import stage_vectors, student_vectors
 from minilm.orchestrator.stage.data import CorpusSpec, PairSpec
 
@@ -134,6 +135,9 @@ def resolve_stages(
                 for student in stage.students
                 if student.starts_from and (shape := shapes.get(student.starts_from))
             }
+            if teacher is not None and objective.embeds:
+                for name, start in starts.items():
+                    start_shapes[name] = with_tokens_of(teacher, name, start_shapes[name], start)
             if teacher is not None:
                 check_teacher(objective, teacher, stage.teacher_layer)
                 students = {
@@ -196,6 +200,18 @@ def position_notes(stages: list[ResolvedStage], seq_len: int) -> list[str]:
         and student.init == "random"
         and has_table(shape)
         and shape.max_tokens > seq_len
+    ]
+
+
+def start_notes(stages: list[ResolvedStage], tokenizer: str) -> list[str]:
+    """A line for each student that starts from a model with another tokenizer than the data's, in that folder."""
+    return [
+        f"stage {resolved.stage.name}: {note}"
+        for resolved in stages
+        if resolved.stage.objective == "embedding"
+        for name, start in resolved.starts.items()
+        if (shape := resolved.students.get(name))
+        and (note := vocabulary_note(name, start, tokenizer, shape.vocab_size))
     ]
 
 
@@ -303,7 +319,12 @@ def check_data(
                     f"{where}: rows are {seq_len} tokens long, {what} takes at most {shape.max_tokens}; "
                     f"give a smaller seq_len"
                 )
-            if tokenizer is not None and (difference := _difference(tokenizer, folder, start)):
+            if resolved.stage.objective == "embedding":
+                if tokenizer is not None and (
+                    problem := start_problem(name, start, tokenizer, folder, shape.vocab_size)
+                ):
+                    problems.append(f"{where}: {problem}")
+            elif tokenizer is not None and (difference := _difference(tokenizer, folder, start)):
                 problems.append(
                     f"{where}: the data's tokenizer is another one than that of {what}, in {start} ({difference}); "
                     f"start from a model with the teacher's tokenizer"

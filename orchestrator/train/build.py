@@ -39,8 +39,7 @@ def build_distiller(spec: StageSpec, device: torch.device) -> Distiller:
     for student in spec.students:
         head = objective.needs_head
         if student.start:
-            seed = _seed(spec, student)
-            model = load_start(student.start, dropout=student.dropout, head=head, seed=seed)
+            model = load_student_start(spec, student, head=head)
         else:
             model = build_random(spec, student, teacher.model.config, head=head)
             initialize(model, teacher.model, student.init, student.positions)
@@ -94,6 +93,11 @@ def build_random(
         head=head,
         max_tokens=spec.data.seq_len if student.positions == "cut" else None,
     )
+
+
+def load_student_start(spec: StageSpec, student: StudentSpec, *, head: bool) -> PreTrainedModel:
+    """The model that a student of the stage goes on from."""
+    return load_start(student.start, dropout=student.dropout, head=head, seed=_seed(spec, student))
 
 
 def _seed(spec: StageSpec, student: StudentSpec) -> int:

@@ -101,7 +101,7 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
             return problems, advice(recipe, seq_len=length)
     from minilm.orchestrator.plan.reading import reading
     from minilm.orchestrator.resolve.licences import licence_notes
-    from minilm.orchestrator.resolve.stages import known_data, position_notes, resolve
+    from minilm.orchestrator.resolve.stages import known_data, position_notes, resolve, start_notes
 
     stages, problems = resolve(recipe, folder_here)
     if problems:
@@ -110,7 +110,7 @@ def findings_here(recipe: Recipe) -> tuple[list[str], list[str]]:
     with suppress(DataError):  # of a text that only a run looks at
         data = reading(recipe)
     length = known[0] if known else recipe.data.seq_len if recipe.data.text else None
-    notes = position_notes(stages, known[0]) if known else []
+    notes = [*position_notes(stages, known[0]), *start_notes(stages, known[2])] if known else []
     notes += licence_notes(recipe, stages)
     return [], notes + advice(recipe, stages, data, length)
 
