@@ -4,18 +4,27 @@ The rules are those of `sentencex` for English: they know common abbreviations a
 load nothing. What a rule does not know is cut once too often ("3. Januar") or not at all; a row stays text either way.
 """
 
+import re
 from collections.abc import Iterable
 
 import sentencex
 
 from minilm.data.errors import DataError
 
+# The splitter's time grows with the square of a text that is not of ASCII, so it is given windows of this many
+# characters at most, cut behind a full stop, else at white space, else anywhere.
+WINDOW = 1 << 14
+_WINDOWS = re.compile(
+    rf".{{1,{WINDOW}}}(?:\Z|(?<=[。！？])|(?<=[.!?])(?=\s))|.{{1,{WINDOW}}}(?=\s)|.{{1,{WINDOW}}}", re.DOTALL
+)
 TOKEN_SOURCES = ("megatron", "fairseq", "fairseq-legacy")  # they hold ids and no text
 
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text in order, without what is white space alone."""
-    found: Iterable[str] = sentencex.segment("en", text)
+    found: Iterable[str] = (
+        sentence for window in _WINDOWS.findall(text) for sentence in sentencex.segment("en", window)
+    )
     return [sentence for sentence in found if not sentence.isspace()]
 
 
