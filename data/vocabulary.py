@@ -8,7 +8,7 @@ Works on the definition that a tokenizer.json holds. Left out: reading texts, an
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minilm.data.errors import DataError
@@ -64,9 +64,8 @@ def smaller_vocabulary(
         if keep is None or len(kept) + len(more) <= keep:
             kept |= more
     if len(kept) == len(known):
-        raise DataError(
-            f"nothing is dropped: all {len(known)} tokens would stay; give a smaller number to keep"
-        )
+        way = "a larger count" if keep is None else "a smaller number to keep"
+        raise DataError(f"nothing is dropped: all {len(known)} tokens would stay; give {way}")
     order = sorted(kept & set(ids.values())) + sorted(kept - set(ids.values()))
     return Smaller(_rebuilt(definition, {old: new for new, old in enumerate(order)}), order)
 
@@ -88,17 +87,17 @@ def _product(model: Mapping[str, Any], left: str, right: str) -> str:
     return left + right.removeprefix(prefix)
 
 
-def _merged_from(model: Mapping[str, Any], ids: Mapping[str, int]) -> dict[int, tuple[int, int]]:
-    """The two parts of each token that BPE merges, by its first merge."""
-    found: dict[int, tuple[int, int]] = {}
+def _merged_from(model: Mapping[str, Any], ids: Mapping[str, int]) -> dict[int, list[int]]:
+    """The parts of each token that BPE merges, of all its merges: which of them makes it depends on the text."""
+    found: dict[int, list[int]] = {}
     for left, right in _pairs(model):
         product = ids.get(_product(model, left, right))
         if product is not None and left in ids and right in ids:
-            found.setdefault(product, (ids[left], ids[right]))
+            found.setdefault(product, []).extend((ids[left], ids[right]))
     return found
 
 
-def _with_parts(token: int, parts: Mapping[int, tuple[int, int]], kept: Collection[int]) -> set[int]:
+def _with_parts(token: int, parts: Mapping[int, Sequence[int]], kept: Collection[int]) -> set[int]:
     """The token and all that it is merged from, but for what is kept already."""
     found: set[int] = set()
     todo = [token]

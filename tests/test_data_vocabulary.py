@@ -123,6 +123,20 @@ def test_tokens_of_a_character_without_one_of_its_own_stay():
         assert ("[UNK]" in old.encode(word).tokens) == ("[UNK]" in new.encode(word).tokens), word
 
 
+def test_a_token_that_two_merges_give_stays_with_the_parts_of_both():
+    """abc is a + bc in "abc", and ab + c where c follows only later in the order of merges."""
+    vocabulary = {token: number for number, token in enumerate(["a", "b", "c", "d", "bc", "ab", "cd", "abc"])}
+    merges = [["c", "d"], ["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]]
+    definition = {"model": {"type": "BPE", "vocab": vocabulary, "merges": merges}, "added_tokens": []}
+    smaller = smaller_vocabulary(definition, {7: 5}, keep=7)
+    assert set(smaller.definition["model"]["vocab"]) == {"a", "b", "c", "d", "bc", "ab", "abc"}
+    old, new = (Tokenizer.from_str(json.dumps(one)) for one in (definition, smaller.definition))
+    for text in ("abc", "abcabc", "bcabc", "ab"):
+        assert old.encode(text).tokens == new.encode(text).tokens
+    with pytest.raises(DataError, match="7 have to stay"):
+        smaller_vocabulary(definition, {}, keep=6, always=[7])
+
+
 @pytest.mark.parametrize(
     ("change", "how", "message"),
     [
@@ -135,6 +149,14 @@ def test_tokens_of_a_character_without_one_of_its_own_stay():
             {},
             {"keep": 5000},
             "nothing is dropped: all 2002 tokens would stay; give a smaller number to keep",
+        ),
+        (
+            {
+                "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+                "added_tokens": [],
+            },
+            {"min_count": 0},
+            "nothing is dropped: all 3 tokens would stay; give a larger count",
         ),
     ],
 )
