@@ -245,6 +245,62 @@ def test_modules_that_cannot_be_applied_are_refused(kinds, file, values, said, t
     assert said in str(told.value)
 
 
+@pytest.mark.parametrize("value", [5, 1.5, True, "x", [], ["x"], [[]], [5], {}, {"x": []}, None])
+def test_a_value_of_any_kind_is_read_or_refused_in_a_line(value, tmp_path):
+    """Every key that is read, with every kind of JSON."""
+    sound = {
+        "1_Pooling/config.json": {"pooling_mode": "mean"},
+        "2_Dense/config.json": DENSE | {"use_residual": False},
+        "sentence_bert_config.json": {"do_lower_case": False},
+    }
+    keys = {
+        "1_Pooling/config.json": ["pooling_mode", "pooling_mode_cls_token"],
+        "2_Dense/config.json": [*DENSE, "use_residual", "module_input_name", "module_output_name"],
+        "sentence_bert_config.json": ["do_lower_case"],
+    }
+    listed = [{"type": kind, "path": path} for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"))]
+
+    def told() -> None:
+        try:
+            read_layout(tmp_path, 16)
+        except ModelError as error:
+            assert "\n" not in str(error)
+
+    modules(tmp_path, "Transformer", "Pooling", "Dense")
+    for file, wanted in keys.items():
+        for key in wanted:
+            for other, values in sound.items():
+                write(tmp_path, other, values)
+            write(tmp_path, file, sound[file] | {key: value})
+            told()
+        write(tmp_path, file, value)
+        told()
+        write(tmp_path, file, sound[file])
+    assert read_layout(tmp_path, 16) is not None
+    for module in ({"type": "Pooling", "path": value}, {"type": value, "path": ""}, value):
+        write(tmp_path, "modules.json", [listed[0], module])
+        told()
+
+
+def test_text_that_only_sentence_transformers_lower_cases_is_refused(teacher, tmp_path):
+    folder = make_embedder(shutil.copytree(teacher, tmp_path / "m"))
+    write(folder, "sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": True})
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    assert tokenizer["normalizer"]["lowercase"] is True and read_layout(folder, 48) is not None
+    write(folder, "tokenizer.json", tokenizer | {"normalizer": {"type": "NFC"}})
+    with pytest.raises(ModelError) as told:
+        read_layout(folder, 48)
+    assert str(told.value) == (
+        f"{folder}/sentence_bert_config.json says do_lower_case, and the tokenizer in {folder} keeps capitals, so rows "
+        "would have them; let the tokenizer do it (tokenizer.backend_tokenizer.normalizer = "
+        "tokenizers.normalizers.Lowercase(), then save_pretrained), or set do_lower_case to false if the model was "
+        "trained with capitals"
+    )
+    lowering = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    write(folder, "tokenizer.json", tokenizer | {"normalizer": lowering})
+    assert read_layout(folder, 48) is not None
+
+
 def test_dense_weights_that_are_not_sound_are_refused(teacher, tmp_path):
     folder = make_embedder(shutil.copytree(teacher, tmp_path / "m"), dense=8)
     layout = read_layout(folder, 48)
@@ -258,7 +314,11 @@ def test_dense_weights_that_are_not_sound_are_refused(teacher, tmp_path):
         ),
         (lambda: save_file({"linear.bias": torch.zeros(8)}, file), "is damaged, or not of its config.json"),
         (lambda: file.write_bytes(b"x"), "is damaged, or not of its config.json"),
-        (file.unlink, "2_Dense/model.safetensors is missing; bring the whole folder again"),
+        (
+            file.unlink,
+            r"2_Dense/model.safetensors is missing; bring the whole folder again, and .* a pickle, pytorch_model.bin, "
+            r"bring that into it too and make a model.safetensors of it: python -c",
+        ),
         (lambda: file.with_name("pytorch_model.bin").touch(), "a pickle, which is not read here"),
     ):
         spoil()

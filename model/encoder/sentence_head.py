@@ -64,12 +64,13 @@ def load_head(folder: str | Path, layout: SentenceLayout) -> SentenceHead:
         file = Path(folder) / layer.path / "model.safetensors"
         if not file.is_file():
             pickled = (file.parent / "pytorch_model.bin").is_file()
-            raise ModelError(
+            what = (
                 f"{file.parent} has its weights in pytorch_model.bin only, a pickle, which is not read here; make a"
-                f" model.safetensors of it: {to_safetensors(file.parent)}"
                 if pickled
-                else f"{file} is missing; bring the whole folder again"
+                else f"{file} is missing; bring the whole folder again, and where its weights are a pickle,"
+                " pytorch_model.bin, bring that into it too and make a"
             )
+            raise ModelError(f"{what} model.safetensors of it: {to_safetensors(file.parent)}")
         try:
             stored = {key.removeprefix("linear."): value.float() for key, value in load_file(file).items()}
             linear.load_state_dict(stored)

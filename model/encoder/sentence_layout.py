@@ -54,11 +54,13 @@ class SentenceLayout:
 def read_layout(folder: str | Path, hidden: int) -> SentenceLayout | None:
     """What modules.json in `folder` says; None where there is none.
 
-    hidden: the encoder's hidden size. ModelError for modules that cannot be applied here, or do not fit together.
+    hidden: the encoder's hidden size. ModelError for modules that cannot be applied here, or do not fit together, and
+    where text is to be lower-cased by somebody else than the tokenizer.
     """
     folder = Path(folder)
     if not (folder / MODULES).is_file():
         return None
+    _check_case(folder)
     listed = _read(folder / MODULES, list)
     pooling, normalize = "", False
     dense: list[DenseLayer] = []
@@ -89,10 +91,30 @@ def _other(folder: Path, kind: str, why: str) -> ModelError:
     return ModelError(f"{folder / MODULES} has {kind}: {why}; give a model with these modules")
 
 
+def _check_case(folder: Path) -> None:
+    """ModelError where sentence-transformers lower-cases a text that the tokenizer takes as it is."""
+    asking = [
+        file for file in sorted(folder.glob("sentence_*_config.json")) if _lowers(file, "do_lower_case")
+    ]
+    if asking and not _lowers(folder / "tokenizer.json", "normalizer"):
+        raise ModelError(
+            f"{asking[0]} says do_lower_case, and the tokenizer in {folder} keeps capitals, so rows would have them;"
+            " let the tokenizer do it (tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase(), then"
+            " save_pretrained), or set do_lower_case to false if the model was trained with capitals"
+        )
+
+
+def _lowers(file: Path, key: str) -> bool:
+    """Whether a file's value of `key` asks for lower case: true, or a normalizer that does it."""
+    value = _read(file, dict).get(key) if file.is_file() else None
+    text = json.dumps(value)
+    return value is True or '"Lowercase"' in text or '"lowercase": true' in text
+
+
 def _pooling(file: Path) -> str:
     config = _read(file, dict)
     given = config.get("pooling_mode") or [mode for key, mode in _LEGACY.items() if config.get(key)]
-    modes = [given] if isinstance(given, str) else list(given) or ["mean"]
+    modes = (given or ["mean"]) if isinstance(given, list) else [given]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ModelError(
             f"{file} pools by {' and '.join(map(str, modes))}; use a model that pools by one of {', '.join(POOLINGS)}"
@@ -103,16 +125,16 @@ def _pooling(file: Path) -> str:
 def _dense(folder: Path, path: str, inputs: int) -> DenseLayer:
     file = folder / path / "config.json"
     config = _read(file, dict)
-    places = {config.get(key) for key in ("module_input_name", "module_output_name")}
+    places = [config.get(key) for key in ("module_input_name", "module_output_name")]
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     name = activation.rpartition(".")[2]
     if not activation.startswith("torch.nn.") or name not in ACTIVATIONS or config.get("use_residual"):
         what = "a residual connection" if config.get("use_residual") else f"the activation {activation}"
         raise ModelError(f"{file} has {what}; use a dense layer with one of {', '.join(ACTIVATIONS)} alone")
-    if places - {None, "sentence_embedding"}:
+    if any(place not in (None, "sentence_embedding") for place in places):
         raise ModelError(f"{file} reads or writes other things than the sentence's vector; use another model")
     sizes = config.get("in_features"), config.get("out_features")
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[0] != inputs:
+    if not all(type(size) is int and size > 0 for size in sizes) or sizes[0] != inputs:
         raise ModelError(
             f"{file} maps {sizes[0]} numbers to {sizes[1]}, and gets {inputs}; bring the folder again as it was saved"
         )
