@@ -9,10 +9,14 @@ from minilm.model.files import SUFFIXES, tokenizer_files
 
 
 def copy_beside(folder: Path, part: Path, *, weights: bool, tokenizer: bool = True) -> None:
-    """Copy what may lie in a model's folder to `part`, hidden files left out. weights: those of the encoder too (those
-    of modules in folders in any case); tokenizer: its files too."""
-    left = set() if tokenizer else set(tokenizer_files(folder))
-    for file in sorted(folder.rglob("*")):
+    """Copy what belongs to a model from its folder to `part`: its own files, its modules' (as 1_Pooling/) and its
+    tokenizer's; hidden files and other folders, such as checkpoints, are left out.
+
+    weights: those of the encoder too (those of modules in any case); tokenizer: its files too.
+    """
+    of_tokenizer = set(tokenizer_files(folder))
+    left = set() if tokenizer else of_tokenizer
+    for file in sorted({*folder.glob("*"), *folder.glob("[0-9]*_*/*"), *of_tokenizer}):
         name = file.relative_to(folder)
         own = name.parent == Path() and (file.suffix == ".safetensors" or file.name.endswith(".index.json"))
         if not file.is_file() or file.suffix not in SUFFIXES or file in left or (own and not weights):
