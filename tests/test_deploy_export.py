@@ -21,6 +21,7 @@ from minilm.orchestrator.deploy import latency, onnx_graph, packages
 from minilm.orchestrator.deploy.served import ServedEncoder, largest_difference
 from minilm.orchestrator.evaluation.sources import Source
 from minilm.orchestrator.verbs import convert
+from tests.conftest import make_embedder
 from tests.eval_data import write_stsb
 from tests.odd_teachers import plain
 
@@ -219,6 +220,29 @@ def test_folders_that_do_not_fit(teacher, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"minilm: error: {tmp_path / 'classifier'} is a BertForSequenceClassification, and an export has the encoder "
         "without its head; give the folder of the encoder, or export this one with torch.onnx.export\n"
+    )
+
+
+def test_vectors_that_are_not_made_here_are_refused_before_8_bits_are(teacher, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    folder = shutil.copytree(teacher, tmp_path / "weighted")
+    make_embedder(folder)
+    (folder / "1_Pooling/config.json").write_text('{"pooling_mode_weightedmean_tokens": true}')
+    data = write_stsb(tmp_path / "data", glue=False)
+    command = [
+        "export",
+        str(folder),
+        str(tmp_path / "new"),
+        "--format",
+        "onnx",
+        "--int8",
+        "--data",
+        str(data),
+    ]
+    assert main(command) == 2
+    assert capsys.readouterr().err == (
+        f"minilm: error: {folder}/1_Pooling/config.json pools by weightedmean; use a model that pools by one of mean, "
+        "cls, max, mean_sqrt_len_tokens\n"
     )
 
 

@@ -121,6 +121,8 @@ def check_export(source: Source, out: Path, format: str, gate: Gate | None) -> N
             )
         check_data(gate.task, gate.data)
     check_source(source)
+    if gate:
+        head_of(source)
     names = AutoConfig.from_pretrained(source.folder, trust_remote_code=False).architectures or ()
     headed = [name for name in names if not name.endswith(_WITHOUT_HEAD)]
     if headed:
