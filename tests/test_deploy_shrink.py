@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -150,6 +151,51 @@ def test_what_is_refused(models, words, tmp_path, capsys):
     assert cli.main([*command, "--keep", "900"]) == 2
     expected = f"{tmp_path / 'out'} exists; give a folder that does not exist yet, or remove it first"
     assert capsys.readouterr().err == f"minilm: error: {expected}\n"
+
+
+def test_text_without_text_is_told_as_a_build_tells_it(models, words, tmp_path, capsys):
+    empty, few = tmp_path / "empty.txt", tmp_path / "few.jsonl"
+    empty.write_text(" \n\n\t \n")
+    told = list(lines(30, 2, (0,)))
+    few.write_text("\n".join(json.dumps({"text": line}) for line in told) + '\n{"other": 1}' * 50)
+
+    def run(text: Path, *more: str) -> int:
+        out = tmp_path / "out"
+        command = ["shrink", str(models["bert"]), str(out), "--text", str(text), "--min-count", "2"]
+        return cli.main([*command, *more])
+
+    assert run(empty) == 2
+    assert capsys.readouterr().err == f"minilm: error: no text in {str(empty)!r}; give files with text\n"
+    assert run(few) == 2
+    refused = capsys.readouterr().err
+    assert "62.5% of 80 records gave no document, more than the 50% that are allowed: 50 " in refused
+    assert not (tmp_path / "out").exists()
+    assert run(few, "--allow-skipped", "1.5") == 2
+    assert "allow_skipped 1.5 is outside 0 … 1" in capsys.readouterr().err
+    assert run(few, "--allow-skipped", "0.7") == 0
+    done = capsys.readouterr()
+    assert "minilm: warning: 62.5% of the records gave no document (below 1% is usual): 50 " in done.err
+    assert "chosen from 29 documents; in 1 others" in done.out
+
+
+def test_too_few_documents_to_keep_some_aside_are_told(models, tmp_path):
+    (tmp_path / "few.txt").write_text("\n\n".join(lines(10, 2, (0,))))
+    report = shrink("it", models["bert"], tmp_path / "out", [tmp_path / "few.txt"], min_count=2)
+    assert (report.documents, report.held_out_documents) == (10, 0)
+    assert report.text().endswith(
+        "\nchosen from 10 documents; too few to keep some aside: what it does to other text was not measured"
+    )
+
+
+def test_only_what_belongs_to_the_model_goes_along(models, words, tmp_path):
+    folder = Path(shutil.copytree(models["bert"], tmp_path / "model"))
+    for name in ("checkpoint-5/model.safetensors", "checkpoint-5/trainer_state.json", "runs/x.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    shrink("it", folder, tmp_path / "out", [words], keep=700)
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"1_Pooling"}
 
 
 def real_text(language: str) -> list[str]:

@@ -30,6 +30,7 @@ from minilm.data.errors import DataError
 from minilm.data.format.manifest import FORMAT_VERSION, TokenizerInfo
 from minilm.data.format.pack import PACKINGS, content_len, dtype_for
 from minilm.data.format.shard import Layout, blocks_for
+from minilm.data.sources.accounts import check_allowed
 from minilm.data.sources.find import at_home
 from minilm.data.sources.plugin import READER_VERSION, find_source
 from minilm.data.tokenizer import load_tokenizer, pipeline_fingerprint, special_ids, vocabulary_fingerprint
@@ -112,8 +113,7 @@ def import_data(
     that may give no document; None is the usual bound (accounts.MAX_SKIPPED)."""
     if special_tokens not in ("text", "tokens"):
         raise DataError(f"special_tokens {special_tokens!r} is not known; allowed: text, tokens")
-    if allow_skipped is not None and not 0 <= allow_skipped <= 1:
-        raise DataError(f"allow_skipped {allow_skipped} is outside 0 … 1; it is a share of the records")
+    check_allowed(allow_skipped)
     _check(seq_len, packing, held_out, seed, rows_per_block, shard_bytes, processes)
     if packing == "sentence" and source in TOKEN_SOURCES:
         raise no_sentences(source)

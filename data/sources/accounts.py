@@ -132,6 +132,12 @@ class Books(NamedTuple):
             )
 
 
+def check_allowed(share: float | None) -> None:
+    """DataError unless `share` can be given to `Books.refuse`."""
+    if share is not None and not 0 <= share <= 1:
+        raise DataError(f"allow_skipped {share} is outside 0 … 1; it is a share of the records")
+
+
 def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 

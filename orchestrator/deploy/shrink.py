@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from minilm.data.builder.enough import no_text
+from minilm.data.builder.tokenization import pieces
 from minilm.data.errors import DataError
 from minilm.data.sources import text
-from minilm.data.sources.plugin import Document
+from minilm.data.sources.accounts import Accounts, books_of, check_allowed, counted
+from minilm.data.sources.plugin import Plan
 from minilm.data.tokenizer import load_tokenizer
 from minilm.data.vocabulary import smaller_vocabulary
 from minilm.model.encoder.build import count_parameters, load_encoder, quiet_transformers
@@ -30,8 +33,8 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.system.files import write_json
 
 HELD_OUT_EVERY = 20
-BATCH = 256  # pieces of text that are tokenized at a time
-PIECE = 1 << 16  # characters
+BATCH = 256  # texts that are tokenized at a time
+BATCH_CHARACTERS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,15 @@ class Shrunk:
 
     def text(self) -> str:
         (old, new), (before, after) = self.tokens, self.parameters
+        others = (
+            f"in {self.held_out_documents:,} others {self.changed:.2%} of the tokens were dropped, their text has "
+            f"{self.growth:.3f} times as many now, and {self.unknown[1]:,} unknown ones (before: {self.unknown[0]:,})"
+        )
+        if not self.held_out_documents:
+            others = "too few to keep some aside: what it does to other text was not measured"
         return (
             f"{old:,} tokens → {new:,}; {before / 1e6:,.1f} M parameters → {after / 1e6:,.1f} M "
-            f"({after / before:.0%})\n"
-            f"chosen from {self.documents:,} documents; in {self.held_out_documents:,} others {self.changed:.2%} of "
-            f"the tokens were dropped, their text has {self.growth:.3f} times as many now, and {self.unknown[1]:,} "
-            f"unknown ones (before: {self.unknown[0]:,})"
+            f"({after / before:.0%})\nchosen from {counted(self.documents, 'document')}; {others}"
         )
 
 
@@ -69,14 +75,18 @@ def shrink(
     *,
     keep: int | None = None,
     min_count: int | None = None,
+    allow_skipped: float | None = None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Shrunk:
     """Write the model in `folder` with a smaller vocabulary to the new folder `out`.
 
-    inputs, options: text, as a data set is built from. keep, min_count: see `smaller_vocabulary`. UserError, DataError
-    or ModelError where any of it can't be used; `out` is absent then.
+    inputs, options, allow_skipped: text, as a data set is built from, and `warn` is told what that would warn of. keep,
+    min_count: see `smaller_vocabulary`. UserError, DataError or ModelError where any of it can't be used; `out` is
+    absent then.
     """
     if out.exists():
         raise UserError(f"{out} exists; give a folder that does not exist yet, or remove it first")
+    check_allowed(allow_skipped)
     config = load_config(folder)
     tokenizer = load_tokenizer(str(folder))
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -86,13 +96,18 @@ def shrink(
             f"{name}: its tokenizer has {old.get_vocab_size()} tokens and the model knows {config.vocab_size}; give "
             "the folder of a model with its own tokenizer"
         )
+    plan = text.plan(inputs, None, dict(options or {}))
     counts: Counter[int] = Counter()
-    held_out: list[str] = []
-    documents = 0
-    for pieces in _batches(inputs, dict(options or {}), held_out):
-        documents += sum(first for first, _ in pieces)
-        for encoded in old.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False):
+    accounts, held_out = Accounts(), list[str]()
+    for batch in _batches(plan, accounts, held_out):
+        for encoded in old.encode_batch_fast(batch, add_special_tokens=False):
             counts.update(encoded.ids)
+    books = books_of(accounts.named(plan.files))
+    books.refuse(allow_skipped)
+    if not books.documents:
+        raise DataError(no_text(plan.files))
+    for line in books.warnings():
+        warn(line)
     always = set(special_tokens(config).values())
     if family_of(config).positions_after_padding:  # the padding's id stays what it is
         always |= set(range(config.pad_token_id + 1))
@@ -105,7 +120,7 @@ def shrink(
         weights=weights_digest(folder),
         tokens=(old.get_vocab_size(), len(smaller.kept)),
         parameters=(count_parameters(model), count_parameters(cut)),
-        documents=documents,
+        documents=books.documents - len(held_out),
         held_out_documents=len(held_out),
         **_compare(old, new, set(smaller.kept), held_out, tokenizer.unk_token),
     )
@@ -121,34 +136,36 @@ def shrink(
     return report
 
 
-def _batches(
-    inputs: Sequence[str | Path], options: dict[str, Any], held_out: list[str]
-) -> Iterator[list[tuple[bool, str]]]:
-    """(whether it begins a document, text) of all but the documents that are added to `held_out` instead."""
-    plan, number, aside = text.plan(inputs, None, options), 0, False
-    batch: list[tuple[bool, str]] = []
-    for unit in plan.units:
-        for item in text.read(plan.spec, unit):
-            if (
-                not isinstance(item, Document)
-                or not isinstance(item.content, str)
-                or not item.content.strip()
-            ):
-                continue
-            if not item.continues:
-                number += 1
-                aside = number % HELD_OUT_EVERY == 0
-            if aside:
-                held_out += [""] if not item.continues else []
-                held_out[-1] += item.content
-                continue
-            starts = range(0, len(item.content), PIECE)
-            batch += [
-                (not (item.continues or start), item.content[start : start + PIECE]) for start in starts
-            ]
-            if len(batch) >= BATCH:
-                yield batch
-                batch = []
+def _batches(plan: Plan, accounts: Accounts, held_out: list[str]) -> Iterator[list[str]]:
+    """The text of all but the documents that are added to `held_out` instead, in pieces; what becomes of each record
+    goes into `accounts`, as a build keeps them."""
+    batch: list[str] = []
+    size = number = 0
+    file, has_text = -1, False  # of the document under way
+
+    def close() -> None:
+        if file >= 0:
+            accounts.of(file)["documents" if has_text else "empty"] += 1
+
+    for piece in pieces((item for unit in plan.units for item in text.read(plan.spec, unit)), accounts):
+        if not piece.continues:
+            close()
+            file, has_text = piece.file, False
+        content = str(piece.content)
+        if not content.strip():
+            continue
+        if not has_text:
+            has_text, number = True, number + 1
+            held_out += [""] if number % HELD_OUT_EVERY == 0 else []
+        if number % HELD_OUT_EVERY == 0:
+            held_out[-1] += content
+            continue
+        batch.append(content)
+        size += len(content)
+        if len(batch) == BATCH or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    close()
     yield batch
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_whole
-from minilm.orchestrator.verbs.data_build import add_text_options
+from minilm.orchestrator.verbs.data_build import add_allow_skipped, add_text_options
 from minilm.orchestrator.verbs.evaluate import DEFAULT_OUT
 from minilm.orchestrator.verbs.gate import not_negative
 
@@ -116,6 +116,7 @@ def add_shrink(verbs: Any) -> None:
         help="of the kind it is for; as `data build` takes it",
     )
     add_text_options(verb)
+    add_allow_skipped(verb)
     how = verb.add_mutually_exclusive_group(required=True)
     how.add_argument("--keep", type=positive_whole, metavar="N", help="at most so many tokens")
     how.add_argument(
@@ -141,6 +142,8 @@ def shrink_model(options: argparse.Namespace) -> int:
         {name: getattr(options, name) for name in TEXT_OPTIONS},
         keep=options.keep,
         min_count=options.min_count,
+        allow_skipped=options.allow_skipped,
+        warn=lambda line: print(f"minilm: warning: {line}", file=sys.stderr),
     )
     print(json.dumps(asdict(report)) if options.json else f"{report.text()}\n\n{options.out} is written")
     return 0

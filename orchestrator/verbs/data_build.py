@@ -120,15 +120,19 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
         default="text",
         help="what names of special tokens in the text become (default: text, and counted)",
     )
+    add_allow_skipped(verb)
+    verb.add_argument("--processes", type=int, help="default: the number of cores")
+    verb.add_argument(
+        "--ray", action="store_true", help="on the Ray cluster that RAY_ADDRESS names or runs here"
+    )
+
+
+def add_allow_skipped(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--allow-skipped",
         type=float,
         metavar="SHARE",
         help="share of the records that may give no document (default: half)",
-    )
-    verb.add_argument("--processes", type=int, help="default: the number of cores")
-    verb.add_argument(
-        "--ray", action="store_true", help="on the Ray cluster that RAY_ADDRESS names or runs here"
     )
 
 
