@@ -60,7 +60,7 @@ def special_keys(start: str, tokenizer: str) -> dict[str, int]:
 
 def start_problem(name: str, start: str, tokenizer: TokenizerInfo, folder: str, size: int) -> str:
     """Why the student can't go on from the model in `start`, "" where it can. folder: of the data's tokenizer."""
-    match = other_vocabulary(start, folder, size)
+    match = other_vocabulary(start, folder, size) if tokenizer.vocab_size <= size else None
     if match is None:
         return ""
     config = load_config(start)
