@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,12 @@ from minilm.orchestrator.cli import main
 from minilm.orchestrator.deploy import export as deploy
 from minilm.orchestrator.deploy import latency, onnx_graph, packages
 from minilm.orchestrator.deploy.served import ServedEncoder, largest_difference
+from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.sources import Source
+from minilm.orchestrator.tracking.client import connect
+from minilm.orchestrator.tracking.exports import record_export
+from minilm.orchestrator.tracking.promotion import Metric
+from minilm.orchestrator.tracking.registry import find_logged_model, resolve
 from minilm.orchestrator.verbs import convert
 from tests.conftest import make_embedder
 from tests.eval_data import write_stsb
@@ -281,13 +287,63 @@ def test_a_plain_encoder_becomes_a_sentence_transformer(teacher, tmp_path):
     AutoModel.from_pretrained(tmp_path / "new")
 
 
-def test_a_registered_model_is_exported_without_a_work_directory(teacher, empty_store, tmp_path, monkeypatch):
+def test_a_registered_model_is_exported_without_a_work_directory_and_its_version_says_so(
+    teacher, empty_store, tmp_path, monkeypatch, capsys
+):
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     assert main(["register", str(teacher), "bert"]) == 0
     assert main(["export", "models:/bert@newest", "new", "--format", "sentence-transformers"]) == 0
-    assert json.loads((tmp_path / "new/export.json").read_text())["model"] == "models:/bert@newest"
+    written = json.loads((tmp_path / "new/export.json").read_text())
+    assert written["model"] == "models:/bert/1"
+    client = connect(store)
+    version = client.get_model_version("bert", "1")
+    assert json.loads(version.tags["minilm.export.sentence-transformers"]) == written
+    model = resolve(store, "models:/bert/1")
+    rows = [asdict(latency.Latency("ONNX", 1, 32, 128, 1.0, 2.0, number)) for number in range(60)]
+    metrics = [Metric("stsb-embed/spearman/onnx-int8", 0.75, "stsb-embed", "d" * 64)]
+    for _ in range(2):
+        record_export(store, model, "onnx", written | {"format": "onnx", "latency": rows}, metrics)
+    version = client.get_model_version("bert", "1")
+    assert json.loads(version.tags["minilm.export.onnx"])["format"] == "onnx"
+    assert "latency" not in json.loads(version.tags["minilm.export.onnx"])  # there is no room
+    logged = find_logged_model(client, version.run_id, model.digest)
+    assert [(m.key, m.value) for m in logged.metrics] == [("stsb-embed/spearman/onnx-int8", 0.75)]
+    monkeypatch.setattr(
+        "minilm.orchestrator.tracking.exports.record_scores", mock_refused("it may not be written")
+    )
+    capsys.readouterr()
+    assert main(["export", "models:/bert/1", "other", "--format", "sentence-transformers"]) == 0
+    warned = "minilm: warning: other is whole, but models:/bert/1 does not say so: it may not be written\n"
+    assert warned in capsys.readouterr().err
+
+
+def mock_refused(text):
+    def refused(*arguments, **options):
+        raise UserError(text)
+
+    return refused
+
+
+@pytest.mark.slow
+def test_the_version_has_the_score_in_8_bits(exported, teacher, empty_store, tmp_path, monkeypatch):
+    _, _, data = exported
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert main(["register", str(teacher), "bert"]) == 0
+    command = ["export", "models:/bert/1", "new", "--format", "onnx", "--int8", "--max-drop", "1"]
+    assert main([*command, "--data", str(data)]) == 0
+    written = json.loads((tmp_path / "new/export.json").read_text())
+    client = connect(store)
+    version = client.get_model_version("bert", "1")
+    assert json.loads(version.tags["minilm.export.onnx"]) == written and written["latency"]
+    metrics = client.get_run(version.run_id).data.metrics
+    name = "stsb-embed/spearman/onnx-int8"
+    assert metrics == {name: written["int8"]["int8"], f"{name}-drop": written["int8"]["drop"]}
 
 
 def test_modules_that_are_there_stay(teacher, tmp_path):

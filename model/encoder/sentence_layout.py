@@ -99,8 +99,8 @@ def _check_case(folder: Path) -> None:
     if asking and not _lowers(folder / "tokenizer.json", "normalizer"):
         raise ModelError(
             f"{asking[0]} says do_lower_case, and the tokenizer in {folder} keeps capitals, so rows would have them;"
-            " let the tokenizer do it (tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase(), then"
-            " save_pretrained), or set do_lower_case to false if the model was trained with capitals"
+            " let the tokenizer do it (tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase(),"
+            " then save_pretrained), or set do_lower_case to false if the model was trained with capitals"
         )
 
 

@@ -14,7 +14,9 @@ from minilm.orchestrator.verbs.evaluate import DEFAULT_OUT
 from minilm.orchestrator.verbs.gate import not_negative
 
 if TYPE_CHECKING:
+    from minilm.orchestrator.deploy.export import Report
     from minilm.orchestrator.evaluation.sources import Source
+    from minilm.orchestrator.tracking.registry import RegisteredModel
 
 FORMATS = ("onnx", "openvino", "sentence-transformers")  # those of PACKAGES: a test says
 
@@ -77,6 +79,7 @@ def export_model(options: argparse.Namespace) -> int:
 
     gate = Gate(task, options.data, options.max_drop) if options.int8 else None
     quiet = options.quiet or options.json
+    registered = find_registered(options)
     source = find_model(options)
     report = export(
         source,
@@ -85,8 +88,44 @@ def export_model(options: argparse.Namespace) -> int:
         gate,
         lambda text: None if quiet else print(text, file=sys.stderr),
     )
+    if registered:
+        record(report, *registered, options.out)
     print(json.dumps(asdict(report)) if options.json else f"{report.text()}\n\n{options.out} is written")
     return 0
+
+
+def find_registered(options: argparse.Namespace) -> tuple[str, RegisteredModel] | None:
+    """The store and the version of a registered MODEL, which the options name by its number from here on."""
+    from minilm.orchestrator.tracking.client import tracking_uri
+    from minilm.orchestrator.tracking.registry import resolve
+
+    if not options.model.startswith("models:"):
+        return None
+    store = tracking_uri(options.workdir or DEFAULT_OUT)
+    found = resolve(store, options.model)
+    options.model = found.uri
+    return store, found
+
+
+def record(report: Report, store: str, model: RegisteredModel, out: Path) -> None:
+    """Note the results on the registered version; where that can't be, a warning: `out` is there, and says them too."""
+    from dataclasses import asdict
+
+    from minilm.orchestrator.errors import InfrastructureError
+    from minilm.orchestrator.tracking.exports import record_export
+    from minilm.orchestrator.tracking.promotion import Metric
+
+    metrics, drop = [], report.int8
+    if drop:
+        name = f"{drop.task}/{drop.metric}/{report.format}-int8"
+        metrics = [
+            Metric(name, drop.int8, drop.task, drop.data),
+            Metric(f"{name}-drop", drop.drop, drop.task, drop.data),
+        ]
+    try:
+        record_export(store, model, report.format, asdict(report), metrics)
+    except (UserError, InfrastructureError) as error:
+        print(f"minilm: warning: {out} is whole, but {model.uri} does not say so: {error}", file=sys.stderr)
 
 
 def find_model(options: argparse.Namespace) -> Source:
