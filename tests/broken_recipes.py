@@ -62,11 +62,20 @@ ROWS: list[tuple[list[str], str]] = [
         "--set: data.packing: given 'sentences'; allowed: 'full', 'document' or 'sentence'; did you mean 'sentence'?",
     ),
     (
+        ["data.language=German", "data.packing=sentence"],
+        "--set: data.language: given 'German'; allowed: a language's code, as en, de or pt-br",
+    ),
+    (
+        ["data.language=de"],
+        "FILE:2: data: given the keys text, tokenizer, seq_len, held_out, language; allowed: language with packing: "
+        "sentence; leave language out, or change packing",
+    ),
+    (
         ["data.tokeniser=x"],
         "--set: data.tokeniser: unknown key; did you mean 'tokenizer'?; allowed: corpora, "
         "shards, tokens, source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, "
-        "packing, held_out, text_field, line_documents, invalid_utf8, csv_separator, csv_header, csv_quoting, "
-        "csv_ragged, special_tokens, allow_skipped, source, options, window, cache, cache_gigabytes, "
+        "packing, language, held_out, text_field, line_documents, invalid_utf8, csv_separator, csv_header, "
+        "csv_quoting, csv_ragged, special_tokens, allow_skipped, source, options, window, cache, cache_gigabytes, "
         "on_corrupt, max_quarantined_share",
     ),
     (

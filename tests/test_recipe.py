@@ -515,7 +515,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
     )
     assert problems(tmp_path, text, "compute.device=gpu") == [
         "recipe.yaml:3: data.txt: unknown key; did you mean 'text'?; allowed: corpora, shards, tokens, "
-        "source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, packing, held_out, text_field, "
+        "source_tokenizer, fairseq_dict, encoder, text, tokenizer, seq_len, packing, language, held_out, text_field, "
         "line_documents, invalid_utf8, csv_separator, csv_header, csv_quoting, csv_ragged, special_tokens, "
         "allow_skipped, source, options, window, cache, cache_gigabytes, on_corrupt, max_quarantined_share",
         "recipe.yaml:6: stages.0.peak_lr: missing; add it (Learning rate at the end of the warm-up)",

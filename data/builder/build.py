@@ -24,7 +24,7 @@ from minilm.data.builder.fingerprint import finished_build, stamps_of
 from minilm.data.builder.local_pool import WorkerEnded
 from minilm.data.builder.phases import WORK, BuildProgress, BuildRun, Progress
 from minilm.data.builder.report import BuildReport
-from minilm.data.builder.sentences import TOKEN_SOURCES, no_sentences
+from minilm.data.builder.sentences import TOKEN_SOURCES, check_language, no_sentences
 from minilm.data.builder.work import Work
 from minilm.data.errors import DataError
 from minilm.data.format.manifest import FORMAT_VERSION, TokenizerInfo
@@ -53,6 +53,7 @@ def build(
     text_field: str | None = None,
     options: dict[str, Any] | None = None,
     special_tokens: str = "text",
+    language: str = "en",
     allow_skipped: float | None = None,
     rows_per_block: int = 1024,
     shard_bytes: int = 128 << 20,
@@ -75,6 +76,7 @@ def build(
         source="text",
         options={**(options or {}), "text_field": text_field},
         special_tokens=special_tokens,
+        language=language,
         allow_skipped=allow_skipped,
         seq_len=seq_len,
         packing=packing,
@@ -101,6 +103,7 @@ def import_data(
     seed: int = 0,
     processes: int | None = None,
     special_tokens: str = "text",
+    language: str = "en",
     allow_skipped: float | None = None,
     rows_per_block: int = 1024,
     shard_bytes: int = 128 << 20,
@@ -109,11 +112,13 @@ def import_data(
 ) -> BuildReport:
     """As `build`, from any source (data.sources.plugin); `options` are the source's own.
 
-    `special_tokens`: what their names in the text become, "text" or "tokens". `allow_skipped`: the share of records
-    that may give no document; None is the usual bound (accounts.MAX_SKIPPED)."""
+    `language`: of the text, for packing "sentence". `special_tokens`: what their names in the text become, "text" or
+    "tokens". `allow_skipped`: the share of records that may give no document; None is the usual bound
+    (accounts.MAX_SKIPPED)."""
     if special_tokens not in ("text", "tokens"):
         raise DataError(f"special_tokens {special_tokens!r} is not known; allowed: text, tokens")
     check_allowed(allow_skipped)
+    check_language(language, packing)
     _check(seq_len, packing, held_out, seed, rows_per_block, shard_bytes, processes)
     if packing == "sentence" and source in TOKEN_SOURCES:
         raise no_sentences(source)
@@ -135,6 +140,8 @@ def import_data(
         "special_tokens": special_tokens,
         "reader_version": READER_VERSION,
     }
+    if language != "en":  # as data sets were recorded before there were others
+        arguments["language"] = language
     with _disk_errors(out):
         done = finished_build(out, arguments, plan.files)
         if done is not None:
@@ -155,7 +162,9 @@ def import_data(
             layout = _layout(info, seq_len, packing, rows_per_block, shard_bytes)
             ids = (info.cls_id, info.sep_id, info.pad_id, info.unk_id)
             work = Work(source, plan.spec, plan.units, seed, held_out, packing, layout, *ids)
-            work = work._replace(special_tokens=special_tokens, names=plan.names or plan.files)
+            work = work._replace(
+                special_tokens=special_tokens, names=plan.names or plan.files, language=language
+            )
             processes = processes or len(os.sched_getaffinity(0))
             run = BuildRun(out, work, plan, info, processes, progress, on_ray, allow_skipped)
             try:

@@ -122,7 +122,7 @@ def _coded(
 
 
 def _encoded(encoder: Encoder, texts: list[Document], work: Work) -> list[list[list[int]]]:
-    split = [texts_of_rows(str(document.content), work.packing) for document in texts]
+    split = [texts_of_rows(str(document.content), work.packing, work.language) for document in texts]
     try:
         coded = iter(encoder.encode([text for own in split for text in own]))
         return [[next(coded) for _ in own] for own in split]

@@ -25,7 +25,8 @@ CONTINUES = np.uint32(1 << 31)  # in the length of a piece that goes on the docu
 
 class Work(NamedTuple):
     """What every task needs to know; written once as plan.json in the build's folder. `names`: what file numbers are
-    called; `special_tokens`: "text" or "tokens", what their names in the text become."""
+    called; `special_tokens`: "text" or "tokens", what their names in the text become; `language`: whose rules end its
+    sentences."""
 
     source: str
     spec: Any
@@ -40,6 +41,7 @@ class Work(NamedTuple):
     unk: int
     special_tokens: str = "text"
     names: list[str] | None = None
+    language: str = "en"
 
 
 def save_work(folder: Path, work: Work) -> None:

@@ -126,6 +126,7 @@ def _build_again(
     kept = ("seq_len", "packing", "held_out", "seed", "rows_per_block", "shard_bytes", "source", "options")
     options = {name: arguments[name] for name in kept}
     options["special_tokens"] = arguments.get("special_tokens", "tokens")  # of before there was a choice
+    options["language"] = arguments.get("language", "en")
     import_data(list(inputs or files), str(tokenizer), out, processes=processes, allow_skipped=1.0, **options)
 
 

@@ -46,6 +46,7 @@ def prepare_data(
             held_out=data.held_out,
             seed=recipe.seed,
             special_tokens=data.special_tokens,
+            language=data.language,
             allow_skipped=data.allow_skipped,
             progress=progress,
         )

@@ -68,7 +68,8 @@ def reading(recipe: Recipe) -> Reading:
         began, whole = time.perf_counter(), True
         items = text.read_unit(files[number], text.Unit(number, 0, files[number].num_bytes, 0, 1))
         for piece in pieces(items, Accounts()):
-            lengths = list(map(len, encoder.encode(texts_of_rows(str(piece.content), data.packing))))
+            rows = texts_of_rows(str(piece.content), data.packing, data.language)
+            lengths = list(map(len, encoder.encode(rows)))
             tokens += sum(lengths) + 1
             parts += sum(-(-length // content_len(data.seq_len)) for length in lengths)
             if time.perf_counter() - began > SAMPLE_SECONDS / SAMPLE_FILES:

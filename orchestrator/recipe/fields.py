@@ -195,6 +195,9 @@ Alias = Annotated[Slug, BeforeValidator(_alias)]
 CardText = Annotated[
     str, Field(pattern=r"^[^\s\x00-\x1f](.*[^\s])?$", max_length=300), _in_words("a line of text")
 ]
+LanguageCode = Annotated[
+    str, Field(pattern=r"^[a-z]{2,3}(-[a-z]+)*$"), _in_words("a language's code, as en, de or pt-br")
+]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
 Start = Annotated[
     str,

@@ -32,6 +32,7 @@ from minilm.orchestrator.recipe.fields import (
     CountFromZero,
     Fraction,
     HeldOutShare,
+    LanguageCode,
     LayerNumber,
     Layers,
     LearningRate,
@@ -128,6 +129,7 @@ BUILT_WITH = (
         "tokenizer",
         "seq_len",
         "packing",
+        "language",
         "held_out",
         "special_tokens",
         "allow_skipped",
@@ -157,6 +159,9 @@ class Data(_Section):
     packing: Literal["full", "document", "sentence"] = "full"
     """full: rows filled to the end, no padding; document: a row never crosses documents; sentence: each sentence is a
     row, cut where it is longer."""
+    language: LanguageCode = "en"
+    """Of the text: whose rules (of `sentencex`) say where a sentence ends, with packing: sentence. A language without
+    rules has those of English."""
     held_out: HeldOutShare = 0.01
     """Share of the documents (of tokens: of the rows) kept out of training and used to measure the divergence."""
     text_field: str | None = None
@@ -227,6 +232,8 @@ class Data(_Section):
             raise ValueError(
                 f"{of_text[0]} with source: text; {self.source} has options of its own, under options"
             )
+        if self.language != "en" and "text" in given and self.packing != "sentence":
+            raise ValueError("language with packing: sentence; leave language out, or change packing")
         if "text" in given and "tokenizer" not in given:
             raise ValueError("text: FILES with tokenizer: REFERENCE, the teacher's own")
         if "corpora" in given:
@@ -266,7 +273,7 @@ class Data(_Section):
             self.source == "text" and self.options is None
         ):  # as recipes were recorded before there were others
             del fields["source"], fields["options"]
-        for name in (*TEXT_OPTIONS[1:], "special_tokens"):
+        for name in (*TEXT_OPTIONS[1:], "special_tokens", "language"):
             if fields[name] == type(self).model_fields[name].default:
                 del fields[name]
         return fields

@@ -112,6 +112,9 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", type=Path, required=True)
     verb.add_argument("--seq-len", type=int, default=512)
     verb.add_argument("--packing", choices=("full", "document", "sentence"), default="full")
+    verb.add_argument(
+        "--language", default="en", metavar="CODE", help="of the text, for --packing sentence (default: en)"
+    )
     verb.add_argument("--held-out", type=float, default=0.01, help="share of documents kept for measuring")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument(
@@ -194,6 +197,7 @@ def _import(options: argparse.Namespace, inputs: Any, source: str, given: dict[s
             seed=options.seed,
             processes=options.processes,
             special_tokens=options.special_tokens,
+            language=options.language,
             allow_skipped=options.allow_skipped,
             progress=build_reporter(line, stop),
             on_ray=options.ray,
