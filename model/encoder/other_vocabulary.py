@@ -43,19 +43,20 @@ def with_vocabulary(
     config.vocab_size = len(rows)
     for key, value in special.items():
         setattr(config, key, value)
-    old, new = (family.reserved_positions(c.pad_token_id) for c in (model.config, config))
-    config.max_position_embeddings += new - old
+    first, new_first = (family.reserved_positions(c.pad_token_id) for c in (model.config, config))
+    config.max_position_embeddings += new_first - first
     with torch.random.fork_rng():
         made = _empty(model, config)
+    flat, lengths = torch.tensor([old for few in rows for old in few]), torch.tensor([*map(len, rows)])
     names, weights = _of_vocabulary(model), made.state_dict()
     for name, table in model.state_dict().items():
         if name in names:
-            weights[name].copy_(torch.stack([table[list(few)].mean(dim=0) for few in rows]))
-        elif new != old and name.endswith("position_embeddings.weight"):
-            weights[name].zero_()[new:].copy_(table[old:])
+            weights[name].copy_(torch.segment_reduce(table[flat], "mean", lengths=lengths, axis=0))
+        elif new_first != first and name.endswith("position_embeddings.weight"):
+            weights[name].zero_()[new_first:].copy_(table[first:])
         elif (
             weights[name].shape == table.shape
-        ):  # not the numbers of positions, which are as long as their table
+        ):  # ids of positions, a buffer, are as many as their table has rows
             weights[name].copy_(table)
     return made
 
