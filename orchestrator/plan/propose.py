@@ -181,10 +181,12 @@ def recipe_text(setting: Setting, proposals: Sequence[Proposal], chosen: Proposa
     """The chosen proposal's recipe, with its head."""
     wish, teacher = setting.wish, setting.teacher
     role = "an embedder" if wish.use == "embeddings" else "a student"
-    assistant = f" by an assistant of {teacher.layers} layers" if chosen.draft.assistant != "none" else ""
+    assistant = f" by an assistant of {teacher.layers} x {chosen.draft.hidden}" * (
+        chosen.draft.assistant != "none"
+    )
     purpose = (
-        f"{wish.teacher} ({teacher.layers} layers, hidden {teacher.hidden}) teaches {role} of {chosen.draft.layers} "
-        f"layers and hidden {chosen.draft.hidden}{assistant}: {chosen.parameters / 1e6:.1f} M parameters."
+        f"{wish.teacher} ({teacher.layers} x {teacher.hidden}) teaches {role} of {chosen.draft.shape}{assistant}: "
+        f"{chosen.parameters / 1e6:.1f} M parameters."
     )
     where = machine.device if wish.hardware == HERE else wish.hardware
     hours = (
