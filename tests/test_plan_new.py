@@ -11,7 +11,7 @@ import pytest
 
 from minilm.orchestrator.bench import stage_rate
 from minilm.orchestrator.cli import main
-from minilm.orchestrator.recipe.library import purpose_of
+from minilm.orchestrator.recipe.library import said_in_head
 from minilm.orchestrator.recipe.load import load_recipe
 from tests.conftest import make_embedder, make_teacher
 
@@ -71,7 +71,7 @@ def test_what_is_written_is_sound_and_costs_what_was_said(there, capsys):
     assert row[5] == f"{whole['flops']:.2e}" and whole["seconds"] <= 3600
     text = out.read_text()
     said = "teaches a student of 1 x 64 by an assistant of 2 x 64: 0.1 M parameters."
-    assert purpose_of(text).endswith(said)
+    assert said_in_head(text, "Purpose").endswith(said)
     for part in (
         "# Command:  minilm run ",
         "# Hours:    about ",

@@ -46,11 +46,12 @@ def list_recipes(options: argparse.Namespace) -> int:
         for recipe in recipes:
             print(json.dumps(asdict(recipe), ensure_ascii=False))
         return 0
-    rows = [("recipe", "students, layers x hidden", "teacher", "steps", "what it is for")]
+    rows = [("recipe", "students, layers x hidden", "teacher", "steps", "hours", "what it is for")]
     for one in recipes:
         sizes = ", then ".join(f"{s.layers} x {s.hidden}" for s in one.students)
         steps = f"{sum({s.stage: s.steps for s in one.students}.values()):,}"
-        rows.append((one.name, sizes, one.teacher, steps, one.purpose))
+        hours = one.hours.partition(",")[0].partition(": ")[0]
+        rows.append((one.name, sizes, one.teacher, steps, hours, one.purpose))
     print(f"{text_table(rows)}\n\nThey lie in {LIBRARY}; one is brought here by: minilm copy NAME")
     return 0
 
