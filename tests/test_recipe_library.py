@@ -459,7 +459,7 @@ def run_three_steps(file: str, teacher: Path, text: Path, work: Path) -> None:
     for stage in source["stages"]:
         own = few | {"student.hidden": 192, "student.ffn": 288}
         if stage.get("assistant") == "auto":  # of this teacher the rule would ask for none
-            own |= {"assistant": 22}
+            own |= {"assistant": 12}
         changes += [f"stages.{stage['name']}.{key}={value}" for key, value in own.items()]
     options = [word for change in changes for word in ("--set", change)]
     command = ["run", str(LIBRARY / file), "--launcher", "inline", "--workdir", str(work), "-q", *options]
