@@ -132,7 +132,7 @@ def test_an_editor_marks_completes_and_explains(editor: tuple[Client, str, list[
 
     where = {"textDocument": {"uri": uri}}
     explained = json.dumps(client.ask("textDocument/hover", where | {"position": place(lines, "peak_lr")}))
-    assert "Learning rate at the end of the warm-up" in explained
+    assert "Learning rate at the end of the warm-up" in explained and "Peak Lr" not in explained
 
     last = {"line": len(lines) - 1, "character": 4}
     found = client.ask("textDocument/completion", where | {"position": last})

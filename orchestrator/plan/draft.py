@@ -12,6 +12,7 @@ from minilm.orchestrator.plan.wish import MOST_WORKERS, Wish
 from minilm.orchestrator.recipe.library import LIBRARY
 from minilm.orchestrator.recipe.show import scalar
 
+FEW_STEPS = 4000  # below, the settings of the quickstart rather than of the papers
 EMBEDDINGS_SHARE = 4  # one part of the steps for the relations, so many for the vectors
 
 
@@ -127,12 +128,13 @@ def _stage(teacher: str, student: str, draft: Draft, steps: int, assistant: bool
         _beside(f"    steps: {steps}", draft.why),
         _beside(f"    peak_lr: {rate:g}", source),
         f"    warmup_steps: {warmup}",
-        f"    eval_every: {max(1, steps // 10)}",
+        f"    eval_every: {max(1, steps // (5 if steps < FEW_STEPS else 20))}",
+        f"    held_out_rows: {64 if steps < FEW_STEPS else 256}",
     ]
 
 
 def peak_lr(steps: int, *, relations: bool) -> float:
-    return 1e-3 if relations and steps < 4000 else 3e-4
+    return 1e-3 if relations and steps < FEW_STEPS else 3e-4
 
 
 def warmup_steps(steps: int) -> int:

@@ -110,8 +110,7 @@ def look_at(wish: Wish, out: Path) -> Setting:
         folder = folder_here(reference)
         config = load_config(folder or reference)
         shape = shape_of(config)
-        asked = folder is not None and wish.use == "embeddings"
-        unsaid = asked and read_layout(folder, shape.hidden) is None
+        unsaid = bool(folder and wish.use == "embeddings" and read_layout(folder, shape.hidden) is None)
     except (ModelError, UserError) as error:
         raise UserError(f"--teacher: {error}") from None
     packing = "sentence" if wish.use == "embeddings" else "full"
