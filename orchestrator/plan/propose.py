@@ -8,6 +8,7 @@ those that see enough tokens for their size the largest stands first; behind the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -170,8 +171,8 @@ def propose(
     if not proposals:
         least = min(one for one in settled if isinstance(one, float))
         raise UserError(
-            f"--budget: given {wish.budget.given}; the smallest student that fits the target takes {long(least)} for "
-            f"{FEWEST_STEPS} steps a stage; allowed: more than that, or faster hardware"
+            f"--budget: given {wish.budget.given}; the student that is trained soonest takes {long(math.ceil(least))} "
+            f"for {FEWEST_STEPS} steps a stage; allowed: that or more, or faster hardware"
         )
     return sorted(proposals, key=lambda one: one.rank(wish.use), reverse=True)[:SHOWN], machine
 

@@ -93,10 +93,9 @@ def add_new(verbs: Any) -> None:
         "new",
         "write a recipe for your teacher, text and hardware, by five questions or by flags",
         "minilm new mine.yaml",
-        "minilm new mine.yaml --teacher ./encoder --text corpus --use fine-tuning --target 22M --hardware here \\",
-        "    --budget 8h",
-        "minilm new search.yaml --teacher sentence-transformers/all-mpnet-base-v2 --text 'notes/*.txt' \\",
-        "    --use embeddings --target 10ms --hardware h100x4 --budget 1d",
+        "minilm new mine.yaml --teacher ./encoder --text corpus --use fine-tuning --target 22M --hardware h100x8 "
+        "--budget 2d",
+        "minilm new search.yaml --use embeddings --target 10ms",
     )
     new.add_argument("out", type=Path, metavar="OUT.yaml", help="the recipe; nothing may lie there yet")
     new.add_argument("--teacher", metavar="MODEL", help="a folder, package:NAME/FOLDER or a hub id")
