@@ -83,13 +83,14 @@ def test_what_is_written_is_sound_and_costs_what_was_said(there, capsys):
 
 
 def test_an_embedder_learns_relations_and_then_vectors(there, capsys):
-    assert new(there / "a.yaml", use="embeddings", teacher="./embedder") == 0
-    relations, vectors = load_recipe(there / "a.yaml").stages
+    a = there / "new" / "folder" / "a.yaml"
+    assert new(a, use="embeddings", teacher="./embedder") == 0
+    relations, vectors = load_recipe(a).stages
     assert (relations.objective, vectors.objective) == ("minilm", "embedding")
     assert vectors.students[0].init == relations.students[0].name and vectors.embedding is None
     assert new(there / "b.yaml", use="embeddings") == 0  # a teacher without modules.json
     assert load_recipe(there / "b.yaml").stages[-1].embedding.pooling == "mean"
-    assert main(["check", str(there / "a.yaml"), str(there / "b.yaml")]) == 0
+    assert main(["check", str(a), str(there / "b.yaml")]) == 0
     assert "sound" in capsys.readouterr().out
 
 
@@ -127,6 +128,7 @@ WRONG = {
     "no config": ({"teacher": "."}, "--teacher: given '.', which has no config.json; allowed: a model's folder"),
     "no package": ({"teacher": "package:nobody/model"}, "--teacher: given 'package:nobody/model', but no package "
                    "'nobody' is installed in this Python"),
+    "no tokenizer": ({"teacher": "./bare"}, "--teacher: tokenizer "),
     "registry": ({"teacher": "models:/a@b"}, "--teacher: given 'models:/a@b', and a model in a registry can't be looked"
                  " at; bring it here (minilm pull models:/a@b FOLDER) and give the folder"),
     "no form": ({"teacher": "a b"}, "--teacher: given 'a b'; allowed: "),
@@ -156,6 +158,8 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_an_answer_that_can_not_be_is_one_line_and_nothing_is_written(case, there, home, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115, PTH123 (pytest closes it)
+    (home / "bare").mkdir(exist_ok=True)
+    shutil.copy(home / "encoder" / "config.json", home / "bare")
     (home / "empty.txt").write_text("\n")
     (home / "short.txt").write_text("time year\n\nday man\n")
     changes, expected = WRONG[case]

@@ -92,7 +92,7 @@ def write_draft(wish: Wish, rows: Rows, draft: Draft, head: Sequence[str] = ()) 
     if wish.use == "embeddings":
         lines += [
             _beside("  - name: relations", "the layers learn what the teacher's attend to …"),
-            *_stage(teacher, f"{{name: start, {student}{init}}}", draft, draft.first_steps, assistant=True),
+            *_stage(teacher, f"{{name: start, {student}{init}}}", draft, draft.first_steps, relations=True),
             "",
             _beside("  - name: vectors", "… then all of the student learns the teacher's vectors"),
             f"    teacher: {teacher}",
@@ -114,11 +114,12 @@ def write_draft(wish: Wish, rows: Rows, draft: Draft, head: Sequence[str] = ()) 
     return "\n".join(lines) + "\n"
 
 
-def _stage(teacher: str, student: str, draft: Draft, steps: int, assistant: bool = False) -> list[str]:
-    rate, warmup = peak_lr(steps, relations=assistant), warmup_steps(steps)
-    source = "the papers' at 256 rows" if rate == 3e-4 else "the quickstart's: few steps need larger ones"
+def _stage(teacher: str, student: str, draft: Draft, steps: int, relations: bool = False) -> list[str]:
+    quick = relations and steps < FEW_STEPS and draft.init != "teacher-layers"
+    rate, warmup = 1e-3 if quick else 3e-4, warmup_steps(steps)
+    source = "the quickstart's: few steps need larger ones" if quick else "the papers' at 256 rows"
     lines = [f"    teacher: {teacher}"] if teacher else []
-    if assistant and draft.assistant != "none":
+    if relations and draft.assistant != "none":
         rule = "a teacher assistant where the papers' rule asks for one"
         lines.append(_beside(f"    assistant: {draft.assistant}", rule))
     return [
@@ -131,10 +132,6 @@ def _stage(teacher: str, student: str, draft: Draft, steps: int, assistant: bool
         f"    eval_every: {max(1, steps // (5 if steps < FEW_STEPS else 20))}",
         f"    held_out_rows: {64 if steps < FEW_STEPS else 256}",
     ]
-
-
-def peak_lr(steps: int, *, relations: bool) -> float:
-    return 1e-3 if relations and steps < FEW_STEPS else 3e-4
 
 
 def warmup_steps(steps: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from minilm.data.errors import DataError
+from minilm.data.tokenizer import load_tokenizer
 from minilm.model.encoder.build import build_student
 from minilm.model.encoder.initialize import check_start
 from minilm.model.encoder.sentence_layout import read_layout
@@ -106,13 +108,17 @@ class Setting:
 
 def look_at(wish: Wish, out: Path) -> Setting:
     """Reads the teacher's config and, where it is here, a little of the text. Raises `UserError`."""
-    reference = str(out.parent / wish.teacher) if wish.teacher.startswith(".") else wish.teacher
+    reference = wish.teacher
+    if reference.startswith("."):  # from a folder that need not be there yet
+        reference = os.path.abspath(out.parent / reference)  # noqa: PTH100 (resolve follows links)
     try:
         folder = folder_here(reference)
         config = load_config(folder or reference)
         shape = shape_of(config)
         unsaid = bool(folder and wish.use == "embeddings" and read_layout(folder, shape.hidden) is None)
-    except (ModelError, UserError) as error:
+        if folder:
+            load_tokenizer(folder)
+    except (ModelError, DataError, UserError) as error:
         raise UserError(f"--teacher: {error}") from None
     packing = "sentence" if wish.use == "embeddings" else "full"
     rows = Rows(min(LONGEST[wish.use], shape.max_tokens), packing, USUAL)
