@@ -20,13 +20,14 @@ import traceback
 from minilm.data.errors import DataError
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import RecipeErrors, Stopped, UserError
-from minilm.orchestrator.verbs.about import Version, add_completion, add_copy, add_list
+from minilm.orchestrator.verbs import data_build, data_order, data_verify
+from minilm.orchestrator.verbs.about import Version, add_completion
 from minilm.orchestrator.verbs.arguments import Parser, add_group, add_verbs
 from minilm.orchestrator.verbs.bench import add_bench_verbs
 from minilm.orchestrator.verbs.check import add_check
 from minilm.orchestrator.verbs.convert import add_export, add_shrink
-from minilm.orchestrator.verbs.data import add_data_verbs
 from minilm.orchestrator.verbs.evaluate import add_evaluate
+from minilm.orchestrator.verbs.library import add_copy, add_list, add_new
 from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
 from minilm.orchestrator.verbs.plan import add_plan
 from minilm.orchestrator.verbs.run import add_run
@@ -117,6 +118,7 @@ def parser() -> Parser:
     add_status(verbs)
     add_list(verbs)
     add_copy(verbs)
+    add_new(verbs)
     build = "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books"
     what = "build, import, look at and care for data sets"
     add_data_verbs(add_group(verbs, "data", what, build, "minilm data inspect books"))
@@ -130,6 +132,19 @@ def parser() -> Parser:
     add_register(verbs)
     add_completion(verbs, top)
     return top
+
+
+def add_data_verbs(data: argparse.ArgumentParser) -> None:
+    verbs = add_verbs(data)
+    data_build.add_build(verbs)
+    data_build.add_import(verbs)
+    data_verify.add_verify(verbs)
+    data_order.add_verify_run(verbs)
+    data_verify.add_repair(verbs)
+    data_verify.add_inspect(verbs)
+    data_verify.add_convert(verbs)
+    data_order.add_explain(verbs)
+    data_order.add_where(verbs)
 
 
 if __name__ == "__main__":

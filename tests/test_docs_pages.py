@@ -10,8 +10,9 @@ import pytest
 
 from minilm.orchestrator.recipe import reference
 from minilm.orchestrator.recipe.library import packaged_recipes
-from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.recipe.load import load_recipe, read_recipe
 from minilm.orchestrator.recipe.schema import SECTIONS
+from minilm.orchestrator.verbs.library import QUESTIONS
 from tests.rooms import PACKAGES, modules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,13 +96,9 @@ def test_the_sizes_are_those_of_the_packaged_recipes():
 
 def test_the_rates_are_those_of_the_packaged_recipes():
     rows = {int(row[0].replace(",", "")): row[1:] for row in table("sizes.md", "rows a step")}
-    seen = set()
-    others = {
-        "quickstart",
-        "embed-quickstart",
-        "embed-mpnet-l6-h384",
-        "embed-mpnet-from-minilm",
-    }  # no paper's
+    seen, others = set(), {"quickstart", "embed-quickstart", "embed-mpnet-l6-h384"}  # not of the papers
+    others |= {"modernbert-l7-h256", "modernbert-l10-h384", "eurobert-l6-h384", "domain-adapt", "tiny-cpu"}
+    others |= {"embed-mpnet-from-minilm"}
     for packaged in packaged_recipes():
         for stage in load_recipe(packaged.file).stages if packaged.name not in others else ():
             rates, warmup = rows[stage.batch]
@@ -109,6 +106,16 @@ def test_the_rates_are_those_of_the_packaged_recipes():
             assert stage.peak_lr in {float(rate) for rate in re.findall(r"\de-\d", rates)}
             assert stage.warmup_steps == int(warmup.replace(",", ""))
     assert seen == set(rows)
+
+
+def test_the_first_recipe_is_one_and_its_page_asks_the_questions_of_today():
+    page = (ROOT / "docs" / "first-recipe.md").read_text(encoding="utf-8")
+    assert all(question in page for question in QUESTIONS.values())
+    written = re.search(r"```yaml\n(.*?)```", page, flags=re.DOTALL)[1]
+    recipe = read_recipe("first.yaml", text=written)[0]
+    assert [f"{stage.steps} x {stage.batch}" for stage in recipe.stages] == [
+        "122 x 16"
+    ] and "122 x 16" in page
 
 
 def test_the_diagram_of_a_curriculum_names_the_stages_of_the_example():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from minilm.data.errors import DataError
+from minilm.orchestrator.cli import add_data_verbs
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.verbs.bench import add_bench_verbs
-from minilm.orchestrator.verbs.data import add_data_verbs
 from tests.data_cases import make_documents, make_tokenizer
 from tests.test_data_foreign_formats import write_megatron
 

@@ -81,17 +81,19 @@ def build_student(
     seed: int,
     head: bool = False,
     max_tokens: int | None = None,
+    device: str = "cpu",
 ) -> PreTrainedModel:
-    """A randomly initialised encoder of the teacher's architecture and vocabulary, on CPU, float32, in train mode.
+    """A randomly initialised encoder of the teacher's architecture and vocabulary, float32, in train mode.
 
     Its sizes are those of `student_shape`, which also says what is refused. dropout: of hidden states and attention
-    alike. max_tokens: the longest row that it takes, the teacher's unless given.
+    alike. max_tokens: the longest row that it takes, the teacher's unless given. device: "cpu", where `seed` gives the
+    weights, or "meta", where there are none.
     """
     shape = student_shape(
         shape_of(teacher_config), layers=layers, hidden=hidden, heads=heads, ffn=ffn, max_tokens=max_tokens
     )
     config = _resize(teacher_config, shape, dropout)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)
         build = AutoModelForMaskedLM if head else AutoModel
         attention = family_of(teacher_config).attention

@@ -82,7 +82,7 @@ class Summary:
                 f"  the pictures       {Path(last.folder).parent.parent}/*.png",
                 f'  load the student   {command("python")} -c "{load}"',
                 f"  pull it            {command('minilm')} pull models:/{name}@{self.alias} DIR{registry}",
-                f"  another recipe     {command('minilm')} check recipes/*.yaml",
+                f"  another recipe     {command('minilm')} new other.yaml",
             )
         )
 

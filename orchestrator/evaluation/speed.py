@@ -65,6 +65,13 @@ def measure(models: Sequence[PreTrainedModel], device: torch.device) -> list[Siz
     ]
 
 
+def row_milliseconds(model: PreTrainedModel) -> float:
+    """The median for one row, after a warm-up, on the fastest device of this machine."""
+    device = this_device()
+    (taken,) = _turns([model.to(device).eval()], 1, SINGLES // 3, device)
+    return 1000 * float(np.median(taken))
+
+
 def _turns(
     models: Sequence[PreTrainedModel], rows: int, rounds: int, device: torch.device
 ) -> list[list[float]]:

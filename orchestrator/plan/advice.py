@@ -36,8 +36,7 @@ class _Shape(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Of the matrices of its layers."""
-        return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.ffn)
+        return weights_in_layers(self.layers, self.hidden, self.ffn)
 
     def __str__(self) -> str:
         return f"{self.layers} x {self.hidden}"
@@ -71,6 +70,11 @@ def advice(
         shapes |= students
         teachers |= dict.fromkeys(students, teacher)
     return lines
+
+
+def weights_in_layers(layers: int, hidden: int, ffn: int) -> int:
+    """Of the matrices of an encoder's layers."""
+    return layers * (4 * hidden**2 + 2 * hidden * ffn)
 
 
 def _teacher(stage: Stage, here: ResolvedStage | None) -> _Shape | None:

@@ -123,6 +123,7 @@ def build_stage(resolved: ResolvedStage, configs: dict[str, PreTrainedConfig], d
             seed=0,
             head=objective.needs_head,
             max_tokens=shape.max_tokens,
+            device="meta" if device == "meta" else "cpu",
         )
         students[student.name] = TappedEncoder(built, student.layers)
         if objective.embeds:

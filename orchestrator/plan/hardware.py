@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.plan.cost import Machine
 
 SHARE_OF_PEAK = (
     0.25  # large models reach 0.35 to 0.55 of a peak; small encoders, with their short products, less
@@ -48,3 +49,16 @@ def parse_hardware(text: str) -> tuple[str, int]:
             f"for another device, --measure on it"
         )
     return found["name"], int(found["count"] or 1)
+
+
+def machine_by_sheet(
+    name: str, precision: str, *, share: float | None = None, bandwidth: float | None = None
+) -> Machine:
+    """A row of `DEVICES`, with `share` of its peak (default: `SHARE_OF_PEAK`) and bytes a second between two of it."""
+    sheet, share = DEVICES[name], share or SHARE_OF_PEAK
+    peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
+    source = (
+        f"{share:.0%} of {peak / 1e12:,.4g} TFLOP/s, {name}'s peak of dense {precision} products "
+        f"({sheet.sheet}); that a step reaches so much is an assumption"
+    )
+    return Machine(share * peak, "cuda", precision, sheet.memory, source, bandwidth=bandwidth or sheet.link)

@@ -29,12 +29,14 @@ SAMPLE_FILES, SAMPLE_SECONDS = 4, 1.0
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows to train on, exact or `estimated`, and the share of a step's rows that come from here."""
+    """Rows to train on, exact or `estimated`, and the share of a step's rows that come from here. longest: tokens that
+    95 % of the sampled texts have at most, 0 where there is no text."""
 
     name: str
     rows: float
     share: float
     estimated: bool = False
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def reading(recipe: Recipe) -> Reading:
     plan = text.plan(text_inputs(data.text), tokenizer, data.source_options())
     files = [text.TextFile(*values) for values in plan.spec]
     read, seconds, tokens, parts = 0.0, 0.0, 0, 0
+    all_lengths: list[int] = []
     for number in _spread(len(files)):
         began, whole = time.perf_counter(), True
         items = text.read_unit(files[number], text.Unit(number, 0, files[number].num_bytes, 0, 1))
@@ -71,6 +74,7 @@ def reading(recipe: Recipe) -> Reading:
             rows = texts_of_rows(str(piece.content), data.packing, data.language)
             lengths = list(map(len, encoder.encode(rows)))
             tokens += sum(lengths) + 1
+            all_lengths += lengths
             parts += sum(-(-length // content_len(data.seq_len)) for length in lengths)
             if time.perf_counter() - began > SAMPLE_SECONDS / SAMPLE_FILES:
                 whole = False
@@ -81,7 +85,8 @@ def reading(recipe: Recipe) -> Reading:
     scale = num_bytes / max(read, 1.0)
     in_rows = tokens / content_len(data.seq_len) if data.packing == "full" else parts
     processes = len(os.sched_getaffinity(0))
-    corpus = Corpus("text", scale * in_rows * (1 - data.held_out), 1.0, estimated=scale > 1)
+    longest = sorted(all_lengths)[len(all_lengths) * 95 // 100] if all_lengths else 0
+    corpus = Corpus("text", scale * in_rows * (1 - data.held_out), 1.0, scale > 1, longest)
     return Reading((corpus,), num_bytes, scale * seconds / processes, processes)
 
 

@@ -10,14 +10,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic.json_schema import GenerateJsonSchema
+
 from minilm.orchestrator.recipe.schema import CORPUS_PLACES, Recipe
 
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "recipes" / "schema.json"
 
 
+class _Untitled(GenerateJsonSchema):
+    """Without titles of keys: an editor would show "Peak Lr" above what peak_lr means."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe file."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    own = Recipe.model_json_schema(schema_generator=_Untitled)
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **own}
     kinds = schema["$defs"]
     schema["required"].remove("tracking")
     kinds["Tracking"].pop("required")

@@ -26,11 +26,12 @@ class PackagedStudent:
 
 @dataclass(frozen=True)
 class PackagedRecipe:
-    """teacher: of the first stage, as the file has it. purpose: the sentence in the file's head. students: in order."""
+    """teacher: of the first stage, as the file has it. purpose, hours: of the file's head. students: in order."""
 
     name: str
     file: str
     purpose: str
+    hours: str
     teacher: str
     students: tuple[PackagedStudent, ...]
 
@@ -47,9 +48,10 @@ def describe(path: Path) -> PackagedRecipe:
         for stage in recipe.stages
         for student in stage.students
     )
-    purpose = purpose_of(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    teacher = recipe.stages[0].result_fields()["teacher"]
     return PackagedRecipe(
-        recipe.name, str(path), purpose, recipe.stages[0].result_fields()["teacher"], students
+        recipe.name, str(path), said_in_head(text, "Purpose"), said_in_head(text, "Hours"), teacher, students
     )
 
 
@@ -84,11 +86,11 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
     return list(copies)
 
 
-def purpose_of(text: str) -> str:
-    """The part "Purpose:" of a file's head, on one line; "" where there is none."""
+def said_in_head(text: str, key: str) -> str:
+    """A part of a file's head, as "Purpose", on one line; "" where there is none."""
     words: list[str] = []
     for line in text.splitlines():
-        _, mark, rest = line.partition("# Purpose:")
+        _, mark, rest = line.partition(f"# {key}:")
         if mark:
             words.append(rest.strip())
         elif words and line.startswith("#           "):

@@ -63,12 +63,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return read_recipe(path, overrides)[0]
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Source]:
+def read_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, text: str | None = None
+) -> tuple[Recipe, Source]:
     """The recipe, and where its values stand: paths of `Source` are those of the recipe's own values.
 
-    Raises RecipeErrors with a line for every problem.
+    text: what the file is to hold that is not written yet. Raises RecipeErrors with a line for every problem.
     """
-    source = read_chain(Path(path))
+    source = read_chain(Path(path), text)
     override(source, overrides)
     if "extends" in source.values:
         raise RecipeErrors(

@@ -54,7 +54,7 @@ def as_yaml(recipe: Recipe, source: Source, *head: str) -> str:
             if shown.path[: depth + 1] != within[: depth + 1]:
                 lines += _heading(shown.path[: depth + 1], source)
         within = shown.path[:-1]
-        text = f"{_indent(shown.path)}{shown.path[-1]}: {_scalar(shown.value)}"
+        text = f"{_indent(shown.path)}{shown.path[-1]}: {scalar(shown.value)}"
         lines.append(f"{text:<{COLUMN}}  # {shown.origin}")
     return "\n".join(_with_dashes(lines)) + "\n"
 
@@ -134,9 +134,10 @@ def _with_dashes(lines: list[str]) -> Iterator[str]:
             yield line
 
 
-def _scalar(value: Any) -> str:
+def scalar(value: Any) -> str:
+    """A plain value, or a list of such, as YAML that reads back as it."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_scalar, value))}]"
+        return f"[{', '.join(map(scalar, value))}]"
     if isinstance(value, str) and _PLAIN.fullmatch(value) and plain_value(value) == value:
         return value
     text = json.dumps(value, ensure_ascii=False)

@@ -103,10 +103,10 @@ class Source:
         return f"{self.place(path)}: {dotted}: {text}" if dotted else f"{self.place(path)}: {text}"
 
 
-def read_file(file: Path) -> Source:
-    """The values of one file. Raises RecipeErrors."""
+def read_file(file: Path, text: str | None = None) -> Source:
+    """The values of one file. text: what it would hold; it need not be there then. Raises RecipeErrors."""
     try:
-        raw = file.read_bytes()
+        raw = file.read_bytes() if text is None else text.encode()
     except OSError as error:
         raise RecipeErrors([f"{file}: can't read the recipe: {error.strerror}"]) from None
     if len(raw) > MAX_FILE_BYTES:

@@ -1,15 +1,13 @@
-"""What comes with the command: `minilm --version`, `minilm list`, `minilm copy` and `minilm completion`."""
+"""What comes with the command: `minilm --version` and `minilm completion`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minilm.orchestrator.verbs.arguments import Parser, add_json, add_verb
+from minilm.orchestrator.verbs.arguments import Parser, add_verb
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -29,58 +27,6 @@ class Version(argparse.Action):
         version = versions([OURS]).get(OURS, "(not installed)")
         print(f"minilm {version}" + (f" (commit {commit})" if commit else ""))
         parser.exit()
-
-
-def add_list(verbs: Any) -> None:
-    listed = add_verb(
-        verbs,
-        "list",
-        "list the recipes that come with this package",
-        "minilm list",
-        "minilm list --json",
-    )
-    add_json(listed, "print a JSON object a recipe")
-    listed.set_defaults(run=list_recipes)
-
-
-def list_recipes(options: argparse.Namespace) -> int:
-    from minilm.orchestrator.recipe.library import LIBRARY, packaged_recipes
-    from minilm.orchestrator.system.text import text_table
-
-    recipes = packaged_recipes()
-    if options.json:
-        for recipe in recipes:
-            print(json.dumps(asdict(recipe), ensure_ascii=False))
-        return 0
-    rows = [("recipe", "students, layers x hidden", "teacher", "steps", "what it is for")]
-    for one in recipes:
-        sizes = ", then ".join(f"{s.layers} x {s.hidden}" for s in one.students)
-        steps = f"{sum({s.stage: s.steps for s in one.students}.values()):,}"
-        rows.append((one.name, sizes, one.teacher, steps, one.purpose))
-    print(f"{text_table(rows)}\n\nThey lie in {LIBRARY}; one is brought here by: minilm copy NAME")
-    return 0
-
-
-def add_copy(verbs: Any) -> None:
-    copy = add_verb(
-        verbs,
-        "copy",
-        "bring a recipe that comes with this package here, to change it",
-        "minilm copy quickstart",
-        "minilm copy bert-l6-h384-ta --to recipes-of-mine",
-    )
-    copy.add_argument("name", metavar="NAME", help="as `minilm list` has it")
-    copy.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="(default: the current one)")
-    copy.set_defaults(run=copy_recipe)
-
-
-def copy_recipe(options: argparse.Namespace) -> int:
-    from minilm.orchestrator.recipe.library import copy_recipe
-
-    first, *others = copy_recipe(options.name, options.to)
-    beside = f", and what it extends beside it: {', '.join(map(str, others))}" if others else ""
-    print(f"{first} is yours{beside}; look at it with: minilm check {first}")
-    return 0
 
 
 def add_completion(verbs: Any, top: Parser) -> None:

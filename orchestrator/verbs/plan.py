@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import UserError
@@ -124,7 +125,7 @@ def machine_of(
     import torch
 
     from minilm.orchestrator.plan.cost import Machine, flops_per_second
-    from minilm.orchestrator.plan.hardware import DEVICES, SHARE_OF_PEAK, parse_hardware
+    from minilm.orchestrator.plan.hardware import machine_by_sheet, parse_hardware
 
     names = [work.stage for work in works]
     if options.stage not in (None, *names):
@@ -134,15 +135,10 @@ def machine_of(
     work = works[names.index(options.stage or names[0])]
     link = (options.interconnect or 1.0) * 1e9
     if options.hardware:
-        name, count = parse_hardware(options.hardware)
-        sheet, share = DEVICES[name], options.share_of_peak or SHARE_OF_PEAK
-        peak = sheet.bfloat16 if precision == "bfloat16" else sheet.float32
-        source = (
-            f"{share:.0%} of {peak / 1e12:,.4g} TFLOP/s, {name}'s peak of dense {precision} products "
-            f"({sheet.sheet}); that a step reaches so much is an assumption (--share-of-peak)"
-        )
-        link = options.interconnect * 1e9 if options.interconnect else sheet.link
-        return Machine(share * peak, device, precision, sheet.memory, source, bandwidth=link)
+        name, _ = parse_hardware(options.hardware)
+        own_link = link if options.interconnect else None
+        machine = machine_by_sheet(name, precision, share=options.share_of_peak, bandwidth=own_link)
+        return replace(machine, source=f"{machine.source} (--share-of-peak)")
     rate, source = (
         options.tokens_per_second,
         f"{options.tokens_per_second or 0:g} tokens/s in stage {work.stage}, as given",

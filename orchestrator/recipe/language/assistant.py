@@ -40,6 +40,7 @@ HUB_SHAPES = {
     "FacebookAI/xlm-roberta-large": (24, 1024),
     "answerdotai/ModernBERT-base": (22, 768),
     "answerdotai/ModernBERT-large": (28, 1024),
+    "EuroBERT/EuroBERT-210m": (12, 768),
     "microsoft/mpnet-base": (12, 768),
     "sentence-transformers/all-mpnet-base-v2": (12, 768),
     "sentence-transformers/all-MiniLM-L6-v2": (6, 384),
@@ -77,7 +78,7 @@ def known_tokens(reference: str) -> int | None:
     """The longest row that a model takes which the papers name by its hub id."""
     if reference not in HUB_SHAPES:
         return None
-    return 8192 if "ModernBERT" in reference else 512
+    return 8192 if reference.startswith(("answerdotai/ModernBERT-", "EuroBERT/")) else 512
 
 
 def expand(source: Source, *, may_add: bool = True) -> tuple[Source, list[tuple[KeyPath, str]]]:

@@ -33,13 +33,13 @@ class _Node:
     value: Any
 
 
-def read_chain(file: Path) -> Source:
-    """`file` merged over what it extends. Raises RecipeErrors."""
+def read_chain(file: Path, text: str | None = None) -> Source:
+    """`file` merged over what it extends. text: as for `read_file`. Raises RecipeErrors."""
     sources: list[Source] = []
     seen: list[Path] = []
     following: Path | None = file
     while following is not None:
-        source = read_file(following)
+        source = read_file(following, text if following is file else None)
         if not isinstance(source.values, dict):
             what = "the file is empty" if source.values is None else "the file is not a mapping"
             raise RecipeErrors([f"{source.file}:1: {what}; allowed: a recipe with name, data and stages"])
