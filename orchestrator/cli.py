@@ -31,7 +31,7 @@ from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
 from minilm.orchestrator.verbs.plan import add_plan
 from minilm.orchestrator.verbs.run import add_run
 from minilm.orchestrator.verbs.show import add_diff, add_show
-from minilm.orchestrator.verbs.status import add_status
+from minilm.orchestrator.verbs.status import add_status, add_watch
 
 LOG_LEVELS = (logging.NOTSET, logging.INFO, logging.DEBUG)  # by number of -v; NOTSET: the root's, warnings
 
@@ -115,6 +115,7 @@ def parser() -> Parser:
     add_show(verbs)
     add_diff(verbs)
     add_status(verbs)
+    add_watch(verbs)
     add_list(verbs)
     add_copy(verbs)
     build = "minilm data build corpus/*.txt --tokenizer google-bert/bert-base-uncased --out books"
