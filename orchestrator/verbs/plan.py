@@ -120,7 +120,8 @@ def rehearse_recipe(options: argparse.Namespace) -> int:
             assumed=assumed(recipe),
             keep=options.keep,
         )
-    print_report(report, options)
+    if ended.exit_code != UserError.exit_code:
+        print_report(report, options)
     check(report, ended, options.minutes)
     return 0
 

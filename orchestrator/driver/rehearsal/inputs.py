@@ -1,4 +1,4 @@
-"""What a rehearsal reads: the real data set, models and tasks where that needs no writing, else a small part of them."""
+"""What a rehearsal reads: the real data set, models and tasks where that needs no writing, else a part of them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Inputs:
         return reference
 
     def registry(self) -> RunFolder:
-        """Where registered models are pulled to, with a copy of the real run's own registry; a server is asked itself."""
+        """Where registered models are pulled to, with a copy of the real run's own registry; a server is asked."""
         own, store = RunFolder(self.scratch.root / "registry"), self.real.root / "mlflow.db"
         copy = own.root / store.name
         if not store.exists() and not os.environ.get("MLFLOW_TRACKING_URI"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from minilm.orchestrator.checkpoint.store import step_of
 from minilm.orchestrator.driver.run_status import whole_json
 from minilm.orchestrator.driver.status_line import StatusLine
 from minilm.orchestrator.stage.folder import RunFolder
-from minilm.orchestrator.system.processes import Process
+from minilm.orchestrator.system.processes import Process, descendants, end_all
 from minilm.orchestrator.system.signals import StopRequest
 
 POLL_SECONDS, END_SECONDS = 0.02, 60.0
@@ -89,7 +88,7 @@ def play(
 ) -> Ended:
     """`minilm run` with `arguments`, until it ends by itself, `kill_when()` holds or `deadline` (monotonic) has come.
 
-    log: what it writes on standard error is appended there.
+    A kill is that of all its processes on this machine. log: what it writes on standard error is appended there.
     """
     with log.open("ab") as errors:
         process = subprocess.Popen(
@@ -109,7 +108,11 @@ def play(
             watcher.look()
             now = time.monotonic()
             if kill_when():
-                os.kill(process.pid, signal.SIGKILL)
+                below = descendants(
+                    process.pid
+                )  # a cluster of its own, whose workers would go on for a while
+                process.kill()
+                end_all(below)
                 process.wait()
                 return Ended(None)
             if not asked and (stop.requested or now > deadline):

@@ -155,11 +155,11 @@ def resumed(
             f"killed behind the last step of stage {stage}, and went on from there",
         )
     first = [s for attempt, s in watcher.seen[stage].first_steps.items() if attempt not in attempts]
-    if not first:
-        return Part(name, False, f"killed in stage {stage} with step {step} saved, and did not go on")
-    return Part(
-        name, first[0] >= step, f"killed in stage {stage} with step {step} saved, went on at step {first[0]}"
-    )
+    said = f"killed in stage {stage} with step {step} saved"
+    if not first:  # workers on a cluster that was joined may have come to the stage's end by themselves
+        ok = ended.exit_code == 0
+        return Part(name, ok, f"{said}, and went on behind it" if ok else f"{said}, and did not go on")
+    return Part(name, first[0] >= step, f"{said}, went on at step {first[0]}")
 
 
 def parts_behind(recipe: Recipe, run: RunFolder) -> list[Part]:

@@ -1,4 +1,4 @@
-"""What a rehearsal has shown: the parts that were seen, rates and memory beside the plan's, what the whole will take."""
+"""What a rehearsal has shown: the parts that were seen, rates and memory beside the plan's, what the whole takes."""
 
 from __future__ import annotations
 
