@@ -18,22 +18,27 @@ CHUNKS = {"cpu": 1 << 17, "cuda": 1 << 24}  # gradients that are made integers a
 class Body:
     """An encoder as far as it runs, up to its tap.
 
-    parameters: of all that is loaded; trained: of those that get a gradient; matrices: elements of the weight matrices
-    that every token is multiplied by; attentions: layers whose attention runs (the tapped one's does not).
+    parameters: of all that is loaded; trained: of those that get a gradient. matrices: elements of the weight matrices
+    that a token is multiplied by, of those that few tokens of a row meet (a head's, a pooler's) the share; untrained:
+    the same of matrices that run and get no gradient. attentions: layers whose attention runs (the tapped one's does
+    not); keeps_maps: whether their backward pass has the scores still, and does not compute them again.
     """
 
     parameters: int
     trained: int
-    matrices: int
+    matrices: float
     layers: int
     attentions: int
     hidden: int
     ffn: int
+    untrained: float = 0.0
+    keeps_maps: bool = False
 
 
 @dataclass(frozen=True)
 class Work:
-    """One stage. relations: how many the loss compares; exact: gradients are summed as integers.
+    """One stage. relations: how many the loss compares, in the last layers or in `every_layer` of a student; exact:
+    gradients are summed as integers.
 
     activation_bytes: 4, or 2 where the forward pass is in bfloat16. device: cpu or cuda. until: `steps` are the most.
     """
@@ -52,6 +57,7 @@ class Work:
     activation_bytes: int = FLOAT
     device: str = "cpu"
     until: bool = False
+    every_layer: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -159,17 +165,24 @@ def plan(work: Work, machine: Machine, workers: Sequence[int]) -> Plan:
 
 def flops_a_token(work: Work) -> Flops:
     """A product with a weight matrix: 2 operations an element forward, twice that backward. Attention over T tokens:
-    4·T·hidden forward; backward 10, as the scores are computed again. A relation: 2·T·hidden for each side, and 4 more
-    for the student's gradient, taken in the same pass."""
+    4·T·hidden forward; backward 10 where the scores are computed again, else 8. A relation: 2·T·hidden for each side,
+    and 4 more for the student's gradient, taken in the same pass."""
     length = work.seq_len
 
     def attention(body: Body) -> int:
         return length * body.hidden * body.attentions
 
-    teacher = 2 * work.teacher.matrices + 4 * attention(work.teacher)
-    students = sum(6 * body.matrices + 14 * attention(body) for body in work.students)
+    teacher = 2 * (work.teacher.matrices + work.teacher.untrained) + 4 * attention(work.teacher)
+    students = sum(
+        6 * body.matrices + 2 * body.untrained + (12 if body.keeps_maps else 14) * attention(body)
+        for body in work.students
+    )
     relations = sum(
-        work.relations * length * (2 * work.teacher.hidden + 6 * body.hidden) for body in work.students
+        work.relations
+        * (body.layers if work.every_layer else 1)
+        * length
+        * (2 * work.teacher.hidden + 6 * body.hidden)
+        for body in work.students
     )
     return Flops(teacher, students, relations)
 
