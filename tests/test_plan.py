@@ -12,11 +12,13 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from minilm.data.format.manifest import load_manifest
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
+from minilm.model.encoder.sentence_head import SentenceHead, save_head
+from minilm.model.encoder.sentence_layout import SentenceLayout
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.bench.loss import peak_bytes
@@ -36,10 +38,12 @@ from minilm.orchestrator.plan.cost import (
 from minilm.orchestrator.plan.reading import reading
 from minilm.orchestrator.plan.report import table
 from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.step import StudentState, num_values, train_step
 from tests.conftest import make_teacher
 from tests.test_driver_curriculum import write_recipe
+from tests.test_recipe_library import LIBRARY, SHAPES, teachers
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,66 @@ def test_operations_and_parameters_are_those_that_are_counted(larger, tmp_path, 
     for body, (name, student) in zip(work.students, distiller.students.items(), strict=True):
         assert body.parameters == count_parameters(student.model)
         assert body.trained == sum(p.numel() for p in distiller.trained_parameters(name).values())
+
+
+TEN = {  # recipe: what is special about it
+    "bert-l6-h384-ta": "an assistant",
+    "bert-l6-h384-attention-only": "values run and are read by nothing",
+    "bert-l6-h384-value-mse": "a projection",
+    "bert-l6-h384-layer-to-layer": "a loss on every layer",
+    "bert-l6-h384-hidden-relation": "the last layer runs to its end",
+    "bert-l6-h384-soft-label-mlm": "heads, at some tokens",
+    "v2-bert-large-l6-h384": "a layer in the middle, relation heads",
+    "v2-roberta-large-l12-h384": "RoBERTa",
+    "xlmr-l12-h384": "XLM-R",
+    "embed-mpnet-l6-h384": "a learned position bias; vectors",
+}
+
+
+def stand_in(recipe_name: str, folder: Path, *, seq_len: int, **sizes: int) -> Recipe:
+    """The packaged recipe with teachers of its own layers and heads, and of these sizes: `hidden`, `vocabulary`."""
+    recipe = load_recipe(LIBRARY / f"{recipe_name}.yaml")
+    hidden = sizes["hidden"]
+
+    def make(reference: str) -> str:
+        kind, layers, _, heads, *_ = SHAPES[reference]
+        config = AutoConfig.for_model(
+            kind, num_hidden_layers=layers, num_attention_heads=heads, hidden_size=hidden, intermediate_size=4 * hidden,
+            vocab_size=sizes["vocabulary"], max_position_embeddings=seq_len + 2,
+            architectures=["BertForMaskedLM"] if kind == "bert" else None,
+        )  # fmt: skip
+        config.save_pretrained(folder)
+        save_head(SentenceHead(SentenceLayout()), folder, hidden, seq_len)
+        return str(folder)
+
+    changes = [*teachers(recipe, make), f"data.seq_len={seq_len}"]
+    for stage in recipe.stages:
+        narrow = hidden if stage.relation_heads else hidden // 2
+        changes += [
+            f"stages.{stage.name}.student.{k}={v}" for k, v in (("hidden", narrow), ("ffn", 4 * narrow))
+        ]
+    return load_recipe(LIBRARY / f"{recipe_name}.yaml", changes)
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_operations_of_ten_recipes_are_those_that_are_counted(name, tmp_path):
+    recipe = stand_in(name, tmp_path, seq_len=16, hidden=192, vocabulary=50)
+    configs: dict[str, PreTrainedConfig] = {}
+    stages = zip(plan_verb.works(recipe, None), plan_verb.planned_stages(recipe, 16), strict=True)
+    for work, resolved in stages:
+        distiller = plan_verb.build_stage(resolved, configs, "cpu").train()
+        if distiller.objective.needs_head:
+            distiller.objective = replace(distiller.objective, mask_token_id=4, special_ids=(0, 1, 2, 3))
+        ids = torch.randint(5, 50, (2, work.seq_len))
+        with sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False) as of_teacher:
+                taught = distiller.teacher_forward(ids, None)
+            with FlopCounterMode(display=False) as of_students:
+                for student in distiller.students:
+                    distiller.term_sums(student, taught, ids, None, dropout_seed=0).sum().backward()
+        flops, tokens = flops_a_token(work), ids.numel()
+        assert round(tokens * flops.teacher) == of_teacher.get_total_flops(), work.stage
+        assert round(tokens * (flops.students + flops.relations)) == of_students.get_total_flops(), work.stage
 
 
 @pytest.mark.parametrize("exact", [True, False])
