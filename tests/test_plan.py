@@ -17,8 +17,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from minilm.data.format.manifest import load_manifest
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
-from minilm.model.encoder.sentence_head import SentenceHead, save_head
-from minilm.model.encoder.sentence_layout import SentenceLayout
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.bench.loss import peak_bytes
@@ -38,12 +36,12 @@ from minilm.orchestrator.plan.cost import (
 from minilm.orchestrator.plan.reading import reading
 from minilm.orchestrator.plan.report import table
 from minilm.orchestrator.recipe.load import load_recipe
-from minilm.orchestrator.recipe.schema import Recipe
+from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.step import StudentState, num_values, train_step
 from tests.conftest import make_teacher
+from tests.plan_figures import TEN, data_of, peak_of_worker, planned_peak, stand_in
 from tests.test_driver_curriculum import write_recipe
-from tests.test_recipe_library import LIBRARY, SHAPES, teachers
 
 
 @pytest.fixture(scope="module")
@@ -93,45 +91,6 @@ def test_operations_and_parameters_are_those_that_are_counted(larger, tmp_path, 
     for body, (name, student) in zip(work.students, distiller.students.items(), strict=True):
         assert body.parameters == count_parameters(student.model)
         assert body.trained == sum(p.numel() for p in distiller.trained_parameters(name).values())
-
-
-TEN = {  # recipe: what is special about it
-    "bert-l6-h384-ta": "an assistant",
-    "bert-l6-h384-attention-only": "values run and are read by nothing",
-    "bert-l6-h384-value-mse": "a projection",
-    "bert-l6-h384-layer-to-layer": "a loss on every layer",
-    "bert-l6-h384-hidden-relation": "the last layer runs to its end",
-    "bert-l6-h384-soft-label-mlm": "heads, at some tokens",
-    "v2-bert-large-l6-h384": "a layer in the middle, relation heads",
-    "v2-roberta-large-l12-h384": "RoBERTa",
-    "xlmr-l12-h384": "XLM-R",
-    "embed-mpnet-l6-h384": "a learned position bias; vectors",
-}
-
-
-def stand_in(recipe_name: str, folder: Path, *, seq_len: int, **sizes: int) -> Recipe:
-    """The packaged recipe with teachers of its own layers and heads, and of these sizes: `hidden`, `vocabulary`."""
-    recipe = load_recipe(LIBRARY / f"{recipe_name}.yaml")
-    hidden = sizes["hidden"]
-
-    def make(reference: str) -> str:
-        kind, layers, _, heads, *_ = SHAPES[reference]
-        config = AutoConfig.for_model(
-            kind, num_hidden_layers=layers, num_attention_heads=heads, hidden_size=hidden, intermediate_size=4 * hidden,
-            vocab_size=sizes["vocabulary"], max_position_embeddings=seq_len + 2,
-            architectures=["BertForMaskedLM"] if kind == "bert" else None,
-        )  # fmt: skip
-        config.save_pretrained(folder)
-        save_head(SentenceHead(SentenceLayout()), folder, hidden, seq_len)
-        return str(folder)
-
-    changes = [*teachers(recipe, make), f"data.seq_len={seq_len}"]
-    for stage in recipe.stages:
-        narrow = hidden if stage.relation_heads else hidden // 2
-        changes += [
-            f"stages.{stage.name}.student.{k}={v}" for k, v in (("hidden", narrow), ("ffn", 4 * narrow))
-        ]
-    return load_recipe(LIBRARY / f"{recipe_name}.yaml", changes)
 
 
 @pytest.mark.parametrize("name", TEN)
@@ -195,6 +154,31 @@ def test_memory_is_within_a_tenth_of_the_peak_of_a_real_step(larger, tmp_path, e
     held = [distiller.teacher.model, distiller.students["s0"].model, student.optimizer, ids, *sums]
     measured = peak_bytes(step, held, "cpu")
     assert memory(work).device == pytest.approx(measured, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataSpec]:
+    folder = tmp_path_factory.mktemp("middling")
+    return folder, data_of(folder, seq_len=128, vocabulary=20000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEN)
+def test_memory_of_ten_recipes_is_within_a_tenth_of_what_a_workers_process_held(name, middling, tmp_path):
+    """Teachers as wide as BERT-base, on rows of 128 tokens."""
+    folder, data = middling
+    few = {"steps": 3, "warmup_steps": 1, "batch": 16, "held_out_rows": 8}
+    recipe = stand_in(
+        name, folder, seq_len=128, hidden=768, vocabulary=20000, weights=True, changes=few.items()
+    )
+    for work, resolved in zip(
+        plan_verb.works(recipe, 128), plan_verb.planned_stages(recipe, 128), strict=True
+    ):
+        measured = peak_of_worker(recipe, resolved, data, tmp_path)
+        print(
+            f"{name} {work.stage}: {measured / 1e6:,.0f} MB, planned {planned_peak(work) / measured:.2f} of it"
+        )
+        assert planned_peak(work) == pytest.approx(measured, rel=0.1)
 
 
 BODY = Body(parameters=1000, trained=900, matrices=800, layers=2, attentions=1, hidden=8, ffn=32)

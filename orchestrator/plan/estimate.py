@@ -84,6 +84,7 @@ def work_of(
         students=tuple(with_projections(distiller, name, one) for name, one in bodies.items()),
         relations=len(distiller.objective.relation_names),
         every_layer=distiller.objective.layer_to_layer,
+        logits=masked_tokens(distiller.objective, seq_len),
         seq_len=seq_len,
         batch=stage.batch,
         micro_batch=stage.micro_batch,
@@ -148,10 +149,8 @@ def body(
     modules = [*encoder.model.modules(), *(encoder.head.modules() if encoder.head else ())]
     hooks = [m.register_forward_hook(count) for m in modules if isinstance(m, nn.Linear)]
     ids = torch.zeros(1, seq_len, dtype=torch.int64, device="meta")
-    objective = replace(distiller.objective, mask_token_id=0)  # any will do
-    masked = objective.mask_tokens(ids, None)
     with torch.no_grad():
-        encoder(ids, None, masked.positions if masked else None)
+        encoder(ids, None, ids[:, : masked_tokens(distiller.objective, seq_len)])
     for hook in hooks:
         hook.remove()
     config = encoder.model.config
@@ -164,8 +163,16 @@ def body(
         attentions=encoder.layer - encoder.stops_at_tap,
         hidden=config.hidden_size,
         ffn=shape_of(config).ffn,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
         keeps_maps=device == "cpu" and FAMILIES[config.model_type].position_bias,
     )
+
+
+def masked_tokens(objective: Objective, seq_len: int) -> int:
+    """Of a row, whose logits are computed; 0 without soft labels."""
+    masked = replace(objective, mask_token_id=0).mask_tokens(torch.zeros(1, seq_len, dtype=torch.int64), None)
+    return masked.positions.shape[1] if masked else 0
 
 
 def with_projections(distiller: Distiller, name: str, found: Body) -> Body:

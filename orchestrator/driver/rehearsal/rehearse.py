@@ -263,7 +263,7 @@ def device_memory(folder: StageFolder) -> int:
 def planned_memory(work: Work, *, is_host: bool) -> int:
     """Of the worker of rank 0; in host memory lies the copy that it saves from too."""
     found = memory(work)
-    return found.device + (found.save_copy if is_host else 0)
+    return found.total + found.save_copy if is_host else found.device
 
 
 def checkpoint_size(folder: StageFolder) -> int | None:
