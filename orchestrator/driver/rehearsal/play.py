@@ -108,9 +108,8 @@ def play(
             watcher.look()
             now = time.monotonic()
             if kill_when():
-                below = descendants(
-                    process.pid
-                )  # a cluster of its own, whose workers would go on for a while
+                # a cluster of its own, whose workers would go on for a while
+                below = descendants(process.pid)
                 process.kill()
                 end_all(below)
                 process.wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.orchestrator.recipe.fields import INITIALIZATIONS
-from minilm.orchestrator.recipe.schema import BUILT_WITH, OPEN_SCHEDULES, Recipe, Stage
+from minilm.orchestrator.recipe.schema import OPEN_SCHEDULES, Recipe, Stage
 
 STEPS, CHECKPOINT_EVERY = 8, 2
 EVALUATION = {"seeds": 1, "train_rows": 16, "controls": False, "protocol": "glue-fixed"}
@@ -93,6 +93,6 @@ def data_values(
         return read | {"corpora": [{"name": "text", "shards": str(shards)}]}
     if sample is None:
         return dict(given)
-    of_text = {"tokenizer", "seq_len", "packing", "special_tokens"} & set(BUILT_WITH)
+    of_text = {"tokenizer", "seq_len", "packing", "special_tokens"}
     read |= {key: value for key, value in given.items() if key in of_text}
     return read | {"text": [str(sample)], "text_field": "text", "held_out": max(held_out, HELD_OUT)}
