@@ -29,10 +29,10 @@ from minilm.orchestrator.verbs.convert import add_export, add_shrink
 from minilm.orchestrator.verbs.evaluate import add_evaluate
 from minilm.orchestrator.verbs.library import add_copy, add_list, add_new
 from minilm.orchestrator.verbs.models import add_promote, add_pull, add_register
-from minilm.orchestrator.verbs.plan import add_plan
+from minilm.orchestrator.verbs.plan import add_plan, add_rehearse
 from minilm.orchestrator.verbs.run import add_run
 from minilm.orchestrator.verbs.show import add_diff, add_show
-from minilm.orchestrator.verbs.status import add_status
+from minilm.orchestrator.verbs.status import add_status, add_watch
 
 LOG_LEVELS = (logging.NOTSET, logging.INFO, logging.DEBUG)  # by number of -v; NOTSET: the root's, warnings
 
@@ -113,9 +113,11 @@ def parser() -> Parser:
     add_run(verbs)
     add_check(verbs)
     add_plan(verbs)
+    add_rehearse(verbs)
     add_show(verbs)
     add_diff(verbs)
     add_status(verbs)
+    add_watch(verbs)
     add_list(verbs)
     add_copy(verbs)
     add_new(verbs)

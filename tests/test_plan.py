@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from minilm.data.format.manifest import load_manifest
 from minilm.model.distiller import Distiller
@@ -36,9 +36,11 @@ from minilm.orchestrator.plan.cost import (
 from minilm.orchestrator.plan.reading import reading
 from minilm.orchestrator.plan.report import table
 from minilm.orchestrator.recipe.load import load_recipe
+from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.step import StudentState, num_values, train_step
 from tests.conftest import make_teacher
+from tests.plan_figures import TEN, data_of, peak_of_worker, planned_peak, stand_in
 from tests.test_driver_curriculum import write_recipe
 
 
@@ -91,6 +93,27 @@ def test_operations_and_parameters_are_those_that_are_counted(larger, tmp_path, 
         assert body.trained == sum(p.numel() for p in distiller.trained_parameters(name).values())
 
 
+@pytest.mark.parametrize("name", TEN)
+def test_operations_of_ten_recipes_are_those_that_are_counted(name, tmp_path):
+    recipe = stand_in(name, tmp_path, seq_len=16, hidden=192, vocabulary=50)
+    configs: dict[str, PreTrainedConfig] = {}
+    stages = zip(plan_verb.works(recipe, None), plan_verb.planned_stages(recipe, 16), strict=True)
+    for work, resolved in stages:
+        distiller = plan_verb.build_stage(resolved, configs, "cpu").train()
+        if distiller.objective.needs_head:
+            distiller.objective = replace(distiller.objective, mask_token_id=4, special_ids=(0, 1, 2, 3))
+        ids = torch.randint(5, 50, (2, work.seq_len))
+        with sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False) as of_teacher:
+                taught = distiller.teacher_forward(ids, None)
+            with FlopCounterMode(display=False) as of_students:
+                for student in distiller.students:
+                    distiller.term_sums(student, taught, ids, None, dropout_seed=0).sum().backward()
+        flops, tokens = flops_a_token(work), ids.numel()
+        assert round(tokens * flops.teacher) == of_teacher.get_total_flops(), work.stage
+        assert round(tokens * (flops.students + flops.relations)) == of_students.get_total_flops(), work.stage
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("rows", [4, 32])
 def test_memory_is_within_a_tenth_of_the_peak_of_a_real_step(larger, tmp_path, exact, rows):
@@ -131,6 +154,31 @@ def test_memory_is_within_a_tenth_of_the_peak_of_a_real_step(larger, tmp_path, e
     held = [distiller.teacher.model, distiller.students["s0"].model, student.optimizer, ids, *sums]
     measured = peak_bytes(step, held, "cpu")
     assert memory(work).device == pytest.approx(measured, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataSpec]:
+    folder = tmp_path_factory.mktemp("middling")
+    return folder, data_of(folder, seq_len=128, vocabulary=20000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEN)
+def test_memory_of_ten_recipes_is_within_a_tenth_of_what_a_workers_process_held(name, middling, tmp_path):
+    """Teachers as wide as BERT-base, on rows of 128 tokens."""
+    folder, data = middling
+    few = {"steps": 3, "warmup_steps": 1, "batch": 16, "held_out_rows": 8}
+    recipe = stand_in(
+        name, folder, seq_len=128, hidden=768, vocabulary=20000, weights=True, changes=few.items()
+    )
+    for work, resolved in zip(
+        plan_verb.works(recipe, 128), plan_verb.planned_stages(recipe, 128), strict=True
+    ):
+        measured = peak_of_worker(recipe, resolved, data, tmp_path)
+        print(
+            f"{name} {work.stage}: {measured / 1e6:,.0f} MB, planned {planned_peak(work) / measured:.2f} of it"
+        )
+        assert planned_peak(work) == pytest.approx(measured, rel=0.1)
 
 
 BODY = Body(parameters=1000, trained=900, matrices=800, layers=2, attentions=1, hidden=8, ffn=32)

@@ -329,7 +329,14 @@ def test_the_page_about_sizes_has_the_papers_figures() -> None:
 def test_the_library_is_the_rows_the_arms_and_the_quickstart() -> None:
     named = [*(row[0] for row in (*ROWS, *V2_ROWS)), *(f"bert-l6-h384-{arm}" for arm in ARMS)]
     named += [f"bert-l6-h384-ta-{arm}" for arm in ARMS]
-    named += ["quickstart", "embed-quickstart", "embed-mpnet-l6-h384", "embed-mpnet-from-minilm", *MODERN, *FIRST]
+    named += [
+        "quickstart",
+        "embed-quickstart",
+        "embed-mpnet-l6-h384",
+        "embed-mpnet-from-minilm",
+        *MODERN,
+        *FIRST,
+    ]
     assert sorted(f"{name}.yaml" for name in named) == FILES
 
 

@@ -160,6 +160,14 @@ def test_run_as_json_is_an_event_a_line(tmp_path, capsys, text, teacher):
     assert len(built) == 1 and built[0]["report"]["documents"] == 120
     assert {event.get("stage") for event in events} == {None, "assistant", "small"}
     assert {"building", "publishing"} <= {event.get("doing") for event in events}
+    learned = {event["stage"]: event for event in events if event["event"] == "learned"}
+    for model in events[-1]["models"][1:]:
+        stage = learned[model["name"]]
+        gain = stage["students"][model["name"]]
+        assert gain["after"] == pytest.approx(sum(model["after"].values()))
+        before, after = sum(model["before"].values()), gain["after"]
+        said = f"5 steps: held-out divergence {before:.3f} → {after:.3f} ({after / before:.0%} of the start)"
+        assert stage["text"].endswith(f"] {model['name']}  {said}")
     assert events[-1]["event"] == "result"
     assert [model["name"] for model in events[-1]["models"]][1:] == ["assistant", "small"]
     assert main(command) == 0

@@ -20,9 +20,9 @@ from minilm.orchestrator.system.lease import last_holder, take
 from minilm.orchestrator.system.processes import Process
 
 STAGES = [
-    {"name": "assistant", "steps": 40, "students": [{"name": "assistant"}]},
-    {"name": "family", "steps": 60, "students": [{"name": "six"}, {"name": "three"}]},
-    {"name": "last", "steps": 80, "students": [{"name": "tiny"}]},
+    {"name": "assistant", "steps": 40, "batch": 8, "students": [{"name": "assistant"}]},
+    {"name": "family", "steps": 60, "batch": 8, "students": [{"name": "six"}, {"name": "three"}]},
+    {"name": "last", "steps": 80, "batch": 8, "students": [{"name": "tiny"}]},
 ]
 
 
@@ -40,7 +40,14 @@ def work(tmp_path):
     checkpoint.mkdir(parents=True)
     (checkpoint / "checkpoint.json").touch()
     os.utime(checkpoint / "checkpoint.json", (time.time() - 90, time.time() - 90))
+    metrics = {
+        "rows_per_second": 4.0,
+        "tokens_per_second": 128.0,
+        "six/loss": float("nan"),
+        "three/loss": 0.5,
+    }
     beat = {"attempt": "a", "doing": "evaluating", "part": [3, 16], "step": 23, "time": time.time() - 5}
+    beat |= {"workers": 2, "metrics": metrics}
     write_json(second.heartbeat, beat)
     with MetricsFile(second.heldout_metrics) as points:
         points.append(0, {"six/heldout/attention": 2.0})
@@ -69,6 +76,8 @@ def test_a_run_under_way(work, capsys):
     assert [stage["state"] for stage in told["stages"]] == ["done", "begun", "waiting"]
     second = told["stages"][1]
     assert (second["step"], second["steps"], second["doing"]) == (23, 60, "evaluating 3/16")
+    assert (second["workers"], second["tokens_per_second"], second["seconds_left"]) == (2, 128.0, 37 * 8 / 4)
+    assert second["loss"] == {"six": None, "three": 0.5}  # JSON has no NaN
     assert second["checkpoint"]["step"] == 20
     assert 89 < second["checkpoint"]["age_seconds"] < 300
     assert second["held_out"]["six"] == {"step": 20, "sum": 0.75, "terms": {"attention": 0.5, "value": 0.25}}

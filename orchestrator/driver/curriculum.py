@@ -24,7 +24,7 @@ from minilm.orchestrator.driver.made_starts import with_made_starts
 from minilm.orchestrator.driver.preflight import check_checkpoints, check_device
 from minilm.orchestrator.driver.prepare_data import prepare_data
 from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, build_reporter, say_built
-from minilm.orchestrator.driver.summary import ModelEntry, Summary
+from minilm.orchestrator.driver.summary import ModelEntry, Summary, gains, gains_text
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import InfrastructureError, RecipeErrors, Stopped
 from minilm.orchestrator.evaluation.probes.catalogue import PROBES
@@ -48,6 +48,7 @@ from minilm.orchestrator.resolve.stages import (
 from minilm.orchestrator.resolve.starts import other_vocabulary
 from minilm.orchestrator.stage.data import DataSpec
 from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import ProbeSpec, StageSpec, StudentSpec, UntilSpec, grouped
 from minilm.orchestrator.system.files import read_json, sha256_json, write_json
 from minilm.orchestrator.system.lease import Lease
@@ -209,10 +210,21 @@ class Driver:
             # here: the driver needs no modelling code (seconds to import) before a stage is trained
             from minilm.orchestrator.driver.publish import publish
 
-            return publish(self.recipe, spec, folder, self.licences, self.tracking, run, show)
+            entries = publish(self.recipe, spec, folder, self.licences, self.tracking, run, show)
         except BaseException as error:
             run.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
+        learned = gains(
+            read_all_metrics(folder.heldout_metrics), [student.name for student in stage.students]
+        )
+        self.line.say(
+            f"{label}  {steps} steps: {gains_text(learned)}",
+            event="learned",
+            stage=stage.name,
+            steps=steps,
+            students={name: gain._asdict() for name, gain in learned.items()},
+        )
+        return entries
 
     def make_spec(self, resolved: ResolvedStage) -> StageSpec:
         """The stage as plain values. Its digest covers data, teacher weights and all that determines the result."""

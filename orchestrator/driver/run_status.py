@@ -10,14 +10,15 @@ from typing import Any
 
 from minilm.orchestrator.checkpoint.open_store import open_store
 from minilm.orchestrator.checkpoint.store import META, step_of
-from minilm.orchestrator.driver.status_line import doing_text
+from minilm.orchestrator.driver.status_line import doing_text, finite, seconds_left
 from minilm.orchestrator.driver.summary import terms
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.stage.folder import RunFolder, StageFolder
+from minilm.orchestrator.stage.folder import CHECKPOINT_SCHEMES, RunFolder, StageFolder
 from minilm.orchestrator.stage.metrics_file import Point, read_all_metrics
 from minilm.orchestrator.system.files import read_json
 from minilm.orchestrator.system.lease import last_holder
 from minilm.orchestrator.system.text import duration, text_table
+from minilm.orchestrator.worker.crash_loop import starts
 
 DRIVER = {
     "alive": "works here",
@@ -41,9 +42,11 @@ class StageStatus:
     """state: waiting, begun (not at its end, whether or not a process works on it), trained, or done (registered too).
 
     steps: of the whole stage; with `until` (its condition in words, else "") the most, and once it is met how many it
-    is. doing: as rank 0 said last, `heartbeat_seconds` ago. held_out: of each student the step of the last measurement
-    and the divergence by term, in nats a query. probes: of each student the newest value by name. exports: folders by
-    student. `checkpoint` is None where there is none; `checkpoint_error` says why it could not be looked for.
+    is. doing: as rank 0 said last, `heartbeat_seconds` ago; with it `workers`, `loss` by student, speed, and the
+    seconds that the steps left take at it (None before the first step). starts: how often workers have begun the
+    stage, or gone on with it. held_out: of each student the step of the last measurement and the divergence by term,
+    in nats a query. probes: of each student the newest value by name. exports: folders by student. `checkpoint` is
+    None where there is none; `checkpoint_error` says why it could not be looked for.
     """
 
     stage: str
@@ -58,6 +61,11 @@ class StageStatus:
     until: str
     probes: dict[str, dict[str, float]]
     exports: dict[str, str]
+    workers: int | None
+    starts: int
+    loss: dict[str, float]
+    tokens_per_second: float | None
+    seconds_left: float | None
 
 
 @dataclass(frozen=True)
@@ -75,20 +83,21 @@ class RunStatus:
     stages: tuple[StageStatus, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values: dict[str, Any] = finite(asdict(self))
+        return values
 
     def text(self) -> str:
         return "\n".join(described(self))
 
 
-def run_status(workdir: Path) -> RunStatus:
-    """Raises `UserError` where there is no work directory."""
+def run_status(workdir: Path, *, ask_stores: bool = True) -> RunStatus:
+    """Raises `UserError` where there is no work directory. ask_stores: whether to look for checkpoints behind a URL."""
     folder = RunFolder(workdir.resolve())
-    record, holder = read_json(folder.run), last_holder(folder.root / "lease")
+    record, holder = whole_json(folder.run), last_holder(folder.root / "lease")
     if record is None and holder is None:
         raise UserError(f"{workdir} is no work directory of a run (no run.json); give one, as runs/NAME")
     recipe = (record or {}).get("recipe", {"name": "", "stages": []})
-    stages = tuple(stage_status(folder.stage(stage["name"]), stage) for stage in recipe["stages"])
+    stages = tuple(stage_status(folder.stage(stage["name"]), stage, ask_stores) for stage in recipe["stages"])
     preparing = ""
     if not record:
         building = (folder.data / ".build").exists()
@@ -105,13 +114,18 @@ def run_status(workdir: Path) -> RunStatus:
     )
 
 
-def stage_status(folder: StageFolder, stage: dict[str, Any]) -> StageStatus:
+def whole_json(path: Path) -> Any | None:
+    """The value in `path`, None also where a shared file system is between two versions of it."""
+    with suppress(ValueError):
+        return read_json(path)
+    return None
+
+
+def stage_status(folder: StageFolder, stage: dict[str, Any], ask_stores: bool = True) -> StageStatus:
     """`stage`: as the record of the run has it."""
     names = [student["name"] for student in stage["students"]]
-    beat = None
-    with suppress(ValueError):  # a shared file system, between two versions of the file
-        beat = read_json(folder.heartbeat)
-    checkpoint, error = newest_checkpoint(folder)
+    beat = whole_json(folder.heartbeat)
+    checkpoint, error = newest_checkpoint(folder, ask_stores)
     done = folder.done.exists()
     if folder.published.exists():
         state = "done"
@@ -126,21 +140,28 @@ def stage_status(folder: StageFolder, stage: dict[str, Any]) -> StageStatus:
             for name in names
             if (by_term := terms(point.metrics, name))
         }
-    last = read_json(folder.done) if done else beat
+    last = whole_json(folder.done) if done else beat
     steps = (last or {}).get("steps", stage["steps"])
+    now = {} if done or not beat else beat
+    metrics = now.get("metrics", {})
     return StageStatus(
         stage=stage["name"],
         state=state,
         step=steps if done else reached,
         steps=steps,
-        doing="" if done or not beat else doing_text(beat),
-        heartbeat_seconds=None if done or not beat else max(time.time() - beat["time"], 0.0),
+        doing=doing_text(now) if now else "",
+        heartbeat_seconds=max(time.time() - now["time"], 0.0) if now else None,
         checkpoint=checkpoint,
         checkpoint_error=error,
         held_out=held_out,
         until=until_text(stage, steps),
         probes=newest_probes(points, names),
         exports={n: str(folder.student(n)) for n in names if done and folder.student(n).is_dir()},
+        workers=now.get("workers"),
+        starts=starts(folder.root),
+        loss={name: metrics[f"{name}/loss"] for name in names if f"{name}/loss" in metrics},
+        tokens_per_second=metrics.get("tokens_per_second"),
+        seconds_left=seconds_left(now, steps, stage["batch"]) if now else None,
     )
 
 
@@ -167,9 +188,11 @@ def until_text(stage: dict[str, Any], steps: int) -> str:
     return f"until {until['probe']} {' or '.join(conditions)} ({met})"
 
 
-def newest_checkpoint(folder: StageFolder) -> tuple[Checkpoint | None, str]:
+def newest_checkpoint(folder: StageFolder, ask_stores: bool) -> tuple[Checkpoint | None, str]:
     """The checkpoint, and what kept it from being looked for."""
-    place = (read_json(folder.spec) or {}).get("checkpoints")
+    place = (whole_json(folder.spec) or {}).get("checkpoints")
+    if place and place.partition("://")[0] in CHECKPOINT_SCHEMES and not ask_stores:
+        return None, f"in {place}"
     try:
         store = open_store(place, folder.checkpoints)
         names = store.names()

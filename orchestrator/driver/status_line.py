@@ -168,6 +168,12 @@ def doing_text(beat: dict[str, Any]) -> str:
     return f"{beat['doing']} {done}/{total}" if total else str(beat["doing"])
 
 
+def seconds_left(beat: dict[str, Any], steps: int, batch: int) -> float | None:
+    """Of the steps that are left, without what is measured, saved and exported; None before the first step."""
+    rows = beat["metrics"].get("rows_per_second")
+    return None if rows is None else (steps - beat["step"]) * batch / max(rows, 1e-9)
+
+
 class StageProgress:
     """Turns heartbeats into lines such as
     `[1/2] assistant  step 120/240  loss 0.812 (attention 0.41 value 0.40)  312 rows/s  40.0k tokens/s  1m02s left`."""
@@ -218,9 +224,7 @@ class StageProgress:
         return "at most " if self.spec.until and self.steps(beat) == self.spec.steps else ""
 
     def seconds_left(self, beat: dict[str, Any]) -> float | None:
-        """Of the steps that are left, without what is measured, saved and exported; None before the first step."""
-        rows = beat["metrics"].get("rows_per_second")
-        return None if rows is None else (self.steps(beat) - beat["step"]) * self.spec.batch / max(rows, 1e-9)
+        return seconds_left(beat, self.steps(beat), self.spec.batch)
 
     @staticmethod
     def terms(student: str, metrics: dict[str, float]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from minilm.orchestrator.stage.metrics_file import Point
 from minilm.orchestrator.system.text import duration, text_table
 
 
@@ -92,6 +94,55 @@ def terms(metrics: dict[str, float], student: str) -> dict[str, float]:
     prefix = f"{student}/heldout/"
     found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
     return {term: value for term, value in found.items() if "/" not in term}
+
+
+class Gain(NamedTuple):
+    """What a student has learned so far. before, after: held-out divergence, the sum over terms in nats a query, at
+    step 0 (None where nobody measured it) and now. probes: by name the first value, the newest one and its share of
+    the teacher's own, None where the teacher has none."""
+
+    before: float | None
+    after: float
+    probes: dict[str, tuple[float, float, float | None]]
+
+    def text(self) -> str:
+        """`held-out divergence 1.664 → 0.631 (38% of the start), knn 0.310 → 0.620 (81% of the teacher's)`."""
+        before = "?" if self.before is None else f"{self.before:.3f}"
+        share = f" ({self.after / self.before:.0%} of the start)" if self.before else ""
+        parts = [f"held-out divergence {before} → {self.after:.3f}{share}"]
+        for name, (first, last, of_teacher) in self.probes.items():
+            share = "" if of_teacher is None else f" ({of_teacher:.0%} of the teacher's)"
+            parts.append(f"{name} {first:.3f} → {last:.3f}{share}")
+        return ", ".join(parts)
+
+
+def gains(points: Sequence[Point], students: Sequence[str]) -> dict[str, Gain]:
+    """By student, of the points of a stage's held-out file; those that nobody measured are left out."""
+    found = {}
+    for student in students:
+        sums = [(p.step, sum(by_term.values())) for p in points if (by_term := terms(p.metrics, student))]
+        if not sums:
+            continue
+        prefix = f"{student}/heldout/probe/"
+        probes: dict[str, list[float]] = {}
+        for point in points:
+            for key, value in point.metrics.items():
+                if key.startswith(prefix):
+                    probes.setdefault(key.removeprefix(prefix), []).append(value)
+        own = {
+            name: (values[0], values[-1], probes.get(f"{name}/share-of-teacher", [None])[-1])
+            for name, values in probes.items()
+            if "/" not in name
+        }
+        found[student] = Gain(None if sums[0][0] else sums[0][1], sums[-1][1], own)
+    return found
+
+
+def gains_text(found: dict[str, Gain]) -> str:
+    """On one line; each student by its name where there are several."""
+    return "; ".join(
+        f"{name}: {gain.text()}" if len(found) > 1 else gain.text() for name, gain in found.items()
+    )
 
 
 def command(name: str) -> str:

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FLOAT, INTEGER = 4, 8  # bytes
+# of a worker's process on a CPU, measured: Python, PyTorch, transformers and what they load (docs/benchmarks.md)
+PROGRAM = 380_000_000
+LOGITS = 7  # copies of them at the peak of soft labels: logits, their log-softmax, gradients
+MAPS = 3  # that a layer keeps for its backward pass where the scores have a learned bias
 CHUNKS = {"cpu": 1 << 17, "cuda": 1 << 24}  # gradients that are made integers at once (train.gradient_sum)
 
 
@@ -18,22 +22,30 @@ CHUNKS = {"cpu": 1 << 17, "cuda": 1 << 24}  # gradients that are made integers a
 class Body:
     """An encoder as far as it runs, up to its tap.
 
-    parameters: of all that is loaded; trained: of those that get a gradient; matrices: elements of the weight matrices
-    that every token is multiplied by; attentions: layers whose attention runs (the tapped one's does not).
+    parameters: of all that is loaded; trained: of those that get a gradient. matrices: elements of the weight matrices
+    that a token is multiplied by, of those that few tokens of a row meet (a head's, a pooler's) the share; untrained:
+    the same of matrices that run and get no gradient. attentions: layers whose attention runs (the tapped one's does
+    not); keeps_maps: whether their backward pass has the scores still, and does not compute them again. heads: of
+    attention; vocabulary: the tokens that it knows.
     """
 
     parameters: int
     trained: int
-    matrices: int
+    matrices: float
     layers: int
     attentions: int
     hidden: int
     ffn: int
+    untrained: float = 0.0
+    keeps_maps: bool = False
+    heads: int = 1
+    vocabulary: int = 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """One stage. relations: how many the loss compares; exact: gradients are summed as integers.
+    """One stage. relations: how many the loss compares, in the last layers or in `every_layer` of a student; logits: of
+    how many tokens of a row; exact: gradients are summed as integers.
 
     activation_bytes: 4, or 2 where the forward pass is in bfloat16. device: cpu or cuda. until: `steps` are the most.
     """
@@ -52,6 +64,8 @@ class Work:
     activation_bytes: int = FLOAT
     device: str = "cpu"
     until: bool = False
+    every_layer: bool = False
+    logits: int = 0
 
     @property
     def micro_batches(self) -> int:
@@ -93,7 +107,8 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker; `save_copy` lies in the host memory of the main one."""
+    """Bytes of one worker. program: of its process beside tensors, where it computes on a CPU: libraries, and memory
+    that was freed and is kept. `save_copy` lies in the host memory of the main one."""
 
     teacher: int
     students: int
@@ -102,10 +117,16 @@ class Memory:
     activations: int
     batch: int
     save_copy: int
+    program: int = 0
+
+    @property
+    def total(self) -> int:
+        """Of the device, or of the process where that is a CPU."""
+        return self.device + self.program
 
     @property
     def device(self) -> int:
-        """All that a step needs where it is computed."""
+        """All tensors that a step needs where it is computed."""
         return self.teacher + self.students + self.moments + self.sums + self.activations + self.batch
 
 
@@ -159,17 +180,24 @@ def plan(work: Work, machine: Machine, workers: Sequence[int]) -> Plan:
 
 def flops_a_token(work: Work) -> Flops:
     """A product with a weight matrix: 2 operations an element forward, twice that backward. Attention over T tokens:
-    4·T·hidden forward; backward 10, as the scores are computed again. A relation: 2·T·hidden for each side, and 4 more
-    for the student's gradient, taken in the same pass."""
+    4·T·hidden forward; backward 10 where the scores are computed again, else 8. A relation: 2·T·hidden for each side,
+    and 4 more for the student's gradient, taken in the same pass."""
     length = work.seq_len
 
     def attention(body: Body) -> int:
         return length * body.hidden * body.attentions
 
-    teacher = 2 * work.teacher.matrices + 4 * attention(work.teacher)
-    students = sum(6 * body.matrices + 14 * attention(body) for body in work.students)
+    teacher = 2 * (work.teacher.matrices + work.teacher.untrained) + 4 * attention(work.teacher)
+    students = sum(
+        6 * body.matrices + 2 * body.untrained + (12 if body.keeps_maps else 14) * attention(body)
+        for body in work.students
+    )
     relations = sum(
-        work.relations * length * (2 * work.teacher.hidden + 6 * body.hidden) for body in work.students
+        work.relations
+        * (body.layers if work.every_layer else 1)
+        * length
+        * (2 * work.teacher.hidden + 6 * body.hidden)
+        for body in work.students
     )
     return Flops(teacher, students, relations)
 
@@ -178,15 +206,16 @@ def memory(work: Work) -> Memory:
     """Weights, Adam's two moments, gradients (float32, beside int64 sums where exact) and activations of a micro-batch.
 
     Activations are estimated: what a BERT layer keeps for its backward pass (about 11 hidden sizes and 2 inner sizes a
-    token), and what the teacher needs at once, in one layer.
+    token), and what the teacher needs at once, in one layer. On a CPU that comes on top in the process: memory which
+    the teacher has freed does not all go to the student.
     """
     tokens = work.micro_batch * work.seq_len
     trained = sum(body.trained for body in work.students)
     teacher_now = 6 * work.teacher.hidden + 2 * work.teacher.ffn
-    kept = 3 * work.teacher.hidden + max(
-        teacher_now,
-        max(body.layers * (11 * body.hidden + 2 * body.ffn) + 6 * body.hidden for body in work.students),
-    )
+    kept = 3 * work.teacher.hidden + max(teacher_now, max(kept_by(work, body) for body in work.students))
+    logits = work.micro_batch * work.logits * LOGITS * work.teacher.vocabulary
+    if work.logits:  # and the gradients of a matrix that is the embeddings and the head
+        logits += 2 * max(body.vocabulary * body.hidden for body in work.students)
     return Memory(
         teacher=FLOAT * work.teacher.parameters,
         students=FLOAT * sum(body.parameters for body in work.students),
@@ -194,10 +223,19 @@ def memory(work: Work) -> Memory:
         sums=(FLOAT + INTEGER) * (trained + min(trained, CHUNKS[work.device]))
         if work.exact
         else FLOAT * trained,
-        activations=work.activation_bytes * tokens * kept,
+        activations=work.activation_bytes * tokens * kept + FLOAT * logits,
         batch=2 * INTEGER * tokens,
         save_copy=checkpoint_bytes(work),
+        program=PROGRAM + FLOAT * tokens * teacher_now if work.device == "cpu" else 0,
     )
+
+
+def kept_by(work: Work, body: Body) -> int:
+    """Numbers that a token of a student keeps until its backward pass, those of the compared layers among them."""
+    layer = 11 * body.hidden + 2 * body.ffn
+    maps = MAPS * body.attentions * body.heads * work.seq_len if body.keeps_maps else 0
+    earlier = (body.layers - 1) * 6 * (work.teacher.hidden + body.hidden) if work.every_layer else 0
+    return body.layers * layer + 6 * body.hidden + maps + earlier
 
 
 def checkpoint_bytes(work: Work) -> int:

@@ -6,6 +6,7 @@ Encoders are built without storage, so that parameters are counted and not guess
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,16 +74,18 @@ def work_of(
 ) -> Work:
     """`configs`: of the students so far; this stage's are added."""
     stage, compute = resolved.stage, recipe.compute
-    distiller = build_stage(resolved, configs, "meta")
-    teacher, students = distiller.teacher, distiller.students
-    teacher.requires_grad_(True)  # nothing is trained here: it tells what runs
+    distiller = build_stage(resolved, configs, "meta").eval()
+    bodies = {
+        name: body(distiller, student, seq_len, device, distiller.trained_parameters(name))
+        for name, student in distiller.students.items()
+    }
     return Work(
         stage=stage.name,
-        teacher=body(teacher, teacher.trained_parameters()),
-        students=tuple(
-            body(student, distiller.trained_parameters(name)) for name, student in students.items()
-        ),
-        relations=0 if distiller.objective.embeds else len(distiller.objective.names),
+        teacher=body(distiller, distiller.teacher, seq_len, device, {}),
+        students=tuple(with_projections(distiller, name, one) for name, one in bodies.items()),
+        relations=len(distiller.objective.relation_names),
+        every_layer=distiller.objective.layer_to_layer,
+        logits=masked_tokens(distiller.objective, seq_len),
         seq_len=seq_len,
         batch=stage.batch,
         micro_batch=stage.micro_batch,
@@ -134,20 +137,54 @@ def build_stage(resolved: ResolvedStage, configs: dict[str, PreTrainedConfig], d
     return Distiller(teacher, students, objective)
 
 
-def body(encoder: TappedEncoder, trained: dict[str, nn.Parameter]) -> Body:
-    """`trained`: what of the encoder runs."""
-    running = {id(parameter) for parameter in trained.values()}
-    linear = [m.weight for m in encoder.model.modules() if isinstance(m, nn.Linear)]
+def body(
+    distiller: Distiller, encoder: TappedEncoder, seq_len: int, device: str, trained: dict[str, nn.Parameter]
+) -> Body:
+    """trained: the parameters that get a gradient. The matrices are those that a row of `seq_len` tokens meets, on the
+    device "meta"."""
+    learns = {id(parameter) for parameter in trained.values()}
+    products = {True: 0, False: 0}  # whether a matrix learns: elements x tokens
+
+    def count(linear: nn.Module, _: object, output: torch.Tensor) -> None:
+        weight = linear.weight
+        assert isinstance(weight, torch.Tensor)
+        products[id(weight) in learns] += weight.numel() * (output.numel() // output.shape[-1])
+
+    modules = [*encoder.model.modules(), *(encoder.head.modules() if encoder.head else ())]
+    hooks = [m.register_forward_hook(count) for m in modules if isinstance(m, nn.Linear)]
+    ids = torch.zeros(1, seq_len, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        encoder(ids, None, ids[:, : masked_tokens(distiller.objective, seq_len)])
+    for hook in hooks:
+        hook.remove()
     config = encoder.model.config
     return Body(
         parameters=count_parameters(encoder.model),
         trained=sum(parameter.numel() for parameter in trained.values()),
-        matrices=sum(weight.numel() for weight in linear if id(weight) in running),
+        matrices=products[True] / seq_len,
+        untrained=products[False] / seq_len,
         layers=encoder.layer,
         attentions=encoder.layer - encoder.stops_at_tap,
         hidden=config.hidden_size,
         ffn=shape_of(config).ffn,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        keeps_maps=device == "cpu" and FAMILIES[config.model_type].position_bias,
     )
+
+
+def masked_tokens(objective: Objective, seq_len: int) -> int:
+    """Of a row, whose logits are computed; 0 without soft labels."""
+    masked = replace(objective, mask_token_id=0).mask_tokens(torch.zeros(1, seq_len, dtype=torch.int64), None)
+    return masked.positions.shape[1] if masked else 0
+
+
+def with_projections(distiller: Distiller, name: str, found: Body) -> Body:
+    """The body of student `name` with what it is compared through."""
+    sizes = distiller.teacher.model.config.hidden_size, found.hidden
+    projections = distiller.objective.projections(*sizes).values()
+    layers = found.layers if distiller.objective.layer_to_layer else 1
+    return replace(found, matrices=found.matrices + layers * sum(p.weight.numel() for p in projections))
 
 
 def row_length(recipe: Recipe) -> int:

@@ -15,7 +15,7 @@ from minilm.orchestrator.system.text import duration
 def as_json(found: Plan) -> dict[str, Any]:
     values = asdict(found)
     values["flops_a_token"]["total"] = found.flops_a_token.total
-    values["memory"]["device"] = found.memory.device
+    values["memory"] |= {"device": found.memory.device, "total": found.memory.total}
     return values
 
 
@@ -46,6 +46,7 @@ def epochs(found: Plan, corpus: Corpus) -> float:
 def table(found: Plan, machine: Machine) -> str:
     """The plan of a stage in lines for people."""
     work, flops, memory = found.work, found.flops_a_token, found.memory
+    program = f", program and freed memory about {size(memory.program)}" if memory.program else ""
     lines = [
         f"stage {work.stage}: {'at most ' if work.until else ''}{work.steps:,} steps of {work.batch} x {work.seq_len} "
         f"tokens = {found.tokens:,} tokens",
@@ -53,9 +54,10 @@ def table(found: Plan, machine: Machine) -> str:
         f"students {flops.students / 1e6:.1f}, relations {flops.relations / 1e6:.1f}",
         f"  parameters    teacher {work.teacher.parameters:,}, students "
         + ", ".join(f"{s.parameters:,} ({s.trained:,} trained)" for s in work.students),
-        f"  memory        about {size(memory.device)} a worker: teacher {size(memory.teacher)}, students "
+        f"  memory        about {size(memory.total)} a worker: teacher {size(memory.teacher)}, students "
         f"{size(memory.students)}, moments {size(memory.moments)}, gradients {size(memory.sums)}, "
-        f"activations about {size(memory.activations)}; the main one {size(memory.save_copy)} of host memory more",
+        f"activations about {size(memory.activations)}{program}; the main one {size(memory.save_copy)} of host memory "
+        f"more",
         f"  checkpoints   {size(found.checkpoint)} each, {size(found.stored)} at the end",
     ]
     if 0 < machine.memory < memory.device:

@@ -1,14 +1,25 @@
-"""`minilm plan`: what a recipe will cost, as a table or JSON lines."""
+"""`minilm plan`: what a recipe will cost, as a table or JSON lines. `minilm rehearse`: the same, tried."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.verbs.arguments import add_overrides, add_recipe, add_verb, positive, positive_whole
+from minilm.orchestrator.launch.base import LAUNCHERS
+from minilm.orchestrator.verbs.arguments import (
+    add_json,
+    add_overrides,
+    add_recipe,
+    add_verb,
+    positive,
+    positive_whole,
+    print_report,
+)
 
 if TYPE_CHECKING:
     from minilm.orchestrator.plan.cost import Machine, Work
@@ -62,6 +73,60 @@ def add_plan(verbs: Any) -> None:
     plan.set_defaults(run=plan_recipe)
 
 
+def add_rehearse(verbs: Any) -> None:
+    rehearse = add_verb(
+        verbs,
+        "rehearse",
+        "try a recipe for a few steps a stage, with a kill, in a scratch folder",
+        "minilm rehearse mine.yaml",
+        "minilm rehearse mine.yaml --minutes 10 --set compute.workers=8 --address HEAD:6379",
+    )
+    add_recipe(rehearse)
+    add_overrides(rehearse)
+    rehearse.add_argument(
+        "--minutes", type=positive, default=30.0, metavar="N", help="it ends after so many (default: 30)"
+    )
+    rehearse.add_argument(
+        "--workdir",
+        type=Path,
+        help="the real run's, whose data set and teachers are read; scratch lies beside it (default: runs/NAME)",
+    )
+    rehearse.add_argument("--launcher", choices=tuple(LAUNCHERS), default="ray")
+    rehearse.add_argument("--address", help="of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
+    rehearse.add_argument("--keep", action="store_true", help="leave the scratch folder there")
+    add_json(rehearse)
+    rehearse.set_defaults(run=rehearse_recipe)
+
+
+def rehearse_recipe(options: argparse.Namespace) -> int:
+    deadline = time.monotonic() + 60 * options.minutes
+    from minilm.orchestrator.driver.rehearsal.rehearse import check, rehearse, scratch_folder
+    from minilm.orchestrator.driver.status_line import StatusLine
+    from minilm.orchestrator.driver.workdir import Workdir, default_workdir
+    from minilm.orchestrator.recipe.load import load_recipe
+    from minilm.orchestrator.system.signals import StopRequest
+
+    recipe = load_recipe(options.recipe, options.set)
+    real = Workdir((options.workdir or default_workdir(recipe.name)).resolve())
+    arguments = ["--launcher", options.launcher, *(("--address", options.address) if options.address else ())]
+    with StopRequest() as stop, scratch_folder(real, recipe.name, keep=options.keep) as scratch:
+        report, ended = rehearse(
+            recipe,
+            real,
+            scratch,
+            arguments,
+            StatusLine(quiet=options.quiet),
+            stop=stop,
+            deadline=deadline,
+            assumed=assumed(recipe),
+            keep=options.keep,
+        )
+    if ended.exit_code != UserError.exit_code:
+        print_report(report, options)
+    check(report, ended, options.minutes)
+    return 0
+
+
 def plan_recipe(options: argparse.Namespace) -> int:
     from minilm.orchestrator.plan.advice import advice
     from minilm.orchestrator.plan.cost import plan
@@ -72,7 +137,7 @@ def plan_recipe(options: argparse.Namespace) -> int:
     from minilm.orchestrator.recipe.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    device, precision = assumed(recipe, options)
+    device, precision = assumed(recipe, hardware=options.hardware)
     least, most = recipe.compute.workers
     workers = parse_hardware(options.hardware)[1] if options.hardware else most
     all_work = works(recipe, options.seq_len, device, precision)
@@ -103,17 +168,17 @@ def plan_recipe(options: argparse.Namespace) -> int:
     return 0
 
 
-def assumed(recipe: Recipe, options: argparse.Namespace) -> tuple[str, str]:
+def assumed(recipe: Recipe, *, hardware: str | None = None) -> tuple[str, str]:
     """The device and precision that the plan is for."""
     import torch
 
     compute = recipe.compute
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.hardware and compute.device == "cpu":
+    if hardware and compute.device == "cpu":
         raise UserError(
             "--hardware is of CUDA devices, and compute.device is cpu; add --set compute.device=cuda"
         )
-    device = "cuda" if options.hardware else here if compute.device == "auto" else compute.device
+    device = "cuda" if hardware else here if compute.device == "auto" else compute.device
     fast = "bfloat16" if device == "cuda" else "float32"
     return device, fast if compute.precision == "auto" else compute.precision
 

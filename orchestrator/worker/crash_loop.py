@@ -2,10 +2,10 @@
 
 `reached` holds the step that is being computed. It is rewritten in place before each step, which takes microseconds;
 the kernel has it then, so it survives the process. `attempts.json` is written when an attempt begins its loop: the
-step at which the last attempt died, and how many in a row died there. A death at another step starts the count again,
-so a machine that comes and goes is no crash loop. Attempts that never reach their loop are counted apart, by rank and
-by their error's text, in `failed-starts-RANK.json`. Nothing here is fsynced: a file that a power failure emptied or
-cut means that nothing was counted.
+step at which the last attempt died, how many in a row died there, and how many have begun in all. A death at another
+step starts the count again, so a machine that comes and goes is no crash loop. Attempts that never reach their loop are
+counted apart, by rank and by their error's text, in `failed-starts-RANK.json`. Nothing here is fsynced: a file that a
+power failure emptied or cut means that nothing was counted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from minilm.orchestrator.system.files import read_json, write_json
 
 MAX_FAILURES = 3
 WIDTH = 20
+ATTEMPTS = "attempts.json"
+NONE_BEGUN = {"running": False, "step": -1, "failures": 0, "starts": 0}
 
 
 class CrashLoopGuard:
@@ -26,7 +28,8 @@ class CrashLoopGuard:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._record = folder / "attempts.json"
+        self._record = folder / ATTEMPTS
+        self._starts = starts(folder)
         self._reached = os.open(folder / "reached", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def begin(self, first: int) -> int | None:
@@ -34,7 +37,7 @@ class CrashLoopGuard:
 
         The count starts again once a step was returned: whoever changes something and runs again gets new attempts.
         """
-        record = _read(self._record, {"running": False, "step": -1, "failures": 0})
+        record = _read(self._record, NONE_BEGUN)
         step, failures = record["step"], record["failures"]
         if record["running"]:
             died_at = reached(self._folder)
@@ -43,6 +46,7 @@ class CrashLoopGuard:
             self._write(running=False, step=-1, failures=0)
             return int(step)
         self.reach(first)
+        self._starts += 1
         self._write(running=True, step=step, failures=failures)
         return None
 
@@ -58,7 +62,13 @@ class CrashLoopGuard:
         os.close(self._reached)
 
     def _write(self, *, running: bool, step: int, failures: int) -> None:
-        write_json(self._record, {"running": running, "step": step, "failures": failures}, durable=False)
+        record = {"running": running, "step": step, "failures": failures, "starts": self._starts}
+        write_json(self._record, record, durable=False)
+
+
+def starts(folder: Path) -> int:
+    """How many attempts of the stage in `folder` have begun their loop."""
+    return int(_read(folder / ATTEMPTS, NONE_BEGUN)["starts"])
 
 
 def reached(folder: Path) -> int:
@@ -87,7 +97,7 @@ def _read(path: Path, default: dict[str, Any]) -> dict[str, Any]:
         record = read_json(path)
     except ValueError:
         return default
-    return record if isinstance(record, dict) and record.keys() == default.keys() else default
+    return default | record if isinstance(record, dict) and record.keys() <= default.keys() else default
 
 
 def _starts(folder: Path, rank: int) -> Path:
