@@ -28,7 +28,7 @@ def test_the_papers_recipes_are_warned_of_nothing_but_a_missing_assistant(file):
     recipe = load_recipe(file)
     if recipe.name == "quickstart":
         assert [line.partition(" sees ")[0] for line in advice(recipe, seq_len=128)] == [
-            "stage assistant: student assistant (6 x 192)", "stage student: student student (3 x 192)",
+            "stage student: student student (3 x 384)", "stage tiny: student tiny (3 x 192)",
         ]  # fmt: skip
         return
     found = advice(recipe, seq_len=recipe.data.seq_len)

@@ -96,7 +96,7 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
         verbs,
         "overhead",
         "measure what Ray and tracking add to the loop alone",
-        "minilm bench overhead recipes/quickstart.yaml --set stages.assistant.steps=2000",
+        "minilm bench overhead recipes/quickstart.yaml --set stages.student.steps=2000",
     )
     overhead.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="its first stage is run")
     add_overrides(overhead)
