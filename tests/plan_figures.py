@@ -69,7 +69,7 @@ def stand_in(
         save_head(SentenceHead(SentenceLayout()), out, hidden, seq_len)
         return str(out)
 
-    given = [*teachers(recipe, make), f"data.seq_len={seq_len}"]
+    given = [*teachers(f"{name}.yaml", make), f"data.seq_len={seq_len}"]
     for stage in recipe.stages:
         width = hidden if stage.relation_heads else hidden // 2
         values = {"student.hidden": width, "student.ffn": 4 * width, **dict(changes)}
