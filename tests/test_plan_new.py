@@ -210,7 +210,7 @@ def test_a_terminal_is_asked_for_what_is_missing(there, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["fine-tuning", "embeddings"])
 def test_what_is_written_runs(use, there, capsys):
-    assert new(there / "a.yaml", "--shape", "1x64", use=use, budget="1s") == 0
+    assert new(there / "a.yaml", "--shape", "1x64", use=use, budget="8s") == 0
     command = ["run", str(there / "a.yaml"), "--launcher", "inline", "--workdir", str(there / "work"), "-q"]
     assert main(command) == 0
     models = json.loads((there / "work" / "summary.json").read_text())["models"]
