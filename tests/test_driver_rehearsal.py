@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,20 @@ import pytest
 import yaml
 
 from minilm.orchestrator.cli import main
+from minilm.orchestrator.driver.rehearsal import play as playing
 from minilm.orchestrator.driver.rehearsal import rehearse as rehearsing
 from minilm.orchestrator.driver.rehearsal.inputs import Inputs
 from minilm.orchestrator.driver.rehearsal.play import Ended, StageSeen, Watcher
 from minilm.orchestrator.driver.rehearsal.recipe import STEPS, few_steps
 from minilm.orchestrator.driver.rehearsal.report import Part, Rehearsal, StageRate
+from minilm.orchestrator.driver.status_line import StatusLine
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import InfrastructureError, RecipeErrors, Stopped
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.stage.folder import RunFolder
+from minilm.orchestrator.system.processes import started
+from minilm.orchestrator.system.signals import StopRequest
 from tests.conftest import make_embedder
 from tests.eval_data import write_sst2, write_stsb
 from tests.test_driver_curriculum import finished, write_recipe  # noqa: F401 (a fixture)
@@ -125,6 +131,52 @@ def test_what_is_read_is_the_real_data_set_or_a_part_of_the_text(tmp_path, text,
     assert len((inputs.tasks / "SST-2" / "train.tsv").read_text().splitlines()) == 101
 
 
+def test_of_tasks_that_the_run_refuses_nothing_is_taken(tmp_path, text, teacher):
+    section = {"tasks": ["squad2"], "data": str(tmp_path / "tasks")}
+    recipe = load_recipe(write_recipe(tmp_path, text, teacher, evaluation=section))
+    folder = tmp_path / "tasks" / "squad2"
+    folder.mkdir(parents=True)
+    passage = {"context": "It is red.", "qas": [{"id": "1", "question": "What?", "answers": []}]}
+    sound = {"data": [{"paragraphs": []}, {"paragraphs": [{"context": "", "qas": []}, *[passage] * 9]}]}
+    for content in (b"{", b"[]", b'{"data": []}', b"\xff", json.dumps(sound).encode()):
+        for split in ("train", "dev"):
+            (folder / f"{split}-v2.0.json").write_bytes(content)
+        inputs = Inputs(recipe, Workdir(tmp_path / "real"), RunFolder(tmp_path / "scratch"))
+        inputs.take_tasks()
+        assert (inputs.tasks is not None) == (b"red" in content)
+    (article,) = json.loads((inputs.tasks / "squad2" / "dev-v2.0.json").read_text())["data"]
+    assert article["paragraphs"] == [passage] * 4
+
+
+@pytest.mark.parametrize("end", ["kill", "time"])
+def test_all_processes_of_the_run_are_ended_and_no_others(tmp_path, monkeypatch, end):
+    """With a run that begins a process, and does not stop when it is asked to."""
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!/bin/sh\ntrap '' TERM\nsleep 300 &\necho $! > {tmp_path}/new\nmv {tmp_path}/new {tmp_path}/pid\nwait\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(playing.sys, "executable", str(program))
+    monkeypatch.setattr(playing, "END_SECONDS", 0.1)
+    begun = (tmp_path / "pid").exists
+    stop = StopRequest()
+    with subprocess.Popen(["sleep", "300"]) as other:
+
+        def kill_when() -> bool:
+            stop.requested = end == "time" and begun()
+            return end == "kill" and begun()
+
+        watcher, line = Watcher(RunFolder(tmp_path), []), StatusLine(quiet=True)
+        ended = playing.play(
+            [], os.environ, watcher, line, tmp_path / "log",
+            stop=stop, deadline=math.inf, kill_when=kill_when,
+        )  # fmt: skip
+        assert (ended.exit_code, ended.stopped) == ((None, False) if end == "kill" else (-9, True))
+        assert started(int((tmp_path / "pid").read_text())) is None
+        assert other.poll() is None
+        other.kill()
+
+
 def test_only_a_run_that_went_on_from_its_checkpoint_has_resumed(tmp_path):
     watcher = Watcher(RunFolder(tmp_path), ["s"])
     watcher.seen["s"] = StageSeen(1, 0, {"one": 0, "two": 4})
@@ -170,6 +222,8 @@ def test_text_that_is_not_here_and_a_place_that_cannot_be_written(
     assert main(["rehearse", str(write_recipe(tmp_path, tmp_path / "none.txt", teacher))]) == 2
     assert "none.txt" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists(), "nothing is left"
+    assert main(["rehearse", "tiny.yaml", "--workdir", "some/where/else"]) == 2
+    assert not (tmp_path / "some").exists()
     (tmp_path / "runs").write_text("")
     assert main(["rehearse", str(write_recipe(tmp_path, text, teacher))]) == 2
     out, errors = capsys.readouterr()

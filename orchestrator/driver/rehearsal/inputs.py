@@ -17,6 +17,7 @@ from minilm.data.sources import text
 from minilm.data.sources.accounts import Accounts
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.evaluation.check_data import check_data
 from minilm.orchestrator.evaluation.read_tables import data_files
 from minilm.orchestrator.evaluation.tasks import find_tasks
 from minilm.orchestrator.recipe.changes import text_changed
@@ -127,9 +128,11 @@ def documents(data: Data) -> Iterator[str]:
 
 
 def few_rows(section: Evaluation, out: Path) -> Path:
-    """A copy of each task's folder in `section.data` with the first rows of its files. `UserError` where one lacks."""
+    """A copy of each task's folder in `section.data` with the first rows of its files. `UserError` where one lacks, or
+    any of its rows is not as published."""
     data = Path(section.data)
     for task in find_tasks(section.tasks):
+        check_data(task, data)
         for file in data_files(task, data):
             to = out / file.relative_to(data)
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +146,6 @@ def few_rows(section: Evaluation, out: Path) -> Path:
 
 
 def few_questions(squad: dict[str, Any]) -> dict[str, Any]:
-    """Of SQuAD's file those of its first passages."""
-    first = squad["data"][0]
-    return {**squad, "data": [{**first, "paragraphs": first["paragraphs"][:4]}]}
+    """Of SQuAD's file those of its first passages that have any."""
+    passages = [passage for article in squad["data"] for passage in article["paragraphs"] if passage["qas"]]
+    return {**squad, "data": [{"title": "", "paragraphs": passages[:4]}]}

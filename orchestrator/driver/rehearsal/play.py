@@ -108,20 +108,18 @@ def play(
             watcher.look()
             now = time.monotonic()
             if kill_when():
-                # a cluster of its own, whose workers would go on for a while
-                below = descendants(process.pid)
-                process.kill()
-                end_all(below)
-                process.wait()
                 return Ended(None)
             if not asked and (stop.requested or now > deadline):
                 process.send_signal(signal.SIGTERM)
                 asked = now
             elif asked and now > asked + END_SECONDS:
-                process.kill()
+                break
             time.sleep(POLL_SECONDS)
     finally:
-        process.kill()
+        if process.poll() is None:
+            below = descendants(process.pid)  # a cluster of its own, whose workers would go on for a while
+            process.kill()
+            end_all(below)
         process.wait()
         reader.join(timeout=END_SECONDS)
     return Ended(process.returncode, bool(asked), problems)

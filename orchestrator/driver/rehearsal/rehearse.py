@@ -46,8 +46,8 @@ WARM_UP = 2  # steps of a stage that say nothing of its rate
 def scratch_folder(real: Workdir, name: str, *, keep: bool) -> Iterator[RunFolder]:
     """A folder beside the real work directory, where there is room and every node sees it; removed unless `keep`."""
     parent = real.root.parent
-    created = not parent.exists()
     try:
+        created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"rehearsal-{name}-", dir=parent))
     except OSError as error:
@@ -59,9 +59,9 @@ def scratch_folder(real: Workdir, name: str, *, keep: bool) -> Iterator[RunFolde
     finally:
         if not keep:
             shutil.rmtree(scratch, ignore_errors=True)
-            if created:
-                with suppress(OSError):
-                    parent.rmdir()
+            with suppress(OSError):
+                for folder in created:
+                    folder.rmdir()
 
 
 def rehearse(
