@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minilm.orchestrator.resolve.licences import limit_of
+from minilm.orchestrator.resolve.licences import card_of, licence_of, limit_of
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,8 @@ def test_derived_works_are_forbidden(licence):
 )
 def test_nothing_is_forbidden(licence):
     assert limit_of(licence) == ""
+
+
+def test_a_licence_that_the_hub_does_not_list_is_known_by_its_name(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: some-nc-licence\n---\n")
+    assert "forbids commercial use" in limit_of(licence_of(card_of(tmp_path)))

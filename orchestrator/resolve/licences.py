@@ -34,12 +34,17 @@ def card_of(folder: Path) -> Mapping[str, Any]:
         return {}
 
 
+def licence_of(card: Mapping[str, Any]) -> Any:
+    """A name, or several, as the card gives it; where `license` is other, the name that stands beside it."""
+    return card.get("license_name") or card.get("license")
+
+
 def licence_notes(recipe: Recipe, stages: Sequence[ResolvedStage]) -> list[str]:
     """A line for each teacher, start and data set that states no licence or one with limits, of those that are here."""
     notes = []
     for what, folder in _models(recipe, stages):
         card = card_of(folder)
-        licence = card.get("license_name") or card.get("license")
+        licence = licence_of(card)
         if licence in UNKNOWN and recipe.stated.license is None:
             notes.append(
                 f"no licence is known of {what} (its card, {CARD}, names none), and so none of the students; find out "
@@ -48,7 +53,7 @@ def licence_notes(recipe: Recipe, stages: Sequence[ResolvedStage]) -> list[str]:
         elif limit := limit_of(licence):
             notes.append(f"{what} has the licence {licence}, {limit}")
     places = _data_folders(recipe)
-    found = {f"the data in {place}": card_of(place).get("license") for place in places}
+    found = {f"the data in {place}": licence_of(card_of(place)) for place in places}
     if recipe.stated.data_license:
         found = {"the text": recipe.stated.data_license}
     for what, licence in found.items():
