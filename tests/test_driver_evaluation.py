@@ -254,6 +254,7 @@ def test_what_comes_after_the_stages_is_on_the_card_and_moves_the_alias(tmp_path
         ({"tasks": ["cola"]}, "promote.tasks: given 'cola', which evaluation.tasks does not run; allowed: "),
         ({"tasks": ["colla"]}, "no task is called 'colla'; did you mean 'cola'?"),
         ({"against": "newest"}, "promote: given 'newest', which tracking.alias moves to every new version before"),
+        ({"alias": "challenger"}, "promote: given 'challenger', which moves to every candidate, whether or not its"),
         (None, "promote: the gate needs scores; add an evaluation section (tasks, data), or remove promote"),
     ],
 )  # fmt: skip

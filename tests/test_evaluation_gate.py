@@ -163,6 +163,10 @@ def test_champion_moves_by_numbers_and_challenger_always(tmp_path, capsys):
             ["models:/m/1", "champion", "--data", "."],
             "--data needs --evaluate, which runs what is not recorded yet",
         ),
+        (
+            ["models:/m/1", "challenger", "--tasks", "cola"],
+            "given 'challenger', which moves to every candidate",
+        ),
         (["models:/m/1", "good", "--evaluate"], "--evaluate needs --data DIR, which holds a folder"),
     ],
 )

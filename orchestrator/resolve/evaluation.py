@@ -36,6 +36,11 @@ def evaluation_problems(
             f"promote: given {given!r}, which tracking.alias moves to every new version before any score is known; "
             f"give tracking or promote another alias"
         ]
+    if promote and "challenger" in (promote.alias, promote.against):
+        return [
+            "promote: given 'challenger', which moves to every candidate, whether or not its scores hold; give another "
+            "alias"
+        ]
     if (section := recipe.evaluation) is None:
         why = "promote: the gate needs scores; add an evaluation section (tasks, data), or remove promote"
         return [why] if recipe.promote else []

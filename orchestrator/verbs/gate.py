@@ -121,6 +121,10 @@ def promote_gated(options: argparse.Namespace, store: str, candidate: Registered
 
 def check_options(options: argparse.Namespace) -> None:
     """UserError for options that need another one."""
+    if options.alias == "challenger":
+        raise UserError(
+            "given 'challenger', which moves to every candidate, whether or not its scores hold; give another alias"
+        )
     if options.min_share_of_teacher and not options.teacher:
         raise UserError("--min-share-of-teacher needs --teacher MODEL, as it was given to minilm evaluate")
     if options.force is not None and not options.force.strip():
