@@ -101,8 +101,8 @@ class StatusLine:
 class JsonLines(StatusLine):
     """The same for programs: an object a line with `event`, `time` (Unix seconds), `text` and the facts.
 
-    The events are progress, message, warning, built, evaluated and result (docs/runs.md), and error, which the
-    command itself prints.
+    The events are progress, message, warning, built, learned, evaluated and result (docs/runs.md), and error, which
+    the command itself prints.
     """
 
     def __init__(self, out: TextIO | None = None):
