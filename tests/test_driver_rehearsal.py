@@ -153,14 +153,14 @@ def test_all_processes_of_the_run_are_ended_and_no_others(tmp_path, monkeypatch,
     """With a run that begins a process, and does not stop when it is asked to."""
     program = tmp_path / "python"
     program.write_text(
-        f"#!/bin/sh\ntrap '' TERM\nsleep 300 &\necho $! > {tmp_path}/new\nmv {tmp_path}/new {tmp_path}/pid\nwait\n"
+        f"#!/bin/sh\ntrap '' TERM\nsleep 20 &\necho $! > {tmp_path}/new\nmv {tmp_path}/new {tmp_path}/pid\nwait\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(playing.sys, "executable", str(program))
     monkeypatch.setattr(playing, "END_SECONDS", 0.1)
     begun = (tmp_path / "pid").exists
     stop = StopRequest()
-    with subprocess.Popen(["sleep", "300"]) as other:
+    with subprocess.Popen(["sleep", "20"]) as other:
 
         def kill_when() -> bool:
             stop.requested = end == "time" and begun()

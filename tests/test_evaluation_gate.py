@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 
 from minilm.orchestrator.cli import main
+from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.comparison import Score
 from minilm.orchestrator.evaluation.gate import Gate, check_gate
 from minilm.orchestrator.evaluation.protocols import Setting
@@ -15,6 +17,7 @@ from minilm.orchestrator.system.files import write_json
 from minilm.orchestrator.tracking import registry
 from minilm.orchestrator.tracking.client import connect
 from minilm.orchestrator.tracking.promotion import record_gate
+from minilm.orchestrator.verbs.gate import check_options
 from tests.conftest import make_teacher
 
 SETTING = Setting(5e-5, 3, 128, 32)
@@ -163,10 +166,6 @@ def test_champion_moves_by_numbers_and_challenger_always(tmp_path, capsys):
             ["models:/m/1", "champion", "--data", "."],
             "--data needs --evaluate, which runs what is not recorded yet",
         ),
-        (
-            ["models:/m/1", "challenger", "--tasks", "cola"],
-            "given 'challenger', which moves to every candidate",
-        ),
         (["models:/m/1", "good", "--evaluate"], "--evaluate needs --data DIR, which holds a folder"),
     ],
 )
@@ -179,3 +178,8 @@ def test_the_gate_refuses_in_one_line(tmp_path, teacher, capsys, arguments, mess
     assert set(registry.connect(f"sqlite:///{tmp_path / 'mlflow.db'}").get_registered_model("m").aliases) == {
         "best"
     }
+
+
+def test_an_alias_that_moves_in_any_case_is_not_guarded():
+    with pytest.raises(UserError, match="given 'challenger', which moves to every candidate, whether or not"):
+        check_options(Namespace(alias="challenger"))
