@@ -82,12 +82,13 @@ def test_ids_without_a_token_are_unknown_and_fewer_than_the_tokens_are_refused(k
 
 
 def test_a_byte_that_is_no_character_alone_is_that_byte_everywhere(tmp_path: Path):
-    llama = {"<unk>": 0, **{f"<0x{n:02X}>": n + 1 for n in range(256)}, "▁a": 257, "a": 258}
+    llama = {"<unk>": 0, **{f"<0x{n:02X}>": n + 1 for n in range(256)}, "▁a": 257, "a": 258, "▁▁": 259}
     falling_back = Tokenizer(models.BPE(llama, [], unk_token="<unk>", byte_fallback=True))
     falling_back.pre_tokenizer = pre_tokenizers.Metaspace()
     falling_back.decoder = decoders.ByteFallback()
     alphabet = {sign: n for n, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    of_bytes = Tokenizer(models.BPE({**alphabet, "<unk>": 256, "Ġa": 257}, [("Ġ", "a")], unk_token="<unk>"))
+    more = {"<unk>": 256, "Ġa": 257, "ĠĠ": 258}
+    of_bytes = Tokenizer(models.BPE({**alphabet, **more}, [("Ġ", "a"), ("Ġ", "Ġ")], unk_token="<unk>"))
     of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     of_bytes.decoder = decoders.ByteLevel()
     loaded = []
@@ -103,7 +104,7 @@ def test_a_byte_that_is_no_character_alone_is_that_byte_everywhere(tmp_path: Pat
         return other.convert_ids_to_tokens(match.rows[own.get_vocab()[token]])
 
     assert named("<0xE2>") == ["â"] and named("<0x80>") == ["Ģ"] and named("<0x41>") == ["A"]
-    assert named("a") == ["a"] and named("▁a") == ["Ġa"]
+    assert named("a") == ["a"] and named("▁a") == ["Ġa"] and named("▁▁") == ["ĠĠ"]
     back = match_tokens(other, own, len(other)).rows
     assert own.convert_ids_to_tokens(back[other.get_vocab()["a"]]) == ["a"]  # not <0x61>, of the same text
 
