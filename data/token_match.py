@@ -1,19 +1,23 @@
 """The tokens of one tokenizer in another one: what a table of the other's tokens has for each of them.
 
 Tokens are compared by the text they stand for and whether a word begins with it, so that "##ing" of WordPiece, "ing" of
-byte-level BPE and of Unigram are one, and "Ġthe", "▁the" and "the" are. Special tokens are matched by their role. What
-the other tokenizer lacks is made of the pieces that it cuts the text into.
+byte-level BPE and of Unigram are one, and "Ġthe", "▁the" and "the" are. Where a kind does not mark that beginning (it
+marks the end, as "the</w>", or nothing), a token is both. Special tokens are matched by their role. What the other
+tokenizer lacks is made of the pieces that it cuts the text into.
 Left out: how often a text uses a token.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from minilm.data.errors import DataError
 from minilm.data.tokenizer import special_ids
 
 _SPACE = "▁"  # of sentencepiece
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 Word = tuple[str, bool]  # text, whether a word begins with it
 
 
@@ -42,10 +46,11 @@ def match_tokens(tokenizer: Any, other: Any, size: int) -> TokenMatch:
         raise DataError(f"the tokenizer has {max(own.values()) + 1} tokens, and {size} are asked for")
     ids, theirs = special_ids(other), other.get_vocab()
     nothing = [next((number for number in (ids.unk, ids.pad) if number >= 0), 0)]
-    words, kept = _words(tokenizer), _by_word(other)
+    marks, kept = _marks(tokenizer), _by_word(other)
+    words = _words(tokenizer, marks)
     found = _roles(tokenizer, other)
     special = len(found)
-    for token in tokenizer.get_added_vocab():
+    for token in own if marks == _marks(other) else tokenizer.get_added_vocab():
         if token in theirs:
             found.setdefault(own[token], [theirs[token]])
     for token, number in own.items():
@@ -53,7 +58,7 @@ def match_tokens(tokenizer: Any, other: Any, size: int) -> TokenMatch:
         if keys:
             found.setdefault(number, [kept[keys[0]]])
     matched = len(found) - special
-    rest = {number: words(token)[-1] for token, number in own.items() if number not in found}
+    rest = {number: words(token)[0] for token, number in own.items() if number not in found}
     pieces = dict(zip(rest, _cut(other, rest.values()), strict=True))
     matched += sum(len(cut) == 1 for cut in pieces.values())
     unknown = sum(not cut for cut in pieces.values())
@@ -71,68 +76,93 @@ def _roles(tokenizer: Any, other: Any) -> dict[int, list[int]]:
 
 
 def _by_word(tokenizer: Any) -> Mapping[Word, int]:
-    """Ids by what the tokens stand for; those that stand alone, wherever they are, before others of the same text."""
-    words, added = _words(tokenizer), tokenizer.get_added_vocab()
-    listed = [(words(token), number) for token, number in tokenizer.get_vocab().items() if token not in added]
+    """Ids by what the tokens stand for. Of the same text, first those that stand alone, wherever they are, then those
+    that end a word, and bytes last."""
+    marks, added = _marks(tokenizer), tokenizer.get_added_vocab()
+    words = _words(tokenizer, marks)
+    listed = [
+        (
+            -len(keys := words(token)),
+            not token.endswith(marks.end),
+            bool(_BYTE.fullmatch(token)),
+            number,
+            keys,
+        )
+        for token, number in tokenizer.get_vocab().items()
+        if token not in added
+    ]
     found: dict[Word, int] = {}
-    for keys, number in sorted(listed, key=lambda entry: (-len(entry[0]), entry[1])):
+    for *_, number, keys in sorted(listed):
         for key in keys:
             found.setdefault(key, number)
     return found
 
 
-def _words(tokenizer: Any) -> Callable[[str], list[Word]]:
-    """What a token stands for: one word, or two of the same text where the tokenizer lets it stand alone."""
+class _Marks(NamedTuple):
+    """How a kind of tokenizer writes its tokens. of_bytes: a sign for each byte; spaces: one before a word belongs to
+    it; inner: before what goes on a word, as ##; end: behind what ends one, as </w>."""
+
+    of_bytes: bool
+    spaces: bool
+    inner: str
+    end: str
+
+    def text(self, token: str) -> str:
+        """What a token stands for, its space too. A byte that is no character is a lone surrogate."""
+        bare = token.removesuffix(self.end)
+        if self.of_bytes:
+            byte = _byte_of_sign()
+            return _of_bytes(byte[sign] for sign in bare) if byte.keys() >= set(bare) else bare
+        if one := _BYTE.fullmatch(bare):
+            return _of_bytes([int(one[1], 16)])
+        return bare.replace(_SPACE, " ") if self.spaces else bare
+
+
+def _marks(tokenizer: Any) -> _Marks:
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = definition["model"]
-    if '"ByteLevel"' in json.dumps(definition.get("pre_tokenizer")):
-        return _of_bytes()
-    if model["type"] in ("BPE", "Unigram"):
-        return lambda token: [(_one_byte(token).removeprefix(_SPACE), token.startswith(_SPACE))]
-    prefix, alone = model.get("continuing_subword_prefix") or "", _standing_alone(tokenizer)
+    inner, end = (
+        definition["model"].get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix")
+    )
+    steps = json.dumps([definition.get("normalizer"), definition.get("pre_tokenizer")])
+    of_bytes = '"ByteLevel"' in steps
+    spaces = of_bytes or any(token.startswith(_SPACE) for token in tokenizer.get_vocab())
+    return _Marks(of_bytes, spaces and not (inner or end), inner, end)
+
+
+def _words(tokenizer: Any, marks: _Marks) -> Callable[[str], list[Word]]:
+    """What a token stands for: one word, or two of the same text where it may begin a word or go on one, the likelier
+    first."""
+    alone = set() if marks.spaces else _standing_alone(tokenizer, map(marks.text, tokenizer.get_vocab()))
 
     def word(token: str) -> list[Word]:
-        inner = bool(prefix) and token.startswith(prefix) and len(token) > len(prefix)
-        if inner:
-            return [(token.removeprefix(prefix), False)]
-        return [(token, False), (token, True)] if token in alone else [(token, True)]
+        text = marks.text(token)
+        if marks.spaces:
+            return [(text.removeprefix(" "), text.startswith(" "))]
+        if marks.inner and text.startswith(marks.inner) and text != marks.inner:
+            return [(text.removeprefix(marks.inner), False)]
+        if text in alone:
+            return [(text, False), (text, True)]
+        return [(text, True)] if marks.inner else [(text, True), (text, False)]
 
     return word
 
 
-def _of_bytes() -> Callable[[str], list[Word]]:
+@cache
+def _byte_of_sign() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    byte = {sign: number for number, sign in bytes_to_unicode().items()}
-
-    def word(token: str) -> list[Word]:
-        if not byte.keys() >= set(token):
-            return [(token, False)]
-        text = bytes(byte[sign] for sign in token).decode("utf-8", "surrogateescape")
-        return [(text.removeprefix(" "), text.startswith(" "))]
-
-    return word
+    return {sign: number for number, sign in bytes_to_unicode().items()}
 
 
-def _one_byte(token: str) -> str:
-    """The token, or where it is a byte that is no character alone, as <0xE2>, that byte as `_of_bytes` has it."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            number = int(token[3:5], 16)
-        except ValueError:
-            return token
-        return bytes([number]).decode("utf-8", "surrogateescape") if number >= 0x80 else token
-    return token
+def _of_bytes(numbers: Iterable[int]) -> str:
+    return bytes(numbers).decode("utf-8", "surrogateescape")
 
 
-def _standing_alone(tokenizer: Any) -> set[str]:
+def _standing_alone(tokenizer: Any, texts: Iterable[str]) -> set[str]:
     """Single characters that are cut off from a word around them: punctuation, and of BERT Chinese characters."""
-    vocabulary = tokenizer.get_vocab()
-    signs = [token for token in vocabulary if len(token) == 1]
-    cut = tokenizer([f"a{sign}" for sign in signs], add_special_tokens=False)["input_ids"] if signs else []
-    return {
-        sign for sign, ids in zip(signs, cut, strict=True) if len(ids) == 2 and ids[1] == vocabulary[sign]
-    }
+    signs = sorted({text for text in texts if len(text) == 1 and not "\ud800" <= text <= "\udfff"})
+    cut = tokenizer.backend_tokenizer.encode_batch([f"a{sign}" for sign in signs], add_special_tokens=False)
+    return {sign for sign, encoded in zip(signs, cut, strict=True) if encoded.word_ids == [0, 1]}
 
 
 def _cut(tokenizer: Any, words: Iterable[Word]) -> list[list[int]]:

@@ -51,6 +51,11 @@ def smaller_vocabulary(
     for token in (*added.values(), *_base(model, ids), *always):
         if token in known:
             kept |= _with_parts(token, parts, kept)
+    if len(kept) == len(known):
+        raise DataError(
+            f"nothing can be dropped: all {len(known)} tokens have to stay (special tokens, single characters, bytes, "
+            "and what holds a character without a token of its own); use the model as it is"
+        )
     if keep is not None and keep < len(kept):
         raise DataError(
             f"given {keep} tokens to keep; {len(kept)} have to stay (special tokens, single characters and bytes), so "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import sentencex
 
@@ -9,7 +11,7 @@ from minilm.data.builder import sentences
 from minilm.data.builder.build import build
 from minilm.data.builder.sentences import WINDOW, split_sentences
 from minilm.data.errors import DataError
-from minilm.data.format.manifest import load_manifest
+from minilm.data.format.manifest import BUILD_FILE, load_manifest
 
 
 def test_the_splitter_is_given_no_long_text(monkeypatch):
@@ -48,6 +50,12 @@ def test_a_data_set_is_of_a_language(teacher, tmp_path):
     found = {code: load_manifest(tmp_path / code) for code in ("en", "de")}
     assert (found["en"].rows, found["de"].rows) == (12, 8)
     assert found["en"].fingerprint != found["de"].fingerprint
+    recorded = {code: json.loads((tmp_path / code / BUILD_FILE).read_text())["arguments"] for code in found}
+    assert "language" not in recorded["en"], "data sets from before there were others stay what they are"
+    assert recorded["de"] == recorded["en"] | {"language": "de"}
+    for language, other in (("en", "de"), ("de", "en")):
+        with pytest.raises(DataError, match=r"built differently \(language changed\)"):
+            build([tmp_path / "text.txt"], str(teacher), tmp_path / language, language=other, **arguments)
     with pytest.raises(
         DataError, match="language 'German' is no code of a language; allowed: small letters, as"
     ):

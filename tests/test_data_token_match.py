@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minilm.data.errors import DataError
@@ -82,12 +82,13 @@ def test_ids_without_a_token_are_unknown_and_fewer_than_the_tokens_are_refused(k
 
 
 def test_a_byte_that_is_no_character_alone_is_that_byte_everywhere(tmp_path: Path):
-    llama = {"<unk>": 0, **{f"<0x{n:02X}>": n + 1 for n in range(256)}, "▁a": 257, "a": 258}
+    llama = {"<unk>": 0, **{f"<0x{n:02X}>": n + 1 for n in range(256)}, "▁a": 257, "a": 258, "▁▁": 259}
     falling_back = Tokenizer(models.BPE(llama, [], unk_token="<unk>", byte_fallback=True))
     falling_back.pre_tokenizer = pre_tokenizers.Metaspace()
     falling_back.decoder = decoders.ByteFallback()
     alphabet = {sign: n for n, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    of_bytes = Tokenizer(models.BPE({**alphabet, "<unk>": 256, "Ġa": 257}, [("Ġ", "a")], unk_token="<unk>"))
+    more = {"<unk>": 256, "Ġa": 257, "ĠĠ": 258}
+    of_bytes = Tokenizer(models.BPE({**alphabet, **more}, [("Ġ", "a"), ("Ġ", "Ġ")], unk_token="<unk>"))
     of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     of_bytes.decoder = decoders.ByteLevel()
     loaded = []
@@ -102,5 +103,70 @@ def test_a_byte_that_is_no_character_alone_is_that_byte_everywhere(tmp_path: Pat
     def named(token: str) -> list[str]:
         return other.convert_ids_to_tokens(match.rows[own.get_vocab()[token]])
 
-    assert named("<0xE2>") == ["â"] and named("<0x80>") == ["Ģ"]
-    assert named("a") == ["a"] and named("▁a") == ["Ġa"]
+    assert named("<0xE2>") == ["â"] and named("<0x80>") == ["Ģ"] and named("<0x41>") == ["A"]
+    assert named("a") == ["a"] and named("▁a") == ["Ġa"] and named("▁▁") == ["ĠĠ"]
+    back = match_tokens(other, own, len(other)).rows
+    assert own.convert_ids_to_tokens(back[other.get_vocab()["a"]]) == ["a"]  # not <0x61>, of the same text
+
+
+LISTED = {  # each with the words "to" and "top", "p" that goes on a word, and a full stop
+    "wordpiece": (
+        models.WordPiece,
+        {"continuing_subword_prefix": "##"},
+        ["to", "top", "##p", "t", "##o", "."],
+    ),
+    "bpe, inner marked": (
+        models.BPE,
+        {"continuing_subword_prefix": "##", "merges": [("t", "##o"), ("to", "##p")]},
+        ["to", "top", "##p", "t", "##o", "."],
+    ),
+    "bpe, end marked": (
+        models.BPE,
+        {"end_of_word_suffix": "</w>", "merges": [("t", "o</w>"), ("t", "o"), ("to", "p</w>")]},
+        ["to", "to</w>", "top</w>", "p</w>", "t", "o", "o</w>", ".</w>"],
+    ),
+    "bpe, nothing marked": (
+        models.BPE,
+        {"merges": [("t", "o"), ("to", "p")]},
+        ["to", "top", "p", "t", "o", "."],
+    ),
+    "bpe, of bytes by its normalizer": (
+        models.BPE,
+        {"merges": [("t", "o"), ("Ġ", "to"), ("Ġto", "p"), ("to", "p")]},
+        ["to", "Ġto", "Ġtop", "top", "p", "t", "o", "Ġ", "."],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    loaded = {}
+    for kind, (model, options, tokens) in LISTED.items():
+        vocabulary = {token: number for number, token in enumerate([*vocabularies.BERT, *tokens])}
+        tokenizer = Tokenizer(model(vocab=vocabulary, unk_token="[UNK]", **options))
+        if "bytes" in kind:
+            tokenizer.normalizer = normalizers.ByteLevel()
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        folder = tmp_path_factory.mktemp("listed")
+        vocabularies.save(tokenizer, folder, "wordpiece")
+        loaded[kind] = load_tokenizer(str(folder))
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "expected"),
+    [
+        ("bpe, end marked", "wordpiece", {"to</w>": "to", "top</w>": "top", "p</w>": "##p", ".</w>": "."}),
+        ("wordpiece", "bpe, end marked", {"to": "to</w>", "top": "top</w>", "##p": "p</w>", ".": ".</w>"}),
+        ("bpe, inner marked", "wordpiece", {"to": "to", "top": "top", "##p": "##p", ".": "."}),
+        ("wordpiece", "bpe, inner marked", {"to": "to", "top": "top", "##p": "##p", ".": "."}),
+        ("bpe, nothing marked", "wordpiece", {"to": "to", "top": "top", "p": "##p", ".": "."}),
+        ("wordpiece", "bpe, nothing marked", {"to": "to", "top": "top", "##p": "p", ".": "."}),
+        ("wordpiece", "bpe, of bytes by its normalizer", {"to": "Ġto", "top": "Ġtop", "##p": "p", ".": "."}),
+        ("bpe, end marked", "bpe, end marked", {"to": "to", "to</w>": "to</w>", "o": "o", "o</w>": "o</w>"}),
+    ],
+)
+def test_marks_of_words_are_those_of_the_kind(listed, own, other, expected):
+    _, names = matched(listed[own], listed[other])
+    assert {token: names[token] for token in expected} == {t: [name] for t, name in expected.items()}

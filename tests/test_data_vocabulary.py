@@ -158,6 +158,12 @@ def test_a_token_that_two_merges_give_stays_with_the_parts_of_both():
             {"min_count": 0},
             "nothing is dropped: all 3 tokens would stay; give a larger count",
         ),
+        (
+            {"model": {"type": "WordPiece", "vocab": {"a": 0, "time": 1}}, "added_tokens": []},
+            {"keep": 1},
+            "nothing can be dropped: all 2 tokens have to stay (special tokens, single characters, bytes, and what "
+            "holds a character without a token of its own); use the model as it is",
+        ),
     ],
 )
 def test_what_can_not_be_cut(change, how, message, definitions):

@@ -63,6 +63,10 @@ def exported(teacher, tmp_path_factory):
     return root / "out", report, data
 
 
+def in_8_bits(model, out, data):
+    return ["export", str(model), str(out), "--format", "onnx", "--int8", "--data", str(data)]
+
+
 def onnx_states(file, inputs):
     import onnxruntime
 
@@ -112,16 +116,7 @@ def test_8_bits_that_cost_too_much_are_refused_and_nothing_is_left(
     out, report, data = exported
     monkeypatch.setattr(deploy, "write_onnx", lambda *given: shutil.copyfile(out / "model.onnx", given[-1]))
     monkeypatch.setattr(deploy, "quantise", lambda source, file, one_file: worse(source, file))
-    command = [
-        "export",
-        str(teacher),
-        str(tmp_path / "new"),
-        "--format",
-        "onnx",
-        "--int8",
-        "--data",
-        str(data),
-    ]
+    command = in_8_bits(teacher, tmp_path / "new", data)
     assert main([*command, "--max-drop", "0.01"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"minilm: error: {teacher} in 8 bits loses 0.") and told.endswith(
@@ -235,16 +230,7 @@ def test_vectors_that_are_not_made_here_are_refused_before_8_bits_are(teacher, t
     make_embedder(folder)
     (folder / "1_Pooling/config.json").write_text('{"pooling_mode_weightedmean_tokens": true}')
     data = write_stsb(tmp_path / "data", glue=False)
-    command = [
-        "export",
-        str(folder),
-        str(tmp_path / "new"),
-        "--format",
-        "onnx",
-        "--int8",
-        "--data",
-        str(data),
-    ]
+    command = in_8_bits(folder, tmp_path / "new", data)
     assert main(command) == 2
     assert capsys.readouterr().err == (
         f"minilm: error: {folder}/1_Pooling/config.json pools by weightedmean; use a model that pools by one of mean, "
@@ -335,8 +321,7 @@ def test_the_version_has_the_score_in_8_bits(exported, teacher, empty_store, tmp
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     assert main(["register", str(teacher), "bert"]) == 0
-    command = ["export", "models:/bert/1", "new", "--format", "onnx", "--int8", "--max-drop", "1"]
-    assert main([*command, "--data", str(data)]) == 0
+    assert main([*in_8_bits("models:/bert/1", "new", data), "--max-drop", "1"]) == 0
     written = json.loads((tmp_path / "new/export.json").read_text())
     client = connect(store)
     version = client.get_model_version("bert", "1")

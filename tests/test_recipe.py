@@ -450,6 +450,9 @@ def test_urls_are_of_the_schemes_that_are_read() -> None:
 def test_the_canonical_form_is_blind_to_spelling_and_to_what_changes_no_weight(tmp_path: Path) -> None:
     fields = load(tmp_path, BASE, "stages.1.micro_batch=16").result_fields()
     assert json.loads(json.dumps(fields)) == fields
+    # one more, at a default that is not null, would read as a change of every recipe that was recorded before
+    given = {key for key, value in fields["data"].items() if value is not None}
+    assert given == {"held_out", "packing", "seq_len", "text", "tokenizer"}
     spelled_out = load(
         tmp_path,
         BASE.replace(

@@ -83,7 +83,7 @@ def finished_build(out: Path, arguments: dict[str, Any], paths: list[str]) -> Bu
             f"{str(out)!r} holds a data set that was not built here ({BUILD_FILE} is missing or damaged); "
             "choose another folder"
         ) from error
-    differs = [name for name, value in arguments.items() if before.get(name) != value]
+    differs = [name for name in {**arguments, **before} if before.get(name) != arguments.get(name)]
     if not differs and not same_text(paths, stamps):
         differs = ["text"]
     if not differs and report.fingerprint != manifest.fingerprint:
