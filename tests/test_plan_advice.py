@@ -28,13 +28,15 @@ def test_the_papers_recipes_are_warned_of_nothing_but_a_missing_assistant(file):
     recipe = load_recipe(file)
     if recipe.name == "quickstart":
         assert [line.partition(" sees ")[0] for line in advice(recipe, seq_len=128)] == [
-            "stage student: student student (3 x 384)", "stage tiny: student tiny (3 x 192)",
-        ]  # fmt: skip
+            "stage tiny: student tiny (3 x 192)",
+        ], "not of the student that starts from the teacher's layers"
         return
     found = advice(recipe, seq_len=recipe.data.seq_len)
-    if recipe.name.startswith("embed-"):  # of the stage of relations, never of the one of vectors
+    if recipe.name.startswith("embed-"):  # of relations from a random start, never of a stage of vectors
         starts = [line.partition(": student start ")[0] for line in found]
-        assert starts == [f"stage {stage.name}" for stage in recipe.stages if stage.name == "relations"]
+        assert starts == [
+            f"stage {stage.name}" for stage in recipe.stages if stage.students[0].init == "random"
+        ]
         return
     assert all("no assistant, which the papers' rule asks for" in line for line in found)
     small = (3, 4, 6, 12) if "large" in recipe.name else (3, 4, 6)  # at most half of the teacher's layers
@@ -58,7 +60,8 @@ def test_the_papers_recipes_are_warned_of_nothing_but_a_missing_assistant(file):
         (
             ["stages.student.steps=100", "stages.student.warmup_steps=1"],
             "stage student: student student (6 x 384) sees 13.1 M tokens for 10.6 M weights in its layers, 1.2 for "
-            "each; fewer than 20 are far too few (the papers have 2,000 and more): more steps, or a smaller student",
+            "each; fewer than 20 are far too few (the papers have 2,000 and more): more steps, a "
+            "smaller student, or one of the teacher's width with init: teacher-layers",
         ),
         (
             ["stages.student.student.layers=12"],

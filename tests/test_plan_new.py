@@ -11,6 +11,10 @@ import pytest
 
 from minilm.orchestrator.bench import stage_rate
 from minilm.orchestrator.cli import main
+from minilm.orchestrator.plan.advice import weights_in_layers
+from minilm.orchestrator.plan.draft import Draft
+from minilm.orchestrator.plan.propose import Proposal, rounded_up
+from minilm.orchestrator.plan.wish import budget_of
 from minilm.orchestrator.recipe.library import said_in_head
 from minilm.orchestrator.recipe.load import load_recipe
 from tests.conftest import make_embedder, make_teacher
@@ -57,6 +61,7 @@ def test_what_is_written_is_sound_and_costs_what_was_said(there, capsys):
     assert "teacher   " in printed and "bert, 2 x 128, 4 heads, 61 tokens, rows of at most 64" in printed
     by_shape = {row[1].replace(" ", ""): row for row in proposed(printed)}
     assert set(by_shape) == {"1x128", "2x64", "1x64"}
+    assert next(iter(by_shape)) == "1x128"
     recipe = load_recipe(out)
     assert recipe.name == "my-recipe"
     assert [(s.name, s.students[0].layers, s.students[0].hidden) for s in recipe.stages] == [
@@ -80,6 +85,25 @@ def test_what_is_written_is_sound_and_costs_what_was_said(there, capsys):
         "# Source:   MiniLM",
     ):
         assert part in text
+
+
+def test_students_of_the_teachers_layers_stand_first():
+    """As the quickstart's did, whose narrow student that started at random was worth no more than random weights."""
+    order = [
+        ("the largest that has enough steps", "teacher-layers", 4, 384, 200, 0),
+        ("a smaller one", "teacher-layers", 2, 384, 999, 0),
+        ("a narrow one with enough tokens", "teacher-pca", 12, 192, 999, 20),
+        ("of the teacher's layers, with few steps", "teacher-layers", 3, 384, 199, 19),
+        ("a narrow one with too few tokens", "teacher-pca", 2, 192, 999, 19),
+        ("with fewer", "random", 2, 192, 999, 1),
+    ]
+    found = []
+    for name, init, layers, hidden, steps, tokens in order:
+        weights = weights_in_layers(layers, hidden, 4 * hidden)
+        draft = Draft(layers, hidden, init, steps=steps, why=name)
+        found.append(Proposal(draft, (), 0, weights, tokens * weights, 0.0, None))
+    best = sorted(reversed(found), key=lambda one: one.rank("fine-tuning"), reverse=True)
+    assert [one.draft.why for one in best] == [name for name, *_ in order]
 
 
 def test_an_embedder_learns_relations_and_then_vectors(there, capsys):
@@ -135,6 +159,8 @@ WRONG = {
     "away": ({"teacher": "nobody/nothing"}, "--teacher: cannot read the config of nobody/nothing ("),
     "text missing": ({"text": "none/*.txt"}, "--text: given 'none/*.txt', but there is no such file, or none that "
                      "matches; allowed: files, folders, globs or package:IMPORT_NAME/FILE"),
+    "text of a variable": ({"text": "${x}.txt"}, "--text: given '${x}.txt', and ${ begins a variable in a recipe; "
+                           "give a path without it"),
     "text empty": ({"text": "empty.txt"}, "--text: no text in "),
     "text short": ({"text": "short.txt"}, "--text: the "),
     "use": ({"use": "chat"}, "--use: given 'chat'; allowed: fine-tuning or embeddings"),
@@ -147,6 +173,7 @@ WRONG = {
     "hardware": ({"hardware": "abacus"}, "--hardware: given 'abacus'; allowed: here (this machine, measured), h200, "),
     "too many": ({"hardware": "h100x257"}, "--hardware: given 'h100x257'; a step of 256 rows has work for 256 devices"),
     "budget": ({"budget": "soon"}, "--budget: given 'soon'; allowed: a time of training, as 90m, 24h or 3d"),
+    "budget of a number": ({"budget": "1h30"}, "--budget: given '1h30'; allowed: "),
     "budget 0": ({"budget": "0h"}, "--budget: given '0h'; allowed: "),
     "too short": ({"budget": "0.0001s"}, "--budget: given 0.0001s; the student that is trained soonest takes 1s for "
                   "20 steps a stage; allowed: that or more, or faster hardware"),
@@ -161,12 +188,25 @@ def test_an_answer_that_can_not_be_is_one_line_and_nothing_is_written(case, ther
     (home / "bare").mkdir(exist_ok=True)
     shutil.copy(home / "encoder" / "config.json", home / "bare")
     (home / "empty.txt").write_text("\n")
+    (home / "${x}.txt").write_text("time year\n")
     (home / "short.txt").write_text("time year\n\nday man\n")
     changes, expected = WRONG[case]
     assert new(there / "mine.yaml", **changes) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"minilm: error: {expected}")
     assert not list(there.iterdir())
+
+
+@pytest.mark.parametrize("seconds", [0.2, 59.7, 1381, 3599.2, 3690, 300_000])
+def test_a_budget_that_is_asked_for_is_enough(seconds):
+    told = rounded_up(seconds)
+    assert seconds <= budget_of(told).seconds < seconds + 60, told
+
+
+def test_a_closed_standard_input_is_no_terminal(there, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert new(there / "mine.yaml", use=None) == 2
+    assert "--use: not given, and there is no terminal to ask at" in capsys.readouterr().err
 
 
 def test_nothing_is_replaced_and_names_are_looked_at(there, capsys):

@@ -64,7 +64,7 @@ def advice(
             *_sizes(students, teacher),
         ]
         if stage.objective != "embedding":  # the papers' rules are of relations
-            warnings += _tokens(stage, students, seq_len)
+            warnings += _tokens(stage, students, teacher, seq_len)
             warnings += _assistant(stage, students, teacher, teachers.get(stage.teacher))
         lines += [f"stage {stage.name}: {text}" for text in warnings]
         shapes |= students
@@ -108,7 +108,7 @@ def _rate(stage: Stage) -> Iterator[str]:
 def _epochs(stage: Stage, data: Reading | None) -> Iterator[str]:
     for corpus in data.corpora if data else ():
         times = stage.steps * stage.batch * corpus.share / max(corpus.rows, 1)
-        if times > MOST_EPOCHS:
+        if round(times) > MOST_EPOCHS:
             about = "about " if corpus.estimated else ""
             yield (
                 f"reads {corpus.name} {about}{times:,.0f} times ({about}{corpus.rows:,.0f} rows); language models gain "
@@ -126,14 +126,19 @@ def _positions(stage: Stage, here: ResolvedStage | None, seq_len: int | None) ->
         )
 
 
-def _tokens(stage: Stage, students: dict[str, _Shape], seq_len: int | None) -> Iterator[str]:
-    for name, shape in students.items() if seq_len else ():
-        tokens = stage.steps * stage.batch * (seq_len or 0)
-        if tokens < FEWEST_TOKENS * shape.weights:
+def _tokens(
+    stage: Stage, students: dict[str, _Shape], teacher: _Shape | None, seq_len: int | None
+) -> Iterator[str]:
+    """Not of students that start from whole layers of the teacher: the quickstart's learns from 0.08 for each."""
+    tokens = stage.steps * stage.batch * (seq_len or 0)
+    for student, (name, shape) in zip(stage.students, students.items(), strict=True):
+        whole = student.init == "teacher-layers" and (not teacher or teacher.hidden == shape.hidden)
+        if 0 < tokens < FEWEST_TOKENS * shape.weights and not whole:
             yield (
                 f"student {name} ({shape}) sees {_short(tokens)} tokens for {_short(shape.weights)} weights in its "
                 f"layers, {tokens / shape.weights:.2g} for each; fewer than {FEWEST_TOKENS} are far too few (the "
-                f"papers have 2,000 and more): more steps, or a smaller student"
+                f"papers have 2,000 and more): more steps, a smaller student, or one of the teacher's width with "
+                f"init: teacher-layers"
             )
 
 

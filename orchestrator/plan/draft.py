@@ -12,7 +12,7 @@ from minilm.orchestrator.plan.wish import MOST_WORKERS, Wish
 from minilm.orchestrator.recipe.library import LIBRARY
 from minilm.orchestrator.recipe.show import scalar
 
-FEW_STEPS = 4000  # below, the settings of the quickstart rather than of the papers
+FEW_STEPS = 4000  # below, settings as those of the quickstart rather than of the papers
 EMBEDDINGS_SHARE = 4  # one part of the steps for the relations, so many for the vectors
 
 
@@ -117,7 +117,7 @@ def write_draft(wish: Wish, rows: Rows, draft: Draft, head: Sequence[str] = ()) 
 def _stage(teacher: str, student: str, draft: Draft, steps: int, relations: bool = False) -> list[str]:
     quick = relations and steps < FEW_STEPS and draft.init != "teacher-layers"
     rate, warmup = 1e-3 if quick else 3e-4, warmup_steps(steps)
-    source = "the quickstart's: few steps need larger ones" if quick else "the papers' at 256 rows"
+    source = "few steps need a larger one than the papers'" if quick else "the papers' at 256 rows"
     lines = [f"    teacher: {teacher}"] if teacher else []
     if relations and draft.assistant != "none":
         rule = "a teacher assistant where the papers' rule asks for one"
@@ -149,7 +149,7 @@ def head_of(wish: Wish, out: Path, purpose: str, hours: str, others: str) -> lis
     after = (
         "not measured yet. It is used as it is, by sentence-transformers or transformers."
         if embeds
-        else "not measured yet. It must be fine-tuned before use: its pooled vectors mean nothing until then."
+        else "not measured yet. It must be fine-tuned before use: its pooled vectors mean little until then."
     )
     vectors = " for the relations, LEAF (arXiv:2509.12539) for the vectors" if embeds else ""
     return [

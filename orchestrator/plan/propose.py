@@ -2,7 +2,9 @@
 
 A shape keeps all, three quarters, half, a third or a quarter of the teacher's layers, and all, half or a quarter of
 each of its heads. What fits the target is trained for as many steps as the budget, the text and the papers allow. Of
-those that see enough tokens for their size the largest stands first; behind them, the most tokens for each weight.
+those that see enough tokens for their size the largest stands first; behind them, the most tokens for each weight. A
+student of the teacher's width starts from the teacher's layers where steps are few: it needs fewer tokens than others,
+and stands before them.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from minilm.orchestrator.recipe.load import read_recipe
 from minilm.orchestrator.recipe.schema import Recipe
 from minilm.orchestrator.resolve.folders import folder_here
 from minilm.orchestrator.resolve.stages import check_text
+from minilm.orchestrator.system.text import duration
 
 LAYERS, HEADS = (1, 3 / 4, 1 / 2, 1 / 3, 1 / 4), (1, 1 / 2, 1 / 4)
 BATCHES = (
@@ -51,6 +54,7 @@ MOST_STEPS = {
     "fine-tuning": (400_000, "as many as the papers have"),
     "embeddings": (100_000, "as many as embed-mpnet-l6-h384 has"),
 }
+ENOUGH_FROM_LAYERS = 200  # steps of the quickstarts' students of the teacher's width (docs/evaluation.md)
 SHORT = 40_000  # steps below which layers start from the teacher's
 ROWS_AT_ONCE = {"cpu": 16, "cuda": 64}
 MEMORY_SHARE = 0.8
@@ -77,11 +81,13 @@ class Proposal:
     def flops(self) -> float:
         return sum(one.flops for one in self.plans)
 
-    def rank(self, use: str) -> tuple[bool, float]:
-        enough = self.tokens >= FEWEST_TOKENS * self.weights
-        if use == "embeddings":  # it starts from the teacher's layers, and no rule is known
-            enough = self.draft.steps >= ENOUGH_STEPS / 10
-        return enough, self.weights if enough else self.tokens / self.weights
+    def rank(self, use: str) -> tuple[bool, bool, float]:
+        from_layers = self.draft.init == "teacher-layers"
+        if from_layers or use == "embeddings":  # no rule of tokens is known
+            enough = self.draft.steps >= ENOUGH_FROM_LAYERS
+        else:
+            enough = self.tokens >= FEWEST_TOKENS * self.weights
+        return enough, from_layers, self.weights if enough else self.tokens / self.weights
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ def propose(
     if not proposals:
         least = min(one for one in settled if isinstance(one, float))
         raise UserError(
-            f"--budget: given {wish.budget.given}; the student that is trained soonest takes {long(math.ceil(least))} "
+            f"--budget: given {wish.budget.given}; the student that is trained soonest takes {rounded_up(least)} "
             f"for {FEWEST_STEPS} steps a stage; allowed: that or more, or faster hardware"
         )
     return sorted(proposals, key=lambda one: one.rank(wish.use), reverse=True)[:SHOWN], machine
@@ -302,11 +308,17 @@ def _settled(
     )
 
 
+def rounded_up(seconds: float) -> str:
+    """As `--budget` takes it, and no less: hours are told without seconds."""
+    unit = 1 if seconds < 3600 else 60
+    return duration(unit * math.ceil(seconds / unit))
+
+
 def _micro_batch(rows: int, found: Sequence[Work], machine: Machine) -> int:
     """A power of two, at most `rows`, that the device's memory has room for, as far as that is known."""
     size = 1 << (min(rows, ROWS_AT_ONCE[machine.device]).bit_length() - 1)
     while size > 1 and any(
-        0 < MEMORY_SHARE * machine.memory < memory(replace(work, micro_batch=size)).device for work in found
+        0 < MEMORY_SHARE * machine.memory < memory(replace(work, micro_batch=size)).total for work in found
     ):
         size //= 2
     return size

@@ -24,9 +24,9 @@ from minilm.orchestrator.recipe.references import (
 USES = ("fine-tuning", "embeddings")
 HERE = "here"  # this machine, as --hardware
 MOST_WORKERS = 256  # rows of a step
-_TARGET = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|b|ms|s)", re.IGNORECASE)
+_TARGET = re.compile(r"(\d+(?:\.\d+)?) *(k|m|b|ms|s)", re.IGNORECASE)
 _PARAMETERS = {"k": 1e3, "m": 1e6, "b": 1e9}
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", re.IGNORECASE)
+_TIME = re.compile(r"(\d+(?:\.\d+)?) *(s|min|m|h|d) *", re.IGNORECASE)
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -101,7 +101,7 @@ def teacher_reference(given: str, folder: Path) -> str:
             f"--teacher: given {given!r}, which {there}; allowed: a model's folder in the format of transformers, "
             f"package:IMPORT_NAME/FOLDER or a hub id OWNER/NAME"
         )
-    return _from(folder, given) if isinstance(ref, FolderRef) else given
+    return _from(folder, "--teacher", given) if isinstance(ref, FolderRef) else given
 
 
 def text_paths(given: list[str], folder: Path) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ def text_paths(given: list[str], folder: Path) -> tuple[str, ...]:
             raise UserError(
                 f"--text: given {path!r}, which is a data set already; allowed: the text that it was built from"
             )
-    return tuple(_from(folder, path) for path in given)
+    return tuple(_from(folder, "--text", path) for path in given)
 
 
 def use_of(given: str) -> str:
@@ -164,16 +164,22 @@ def hardware_of(given: str) -> tuple[str, int]:
 
 
 def budget_of(given: str) -> Budget:
-    """ "24h"."""
-    found = _BUDGET.fullmatch(given.strip())
-    if not found or float(found[1]) <= 0:
+    """ "24h" or "1h30m"."""
+    text = given.strip()
+    seconds = sum(float(number) * _SECONDS[unit.lower()] for number, unit in _TIME.findall(text))
+    if _TIME.sub("", text) or not seconds:
         raise UserError(f"--budget: given {given!r}; allowed: a time of training, as 90m, 24h or 3d")
-    return Budget(given, float(found[1]) * _SECONDS[found[2].lower()])
+    return Budget(text, seconds)
 
 
-def _from(folder: Path, given: str) -> str:
+def _from(folder: Path, flag: str, given: str) -> str:
     """A relative path of the current folder as one that counts from `folder`; others as they are."""
-    if given.startswith(("package:", "~", "/")):
-        return given
-    relative = os.path.relpath(given, folder)
-    return relative if relative.startswith(".") else f"./{relative}"
+    path = given
+    if not path.startswith(("package:", "~", "/")):
+        path = os.path.relpath(path, folder)
+        path = path if path.startswith(".") else f"./{path}"
+    if "${" in path:
+        raise UserError(
+            f"{flag}: given {given!r}, and ${{ begins a variable in a recipe; give a path without it"
+        )
+    return path

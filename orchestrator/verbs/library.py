@@ -156,7 +156,7 @@ def wish_of(options: argparse.Namespace, out: Path) -> tuple[Wish, bool]:
     }
     missing = [flag for flag in read if getattr(options, flag) is None]
     found = {flag: read[flag](getattr(options, flag)) for flag in read if flag not in missing}
-    if missing and not sys.stdin.isatty():
+    if missing and not (sys.stdin and sys.stdin.isatty()):  # None: closed
         names = ", ".join(f"--{flag}" for flag in missing)
         raise UserError(f"{names}: not given, and there is no terminal to ask at; see minilm new --help")
     for flags, question in QUESTIONS.items():
