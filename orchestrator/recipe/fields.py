@@ -190,14 +190,20 @@ Workers = Annotated[
     ),
 ]
 LayerNumber = Annotated[Literal["last"] | Count, BeforeValidator(_last_or_number)]
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$", max_length=63), BeforeValidator(_slug)]
+_NAME, _LINE, _LANGUAGE = (
+    r"^[a-z0-9]+([-_][a-z0-9]+)*$",
+    r"^[^\s\x00-\x1f](.*[^\s])?$",
+    r"^[a-z]{2,3}(-[a-z]+)*$",
+)
+PATTERNS = {  # in words
+    _NAME: "name of a-z, 0-9, - and _",
+    _LINE: "a line of text",
+    _LANGUAGE: "a language's code, as en, de or pt-br",
+}
+Slug = Annotated[str, Field(pattern=_NAME, max_length=63), BeforeValidator(_slug)]
 Alias = Annotated[Slug, BeforeValidator(_alias)]
-CardText = Annotated[
-    str, Field(pattern=r"^[^\s\x00-\x1f](.*[^\s])?$", max_length=300), _in_words("a line of text")
-]
-LanguageCode = Annotated[
-    str, Field(pattern=r"^[a-z]{2,3}(-[a-z]+)*$"), _in_words("a language's code, as en, de or pt-br")
-]
+CardText = Annotated[str, Field(pattern=_LINE, max_length=300), _in_words(PATTERNS[_LINE])]
+LanguageCode = Annotated[str, Field(pattern=_LANGUAGE), _in_words(PATTERNS[_LANGUAGE])]
 ReferenceText = Annotated[str, BeforeValidator(_reference)]
 Start = Annotated[
     str,

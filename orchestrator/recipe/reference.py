@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minilm.orchestrator.recipe.fields import PATTERNS
 from minilm.orchestrator.recipe.json_schema import recipe_schema
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipe-keys.md"
@@ -85,7 +86,7 @@ def allowed(value: dict[str, Any]) -> str:
         ]
         return f"{word} {' and '.join(bounds)}".strip()
     if kind == "string":
-        return "name of a-z, 0-9, - and _" if "pattern" in value else "text"
+        return PATTERNS[value["pattern"]] if "pattern" in value else "text"
     if kind == "boolean":
         return "`true`, `false`"
     assert kind == "object", value
