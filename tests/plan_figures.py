@@ -5,7 +5,6 @@ python -m tests.plan_figures FOLDER   tokens a second of every stage, measured, 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,17 +86,26 @@ def data_of(folder: Path, *, seq_len: int, vocabulary: int) -> DataSpec:
     return describe_folder(folder / "shards")
 
 
+WORKER = """
+import re
+from pathlib import Path
+from minilm.orchestrator.worker.__main__ import main
+assert main() == 0
+status = Path("/proc/self/status").read_text()  # getrusage remembers the peak of the process that forked this one
+print(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
+"""
+
+
 def peak_of_worker(recipe: Recipe, resolved: ResolvedStage, data: DataSpec, folder: Path) -> int:
     """Bytes that the process of a worker held at most which trained the stage from its start to its end."""
     nobody = Driver(recipe, Workdir(folder), None, data, (), [], None, None, None, None)  # type: ignore[arg-type]
     spec = nobody.make_spec(resolved)
     of_stage = StageFolder(Path(spec.folder))
     begin_attempt(replace(spec, attempt="alone"), of_stage)
-    worker = subprocess.Popen([sys.executable, "-m", "minilm.orchestrator.worker", str(of_stage.spec)])
-    _, status, usage = os.wait4(worker.pid, 0)
-    worker.returncode = status
-    assert status == 0
-    return usage.ru_maxrss * 1024
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(of_stage.spec)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return int(done.stdout.splitlines()[-1]) << 10
 
 
 def planned_peak(work: Work) -> int:
