@@ -18,7 +18,7 @@ from minilm.model.loss.objective import Objective
 from minilm.orchestrator.evaluation.probes.evaluator import HeldOutPass, make_evaluators, measure
 from minilm.orchestrator.feed.corpora import HeldOut
 from minilm.orchestrator.train import step as step_module
-from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, group_widths
+from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, end_to_end, group_widths
 from minilm.orchestrator.train.build import build_distiller
 from tests.support import make_spec
 from tests.test_model_encoder import tiny_config
@@ -121,16 +121,20 @@ def test_groups_give_the_gradient_of_the_whole(architecture, name):
     distiller = Distiller(made[0], {"s": made[1]}, objective).double()
     ids, mask = padded([128, 20, 33, 0, 128, 31], tokens=128)
     results = []
-    for groups in ([(ids, mask)], by_length(ids, mask)):
+    layouts = [[(ids, mask)], by_length(ids, mask)]
+    if objective.takes_blocks:
+        layouts.append([end_to_end(ids, mask)])
+    for groups in layouts:
         sums = [distiller.term_sums("s", distiller.teacher_forward(*group), *group) for group in groups]
         total = torch.stack(sums).sum(0)
         parameters = list(distiller.trained_parameters("s").values())
         gradients = torch.autograd.grad((total * distiller.weights).sum(), parameters)
         results.append((len(groups), total.detach(), torch.cat([g.flatten() for g in gradients])))
-    (one, whole, whole_gradient), (several, cut, cut_gradient) = results
-    assert (one, several) == (1, 2)
-    torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
-    torch.testing.assert_close(cut_gradient, whole_gradient, rtol=0, atol=1e-12 * whole_gradient.abs().max())
+    (_, whole, whole_gradient), (several, *_) = results[:2]
+    assert several == 2
+    for _, cut, cut_gradient in results[1:]:
+        torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
+        torch.testing.assert_close(cut_gradient, whole_gradient, rtol=0, atol=1e-12 * whole_gradient.abs().max())
 
 
 def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(documents, teacher, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from minilm.model.encoder.taps import active_blocks
 from minilm.model.encoder.tile_size import PADDED, TILE, tiles
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -35,7 +36,31 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: [batch, heads, tokens, size] -> [batch, tokens, heads, size]."""
+    """transformers' attention function: [batch, heads, tokens, size] -> [batch, tokens, heads, size].
+
+    Where documents lie end to end (taps.py), within each of them; attention_mask is then of the widest one alone.
+    """
+    blocks = active_blocks()
+    if blocks is None:
+        return _attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    sides = (blocks.split(side, 2) for side in (query, key, value))
+    outputs = [
+        _attend(module, q, k, v, seen, dropout, scaling, **kwargs).flatten(0, 1)
+        for q, k, v, seen in zip(*sides, blocks.squares(attention_mask), strict=True)
+    ]
+    return torch.cat(outputs)[None], None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor:
     learned = attention_mask is not None and attention_mask.requires_grad
     if not query.is_meta and torch.is_autocast_enabled(query.device.type):  # rotation gives float32 q and k
         query, key = query.to(value.dtype), key.to(value.dtype)
@@ -44,13 +69,13 @@ def attend(
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return output, None
+        return output
     groups = query.shape[1] // key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = dropout_attention(
         query * scaling, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, dropout
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous()
 
 
 @torch.compiler.disable  # loops over tiles and makes a generator: nothing to gain for a compiler
