@@ -1,4 +1,4 @@
-"""Rows grouped by length: every row once, gradients as without groups.
+"""Rows of several lengths: every row once, gradients as of each alone.
 
 That the bits are the same for any worker count is in test_worker_two_workers.py.
 """
@@ -13,10 +13,11 @@ import torch
 from minilm.data.read.reader import RowReader
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student
+from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.evaluation.probes.evaluator import HeldOutPass, make_evaluators, measure
-from minilm.orchestrator.feed.corpora import HeldOut
+from minilm.orchestrator.feed.corpora import HeldOut, open_stream
 from minilm.orchestrator.train import step as step_module
 from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, end_to_end, group_widths
 from minilm.orchestrator.train.build import build_distiller
@@ -134,28 +135,74 @@ def test_groups_give_the_gradient_of_the_whole(architecture, name):
     assert several == 2
     for _, cut, cut_gradient in results[1:]:
         torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
-        torch.testing.assert_close(cut_gradient, whole_gradient, rtol=0, atol=1e-12 * whole_gradient.abs().max())
+        torch.testing.assert_close(
+            cut_gradient, whole_gradient, rtol=0, atol=1e-12 * whole_gradient.abs().max()
+        )
 
 
-def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(documents, teacher, tmp_path, monkeypatch):
-    spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_documents_end_to_end_are_computed_as_if_each_were_alone(architecture):
+    config = tiny_config(architecture, max_position_embeddings=200)
+    made = [
+        TappedEncoder(build_student(config, layers=2, hidden=h, dropout=0.0, seed=s), 2)
+        for s, h in enumerate((24, 16))
+    ]
+    for parameter in itertools.chain(*(encoder.parameters() for encoder in made)):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    distiller = Distiller(made[0], {"s": made[1]}, Objective.named("layer-to-layer")).double()
+    ids, mask = padded([31, 7, 12, 7, 64, 1], tokens=64)
+    parameters = list(distiller.trained_parameters("s").values())
+
+    def computed(*layouts):
+        heads = torch.zeros(distiller.head_shape, dtype=torch.float64)
+        total = torch.stack(
+            [distiller.term_sums("s", distiller.teacher_forward(*one), *one, heads=heads) for one in layouts]
+        ).sum(0)
+        gradients = torch.autograd.grad((total * distiller.weights).sum(), parameters)
+        return total.detach(), heads, torch.cat([gradient.flatten() for gradient in gradients])
+
+    found = computed(end_to_end(ids, mask))
+    alone = computed(*((row[own][None], None) for row, own in zip(ids, mask, strict=True)))
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12 * float(other.abs().max()))
+
+
+def step_with_shapes(spec, monkeypatch):
     distiller = build_distiller(spec, ALONE.device)
     teacher_forward, shapes = distiller.teacher_forward, []
     monkeypatch.setattr(
         distiller, "teacher_forward", lambda ids, mask: shapes.append(ids.shape) or teacher_forward(ids, mask)
     )
-    _, (state,), outcome = one_step(spec, distiller=distiller)
-    assert sum(rows for rows, _ in shapes) == 8
-    assert sum(rows * width for rows, width in shapes) < 0.9 * 8 * 64
+    return (*one_step(spec, distiller=distiller)[1:], shapes)
+
+
+@pytest.mark.parametrize("objective", ["minilm", "soft-label-mlm"])
+def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(
+    documents, teacher, tmp_path, monkeypatch, objective
+):
+    spec = make_spec(documents, teacher, tmp_path, dropout=0.0, objective={"name": objective})
+    (state,), outcome, shapes = step_with_shapes(spec, monkeypatch)
+    stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.batch)
+    valid = int(stream.micro_batch(0, 0).mask.sum())
+    computed = sum(rows * width for rows, width in shapes)
+    if objective == "minilm":
+        assert computed == valid and [rows for rows, _ in shapes] == [1] * (spec.batch // spec.micro_batch)
+    else:
+        assert valid < computed < 0.9 * 8 * 64 and sum(rows for rows, _ in shapes) == 8
     monkeypatch.setattr(step_module, "by_length", lambda ids, mask: [(ids, mask)])
+    monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask: None)
     _, (plain,), expected = one_step(spec)
     torch.testing.assert_close(state.gradient, plain.gradient, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(outcome.terms, expected.terms, rtol=1e-5, atol=0)
     assert outcome.count == expected.count
 
 
-def test_every_group_has_a_dropout_mask_of_its_own(documents, teacher, tmp_path, monkeypatch):
-    distiller = build_distiller(make_spec(documents, teacher, tmp_path), ALONE.device)
+@pytest.mark.parametrize("objective", ["minilm", "soft-label-mlm"])
+def test_all_that_is_computed_at_a_time_has_a_dropout_mask_of_its_own(
+    documents, teacher, tmp_path, monkeypatch, objective
+):
+    spec = make_spec(documents, teacher, tmp_path, objective={"name": objective})
+    distiller = build_distiller(spec, ALONE.device)
     term_sums, seeds = distiller.term_sums, []
 
     def noting(*arguments, dropout_seed, **rest):
@@ -164,9 +211,20 @@ def test_every_group_has_a_dropout_mask_of_its_own(documents, teacher, tmp_path,
 
     monkeypatch.setattr(distiller, "term_sums", noting)
     for _ in range(2):  # the same ones again when the step is computed again
-        one_step(make_spec(documents, teacher, tmp_path), distiller=distiller)
+        one_step(spec, distiller=distiller)
     first, again = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
-    assert first == again and len(set(first)) == len(first) > 2
+    assert first == again and len(set(first)) == len(first) >= spec.batch // spec.micro_batch
+
+
+def test_rows_that_cannot_lie_end_to_end():
+    ids, mask = padded([5, 0, 9, 5])
+    sequence, blocks = end_to_end(ids, mask)
+    assert blocks == ((1, 9), (2, 5)) and sequence.tolist() == [
+        [*ids[2, :9].tolist(), *ids[0, :5].tolist(), *ids[3, :5].tolist()]
+    ]
+    assert end_to_end(ids, torch.zeros_like(mask)) is None
+    mask[1, 100:] = True  # padding in front
+    assert end_to_end(ids, mask) is None
 
 
 def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, monkeypatch):
@@ -184,21 +242,21 @@ def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, mo
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_out_of_memory_halves_every_group(documents, teacher, tmp_path, monkeypatch):
-    spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
+@pytest.mark.parametrize("objective", ["minilm", "soft-label-mlm"])
+def test_out_of_memory_halves_every_micro_batch(documents, teacher, tmp_path, monkeypatch, objective):
+    spec = make_spec(documents, teacher, tmp_path, dropout=0.0, objective={"name": objective})
     _, (expected,), _ = one_step(spec)
     distiller = build_distiller(spec, ALONE.device)
-    teacher_forward, shapes = distiller.teacher_forward, []
+    teacher_forward, sizes = distiller.teacher_forward, []
 
     def small_memory(ids, mask):
-        shapes.append(ids.shape)
-        if len(shapes) == 2:
+        sizes.append(ids.numel())
+        if len(sizes) == 2:
             raise torch.OutOfMemoryError("not enough")
         return teacher_forward(ids, mask)
 
     monkeypatch.setattr(distiller, "teacher_forward", small_memory)
     _, (state,), outcome = one_step(spec, distiller=distiller)
     assert outcome.num_chunks == 2
-    assert sum(rows for rows, _ in shapes[2:]) == 8
-    assert max(rows for rows, _ in shapes[2:]) <= 2 < max(rows for rows, _ in shapes[:2])
+    assert max(sizes[2:]) < max(sizes[:2])
     torch.testing.assert_close(state.gradient, expected.gradient, rtol=1e-4, atol=1e-7)

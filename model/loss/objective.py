@@ -144,7 +144,8 @@ class Objective:
     ) -> Tensor:
         """[num_terms], float32 or better: each term's undivided, unweighted divergence.
 
-        mask: bool [batch, tokens], None: all valid; or the blocks in which documents lie in the taps. projections: the modules of `projections`, by term. masked: what `mask_tokens` gave.
+        mask: bool [batch, tokens], None: all valid; or the blocks in which documents lie in the taps. projections: the
+        modules of `projections`, by term. masked: what `mask_tokens` gave.
         """
         if isinstance(mask, Blocks):
             blocks = zip(teacher.split(mask), student.split(mask), strict=True)

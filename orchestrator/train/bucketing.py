@@ -49,7 +49,9 @@ def end_to_end(ids: Tensor, mask: Tensor) -> tuple[Tensor, Blocks] | None:
     lengths = _ends(mask)
     if not torch.equal(lengths, mask.sum(dim=1)) or not mask.any():
         return None
-    by_width = [(width, ids[lengths == width, :width]) for width in lengths.unique().flip(0).tolist() if width]
+    by_width = [
+        (width, ids[lengths == width, :width]) for width in lengths.unique().flip(0).tolist() if width
+    ]
     blocks = Blocks(Block(len(rows), width) for width, rows in by_width)
     return torch.cat([rows.flatten() for _, rows in by_width])[None], blocks
 

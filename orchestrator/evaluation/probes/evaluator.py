@@ -67,7 +67,7 @@ class HeldOutPass:
         for done, number in enumerate(mine):
             self.progress(done, len(mine))
             batch = held_out.read(range(number * size, min((number + 1) * size, rows)))
-            for ids, mask in by_length(batch.input_ids, batch.mask):
+            for ids, mask in by_length(*batch.sequences):
                 yield Batch(number, ids.to(world.device), None if mask is None else mask.to(world.device))
 
     def batches(self) -> Iterator[Batch]:
