@@ -12,6 +12,7 @@ import torch
 
 from minilm.data.read.reader import RowReader
 from minilm.model.distiller import Distiller
+from minilm.model.encoder import attention
 from minilm.model.encoder.build import build_student
 from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.tapped_encoder import TappedEncoder
@@ -169,6 +170,40 @@ def test_documents_end_to_end_are_computed_as_if_each_were_alone(architecture):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "dropout", [0.0, 1e-9]
+)  # by PyTorch's attention, and by ours, which drops nothing then
+@pytest.mark.parametrize("architecture", ["bert", "mpnet", "modernbert"])
+def test_in_bfloat16_documents_end_to_end_have_the_same_values_in_few_shapes(
+    architecture, dropout, monkeypatch
+):
+    """A CPU's kernels for bfloat16 are compiled for each shape. Against rows of their own in float32."""
+    config = tiny_config(architecture, max_position_embeddings=200)
+    encoder = TappedEncoder(build_student(config, layers=2, hidden=24, dropout=dropout, seed=0), 2)
+    parameters = list(encoder.trained_parameters().values())
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    lengths = [31, 7, 32, 7, 64, 1]
+    ids, mask = padded(lengths, tokens=64)
+    sequence, blocks = end_to_end(ids, mask, few_lengths=True)
+    assert sequence.shape[1] == 144 and sum(lengths) == 142
+
+    def value_and_gradient(parts):
+        total = sum(side.float().square().sum() for taps in parts for side in (taps.q, taps.k, taps.v))
+        return total.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
+
+    shapes, own = set(), attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *a, **k: shapes.add(a[1].shape) or own(*a, **k))
+    with torch.autocast("cpu", torch.bfloat16):
+        value, gradient = value_and_gradient(encoder(sequence, blocks).split(blocks))
+    assert {shape[2] for shape in shapes} == {32, 64}
+    assert not dropout or {shape[0] for shape in shapes} == {1}
+    alone = (encoder(row[own][None]) for row, own in zip(ids, mask, strict=True))
+    wanted, wanted_gradient = value_and_gradient(alone)
+    torch.testing.assert_close(value, wanted, rtol=0.02, atol=0)
+    assert (gradient - wanted_gradient).norm() < 0.05 * wanted_gradient.norm()
+
+
 def step_with_shapes(spec, monkeypatch):
     distiller = build_distiller(spec, ALONE.device)
     teacher_forward, shapes = distiller.teacher_forward, []
@@ -184,7 +219,7 @@ def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(
 ):
     spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
     if grouped:  # as on a GPU
-        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask: None)
+        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask, **_: None)
     (state,), outcome, shapes = step_with_shapes(spec, monkeypatch)
     stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.batch)
     valid = int(stream.micro_batch(0, 0).mask.sum())
@@ -194,7 +229,7 @@ def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(
     else:
         assert valid < computed < 0.9 * 8 * 64 and sum(rows for rows, _ in shapes) == 8
     monkeypatch.setattr(step_module, "by_length", lambda ids, mask: [(ids, mask)])
-    monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask: None)
+    monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask, **_: None)
     _, (plain,), expected = one_step(spec)
     torch.testing.assert_close(state.gradient, plain.gradient, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(outcome.terms, expected.terms, rtol=1e-5, atol=0)
@@ -207,7 +242,7 @@ def test_all_that_is_computed_at_a_time_has_a_dropout_mask_of_its_own(
 ):
     spec = make_spec(documents, teacher, tmp_path)
     if grouped:
-        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask: None)
+        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask, **_: None)
     distiller = build_distiller(spec, ALONE.device)
     term_sums, seeds = distiller.term_sums, []
 
@@ -252,7 +287,7 @@ def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, mo
 def test_out_of_memory_halves_every_micro_batch(documents, teacher, tmp_path, monkeypatch, grouped):
     spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
     if grouped:
-        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask: None)
+        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask, **_: None)
     _, (expected,), _ = one_step(spec)
     distiller = build_distiller(spec, ALONE.device)
     teacher_forward, sizes = distiller.teacher_forward, []

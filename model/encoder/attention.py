@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from minilm.model.encoder.taps import active_blocks
 from minilm.model.encoder.tile_size import PADDED, TILE, tiles
 
+_ROUND = 32
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,11 +46,43 @@ def attend(
     if blocks is None:
         return _attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     sides = (blocks.split(side, 2) for side in (query, key, value))
+    rounded = value.device.type == "cpu" and value.dtype == torch.bfloat16
+    of_block = _attend_rounded if rounded else _attend
     outputs = [
-        _attend(module, q, k, v, seen, dropout, scaling, **kwargs).flatten(0, 1)
+        of_block(module, q, k, v, seen, dropout, scaling, **kwargs).flatten(0, 1)
         for q, k, v, seen in zip(*sides, blocks.squares(attention_mask), strict=True)
     ]
-    return torch.cat(outputs)[None], None
+    together = torch.cat(outputs)
+    return pad(together, (0, 0, 0, 0, 0, query.shape[2] - len(together)))[None], None
+
+
+def _attend_rounded(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor:
+    """`_attend` with tokens filled up to a multiple of `_ROUND`, and row by row where there is dropout.
+
+    For each shape of a product in bfloat16 a CPU's kernel is compiled, which takes a millisecond and half a megabyte:
+    documents have too many lengths for that.
+    """
+    tokens = query.shape[-2]
+    if short := -tokens % _ROUND:
+        query, key, value = (pad(side, (0, 0, 0, short)) for side in (query, key, value))
+        if seen is None:
+            seen = (torch.arange(tokens + short) < tokens)[None, None, None]
+        else:
+            unseen = False if seen.dtype == torch.bool else torch.finfo(seen.dtype).min
+            seen = pad(pad(seen, (0, 0, 0, short), value=not unseen), (0, short), value=unseen)
+    rows = len(query) if dropout else 1
+    parts = zip(*(side.chunk(rows) for side in (query, key, value)), strict=True)
+    outputs = [_attend(module, q, k, v, seen, dropout, scaling, **kwargs) for q, k, v in parts]
+    return torch.cat(outputs)[:, :tokens]
 
 
 def _attend(

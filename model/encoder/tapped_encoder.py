@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from minilm.model.encoder.attention_hook import (
@@ -122,7 +123,7 @@ class TappedEncoder(nn.Module):
     ) -> Taps:
         """input_ids int64 [batch, tokens]; mask bool [batch, tokens], True where a token is valid, None: all.
 
-        With blocks for a mask, input_ids are [1, tokens], the documents of the blocks end to end, and so are the taps;
+        With blocks for a mask, input_ids are [1, tokens], the blocks' documents end to end, and so are the taps;
         a bias is of the widest block. positions: int64 [batch, k], where logits are wanted, if these are watched.
         """
         within = None
@@ -163,11 +164,13 @@ class TappedEncoder(nn.Module):
         config = self.model.config
         family = family_of(config)
         if not family.positions_after_padding:
-            rows = [torch.arange(b.width, device=input_ids.device).repeat(b.rows) for b in blocks]
-            return torch.cat(rows)[None]
-        padding = family.reserved_positions(config.pad_token_id) - 1
-        numbered = [ids != padding for ids in blocks.split(input_ids, 1)]  # as transformers does
-        return torch.cat([(own.cumsum(dim=1) * own + padding).flatten() for own in numbered])[None]
+            numbers = [torch.arange(b.width, device=input_ids.device).repeat(b.rows) for b in blocks]
+        else:  # as transformers does
+            padding = family.reserved_positions(config.pad_token_id) - 1
+            counted = [ids != padding for ids in blocks.split(input_ids, 1)]
+            numbers = [(own.cumsum(dim=1) * own + padding).flatten() for own in counted]
+        together = torch.cat(numbers)
+        return pad(together, (0, input_ids.shape[1] - len(together)))[None]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that require gradients and that the watched fields depend on.

@@ -26,8 +26,8 @@ class Block(NamedTuple):
 
 
 class Blocks(tuple[Block, ...]):
-    """Blocks of documents, the widest first, end to end in one sequence of Σ rows · width tokens: token t of document
-    r of a block that begins at s is s + r · width + t."""
+    """Blocks of documents, the widest first, end to end in one sequence: token t of document r of a block that begins
+    at s is s + r · width + t. Tokens behind the last block belong to none; nothing sees them."""
 
     @property
     def widest(self) -> int:
@@ -44,7 +44,8 @@ class Blocks(tuple[Block, ...]):
 
     def split(self, x: Tensor, dim: int) -> list[Tensor]:
         """Views of x [1, …, tokens, …], one a block: [rows, …, width, …]. dim: that of the tokens."""
-        parts = x.split([block.rows * block.width for block in self], dim=dim)
+        sizes = [block.rows * block.width for block in self]
+        *parts, _rest = x.split([*sizes, x.shape[dim] - sum(sizes)], dim=dim)
         return [
             part.unflatten(dim, block).squeeze(0).movedim(dim - 1, 0)
             for part, block in zip(parts, self, strict=True)

@@ -233,7 +233,7 @@ class LocalStep:
     def parts(self, ids: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | Blocks | None]]:
         """What is computed at a time of these rows; see bucketing.py."""
         if mask is not None and self.device.type == "cpu" and self.distiller.objective.takes_blocks:
-            sequence = end_to_end(ids, mask)
+            sequence = end_to_end(ids, mask, few_lengths=self.autocast is not None)
             if sequence is not None:
                 return [sequence]
         return [*by_length(ids, mask)]
