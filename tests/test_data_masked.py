@@ -78,6 +78,11 @@ def test_a_build_holds_the_pieces_of_document_packing_in_fewer_rows(masked, docu
     several = int(one.ends.sum(1).argmax())  # a row, and the first document in it
     first = one.sequences[0][int(one.ends[:several].sum())]
     assert first[0] == CLS and first.tolist()[: 1 + int(one.ends[several].nonzero()[0])].count(SEP) == 1
+    assert [text[0] for text in texts(one.first_documents)] == [CLS] * len(one.row_ids)
+    assert texts(one.first_documents) == [
+        tuple(row[: int(ends.nonzero()[0]) + 1].tolist())
+        for row, ends in zip(one.input_ids, one.ends, strict=True)
+    ]
     assert one.row_of(int(one.ends[:several].sum())) == several
 
 

@@ -42,6 +42,11 @@ class Batch(NamedTuple):
         ids = self.input_ids[rows[:, None], places].masked_fill(~mask, 0)
         return ids, None if mask.all() else mask
 
+    @property
+    def first_documents(self) -> "Batch":
+        """The same rows without all documents but the first, so that there is one of `sequences` for each row."""
+        return self if self.ends is None else self._replace(ends=self.ends & (self.ends.cumsum(dim=1) == 1))
+
     def row_of(self, sequence: int) -> int:
         """The number of the row that holds this one of `sequences`."""
         return int(self.row_ids[sequence if self.ends is None else self.ends.nonzero()[sequence, 0]])
