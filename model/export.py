@@ -159,14 +159,14 @@ An encoder distilled from its teacher by the objective below ({source}).
 
 
 _ENCODER = (
-    "**Fine-tune it before use.** The last layer's weights after its queries, keys and values were not trained: its"
-    " pooled vectors mean nothing until a task trains them.",
+    "**Fine-tune it before use.** The last layer's weights after its queries, keys and values were not trained and"
+    " hold their initial values: where these were random, pooled vectors mean nothing until a task trains them.",
     "MiniLM, arXiv 2002.10957",
     """    from transformers import AutoModel, AutoTokenizer
     model = AutoModel.from_pretrained("this folder")
     tokenizer = AutoTokenizer.from_pretrained("this folder")""",
-    """Distillation reads queries, keys and values of the last layer. The weights after these projections are
-untrained by distillation: they hold their initial values until fine-tuning trains them.""",
+    """Distillation reads queries, keys and values of the last layer. The weights after these projections
+keep their initial values until fine-tuning trains them.""",
 )
 _EMBEDDER = (
     "**Use it as it is.** It makes a vector of a text, in its teacher's own space: its vectors and the teacher's can be"

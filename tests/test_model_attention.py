@@ -153,6 +153,26 @@ def test_without_dropout_pytorchs_own_attention_runs(dtype):
     assert torch.equal(output, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("mask", [None, "seen", "added"])
+def test_training_in_bfloat16_without_dropout_rounds_its_inputs_and_its_output_only(mask):
+    q, k, v = (torch.randn(2, 3, 8, 4, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    if mask is not None:
+        seen = torch.rand(2, 1, 8, 8) > 0.3
+        mask = seen if mask == "seen" else torch.zeros(seen.shape).masked_fill(~seen, -9.0).bfloat16()
+    upstream = torch.randn(2, 8, 3, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, _ = attend(nn.Module(), q, k, v, mask, is_causal=False)
+    assert ours.dtype == torch.bfloat16
+    exact = [side.detach().float().requires_grad_() for side in (q, k, v)]
+    theirs = nn.functional.scaled_dot_product_attention(
+        *exact, mask.float() if mask is not None and mask.dtype != torch.bool else mask
+    ).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs.bfloat16(), rtol=0, atol=0)
+    gradients = torch.autograd.grad(ours, (q, k, v), upstream)
+    for found, expected in zip(gradients, torch.autograd.grad(theirs, exact, upstream.float()), strict=True):
+        torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
+
+
 def test_grouped_keys_and_the_scale():
     q, k, v = (part.detach() for part in parts())
     q = torch.cat([q, q], dim=1)  # six query heads on three key heads

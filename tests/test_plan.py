@@ -260,7 +260,8 @@ def test_the_rate_of_one_stage_gives_the_time_of_each(tmp_path, text, teacher, c
 def test_a_measured_stage_gives_a_time_and_says_what_it_is_of(tmp_path, text, teacher, monkeypatch, capsys):
     monkeypatch.setattr("minilm.orchestrator.bench.stage_rate.SECONDS", 0.1)
     recipe = write_recipe(tmp_path, text, teacher)
-    assert main(["plan", str(recipe), "--measure", "--stage", "small", "--set", "compute.device=cpu"]) == 0
+    options = ["--set", "compute.device=cpu", "--set", "compute.precision=float32"]
+    assert main(["plan", str(recipe), "--measure", "--stage", "small", *options]) == 0
     said = last(capsys)
     assert "tokens/s in stage small, measured here on one worker: " in said["rate"]
     assert said["assumed"] == "cpu in float32, 1 GB/s between workers"

@@ -86,6 +86,10 @@ def test_the_version(capsys):
             ["check", "a.yaml", "--zzz"],
             "minilm check: error: given --zzz, which minilm check does not take; see minilm check --help",
         ),
+        (
+            ["-q", "check", "a.yaml"],
+            "minilm check: error: given -q before the verb; write it behind: minilm check -q",
+        ),
     ],
 )
 def test_a_mistyped_word_is_guessed(arguments, text, capsys):

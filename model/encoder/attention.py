@@ -12,6 +12,7 @@ The dropout rate is rounded to a multiple of 1/65536. Invariants: the numbers dr
 global CPU generator alone; no whole map is ever in memory.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,8 @@ def _attend_rounded(
         if seen is None:
             seen = (torch.arange(tokens + short) < tokens)[None, None, None]
         else:
-            unseen = False if seen.dtype == torch.bool else torch.finfo(seen.dtype).min
-            seen = pad(pad(seen, (0, 0, 0, short), value=not unseen), (0, short), value=unseen)
+            yes, no = (True, False) if seen.dtype == torch.bool else (0.0, torch.finfo(seen.dtype).min)
+            seen = pad(pad(seen, (0, 0, 0, short), value=yes), (0, short), value=no)
     rows = len(query) if dropout else 1
     parts = zip(*(side.chunk(rows) for side in (query, key, value)), strict=True)
     outputs = [_attend(module, q, k, v, seen, dropout, scaling, **kwargs) for q, k, v in parts]
@@ -100,10 +101,16 @@ def _attend(
         query, key = query.to(value.dtype), key.to(value.dtype)
     plain = query.device.type == "cpu" and query.dtype in _DTYPES
     if not dropout or not plain or learned or query.shape[-2] != key.shape[-2]:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output
+        widened = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad
+        if widened:  # PyTorch's backward in bfloat16 takes several times as long as in float32
+            query, key, value = query.float(), key.float(), value.float()
+            if attention_mask is not None and attention_mask.dtype != torch.bool:
+                attention_mask = attention_mask.float()
+        with torch.autocast(query.device.type, enabled=False) if widened else nullcontext():
+            output, _ = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        return output.bfloat16() if widened else output
     groups = query.shape[1] // key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = dropout_attention(

@@ -518,7 +518,7 @@ class Compute(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward pass; auto: bfloat16 where the device computes in it. A stage keeps to what it
+    """Of the forward and backward pass; auto: bfloat16 where the GPU or CPU has units for it. A stage keeps to what it
     began with."""
     threads: ThreadsOrAuto = None
     """CPU threads a worker; auto (the default): its share of the machine's."""

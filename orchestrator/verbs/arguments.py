@@ -23,7 +23,12 @@ class Parser(argparse.ArgumentParser):
     def refuse_unknown(self, unknown: list[str]) -> NoReturn:
         """End the process, as argparse does for arguments that nobody has asked for."""
         own = [name for action in self._actions for name in action.option_strings]
-        guess = next(filter(None, (did_you_mean(text.partition("=")[0], own) for text in unknown)), "")
+        names = [text.partition("=")[0] for text in unknown]
+        if set(names) <= set(own):
+            self.error(
+                f"given {' '.join(unknown)} before the verb; write it behind: {self.prog} {' '.join(unknown)}"
+            )
+        guess = next(filter(None, (did_you_mean(name, own) for name in names)), "")
         self.error(
             f"given {' '.join(unknown)}, which {self.prog} does not take{guess}; see {self.prog} --help"
         )

@@ -205,9 +205,11 @@ def device_of(wish: Wish) -> tuple[str, str]:
     import torch
 
     from minilm.orchestrator.plan.wish import HERE
+    from minilm.orchestrator.train.numerics import choose_precision
 
-    fast = wish.hardware != HERE or torch.cuda.is_available()
-    return ("cuda", "bfloat16") if fast else ("cpu", "float32")
+    if wish.hardware != HERE or torch.cuda.is_available():
+        return "cuda", "bfloat16"
+    return "cpu", choose_precision("auto", None, torch.device("cpu"))
 
 
 def machine_of(wish: Wish, recipe: Recipe, work: Work, device: str, precision: str) -> Machine:

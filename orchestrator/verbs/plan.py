@@ -172,6 +172,8 @@ def assumed(recipe: Recipe, *, hardware: str | None = None) -> tuple[str, str]:
     """The device and precision that the plan is for."""
     import torch
 
+    from minilm.orchestrator.train.numerics import choose_precision
+
     compute = recipe.compute
     here = "cuda" if torch.cuda.is_available() else "cpu"
     if hardware and compute.device == "cpu":
@@ -179,8 +181,9 @@ def assumed(recipe: Recipe, *, hardware: str | None = None) -> tuple[str, str]:
             "--hardware is of CUDA devices, and compute.device is cpu; add --set compute.device=cuda"
         )
     device = "cuda" if hardware else here if compute.device == "auto" else compute.device
-    fast = "bfloat16" if device == "cuda" else "float32"
-    return device, fast if compute.precision == "auto" else compute.precision
+    if device == "cuda" and compute.precision == "auto":  # of another machine, perhaps
+        return device, "bfloat16"
+    return device, choose_precision(compute.precision, None, torch.device(device))
 
 
 def machine_of(
