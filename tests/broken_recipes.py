@@ -271,7 +271,7 @@ ROWS: list[tuple[list[str], str]] = [
             "stages.assistant.teacher=«embedder»",
             "data.packing=masked",
         ],
-        "FILE:2: data.packing: given 'masked'; allowed: sentence or document, because stage 'assistant' "
+        "--set: data.packing: given 'masked'; allowed: sentence or document, because stage 'assistant' "
         "compares the vectors of whole texts (objective: embedding)",
     ),
     (
