@@ -1,10 +1,10 @@
 """The ledger of consumed rows: which rows, with which contents, the updates of a run were made from.
 
 A row's entry is a 128-bit xxh3 of its tokens (and of the ends of its documents, where it holds several), seeded by row
-number and length. A step's digest is the sum of its
-rows' entries modulo 2^128: their order does not count, a row taken twice does. The running digest of a run is
-`running * MULTIPLIER + digest`, so the order of steps counts. The entries of all ranks are added with the step's other
-host numbers. The running digest is saved in the checkpoint, always for the same step as its weights.
+number and length. A step's digest is the sum of its rows' entries modulo 2^128: their order does not count, a row taken
+twice does. The running digest of a run is `running * MULTIPLIER + digest`, so the order of steps counts. The entries of
+all ranks are added with the step's other host numbers. The running digest is saved in the checkpoint, always for the
+same step as its weights.
 
 The rows of a step are a function of (seed, step): `Expected` reads them again through a reader of its own. At a
 checkpoint up to `CHECKED_STEPS` of the steps since the last one are compared, the first and the last among them: the

@@ -2,8 +2,8 @@
 
 The teacher's forward pass is shared; each student has its own gradient sum, optimiser and dropout stream, so its
 weights do not depend on the students beside it. Dropout is seeded by (run seed, student, step, micro-batch), so it
-does not matter who computes a micro-batch. Rows with padding are computed in groups of like length (bucketing.py).
-No Ray, no MLflow, no host sync on the device.
+does not matter who computes a micro-batch. Rows with padding are computed end to end, or in groups of like length
+(bucketing.py). No Ray, no MLflow, no host sync on the device.
 
 A gradient or loss that is not finite never moves a weight: the sum that all ranks share carries the verdict on the
 device, and the fused AdamW skips that update on the device too. The host learns of it when it next reads (log steps).
