@@ -130,7 +130,12 @@ class Stream:
             ids.numpy()[part.indices] = batch.input_ids.numpy()
             if mask is not None and batch.mask is not None:
                 mask.numpy()[part.indices] = batch.mask.numpy()
-        return Batch(ids, mask, torch.from_numpy(numbers))
+        ends = None
+        if any(batch.ends is not None for batch in batches):
+            ends = torch.zeros(ids.shape, dtype=torch.bool)
+            for part, batch in zip(parts, batches, strict=True):
+                ends.numpy()[part.indices] = batch.all_ends().numpy()
+        return Batch(ids, mask, torch.from_numpy(numbers), ends)
 
     def _parts(self, step: int, index: int) -> list[_Part]:
         """The rows of a micro-batch, by corpus."""

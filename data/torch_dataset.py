@@ -23,8 +23,9 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
     """Micro-batches of steps 0 … num_steps - 1 that worker `rank` of `world_size` computes, in order.
 
     Elements: {"input_ids": int64 [micro_batch, seq_len], "attention_mask": bool, same shape, "row_ids": int64
-    [micro_batch], "step": int}. Iterating again goes on where the last iteration ended; set the position with
-    `load_state_dict` or `set_step`.
+    [micro_batch], "step": int}. Rows of packing "masked" hold several documents, and nothing may look from one into
+    another: "document_ids" (int64, the shape of input_ids) counts them in a row from 1, 0 at padding. Iterating
+    again goes on where the last iteration ended; set the position with `load_state_dict` or `set_step`.
     """
 
     def __init__(
@@ -74,7 +75,15 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
         mask = (
             batch.mask if batch.mask is not None else batch.input_ids.new_ones(batch.input_ids.shape).bool()
         )
-        return {"input_ids": batch.input_ids, "attention_mask": mask, "row_ids": batch.row_ids, "step": step}
+        handed_out = {
+            "input_ids": batch.input_ids,
+            "attention_mask": mask,
+            "row_ids": batch.row_ids,
+            "step": step,
+        }
+        if batch.ends is not None:
+            handed_out["document_ids"] = (batch.ends.cumsum(dim=1) - batch.ends.long() + 1) * mask
+        return handed_out
 
     def __len__(self) -> int:
         return (self._num_steps - self._step) * len(self._mine) - self._taken

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minilm.model.compatibility import check_student, check_teacher, mapped_layers
 from minilm.model.encoder.shape import EncoderShape, shape_of
 from minilm.model.encoder.tapped_encoder import TappedEncoder
-from minilm.model.encoder.taps import Taps
+from minilm.model.encoder.taps import Blocks, Taps
 from minilm.model.errors import ModelError
 from minilm.model.loss.masking import Masked
 from minilm.model.loss.objective import Objective
@@ -89,9 +89,10 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     @torch.no_grad()
-    def teacher_forward(self, input_ids: Tensor, mask: Tensor | None) -> TeacherOutput:
-        """The teacher's taps of this batch, without gradients; they serve every student."""
-        masked = self.objective.mask_tokens(input_ids, mask)
+    def teacher_forward(self, input_ids: Tensor, mask: Tensor | Blocks | None) -> TeacherOutput:
+        """The teacher's taps of this batch, without gradients; they serve every student. For blocks see
+        `TappedEncoder.forward`; an objective takes them where `takes_blocks` says so."""
+        masked = None if isinstance(mask, Blocks) else self.objective.mask_tokens(input_ids, mask)
         return TeacherOutput(_forward(self.teacher, input_ids, mask, masked), masked)
 
     def term_sums(
@@ -99,7 +100,7 @@ class Distiller(nn.Module):
         name: str,
         teacher: TeacherOutput,
         input_ids: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Blocks | None,
         *,
         dropout_seed: int | None = None,
         heads: Tensor | None = None,
@@ -151,7 +152,9 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _forward(encoder: TappedEncoder, input_ids: Tensor, mask: Tensor | None, masked: Masked | None) -> Taps:
+def _forward(
+    encoder: TappedEncoder, input_ids: Tensor, mask: Tensor | Blocks | None, masked: Masked | None
+) -> Taps:
     if masked is None:
         return encoder(input_ids, mask)
     return encoder(masked.ids, mask, masked.positions)

@@ -59,7 +59,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["data.packing=sentences"],
-        "--set: data.packing: given 'sentences'; allowed: 'full', 'document' or 'sentence'; did you mean 'sentence'?",
+        "--set: data.packing: given 'sentences'; allowed: 'full', 'masked', 'document' or 'sentence'; "
+        "did you mean 'sentence'?",
     ),
     (
         ["data.language=German", "data.packing=sentence"],
@@ -268,10 +269,19 @@ ROWS: list[tuple[list[str], str]] = [
         [
             "stages.assistant.objective=embedding",
             "stages.assistant.teacher=«embedder»",
+            "data.packing=masked",
+        ],
+        "--set: data.packing: given 'masked'; allowed: sentence or document, because stage 'assistant' "
+        "compares the vectors of whole texts (objective: embedding)",
+    ),
+    (
+        [
+            "stages.assistant.objective=embedding",
+            "stages.assistant.teacher=«embedder»",
             "data={shards: «shards»}",
         ],
         "FILE: stage assistant: objective embedding compares the vectors of whole texts, and the data's rows "
-        "are pieces of several (packing full); make the data from the text with --packing sentence, or "
+        "hold several (packing full); make the data from the text with --packing sentence, or "
         "document",
     ),
     (

@@ -128,6 +128,16 @@ def documents(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Pat
 
 
 @pytest.fixture(scope="session")
+def masked(tmp_path_factory: pytest.TempPathFactory, text: Path, teacher: Path) -> Path:
+    """Rows of 64 tokens that hold several documents, and a held-out split."""
+    from minilm.data.builder.build import build
+
+    out = tmp_path_factory.mktemp("masked") / "words"
+    build([text], str(teacher), out, seq_len=64, packing="masked", held_out=0.1, seed=0, processes=1)
+    return out
+
+
+@pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables, made once, to be copied: making them takes a second."""
     from minilm.orchestrator.tracking.client import connect

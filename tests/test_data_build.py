@@ -157,7 +157,7 @@ def test_sentence_packing_of_token_ids_is_refused(tokenizer, tmp_path):
         import_data(["x"], tokenizer, tmp_path / "out", source="megatron", packing="sentence", **SMALL)
 
 
-@pytest.mark.parametrize("packing", ["full", "document"])
+@pytest.mark.parametrize("packing", ["full", "document", "masked"])
 def test_bytes_are_the_same_for_any_number_of_processes(text, tokenizer, tmp_path, packing, monkeypatch):
     monkeypatch.setattr("minilm.data.builder.phases._BUCKET_TOKENS", 900)
     options = {"packing": packing, "held_out": 0.2, **SMALL}
@@ -460,7 +460,7 @@ def test_a_disk_that_refuses(text, tokenizer, tmp_path, most):
     ("options", "message"),
     [
         ({"seq_len": 2}, "seq_len 2 leaves no room"),
-        ({"packing": "dense"}, r"packing 'dense' is not known; allowed: full, document"),
+        ({"packing": "dense"}, r"packing 'dense' is not known; allowed: full, masked, document"),
         ({"held_out": 0.7}, r"held_out 0\.7 is outside 0 … 0\.5"),
         ({"seed": -1}, "seed -1 is outside"),
         ({"rows_per_block": 0}, "rows_per_block 0 is too small; give at least 1"),

@@ -17,14 +17,28 @@ def blocks_of(layout, num_blocks, rows_of_last, seed=0):
     for block in range(num_blocks):
         rows = rows_of_last if block == num_blocks - 1 else layout.rows_per_block
         tokens = rng.integers(0, 60000, (rows, layout.seq_len)).astype(layout.dtype)
-        lengths = rng.integers(3, layout.seq_len + 1, rows) if layout.has_lengths else None
+        lengths = rng.integers(
+            3, 256 if layout.has_ends else layout.seq_len + 1, (rows, *layout.lengths_shape)
+        )
+        lengths = lengths if layout.has_lengths else None
         yield tokens, lengths
 
 
-@pytest.fixture(params=[(16, "uint16", 7, False), (128, "uint32", 33, True), (2050, "uint16", 3, True)])
+@pytest.fixture(
+    params=[
+        (16, "uint16", 7, False),
+        (128, "uint32", 33, True),
+        (2050, "uint16", 3, True),
+        (130, "uint16", 33, True, True),
+    ]
+)
 def layout(request):
-    seq_len, dtype, rows, has_lengths = request.param
-    return Layout(seq_len, dtype, rows, 5, has_lengths)
+    seq_len, dtype, rows, *beside = request.param
+    return Layout(seq_len, dtype, rows, 5, *beside)
+
+
+def beside(layout):
+    return "ends.npy" if layout.has_ends else "lengths.npy"
 
 
 def test_addresses_are_where_the_tar_says(tmp_path, layout):
@@ -44,9 +58,9 @@ def test_addresses_are_where_the_tar_says(tmp_path, layout):
         assert member.offset_data + member.size == at + tokens.nbytes
         if lengths is not None:
             at = layout.lengths_at(number, len(tokens))
-            stored = np.frombuffer(raw, layout.lengths_dtype, len(tokens), at)
-            assert np.array_equal(stored, lengths)
-            del members[f"{40 + number:09d}.lengths.npy"]
+            stored = np.frombuffer(raw, layout.lengths_dtype, lengths.size, at)
+            assert np.array_equal(stored, lengths.ravel())
+            del members[f"{40 + number:09d}.{beside(layout)}"]
         begin, end = layout.begin_of_block(number), layout.end_of_block(number, len(tokens))
         assert xxhash.xxh3_64_intdigest(raw[begin:end]) == written.block_checksums[number]
     assert not members
@@ -70,7 +84,7 @@ def test_tar_and_webdataset_read_every_block(tmp_path, layout):
     for sample, (tokens, lengths) in zip(samples, blocks, strict=True):
         assert np.array_equal(sample["tokens.npy"], tokens) and sample["tokens.npy"].dtype == tokens.dtype
         if lengths is not None:
-            assert np.array_equal(sample["lengths.npy"], lengths)
+            assert np.array_equal(sample[beside(layout)], lengths)
 
 
 def test_plain_ustar_without_pax(tmp_path, layout):

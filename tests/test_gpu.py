@@ -73,7 +73,7 @@ def test_the_watch_sees_a_sync(no_sync):
 
 
 @pytest.mark.parametrize("objective", ["minilm", "value-mse", "layer-to-layer", "hidden-relation"])
-@pytest.mark.parametrize("data", ["shards", "documents"])
+@pytest.mark.parametrize("data", ["shards", "masked"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("gradient_sum", ["exact", "fast"])
 def test_a_step_never_waits_for_the_device(
@@ -104,7 +104,7 @@ def test_taps_are_the_cpus_and_never_wait(architecture, no_sync):
         torch.testing.assert_close(got.cpu() * valid, right * valid, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("data", ["shards", "documents"])
+@pytest.mark.parametrize("data", ["shards", "masked"])
 def test_the_gradient_is_the_cpus(request, teacher, tmp_path, data):
     rows = request.getfixturevalue(data)
     _, (cpu,), expected = one_step(make_spec(rows, teacher, tmp_path, dropout=0.0))
@@ -113,7 +113,7 @@ def test_the_gradient_is_the_cpus(request, teacher, tmp_path, data):
     torch.testing.assert_close(outcome.terms.cpu(), expected.terms, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("data", ["shards", "documents"])
+@pytest.mark.parametrize("data", ["shards", "masked"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_an_exact_step_gives_the_same_bits_twice(request, teacher, tmp_path, deterministic, data, autocast):
     spec = gpu_job(request.getfixturevalue(data), teacher, tmp_path)

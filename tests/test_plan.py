@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedConfig
 
+from minilm.data.builder.build import build
 from minilm.data.format.manifest import load_manifest
 from minilm.model.distiller import Distiller
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
@@ -337,6 +338,10 @@ def test_epochs_and_tokenizing_where_the_data_are_here(tmp_path, text, teacher, 
     found = reading(load_recipe(write_recipe(tmp_path, text, teacher)))
     assert found.corpora[0].rows == pytest.approx(rows, rel=0.15) and not found.corpora[0].estimated
     assert found.num_bytes == text.stat().st_size and found.seconds > 0
+    data = {"text": str(text), "tokenizer": str(teacher), "seq_len": 32, "packing": "masked", "held_out": 0.1}
+    several = reading(load_recipe(write_recipe(tmp_path, text, teacher, data=data)))
+    build([text], str(teacher), tmp_path / "masked", seq_len=32, packing="masked", held_out=0.1, processes=1)
+    assert several.corpora[0].rows == pytest.approx(load_manifest(tmp_path / "masked").rows, rel=0.15)
     long_text = tmp_path / "long.txt"
     long_text.write_text(text.read_text() * 300)
     (corpus,) = reading(load_recipe(write_recipe(tmp_path, long_text, teacher))).corpora

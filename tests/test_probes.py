@@ -23,6 +23,7 @@ from minilm.orchestrator.evaluation.probes.evaluator import (
     measure,
 )
 from minilm.orchestrator.evaluation.probes.texts import Similarity
+from minilm.orchestrator.evaluation.probes.vectors import pooled, row_vectors
 from minilm.orchestrator.evaluation.sources import Source, head_of
 from minilm.orchestrator.evaluation.tasks import TASKS
 from minilm.orchestrator.feed.corpora import open_held_out
@@ -99,6 +100,22 @@ def test_probes_are_logged_by_step_and_change_no_weight_whoever_computes_them(
 
 def given(spec: StageSpec) -> HeldOutPass:
     return HeldOutPass(build_distiller(spec, ALONE.device), open_held_out(spec.data), 8, 4, None, ALONE)
+
+
+def test_a_row_of_several_documents_has_the_vector_of_its_first(masked, teacher, tmp_path):
+    held_out = given(make_spec(masked, teacher, tmp_path))
+    encoder, (corpus,) = held_out.distiller.teacher, held_out.corpora
+    batch = corpus.rows.read(range(min(8, corpus.rows.num_rows)))
+    assert (batch.ends.sum(1) > 1).any()
+    firsts = [
+        row[: int(ends.nonzero()[0]) + 1] for row, ends in zip(batch.input_ids, batch.ends, strict=True)
+    ]
+    with torch.no_grad():
+        found = row_vectors(encoder, held_out)
+        wanted = np.concatenate([pooled(encoder, row[None], None).numpy() for row in firsts])
+    assert found.shape == wanted.shape  # in the order of their lengths, within a micro-batch
+    nearest = np.abs(found[:, None] - wanted[None]).max(axis=2)
+    assert (nearest.min(axis=0) < 1e-4).all() and (nearest.min(axis=1) < 1e-4).all()
 
 
 @pytest.mark.parametrize("objective", ["hidden-relation", "embedding"])

@@ -1,4 +1,4 @@
-"""Rows grouped by length: every row once, gradients as without groups.
+"""Rows of several lengths: every row once, gradients as of each alone.
 
 That the bits are the same for any worker count is in test_worker_two_workers.py.
 """
@@ -12,13 +12,15 @@ import torch
 
 from minilm.data.read.reader import RowReader
 from minilm.model.distiller import Distiller
+from minilm.model.encoder import attention
 from minilm.model.encoder.build import build_student
+from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.loss.objective import Objective
 from minilm.orchestrator.evaluation.probes.evaluator import HeldOutPass, make_evaluators, measure
-from minilm.orchestrator.feed.corpora import HeldOut
+from minilm.orchestrator.feed.corpora import HeldOut, open_stream
 from minilm.orchestrator.train import step as step_module
-from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, group_widths
+from minilm.orchestrator.train.bucketing import LEAST_GAIN, ROUND, by_length, end_to_end, group_widths
 from minilm.orchestrator.train.build import build_distiller
 from tests.support import make_spec
 from tests.test_model_encoder import tiny_config
@@ -121,37 +123,127 @@ def test_groups_give_the_gradient_of_the_whole(architecture, name):
     distiller = Distiller(made[0], {"s": made[1]}, objective).double()
     ids, mask = padded([128, 20, 33, 0, 128, 31], tokens=128)
     results = []
-    for groups in ([(ids, mask)], by_length(ids, mask)):
+    layouts = [[(ids, mask)], by_length(ids, mask)]
+    if objective.takes_blocks:
+        layouts.append([end_to_end(ids, mask)])
+    for groups in layouts:
         sums = [distiller.term_sums("s", distiller.teacher_forward(*group), *group) for group in groups]
         total = torch.stack(sums).sum(0)
         parameters = list(distiller.trained_parameters("s").values())
         gradients = torch.autograd.grad((total * distiller.weights).sum(), parameters)
         results.append((len(groups), total.detach(), torch.cat([g.flatten() for g in gradients])))
-    (one, whole, whole_gradient), (several, cut, cut_gradient) = results
-    assert (one, several) == (1, 2)
-    torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
-    torch.testing.assert_close(cut_gradient, whole_gradient, rtol=0, atol=1e-12 * whole_gradient.abs().max())
+    (_, whole, whole_gradient), (several, *_) = results[:2]
+    assert several == 2
+    for _, cut, cut_gradient in results[1:]:
+        torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            cut_gradient, whole_gradient, rtol=0, atol=1e-12 * whole_gradient.abs().max()
+        )
 
 
-def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(documents, teacher, tmp_path, monkeypatch):
-    spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_documents_end_to_end_are_computed_as_if_each_were_alone(architecture):
+    config = tiny_config(architecture, max_position_embeddings=200)
+    made = [
+        TappedEncoder(build_student(config, layers=2, hidden=h, dropout=0.0, seed=s), 2)
+        for s, h in enumerate((24, 16))
+    ]
+    for parameter in itertools.chain(*(encoder.parameters() for encoder in made)):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    objective = "minilm" if architecture == "modernbert" else "layer-to-layer"  # it has a layer with a window
+    distiller = Distiller(made[0], {"s": made[1]}, Objective.named(objective)).double()
+    ids, mask = padded([31, 7, 12, 7, 64, 1], tokens=64)
+    ids[0, 5] = 1  # the padding id in a text: it has no position in some families
+    parameters = list(distiller.trained_parameters("s").values())
+
+    def computed(*layouts):
+        heads = torch.zeros(distiller.head_shape, dtype=torch.float64)
+        total = torch.stack(
+            [distiller.term_sums("s", distiller.teacher_forward(*one), *one, heads=heads) for one in layouts]
+        ).sum(0)
+        gradients = torch.autograd.grad((total * distiller.weights).sum(), parameters)
+        return total.detach(), heads, torch.cat([gradient.flatten() for gradient in gradients])
+
+    found = computed(end_to_end(ids, mask))
+    alone = computed(*((row[own][None], None) for row, own in zip(ids, mask, strict=True)))
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "dropout", [0.0, 1e-9]
+)  # by PyTorch's attention, and by ours, which drops nothing then
+@pytest.mark.parametrize("architecture", ["bert", "mpnet", "modernbert"])
+def test_in_bfloat16_documents_end_to_end_have_the_same_values_in_few_shapes(
+    architecture, dropout, monkeypatch
+):
+    """A CPU's kernels for bfloat16 are compiled for each shape. Against rows of their own in float32."""
+    config = tiny_config(architecture, max_position_embeddings=200)
+    encoder = TappedEncoder(build_student(config, layers=2, hidden=24, dropout=dropout, seed=0), 2)
+    parameters = list(encoder.trained_parameters().values())
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    lengths = [31, 7, 32, 7, 64, 1]
+    ids, mask = padded(lengths, tokens=64)
+    sequence, blocks = end_to_end(ids, mask, few_lengths=True)
+    assert sequence.shape[1] == 144 and sum(lengths) == 142
+
+    def value_and_gradient(parts):
+        total = sum(side.float().square().sum() for taps in parts for side in (taps.q, taps.k, taps.v))
+        return total.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
+
+    shapes, own = set(), attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *a, **k: shapes.add(a[1].shape) or own(*a, **k))
+    with torch.autocast("cpu", torch.bfloat16):
+        value, gradient = value_and_gradient(encoder(sequence, blocks).split(blocks))
+    assert {shape[2] for shape in shapes} == {32, 64}
+    assert not dropout or {shape[0] for shape in shapes} == {1}
+    alone = (encoder(row[own][None]) for row, own in zip(ids, mask, strict=True))
+    wanted, wanted_gradient = value_and_gradient(alone)
+    torch.testing.assert_close(value, wanted, rtol=0.02, atol=0)
+    assert (gradient - wanted_gradient).norm() < 0.05 * wanted_gradient.norm()
+
+
+def step_with_shapes(spec, monkeypatch):
     distiller = build_distiller(spec, ALONE.device)
     teacher_forward, shapes = distiller.teacher_forward, []
     monkeypatch.setattr(
         distiller, "teacher_forward", lambda ids, mask: shapes.append(ids.shape) or teacher_forward(ids, mask)
     )
-    _, (state,), outcome = one_step(spec, distiller=distiller)
-    assert sum(rows for rows, _ in shapes) == 8
-    assert sum(rows * width for rows, width in shapes) < 0.9 * 8 * 64
+    return (*one_step(spec, distiller=distiller)[1:], shapes)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_step_computes_fewer_tokens_and_moves_the_weights_alike(
+    documents, teacher, tmp_path, monkeypatch, grouped
+):
+    spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
+    if grouped:  # as on a GPU
+        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask, **_: None)
+    (state,), outcome, shapes = step_with_shapes(spec, monkeypatch)
+    stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.batch)
+    valid = int(stream.micro_batch(0, 0).mask.sum())
+    computed = sum(rows * width for rows, width in shapes)
+    if not grouped:
+        assert computed == valid and [rows for rows, _ in shapes] == [1] * (spec.batch // spec.micro_batch)
+    else:
+        assert valid < computed < 0.9 * 8 * 64 and sum(rows for rows, _ in shapes) == 8
     monkeypatch.setattr(step_module, "by_length", lambda ids, mask: [(ids, mask)])
+    monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask, **_: None)
     _, (plain,), expected = one_step(spec)
     torch.testing.assert_close(state.gradient, plain.gradient, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(outcome.terms, expected.terms, rtol=1e-5, atol=0)
     assert outcome.count == expected.count
 
 
-def test_every_group_has_a_dropout_mask_of_its_own(documents, teacher, tmp_path, monkeypatch):
-    distiller = build_distiller(make_spec(documents, teacher, tmp_path), ALONE.device)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_all_that_is_computed_at_a_time_has_a_dropout_mask_of_its_own(
+    documents, teacher, tmp_path, monkeypatch, grouped
+):
+    spec = make_spec(documents, teacher, tmp_path)
+    if grouped:
+        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask, **_: None)
+    distiller = build_distiller(spec, ALONE.device)
     term_sums, seeds = distiller.term_sums, []
 
     def noting(*arguments, dropout_seed, **rest):
@@ -160,9 +252,20 @@ def test_every_group_has_a_dropout_mask_of_its_own(documents, teacher, tmp_path,
 
     monkeypatch.setattr(distiller, "term_sums", noting)
     for _ in range(2):  # the same ones again when the step is computed again
-        one_step(make_spec(documents, teacher, tmp_path), distiller=distiller)
+        one_step(spec, distiller=distiller)
     first, again = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
-    assert first == again and len(set(first)) == len(first) > 2
+    assert first == again and len(set(first)) == len(first) >= spec.batch // spec.micro_batch
+
+
+def test_rows_that_cannot_lie_end_to_end():
+    ids, mask = padded([5, 0, 9, 5])
+    sequence, blocks = end_to_end(ids, mask)
+    assert blocks == ((1, 9), (2, 5)) and sequence.tolist() == [
+        [*ids[2, :9].tolist(), *ids[0, :5].tolist(), *ids[3, :5].tolist()]
+    ]
+    assert end_to_end(ids, torch.zeros_like(mask)) is None
+    mask[1, 100:] = True  # padding in front
+    assert end_to_end(ids, mask) is None
 
 
 def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, monkeypatch):
@@ -180,21 +283,23 @@ def test_held_out_rows_give_the_same_divergence(documents, teacher, tmp_path, mo
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_out_of_memory_halves_every_group(documents, teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_out_of_memory_halves_every_micro_batch(documents, teacher, tmp_path, monkeypatch, grouped):
     spec = make_spec(documents, teacher, tmp_path, dropout=0.0)
+    if grouped:
+        monkeypatch.setattr(step_module, "end_to_end", lambda ids, mask, **_: None)
     _, (expected,), _ = one_step(spec)
     distiller = build_distiller(spec, ALONE.device)
-    teacher_forward, shapes = distiller.teacher_forward, []
+    teacher_forward, sizes = distiller.teacher_forward, []
 
     def small_memory(ids, mask):
-        shapes.append(ids.shape)
-        if len(shapes) == 2:
+        sizes.append(ids.numel())
+        if len(sizes) == 2:
             raise torch.OutOfMemoryError("not enough")
         return teacher_forward(ids, mask)
 
     monkeypatch.setattr(distiller, "teacher_forward", small_memory)
     _, (state,), outcome = one_step(spec, distiller=distiller)
     assert outcome.num_chunks == 2
-    assert sum(rows for rows, _ in shapes[2:]) == 8
-    assert max(rows for rows, _ in shapes[2:]) <= 2 < max(rows for rows, _ in shapes[:2])
+    assert max(sizes[2:]) < max(sizes[:2])
     torch.testing.assert_close(state.gradient, expected.gradient, rtol=1e-4, atol=1e-7)

@@ -23,7 +23,7 @@ def one_step(spec, *, micro_batch=None, distiller=None, step=0, states=None, wor
     stream = open_stream(
         spec.data, seed=spec.seed, batch=spec.batch, micro_batch=micro_batch or spec.micro_batch
     )
-    batches = ((i, *stream.micro_batch(step, i)[:2]) for i in range(stream.num_micro_batches))
+    batches = ((i, *stream.micro_batch(step, i).sequences) for i in range(stream.num_micro_batches))
     outcome = train_step(
         distiller,
         states,
@@ -56,7 +56,7 @@ def test_the_gradient_is_that_of_the_mean_loss(request, teacher, tmp_path, reduc
     _, (state,), outcome = one_step(spec)
     distiller = build_distiller(spec, ALONE.device)
     stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.batch)
-    ids, mask, _ = stream.micro_batch(0, 0)
+    ids, mask = stream.micro_batch(0, 0).sequences
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     taught, own = distiller.teacher_forward(ids, mask).taps, distiller.students["small"](ids, mask)
     attention = relation_kl(taught.q, taught.k, own.q, own.k, mask, reduction=reduction)

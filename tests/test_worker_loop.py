@@ -56,8 +56,9 @@ def start_worker(spec: StageSpec, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(shards, teacher, tmp_path):
-    whole = make_spec(shards, teacher, tmp_path / "whole", eval_every=6)
+@pytest.mark.parametrize("data", ["shards", "masked"])
+def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(request, data, teacher, tmp_path):
+    whole = make_spec(request.getfixturevalue(data), teacher, tmp_path / "whole", eval_every=6)
     assert run_stage(whole)
     parts = replace(whole, folder=str(tmp_path / "parts"))
     folder = StageFolder(Path(parts.folder))

@@ -28,9 +28,9 @@ def gradients(spec: StageSpec) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize(("gradient_sum", "data"), [("fast", "shards"), ("exact", "documents")])
+@pytest.mark.parametrize(("gradient_sum", "data"), [("fast", "shards"), ("exact", "masked")])
 def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, gradient_sum, data):
-    """`documents` have padding, so that rows are computed by length, in groups with dropout masks of their own."""
+    """Rows of `masked` hold several documents each."""
     rows = request.getfixturevalue(data)
     one = make_spec(rows, teacher, tmp_path / "one", steps=1, warmup_steps=1, gradient_sum=gradient_sum)
     two = replace(one, folder=str(tmp_path / "two"))

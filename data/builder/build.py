@@ -245,9 +245,9 @@ def _layout(info: TokenizerInfo, seq_len: int, packing: str, rows_per_block: int
             f"the tokenizer has no {' and no '.join(missing)} token, which packing {packing!r} needs; "
             "use the tokenizer of an encoder (BERT, RoBERTa, …)"
         )
-    dtype, has_lengths = dtype_for(info.vocab_size), packing != "full"
-    blocks_per_shard = blocks_for(shard_bytes, seq_len, dtype, rows_per_block, has_lengths)
-    return Layout(seq_len, dtype, rows_per_block, blocks_per_shard, has_lengths)
+    dtype, beside = dtype_for(info.vocab_size), (packing != "full", packing == "masked")
+    blocks_per_shard = blocks_for(shard_bytes, seq_len, dtype, rows_per_block, *beside)
+    return Layout(seq_len, dtype, rows_per_block, blocks_per_shard, *beside)
 
 
 @contextmanager

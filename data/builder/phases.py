@@ -157,17 +157,17 @@ class BuildRun:
     def _write(self, split: str, buckets: list[dict[str, Any]]) -> Manifest:
         layout = self.work.layout
         streams = [bucket["stream"] for bucket in buckets]
-        num_pieces = [bucket["pieces"] for bucket in buckets]
+        bucket_rows = [bucket["pieces"] for bucket in buckets]
         if self.work.packing == "full":
             num_rows = sum(streams) // content_len(layout.seq_len)
         else:
-            num_rows = sum(num_pieces)
+            num_rows = sum(bucket_rows)
         if not num_rows:
             raise DataError(
                 too_little(split, sum(streams), sum(b["documents"] for b in buckets), layout.seq_len)
             )
         num_shards = -(-num_rows // (layout.rows_per_block * layout.blocks_per_shard))
-        rows = {"num_rows": num_rows, "streams": streams, "num_pieces": num_pieces}
+        rows = {"num_rows": num_rows, "streams": streams, "bucket_rows": bucket_rows}
         written = self._phase(
             "write", [{"split": split, "shard": s, **rows} for s in range(num_shards)], prefix=f"{split}-"
         )

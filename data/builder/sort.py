@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minilm.data.builder.work import _HEADER, CONTINUES, NUM_BINS, Work, _bucket_path, _whole, _work
-from minilm.data.format.pack import content_len, joined, pieces
+from minilm.data.format.pack import content_len, fill, joined, pieces
 
 _INDEX_TOKENS = 1 << 22
 
@@ -32,8 +32,15 @@ def sort(folder: str, split: str, bucket: int, num_buckets: int) -> dict[str, An
         np.minimum((2 * np.log2(np.maximum(lengths, 1))).astype(int), NUM_BINS - 1), minlength=NUM_BINS
     )
     rows_of = pieces(lengths, work.layout.seq_len)
+    num_rows = len(rows_of)
     if work.packing == "full":
         tokens = joined(tokens, lengths, work.sep)
+    elif work.packing == "masked":
+        order, counts = fill(rows_of, work.layout.seq_len)
+        tokens = _reorder(tokens, rows_of.astype(np.int64), order)
+        num_rows = len(counts)
+        _whole(_bucket_path(folder, split, bucket, "pieces"), [rows_of[order].astype("<u4").tobytes()])
+        _whole(_bucket_path(folder, split, bucket, "rows"), [counts.astype("<u4").tobytes()])
     else:
         _whole(_bucket_path(folder, split, bucket, "pieces"), [rows_of.astype("<u4").tobytes()])
     little = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
@@ -41,7 +48,7 @@ def sort(folder: str, split: str, bucket: int, num_buckets: int) -> dict[str, An
     return {
         "documents": len(lengths),
         "stream": len(tokens),
-        "pieces": len(rows_of),
+        "pieces": num_rows,  # rows of any packing but "full"
         "longer_than_row": int((lengths > content_len(work.layout.seq_len)).sum()),
         "histogram": histogram.tolist(),
     }

@@ -10,15 +10,15 @@ import numpy.typing as npt
 
 from minilm.data.builder.work import Work, _bucket_path, _work
 from minilm.data.format.manifest import shard_name
-from minilm.data.format.pack import content_len, document_rows, full_rows
+from minilm.data.format.pack import NUM_WRAPPERS, content_len, document_rows, full_rows, masked_rows
 from minilm.data.format.shard import write_shard
 
 
 def write(
-    folder: str, split: str, shard: int, num_rows: int, streams: list[int], num_pieces: list[int]
+    folder: str, split: str, shard: int, num_rows: int, streams: list[int], bucket_rows: list[int]
 ) -> Any:
     """Write shard number `shard` of a split of `num_rows` rows; buckets hold `streams` tokens and
-    `num_pieces` rows."""
+    `bucket_rows` rows."""
     work = _work(folder)
     layout = work.layout
     rows_per_shard = layout.blocks_per_shard * layout.rows_per_block
@@ -35,8 +35,8 @@ def write(
                 rows, lengths = full_rows(stream, layout.seq_len, work.cls, work.sep), None
                 num_real += rows.size
             else:
-                rows, lengths = _document_block(folder, split, num_pieces, begin, end, work)
-                num_real += int(lengths.sum())
+                rows, lengths, num_tokens = _document_block(folder, split, bucket_rows, begin, end, work)
+                num_real += num_tokens
             yield rows, lengths
 
     target = Path(folder) / split / shard_name(shard)
@@ -68,23 +68,38 @@ def _span(folder: str, split: str, sizes: list[int], begin: int, end: int, work:
     return np.concatenate(parts)
 
 
-@lru_cache(maxsize=2)
-def _pieces_of(path: Path, _changed: int) -> tuple[npt.NDArray, npt.NDArray]:
-    lengths = np.fromfile(path, "<u4").astype(np.int64)
-    return lengths, np.concatenate([[0], np.cumsum(lengths)])
+def _counts(path: Path) -> tuple[npt.NDArray, npt.NDArray]:
+    """The whole numbers of a file that another task has left, and how many come before each of them in sum."""
+    return _counts_of(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _counts_of(path: Path, _changed: int) -> tuple[npt.NDArray, npt.NDArray]:
+    counts = np.fromfile(path, "<u4").astype(np.int64)
+    return counts, np.concatenate([[0], np.cumsum(counts)])
 
 
 def _document_block(
-    folder: str, split: str, num_pieces: list[int], begin: int, end: int, work: Work
-) -> tuple[npt.NDArray, npt.NDArray]:
-    dtype = np.dtype(work.layout.dtype)
-    tokens, lengths = [], []
-    for bucket, low, high in _overlaps(num_pieces, begin, end):
-        lengths_path = _bucket_path(folder, split, bucket, "pieces")
-        all_lengths, starts = _pieces_of(lengths_path, lengths_path.stat().st_mtime_ns)
+    folder: str, split: str, bucket_rows: list[int], begin: int, end: int, work: Work
+) -> tuple[npt.NDArray, npt.NDArray, int]:
+    """Rows [begin, end), their lengths or the bits of their documents' ends, and how many tokens they hold."""
+    dtype, masked = np.dtype(work.layout.dtype), work.packing == "masked"
+    tokens, lengths, held = [], [], []
+    for bucket, low, high in _overlaps(bucket_rows, begin, end):
+        if masked:
+            counts, firsts = _counts(_bucket_path(folder, split, bucket, "rows"))
+            held.append(counts[low:high])
+            low, high = int(firsts[low]), int(firsts[high])  # from here on pieces
+        all_lengths, starts = _counts(_bucket_path(folder, split, bucket, "pieces"))
         path = _bucket_path(folder, split, bucket, "tokens")
         count, offset = int(starts[high] - starts[low]), int(starts[low]) * dtype.itemsize
         tokens.append(np.fromfile(path, dtype.newbyteorder("<"), count=count, offset=offset))
         lengths.append(all_lengths[low:high])
-    flat = np.concatenate(tokens).astype(dtype, copy=False)
-    return document_rows(flat, np.concatenate(lengths), work.layout.seq_len, work.cls, work.sep, work.pad)
+    flat, of_pieces = np.concatenate(tokens).astype(dtype, copy=False), np.concatenate(lengths)
+    special = work.layout.seq_len, work.cls, work.sep, work.pad
+    if masked:
+        rows, ends = masked_rows(flat, of_pieces, np.concatenate(held), *special)
+        beside = np.packbits(ends, axis=1, bitorder="little")
+    else:
+        rows, beside = document_rows(flat, of_pieces, *special)
+    return rows, beside, len(flat) + NUM_WRAPPERS * len(of_pieces)

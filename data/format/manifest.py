@@ -105,7 +105,12 @@ class Manifest:
     @cached_property
     def layout(self) -> Layout:
         return Layout(
-            self.seq_len, self.dtype, self.rows_per_block, self.blocks_per_shard, self.packing != "full"
+            self.seq_len,
+            self.dtype,
+            self.rows_per_block,
+            self.blocks_per_shard,
+            has_lengths=self.packing != "full",
+            has_ends=self.packing == "masked",
         )
 
     @property

@@ -4,6 +4,8 @@
     {block:09d}.tokens.npy
               (unless packing is "full")   tar header | npy header | lengths [rows]
               {block:09d}.lengths.npy
+              (packing "masked" instead)   tar header | npy header | ends, uint8 [rows, ceil(seq_len / 8)]:
+              {block:09d}.ends.npy         bit t % 8 of byte t // 8 is set where a document's last token is token t
     end       two zero records of 512 bytes
 
 Every block but the last of a data set has the same number of rows, and the npy header of tokens is padded so that the
@@ -13,6 +15,7 @@ covers all its bytes in the file, headers included. Any tar or webdataset reader
 """
 
 import hashlib
+import math
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,13 +38,17 @@ def _up(value: int, multiple: int) -> int:
 
 
 class Layout(NamedTuple):
-    """The shape of blocks, from which all offsets follow. The last shard may have fewer than `blocks_per_shard`."""
+    """The shape of blocks, from which all offsets follow. The last shard may have fewer than `blocks_per_shard`.
+
+    has_lengths: an array stands beside the tokens: the rows' lengths or, where it has_ends, the ends of documents.
+    """
 
     seq_len: int
     dtype: str
     rows_per_block: int
     blocks_per_shard: int
     has_lengths: bool
+    has_ends: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -49,7 +56,20 @@ class Layout(NamedTuple):
 
     @property
     def lengths_dtype(self) -> str:
+        """Of the array beside the tokens."""
+        if self.has_ends:
+            return "uint8"
         return "uint16" if self.seq_len < 1 << 16 else "uint32"
+
+    @property
+    def lengths_shape(self) -> tuple[int, ...]:
+        """Of one row in the array beside the tokens."""
+        return (-(-self.seq_len // 8),) if self.has_ends else ()
+
+    @property
+    def length_bytes(self) -> int:
+        """Of one row in the array beside the tokens."""
+        return math.prod(self.lengths_shape) * np.dtype(self.lengths_dtype).itemsize
 
     @property
     def stride_bytes(self) -> int:
@@ -62,7 +82,7 @@ class Layout(NamedTuple):
         return ALIGNMENT + block * self.stride_bytes if block else ALIGNMENT  # stride_bytes asks for block 0
 
     def lengths_at(self, block: int, num_rows: int) -> int:
-        """File offset of the block's lengths."""
+        """File offset of the block's lengths, or ends."""
         end_of_tokens = _up(self.tokens_at(block) + num_rows * self.row_bytes, _RECORD)
         return end_of_tokens + _RECORD + _MIN_NPY_HEADER
 
@@ -74,17 +94,18 @@ class Layout(NamedTuple):
         """File offset just after the block: the next block's header, or the trailer."""
         if not self.has_lengths:
             return _up(self.tokens_at(block) + num_rows * self.row_bytes, _RECORD)
-        width = np.dtype(self.lengths_dtype).itemsize
-        return _up(self.lengths_at(block, num_rows) + num_rows * width, _RECORD)
+        return _up(self.lengths_at(block, num_rows) + num_rows * self.length_bytes, _RECORD)
 
     def shard_bytes(self, num_blocks: int, rows_of_last: int) -> int:
         """The size of a shard file with `num_blocks` blocks, the last of them with `rows_of_last` rows."""
         return self.end_of_block(num_blocks - 1, rows_of_last) + TRAILER_BYTES
 
 
-def blocks_for(shard_bytes: int, seq_len: int, dtype: str, rows_per_block: int, has_lengths: bool) -> int:
+def blocks_for(
+    shard_bytes: int, seq_len: int, dtype: str, rows_per_block: int, has_lengths: bool, has_ends: bool = False
+) -> int:
     """The number of blocks in a shard of about `shard_bytes`, at least one."""
-    one = Layout(seq_len, dtype, rows_per_block, 1, has_lengths)
+    one = Layout(seq_len, dtype, rows_per_block, 1, has_lengths, has_ends)
     return max(1, shard_bytes // one.stride_bytes)
 
 
@@ -97,7 +118,7 @@ class WrittenShard(NamedTuple):
 def write_shard(
     path: Path, layout: Layout, first_block: int, blocks: Iterable[tuple[npt.NDArray, npt.NDArray | None]]
 ) -> WrittenShard:
-    """Write blocks of (tokens [rows, seq_len], lengths [rows] or None) as a shard; whole at `path`, or
+    """Write blocks of (tokens [rows, seq_len], lengths [rows] or bits of ends or None) as a shard; whole at `path`, or
     absent."""
     digest, checksums, at = hashlib.sha256(), [], 0
     with replacing(path) as file:
@@ -105,7 +126,7 @@ def write_shard(
             pieces = _member(f"{first_block + number:09d}.tokens.npy", tokens, layout.tokens_at(number) - at)
             if lengths is not None:
                 lengths = lengths.astype(layout.lengths_dtype)
-                name = f"{first_block + number:09d}.lengths.npy"
+                name = f"{first_block + number:09d}.{'ends' if layout.has_ends else 'lengths'}.npy"
                 pieces += _member(name, lengths, _RECORD + _MIN_NPY_HEADER)
             checksum = xxhash.xxh3_64()
             for piece in pieces:

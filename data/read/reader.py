@@ -58,19 +58,23 @@ class RowReader(Rows):
         wanted = self.checked(row_ids)
         tokens = np.empty((len(wanted), self.seq_len), np.dtype(self.manifest.dtype).newbyteorder("<"))
         with self._lock:
-            lengths = self._gather(wanted, tokens)
+            beside = self._gather(wanted, tokens)
             self._num_rows += len(wanted)
         ids = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=self.pin)
         np.copyto(ids.numpy(), tokens)
-        mask = None
+        mask = ends = None
+        lengths = beside
+        if beside is not None and self.manifest.layout.has_ends:
+            ends = np.unpackbits(beside, axis=1, count=self.seq_len, bitorder="little").view(np.bool_)
+            lengths = (ends * np.arange(1, self.seq_len + 1)).max(axis=1)
         if lengths is not None and (lengths < self.seq_len).any():
             mask = torch.from_numpy(np.arange(self.seq_len) < lengths[:, None])
             mask = mask.pin_memory() if self.pin else mask
-        return Batch(ids, mask, torch.from_numpy(wanted))
+        return Batch(ids, mask, torch.from_numpy(wanted), None if ends is None else torch.from_numpy(ends))
 
-    def _gather(self, wanted: I64, tokens: npt.NDArray) -> I64 | None:
-        """Read rows into `tokens` [n, seq_len]; returns their lengths (int64 [n]; 0 in quarantine), None if none has
-        padding."""
+    def _gather(self, wanted: I64, tokens: npt.NDArray) -> npt.NDArray | None:
+        """Read rows into `tokens` [n, seq_len]; returns what is stored beside them (`ShardFiles.gather`; 0 in
+        quarantine), None if nothing is and no row is in quarantine."""
         masked = None if self._masked is None else self._masked[wanted // self.manifest.rows_per_block]
         if masked is None or not masked.any():
             return self._gather_sound(wanted, tokens)
@@ -78,12 +82,13 @@ class RowReader(Rows):
         found = self._gather_sound(wanted[~masked], sound)
         tokens[~masked] = sound
         tokens[masked] = max(0, self.tokenizer.pad_id)
-        lengths = np.zeros(len(wanted), dtype=np.int64)
-        lengths[~masked] = self.seq_len if found is None else found
+        layout = self.manifest.layout
+        beside = np.zeros((len(wanted), *layout.lengths_shape), np.uint8 if layout.has_ends else np.int64)
+        beside[~masked] = self.seq_len if found is None else found
         self._num_masked += int(np.count_nonzero(masked))
-        return lengths
+        return beside
 
-    def _gather_sound(self, wanted: I64, tokens: npt.NDArray) -> I64 | None:
+    def _gather_sound(self, wanted: I64, tokens: npt.NDArray) -> npt.NDArray | None:
         """`_gather` for rows that are not in quarantine. A damaged shard is recovered once, if it can be."""
         recovered: set[int] = set()
         while True:

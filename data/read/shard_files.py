@@ -49,9 +49,10 @@ class ShardFiles:
         self.num_checked = 0
         weakref.finalize(self, _close_all, self._files)
 
-    def gather(self, rows: I64, into: npt.NDArray) -> I64 | None:
-        """Read these rows into `into` ([n, seq_len], contiguous, little-endian stored dtype); returns their stored
-        lengths (int64 [n]) unless packing is "full". DamageError names the first damaged block."""
+    def gather(self, rows: I64, into: npt.NDArray) -> npt.NDArray | None:
+        """Read these rows into `into` ([n, seq_len], contiguous, little-endian stored dtype); returns what is stored
+        beside them unless packing is "full": their lengths (int64 [n]), or the bits of their documents' ends (uint8
+        [n, ceil(seq_len / 8)]). DamageError names the first damaged block."""
         layout = self._manifest.layout
         blocks, within = np.divmod(rows, layout.rows_per_block)
         for block in np.unique(blocks[~self._verified[blocks]]).tolist():
@@ -61,13 +62,14 @@ class ShardFiles:
         self._read_items(shards, layout.tokens_at(0) + begin + within * layout.row_bytes, into)
         if not layout.has_lengths:
             return None
-        lengths = np.empty(len(rows), np.dtype(layout.lengths_dtype).newbyteorder("<"))
+        dtype = np.dtype(layout.lengths_dtype).newbyteorder("<")
+        lengths = np.empty((len(rows), *layout.lengths_shape), dtype)
         # Only the last block of all may have fewer rows, and so its lengths at another distance from its tokens.
         last = self._manifest.num_blocks - 1
         short = layout.lengths_at(0, self._manifest.rows_in_block(last))
         first_length = np.where(blocks == last, short, layout.lengths_at(0, layout.rows_per_block))
-        self._read_items(shards, first_length + begin + within * lengths.itemsize, lengths)
-        return lengths.astype(np.int64)
+        self._read_items(shards, first_length + begin + within * layout.length_bytes, lengths)
+        return lengths if layout.has_ends else lengths.astype(np.int64)
 
     def _read_items(self, shards: I64, offsets: I64, into: npt.NDArray) -> None:
         """Item i of `into` is read from shard `shards[i]` at byte `offsets[i]`."""

@@ -28,7 +28,8 @@ class ConvertReport:
 
 
 def convert(folder: Path, out: Path, *, to: str = "rows", rows_per_file: int = 100_000) -> ConvertReport:
-    """Write a data set as tars with one record a row, `{row:012d}.tokens.npy`, without padding. `out` must be new."""
+    """Write a data set as tars with one record a row, `{row:012d}.tokens.npy`, without padding; of packing "masked"
+    with `{row:012d}.ends.npy`, the places after each document. `out` must be new."""
     if to != "rows":
         raise DataError(f"conversion to {to!r} is not known; allowed: rows")
     reader, out = RowReader(folder), Path(out)
@@ -52,3 +53,5 @@ def _records(reader: RowReader, rows: range) -> Iterable[tuple[str, npt.NDArray]
         for i, row in enumerate(batch.row_ids.tolist()):
             ids = batch.input_ids[i] if batch.mask is None else batch.input_ids[i][batch.mask[i]]
             yield f"{row:012d}.tokens.npy", ids.numpy().astype(reader.manifest.dtype)
+            if batch.ends is not None:
+                yield f"{row:012d}.ends.npy", batch.ends[i].nonzero()[:, 0].numpy() + 1

@@ -19,10 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from minilm.model.encoder.taps import active_blocks
 from minilm.model.encoder.tile_size import PADDED, TILE, tiles
 
+_ROUND = 32
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,7 +39,63 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: [batch, heads, tokens, size] -> [batch, tokens, heads, size]."""
+    """transformers' attention function: [batch, heads, tokens, size] -> [batch, tokens, heads, size].
+
+    Where documents lie end to end (taps.py), within each of them; attention_mask is then of the widest one alone.
+    """
+    blocks = active_blocks()
+    if blocks is None:
+        return _attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    sides = (blocks.split(side, 2) for side in (query, key, value))
+    rounded = value.device.type == "cpu" and value.dtype == torch.bfloat16
+    of_block = _attend_rounded if rounded else _attend
+    outputs = [
+        of_block(module, q, k, v, seen, dropout, scaling, **kwargs).flatten(0, 1)
+        for q, k, v, seen in zip(*sides, blocks.squares(attention_mask), strict=True)
+    ]
+    together = torch.cat(outputs)
+    return pad(together, (0, 0, 0, 0, 0, query.shape[2] - len(together)))[None], None
+
+
+def _attend_rounded(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor:
+    """`_attend` with tokens filled up to a multiple of `_ROUND`, and row by row where there is dropout.
+
+    For each shape of a product in bfloat16 a CPU's kernel is compiled, which takes a millisecond and half a megabyte:
+    documents have too many lengths for that.
+    """
+    tokens = query.shape[-2]
+    if short := -tokens % _ROUND:
+        query, key, value = (pad(side, (0, 0, 0, short)) for side in (query, key, value))
+        if seen is None:
+            seen = (torch.arange(tokens + short) < tokens)[None, None, None]
+        else:
+            yes, no = (True, False) if seen.dtype == torch.bool else (0.0, torch.finfo(seen.dtype).min)
+            seen = pad(pad(seen, (0, 0, 0, short), value=yes), (0, short), value=no)
+    rows = len(query) if dropout else 1
+    parts = zip(*(side.chunk(rows) for side in (query, key, value)), strict=True)
+    outputs = [_attend(module, q, k, v, seen, dropout, scaling, **kwargs) for q, k, v in parts]
+    return torch.cat(outputs)[:, :tokens]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor:
     learned = attention_mask is not None and attention_mask.requires_grad
     if not query.is_meta and torch.is_autocast_enabled(query.device.type):  # rotation gives float32 q and k
         query, key = query.to(value.dtype), key.to(value.dtype)
@@ -51,13 +110,13 @@ def attend(
             output, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        return (output.bfloat16() if widened else output), None
+        return output.bfloat16() if widened else output
     groups = query.shape[1] // key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = dropout_attention(
         query * scaling, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, dropout
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous()
 
 
 @torch.compiler.disable  # loops over tiles and makes a generator: nothing to gain for a compiler

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from minilm.model.encoder.attention import attend
-from minilm.model.encoder.taps import Taps
+from minilm.model.encoder.taps import Blocks, Taps, active_blocks, lying_in
 
 SDPA, TAP = "minilm-sdpa", "minilm-tap"  # names in transformers' registries; never written into a config.json
 
@@ -63,13 +63,20 @@ _active = threading.local()
 
 
 def run(
-    model: PreTrainedModel, visitor: Discovery | Collector, input_ids: Tensor, mask: Tensor | None
+    model: PreTrainedModel,
+    visitor: Discovery | Collector,
+    input_ids: Tensor,
+    mask: Tensor | Blocks | None,
+    positions: Tensor | None = None,
 ) -> Any:
-    """The model's output, or None where the visitor ended the forward."""
+    """The model's output, or None where the visitor ended the forward. positions: of the tokens, if not by row."""
     outer = getattr(_active, "visitor", None)
     _active.visitor = visitor
     try:
-        return model(input_ids=input_ids, attention_mask=mask)
+        if not isinstance(mask, Blocks):
+            return model(input_ids=input_ids, attention_mask=mask)
+        with lying_in(mask):
+            return model(input_ids=input_ids, position_ids=positions)
     except _Reached as reached:
         reached.__traceback__ = None  # its frames hold every activation before the tap
         return None
@@ -127,6 +134,9 @@ def tapped_attention(
 
 def _mask_without_sync(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """transformers' SDPA mask without its `mask.all()`, a host sync; a row that is all padding sees itself."""
+    blocks = active_blocks()
+    if blocks is not None:  # of one document, the widest
+        kwargs["q_length"] = kwargs["kv_length"] = blocks.widest
     if attention_mask is not None:
         kwargs["allow_is_bidirectional_skip"] = False
         attention_mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)

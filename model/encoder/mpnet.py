@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minilm.model.encoder.taps import active_blocks
+
 if TYPE_CHECKING:  # families.py, which imports this file, loads no modelling code
     from transformers import PreTrainedModel
 
@@ -21,8 +23,11 @@ def install(model: "PreTrainedModel", attention: Callable[..., Any]) -> None:
     encoder: Any = model.base_model.encoder
 
     def position_bias_of_one_row(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[1, heads, tokens, tokens]; transformers makes a copy for each row: 400 MB at 32 rows of 512."""
-        return type(self).compute_position_bias(self, hidden_states[:1], *args, **kwargs)
+        """[1, heads, tokens, tokens]; transformers makes a copy for each row: 400 MB at 32 rows of 512. Where documents
+        lie end to end, that of the widest."""
+        blocks = active_blocks()
+        tokens = hidden_states.shape[1] if blocks is None else blocks.widest
+        return type(self).compute_position_bias(self, hidden_states[:1, :tokens], *args, **kwargs)
 
     def forward(
         self: Any,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from minilm.model.encoder.attention_hook import (
@@ -30,7 +31,7 @@ from minilm.model.encoder.attention_hook import (
 )
 from minilm.model.encoder.sentence_head import SentenceHead
 from minilm.model.encoder.shape import family_of
-from minilm.model.encoder.taps import EVERY_LAYER, Taps
+from minilm.model.encoder.taps import END_TO_END, EVERY_LAYER, Blocks, Taps
 from minilm.model.errors import ModelError
 
 
@@ -117,12 +118,20 @@ class TappedEncoder(nn.Module):
             if id(module.weight) not in shared:
                 module.to(dtype)
 
-    def forward(self, input_ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Taps:
+    def forward(
+        self, input_ids: Tensor, mask: Tensor | Blocks | None = None, positions: Tensor | None = None
+    ) -> Taps:
         """input_ids int64 [batch, tokens]; mask bool [batch, tokens], True where a token is valid, None: all.
 
-        positions: int64 [batch, k], where logits are wanted, if these are watched.
+        With blocks for a mask, input_ids are [1, tokens], the blocks' documents end to end, and so are the taps;
+        a bias is of the widest block. positions: int64 [batch, k], where logits are wanted, if these are watched.
         """
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != input_ids.shape):
+        within = None
+        if isinstance(mask, Blocks):
+            if not self._fields <= END_TO_END:
+                raise ModelError("logits and pooled vectors are of whole rows: give each document a row")
+            within = self._positions(input_ids, mask)
+        elif mask is not None and (mask.dtype != torch.bool or mask.shape != input_ids.shape):
             raise ModelError(
                 f"mask is {mask.dtype} {list(mask.shape)}; for input_ids {list(input_ids.shape)} it must be"
                 " torch.bool of the same shape"
@@ -133,21 +142,35 @@ class TappedEncoder(nn.Module):
         if "pooled" in self._fields:
             if self.head is None:
                 raise ModelError("pooled vectors need a sentence head; set `head` of the encoder")
+            assert not isinstance(mask, Blocks)
             pooled = self.head(run(self.model, collector, input_ids, mask).last_hidden_state, mask)
         elif positions is not None and "logits" in self._fields:
             with only_at(positions, self.model.base_model):
                 logits = run(self.model, collector, input_ids, mask).logits
         elif collector.stop_at_last:
-            run(self.model, collector, input_ids, mask)
+            run(self.model, collector, input_ids, mask, within)
         else:
             with stop_after(self.blocks()[-1], collector):
-                run(self.model, collector, input_ids, mask)
+                run(self.model, collector, input_ids, mask, within)
         if len(collector.taps) < len(wanted):
             raise ModelError(
                 f"{self.model.config.model_type} ended without reaching the tap of layer {self.layer}"
             )
         *earlier, last = collector.taps
         return last._replace(earlier=tuple(earlier), hidden=collector.hidden, logits=logits, pooled=pooled)
+
+    def _positions(self, input_ids: Tensor, blocks: Blocks) -> Tensor:
+        """[1, tokens]: the position of every token in its document, as the model numbers it."""
+        config = self.model.config
+        family = family_of(config)
+        if not family.positions_after_padding:
+            numbers = [torch.arange(b.width, device=input_ids.device).repeat(b.rows) for b in blocks]
+        else:  # as transformers does
+            padding = family.reserved_positions(config.pad_token_id) - 1
+            counted = [ids != padding for ids in blocks.split(input_ids, 1)]
+            numbers = [(own.cumsum(dim=1) * own + padding).flatten() for own in counted]
+        together = torch.cat(numbers)
+        return pad(together, (0, input_ids.shape[1] - len(together)))[None]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that require gradients and that the watched fields depend on.

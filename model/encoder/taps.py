@@ -1,6 +1,13 @@
-"""The tensors that a tapped encoder hands out."""
+"""The tensors that a tapped encoder hands out, and how documents of several lengths lie in them.
 
-from collections.abc import Collection
+Documents end to end are one sequence to all that looks at a token alone (embeddings, linear layers, norms): nothing is
+computed for padding. Only attention and the terms of an objective look at more than one token; they take the documents
+block by block, so pairs of tokens of different documents are never computed either.
+"""
+
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -8,6 +15,61 @@ from torch import Tensor
 EVERY_LAYER = frozenset(
     {"q", "k", "v", "bias"}
 )  # the fields that any watched layer has, not the tapped one alone
+END_TO_END = EVERY_LAYER | {"hidden"}  # those of a token; the others are of whole rows
+
+
+class Block(NamedTuple):
+    """`rows` documents of `width` tokens each, without padding."""
+
+    rows: int
+    width: int
+
+
+class Blocks(tuple[Block, ...]):
+    """Blocks of documents, the widest first, end to end in one sequence: token t of document r of a block that begins
+    at s is s + r · width + t. Tokens behind the last block belong to none; nothing sees them."""
+
+    @property
+    def widest(self) -> int:
+        return self[0].width
+
+    def squares(self, of_widest: Tensor | None) -> "list[Tensor | None]":
+        """The mask or bias [..., width, width] of each block's documents, from that of the widest: both say which
+        distances are seen, and how. Each is cut from the one before it, so that its gradient is no larger than that."""
+        squares = [of_widest]
+        for block in self:
+            last = squares[-1]
+            squares.append(None if last is None else last[..., : block.width, : block.width])
+        return squares[1:]
+
+    def split(self, x: Tensor, dim: int) -> list[Tensor]:
+        """Views of x [1, …, tokens, …], one a block: [rows, …, width, …]. dim: that of the tokens."""
+        sizes = [block.rows * block.width for block in self]
+        *parts, _rest = x.split([*sizes, x.shape[dim] - sum(sizes)], dim=dim)
+        return [
+            part.unflatten(dim, block).squeeze(0).movedim(dim - 1, 0)
+            for part, block in zip(parts, self, strict=True)
+        ]
+
+
+_active = threading.local()
+
+
+def active_blocks() -> Blocks | None:
+    """How documents lie in the forward that this thread is in; None: a row each."""
+    blocks: Blocks | None = getattr(_active, "blocks", None)
+    return blocks
+
+
+@contextmanager
+def lying_in(blocks: Blocks) -> Iterator[None]:
+    """Within it, attention takes a sequence for these blocks."""
+    outer = active_blocks()
+    _active.blocks = blocks
+    try:
+        yield
+    finally:
+        _active.blocks = outer
 
 
 class Taps(NamedTuple):
@@ -37,6 +99,14 @@ class Taps(NamedTuple):
         }
         earlier = tuple(own.like(its) for own, its in zip(self.earlier, other.earlier, strict=True))
         return self._replace(**cast, earlier=earlier)
+
+    def split(self, blocks: Blocks) -> "list[Taps]":
+        """The taps of each block, as if it had been computed alone: of the fields in `END_TO_END`."""
+        q, k, v = (blocks.split(side, 2) for side in (self.q, self.k, self.v))
+        hidden = [None] * len(blocks) if self.hidden is None else blocks.split(self.hidden, 1)
+        earlier = [taps.split(blocks) for taps in self.earlier]
+        parts = zip(q, k, v, blocks.squares(self.bias), hidden, strict=True)
+        return [Taps(*part, earlier=tuple(own[i] for own in earlier)) for i, part in enumerate(parts)]
 
     def tensors(self, fields: Collection[str]) -> list[Tensor]:
         """The tensors of these fields, those of earlier layers included."""

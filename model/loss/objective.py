@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minilm.model.encoder.shape import EncoderShape
-from minilm.model.encoder.taps import EVERY_LAYER, Taps
+from minilm.model.encoder.taps import END_TO_END, EVERY_LAYER, Blocks, Taps
 from minilm.model.errors import ModelError
 from minilm.model.loss.catalogue import OBJECTIVES
 from minilm.model.loss.embedding import CosineDistance, Similarity
@@ -121,6 +121,11 @@ class Objective:
         """Whether pooled vectors are compared, so that both models run to their end and have a sentence head."""
         return "pooled" in self.fields
 
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether documents may lie end to end (taps.py): soft labels and pooled vectors are of whole rows."""
+        return self.fields <= END_TO_END
+
     def mask_tokens(self, input_ids: Tensor, mask: Tensor | None) -> Masked | None:
         """The masked rows that soft labels are read from, the same for teacher and student; None without them."""
         if not self.needs_head:
@@ -133,14 +138,18 @@ class Objective:
         self,
         teacher: Taps,
         student: Taps,
-        mask: Tensor | None,
+        mask: Tensor | Blocks | None,
         projections: Mapping[str, nn.Module] | None = None,
         masked: Masked | None = None,
     ) -> Tensor:
         """[num_terms], float32 or better: each term's undivided, unweighted divergence.
 
-        projections: the modules of `projections`, by term. masked: what `mask_tokens` gave.
+        mask: bool [batch, tokens], None: all valid; or the blocks in which documents lie in the taps. projections: the
+        modules of `projections`, by term. masked: what `mask_tokens` gave.
         """
+        if isinstance(mask, Blocks):
+            blocks = zip(teacher.split(mask), student.split(mask), strict=True)
+            return torch.stack([self.term_sums(t, s, None, projections) for t, s in blocks]).sum(0)
         sums = []
         for term in self.relations:
             projection = (projections or {}).get(term.name)
@@ -158,11 +167,14 @@ class Objective:
         """The names of the terms that have a value by head."""
         return tuple(term.name for term in self.by_head)
 
-    def head_sums(self, teacher: Taps, student: Taps, mask: Tensor | None) -> Tensor:
+    def head_sums(self, teacher: Taps, student: Taps, mask: Tensor | Blocks | None) -> Tensor:
         """Each relation's undivided divergence by head, [relations, heads], without gradients: to be logged.
 
         The mean over heads is the term.
         """
+        if isinstance(mask, Blocks):
+            blocks = zip(teacher.split(mask), student.split(mask), strict=True)
+            return torch.stack([self.head_sums(t, s, None) for t, s in blocks]).sum(0)
         heads = range(self.relation_heads or teacher.q.shape[1])
         values = student.q.new_zeros(
             len(self.by_head), len(heads), dtype=torch.promote_types(student.q.dtype, torch.float32)

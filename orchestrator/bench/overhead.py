@@ -176,7 +176,7 @@ class BareStep:
         self.students = make_states(spec, self.distiller)
         stream = open_stream(spec.data, seed=spec.seed, batch=spec.batch, micro_batch=spec.micro_batch)
         batches = [stream.micro_batch(0, index) for index in range(stream.num_micro_batches)]
-        self.rows = [(index, batch.input_ids, batch.mask) for index, batch in enumerate(batches)]
+        self.rows = [(index, *batch.sequences) for index, batch in enumerate(batches)]
         self.made = 0
         self.turn(WARM_STEPS)
 

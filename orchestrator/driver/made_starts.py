@@ -91,7 +91,7 @@ def _sample(spec: StageSpec) -> list[tuple[Tensor, Tensor | None]]:
     try:
         for number in range(-(-rows // spec.micro_batch)):
             batch = stream.micro_batch(*divmod(number, spec.batch // spec.micro_batch))
-            found.append((batch.input_ids, batch.mask))
+            found.append(batch.sequences)
     finally:
         release(stream)
         close(stream.corpora)

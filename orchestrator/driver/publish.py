@@ -149,8 +149,8 @@ def draw_maps(
     held_out = open_held_out(spec.data)
     batch = held_out[0].rows.read(range(1))
     close(held_out)
-    ids = batch.input_ids[:, :PICTURE_TOKENS]
-    mask = None if batch.mask is None else batch.mask[:, :PICTURE_TOKENS]
+    ids, mask = batch.sequences
+    ids, mask = ids[:1, :PICTURE_TOKENS], None if mask is None else mask[:1, :PICTURE_TOKENS]
     tokenizer = load_tokenizer(spec.data.tokenizer)
 
     def maps(encoder: TappedEncoder) -> NDArray:

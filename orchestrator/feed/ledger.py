@@ -1,9 +1,10 @@
 """The ledger of consumed rows: which rows, with which contents, the updates of a run were made from.
 
-A row's entry is a 128-bit xxh3 of its tokens, seeded by row number and length. A step's digest is the sum of its
-rows' entries modulo 2^128: their order does not count, a row taken twice does. The running digest of a run is
-`running * MULTIPLIER + digest`, so the order of steps counts. The entries of all ranks are added with the step's other
-host numbers. The running digest is saved in the checkpoint, always for the same step as its weights.
+A row's entry is a 128-bit xxh3 of its tokens (and of the ends of its documents, where it holds several), seeded by row
+number and length. A step's digest is the sum of its rows' entries modulo 2^128: their order does not count, a row taken
+twice does. The running digest of a run is `running * MULTIPLIER + digest`, so the order of steps counts. The entries of
+all ranks are added with the step's other host numbers. The running digest is saved in the checkpoint, always for the
+same step as its weights.
 
 The rows of a step are a function of (seed, step): `Expected` reads them again through a reader of its own. At a
 checkpoint up to `CHECKED_STEPS` of the steps since the last one are compared, the first and the last among them: the
@@ -47,8 +48,9 @@ def rows_digest(batch: Batch) -> int:
         if batch.mask is None
         else np.count_nonzero(batch.mask.numpy(), axis=1).tolist()
     )
+    content = tokens if batch.ends is None else np.where(batch.ends.numpy(), ~tokens, tokens)
     total = 0
-    for row, row_id, length in zip(tokens, batch.row_ids.tolist(), lengths, strict=True):
+    for row, row_id, length in zip(content, batch.row_ids.tolist(), lengths, strict=True):
         total += xxhash.xxh3_128_intdigest(row.data, (row_id * (seq_len + 1) + length) % (1 << 64))
     return total % MODULUS
 

@@ -58,7 +58,7 @@ class RowLoader:
                 batch = next(self.batches)
             self.ledger.take(batch)
             self.quarantine_mask.take(batch)
-            yield index, batch.input_ids, batch.mask
+            yield index, *batch.sequences
 
     def extra_values(self) -> list[int]:
         """This rank's part of the account of the step it has just computed: masked rows, the stream's counters since it

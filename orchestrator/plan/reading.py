@@ -12,11 +12,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from minilm.data.builder.clean import Encoder
 from minilm.data.builder.sentences import texts_of_rows
 from minilm.data.builder.tokenization import pieces
+from minilm.data.format import pack
 from minilm.data.format.manifest import MANIFEST, load_manifest
-from minilm.data.format.pack import content_len
 from minilm.data.sources import progress, text
 from minilm.data.sources.accounts import Accounts
 from minilm.data.tokenizer import load_tokenizer
@@ -65,7 +67,7 @@ def reading(recipe: Recipe) -> Reading:
     encoder = Encoder(deepcopy(tokenizer.backend_tokenizer), data.special_tokens)
     plan = text.plan(text_inputs(data.text), tokenizer, data.source_options())
     files = [text.TextFile(*values) for values in plan.spec]
-    read, seconds, tokens, parts = 0.0, 0.0, 0, 0
+    read, seconds, tokens = 0.0, 0.0, 0
     all_lengths: list[int] = []
     for number in _spread(len(files)):
         began, whole = time.perf_counter(), True
@@ -75,7 +77,6 @@ def reading(recipe: Recipe) -> Reading:
             lengths = list(map(len, encoder.encode(rows)))
             tokens += sum(lengths) + 1
             all_lengths += lengths
-            parts += sum(-(-length // content_len(data.seq_len)) for length in lengths)
             if time.perf_counter() - began > SAMPLE_SECONDS / SAMPLE_FILES:
                 whole = False
                 break
@@ -83,7 +84,12 @@ def reading(recipe: Recipe) -> Reading:
         seconds += time.perf_counter() - began
     num_bytes = sum(file.num_bytes for file in files)
     scale = num_bytes / max(read, 1.0)
-    in_rows = tokens / content_len(data.seq_len) if data.packing == "full" else parts
+    cut = pack.pieces(np.array([length for length in all_lengths if length]), data.seq_len)
+    in_rows: float = len(cut)
+    if data.packing == "full":
+        in_rows = tokens / pack.content_len(data.seq_len)
+    elif data.packing == "masked":
+        in_rows = len(pack.fill(cut, data.seq_len)[1])
     processes = len(os.sched_getaffinity(0))
     longest = sorted(all_lengths)[len(all_lengths) * 95 // 100] if all_lengths else 0
     corpus = Corpus("text", scale * in_rows * (1 - data.held_out), 1.0, scale > 1, longest)

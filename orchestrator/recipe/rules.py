@@ -62,9 +62,12 @@ def check_across(
         yield from _probes(at, stage)
         yield from _until(at, stage)
         yield from _embedding(at, stage, stages, made_by)
-        if stage.objective == "embedding" and data is not None and data.text and data.packing == "full":
-            what = f"given 'full'; allowed: sentence or document, because stage {stage.name!r} compares the vectors"
-            yield ("data", "packing"), f"{what} of whole texts (objective: embedding)"
+        if stage.objective == "embedding" and data and data.text and data.packing in ("full", "masked"):
+            yield (
+                ("data", "packing"),
+                f"given {data.packing!r}; allowed: sentence or document, because stage {stage.name!r} compares the "
+                "vectors of whole texts (objective: embedding)",
+            )
         teacher = earlier.get(stage.teacher, _UNKNOWN)
         yield from _relation_heads(at, stage, teacher)
         here: dict[str, _Known] = {}

@@ -156,9 +156,9 @@ class Data(_Section):
     registered model."""
     seq_len: SequenceLength = 512
     """Tokens a row."""
-    packing: Literal["full", "document", "sentence"] = "full"
-    """full: rows filled to the end, no padding; document: a row never crosses documents; sentence: each sentence is a
-    row, cut where it is longer."""
+    packing: Literal["full", "masked", "document", "sentence"] = "full"
+    """full: rows filled to the end, no padding; masked: whole documents side by side in a row, each computed as if it
+    were alone; document: a row never crosses documents; sentence: each sentence is a row, cut where it is longer."""
     language: LanguageCode = "en"
     """Of the text: whose rules (of `sentencex`) say where a sentence ends, with packing: sentence. A language without
     rules has those of English."""

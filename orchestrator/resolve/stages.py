@@ -305,10 +305,10 @@ def check_data(
     problems = []
     for resolved in stages:
         where = f"stage {resolved.stage.name}"
-        if packing == "full" and resolved.stage.objective == "embedding":
+        if packing in ("full", "masked") and resolved.stage.objective == "embedding":
             problems.append(
-                f"{where}: objective embedding compares the vectors of whole texts, and the data's rows are pieces "
-                "of several (packing full); make the data from the text with --packing sentence, or document"
+                f"{where}: objective embedding compares the vectors of whole texts, and the data's rows hold several "
+                f"(packing {packing}); make the data from the text with --packing sentence, or document"
             )
         for name, start in resolved.starts.items():
             if (shape := resolved.students.get(name)) is None:

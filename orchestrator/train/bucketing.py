@@ -1,4 +1,8 @@
-"""Rows of unequal length → a few groups, each cut to its longest row, so that little padding is computed.
+"""Rows of unequal length → what is computed at a time, with little padding or none.
+
+On a CPU, rows of each length are a group, and all groups lie end to end in one sequence (`end_to_end`): no padding is
+computed, and a group costs calls of attention and of the terms alone. Else, and where rows have padding in front or an
+objective looks at whole rows, a few groups (`by_length`), each cut to its longest row.
 
 The groups are a pure function of one micro-batch's mask, so it does not matter who computes it. Columns are cut at the
 end only, and only where every row of the group has padding: positions keep their numbers, and rows with padding in
@@ -11,6 +15,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from minilm.model.encoder.taps import Block, Blocks
 
 ROUND = 32  # widths are multiples of it: matrix units like them, and there are few shapes
 LEAST_GAIN = 0.1  # share of a micro-batch's tokens, padding included, that one more group must save
@@ -24,7 +31,7 @@ def by_length(ids: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | N
     if mask is None:
         return [(ids, None)]
     tokens = ids.shape[1]
-    ends = (mask * torch.arange(1, tokens + 1)).amax(dim=1)  # one after the last valid token; 0 without any
+    ends = _ends(mask)
     widths = (ends + ROUND - 1).div(ROUND, rounding_mode="floor").clamp(min=1).mul(ROUND).clamp(max=tokens)
     sizes, counts = widths.unique(return_counts=True)
     groups = []
@@ -35,6 +42,30 @@ def by_length(ids: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | N
         groups.append((ids[rows, :width], None if group_mask.all() else group_mask))
         narrower = width
     return groups[::-1]
+
+
+def end_to_end(ids: Tensor, mask: Tensor, *, few_lengths: bool = False) -> tuple[Tensor, Blocks] | None:
+    """The valid tokens of all rows as one sequence [1, tokens], rows of a length side by side, the longest first; and
+    how the rows lie in it. None where a row's valid tokens are not its first ones, or none is valid.
+
+    few_lengths: the sequence is filled up, by a sixteenth at most: for products in bfloat16 a CPU's kernel is compiled
+    for each number of tokens, which takes 10 ms and 2 MB.
+    """
+    lengths = _ends(mask)
+    if not torch.equal(lengths, mask.sum(dim=1)) or not mask.any():
+        return None
+    by_width = [
+        (width, ids[lengths == width, :width]) for width in lengths.unique().flip(0).tolist() if width
+    ]
+    blocks = Blocks(Block(len(rows), width) for width, rows in by_width)
+    sequence = torch.cat([rows.flatten() for _, rows in by_width])
+    short = -len(sequence) % (1 << max(0, len(sequence).bit_length() - 5)) if few_lengths else 0
+    return pad(sequence, (0, short))[None], blocks
+
+
+def _ends(mask: Tensor) -> Tensor:
+    """int64 [rows]: one after the last valid token; 0 without any."""
+    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1)
 
 
 def group_widths(sizes: list[int], counts: list[int], group_cost: float) -> list[int]:

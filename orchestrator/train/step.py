@@ -2,8 +2,8 @@
 
 The teacher's forward pass is shared; each student has its own gradient sum, optimiser and dropout stream, so its
 weights do not depend on the students beside it. Dropout is seeded by (run seed, student, step, micro-batch), so it
-does not matter who computes a micro-batch. Rows with padding are computed in groups of like length (bucketing.py).
-No Ray, no MLflow, no host sync on the device.
+does not matter who computes a micro-batch. Rows with padding are computed end to end, or in groups of like length
+(bucketing.py). No Ray, no MLflow, no host sync on the device.
 
 A gradient or loss that is not finite never moves a weight: the sum that all ranks share carries the verdict on the
 device, and the fused AdamW skips that update on the device too. The host learns of it when it next reads (log steps).
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from minilm.model.distiller import Distiller
-from minilm.orchestrator.train.bucketing import by_length
+from minilm.model.encoder.taps import Blocks
+from minilm.orchestrator.train.bucketing import by_length, end_to_end
 from minilm.orchestrator.train.distributed import World
 from minilm.orchestrator.train.gradient_sum import make_sum
 
@@ -222,15 +223,23 @@ class LocalStep:
             student.sums.begin()
         for index, ids, mask in micro_batches:
             self.count += int(self.distiller.count(mask, ids.shape))
-            chunks = [chunk for group in by_length(ids, mask) for chunk in _chunks(*group, num_chunks)]
+            chunks = [part for rows in _chunks(ids, mask, num_chunks) for part in self.parts(*rows)]
             totals = [torch.zeros(num_values(self.distiller), device=self.device) for _ in self.students]
             for number, chunk in enumerate(chunks):
                 self.compute_chunk((index,) if len(chunks) == 1 else (index, number), *chunk, totals)
             for student, total in zip(self.students, totals, strict=True):
                 student.sums.add(total * self.unit)
 
+    def parts(self, ids: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | Blocks | None]]:
+        """What is computed at a time of these rows; see bucketing.py."""
+        if mask is not None and self.device.type == "cpu" and self.distiller.objective.takes_blocks:
+            sequence = end_to_end(ids, mask, few_lengths=self.autocast is not None)
+            if sequence is not None:
+                return [sequence]
+        return [*by_length(ids, mask)]
+
     def compute_chunk(
-        self, number: tuple[int, ...], ids: Tensor, mask: Tensor | None, totals: list[Tensor]
+        self, number: tuple[int, ...], ids: Tensor, mask: Tensor | Blocks | None, totals: list[Tensor]
     ) -> None:
         """Teacher, students, loss and backward; adds each student's sums, terms and then heads, to its total.
 
@@ -238,7 +247,8 @@ class LocalStep:
         """
         num_terms = self.distiller.num_terms
         ids = _to_device(ids, self.device)
-        mask = None if mask is None else _to_device(mask, self.device)
+        if mask is not None:
+            mask = mask if isinstance(mask, Blocks) else _to_device(mask, self.device)
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             teacher_output = self.distiller.teacher_forward(ids, mask)
         for student, total in zip(self.students, totals, strict=True):

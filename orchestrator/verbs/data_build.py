@@ -111,7 +111,7 @@ def _add_building(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--out", type=Path, required=True)
     verb.add_argument("--seq-len", type=int, default=512)
-    verb.add_argument("--packing", choices=("full", "document", "sentence"), default="full")
+    verb.add_argument("--packing", choices=("full", "masked", "document", "sentence"), default="full")
     verb.add_argument(
         "--language", default="en", metavar="CODE", help="of the text, for --packing sentence (default: en)"
     )

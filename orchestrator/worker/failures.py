@@ -61,13 +61,14 @@ def check_teacher_output(
     rate is to blame. Computes the teacher's side of the step once more."""
     for index in range(stream.num_micro_batches):
         batch = stream.micro_batch(step, index)
-        ids, mask = batch.input_ids.to(device), None if batch.mask is None else batch.mask.to(device)
+        ids, mask = batch.sequences
+        ids, mask = ids.to(device), None if mask is None else mask.to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             taps = distiller.teacher_forward(ids, mask).taps
         for tensor in taps.tensors(distiller.objective.fields):
             finite = tensor.isfinite().flatten(1).all(1)
             if not finite.all():
-                row = stream.row_ids(step, index)[int((~finite).nonzero()[0])]
+                row = batch.row_of(int((~finite).nonzero()[0]))
                 raise UserError(
                     f"stage {spec.stage}: the output of the teacher {spec.teacher_name} is not finite, first in row "
                     f"{row} of step {step}; no learning rate mends that: give another teacher"

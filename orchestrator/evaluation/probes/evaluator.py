@@ -60,14 +60,15 @@ class HeldOutPass:
     def num_batches(self, rows: int) -> int:
         return -(-rows // self.micro_batch)
 
-    def batches_of(self, held_out: Rows, rows: int) -> Iterator[Batch]:
-        """This worker's micro-batches of the first `rows` rows, cut by length where rows have padding."""
+    def batches_of(self, held_out: Rows, rows: int, *, one_each: bool = False) -> Iterator[Batch]:
+        """This worker's micro-batches of the first `rows` rows, cut by length where rows have padding. Of rows that
+        hold several documents all, or with one_each the first."""
         size, world = self.micro_batch, self.world
         mine = partition(self.num_batches(rows), world.rank, world.size)
         for done, number in enumerate(mine):
             self.progress(done, len(mine))
             batch = held_out.read(range(number * size, min((number + 1) * size, rows)))
-            for ids, mask in by_length(batch.input_ids, batch.mask):
+            for ids, mask in by_length(*(batch.first_documents if one_each else batch).sequences):
                 yield Batch(number, ids.to(world.device), None if mask is None else mask.to(world.device))
 
     def batches(self) -> Iterator[Batch]:

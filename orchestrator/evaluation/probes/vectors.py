@@ -1,5 +1,5 @@
-"""One vector a row: its own of the sentence head in a stage of embeddings, else the mean over its valid tokens of the
-states that the stage trains.
+"""One vector a row (of several documents: the first one's): its own of the sentence head in a stage of embeddings,
+else the mean over its valid tokens of the states that the stage trains.
 
 An objective of q, k and v ends at the tap, and what lies behind it holds its first values: then the values at the tap
 are taken, all heads beside each other. Where an objective reads more, it is the output of the tapped layer or, with the
@@ -30,7 +30,7 @@ def row_vectors(encoder: TappedEncoder, given: HeldOutPass) -> np.ndarray:
     for corpus, rows, _ in given.parts():
         vectors = torch.zeros(rows, width(encoder))
         place: dict[int, int] = {}  # where the next rows of a micro-batch go
-        for batch in given.batches_of(corpus.rows, rows):
+        for batch in given.batches_of(corpus.rows, rows, one_each=True):
             start = place.get(batch.number, batch.number * given.micro_batch)
             place[batch.number] = end = start + len(batch.ids)
             vectors[start:end] = pooled(encoder, batch.ids, batch.mask)
