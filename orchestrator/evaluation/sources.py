@@ -23,7 +23,12 @@ from minilm.data.tokenizer import has_tokenizer, load_tokenizer
 from minilm.model.encoder.build import build_student, quiet_transformers
 from minilm.model.encoder.initialize import initialize
 from minilm.model.encoder.sentence_head import SentenceHead, load_head
-from minilm.model.encoder.sentence_layout import MODULES, SentenceLayout, read_layout
+from minilm.model.encoder.sentence_layout import (
+    MODULES,
+    SentenceLayout,
+    read_layout,
+    read_search_texts,
+)
 from minilm.model.encoder.shape import load_config, shape_of
 from minilm.model.encoder.weights import check_folder, check_loaded
 from minilm.model.export import weights_digest
@@ -148,6 +153,14 @@ def head_of(source: Source) -> SentenceHead:
     )
 
 
+def search_tokens(source: Source, tokens: int) -> int:
+    """Of a query or text, at most: the folder's own limit where that is below `tokens`."""
+    own = read_search_texts(source.folder).max_tokens
+    return int(
+        min(tokens, own or tokenizer_of(source).model_max_length)
+    )  # 1e30 of a tokenizer without a limit
+
+
 def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
     own = shape_of(config)
     layers, hidden = shape or (own.layers, own.hidden)
@@ -156,7 +169,8 @@ def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def source_digest(source: Source) -> str:
-    """sha256 (hex) of all that makes the model: weights but for a random control, config, tokenizer, pooling, shape."""
+    """sha256 (hex) of all that makes the model: weights but for a random control, config, tokenizer, pooling, prompts,
+    shape."""
     folder = Path(source.folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for key in ("_name_or_path", "transformers_version"):
@@ -165,6 +179,9 @@ def source_digest(source: Source) -> str:
     pooling = sorted((*folder.glob(MODULES), *folder.glob("[0-9]*_*/config.json")))
     for path in (*pooling, *tokenizer_files(folder)):
         digest.update(path.read_bytes())
+    texts = read_search_texts(folder)
+    if texts.query or texts.text:
+        digest.update(json.dumps([texts.query, texts.text]).encode())
     if source.kind != "random":
         digest.update(weights_digest(folder).encode())
     return digest.hexdigest()

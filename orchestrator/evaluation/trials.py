@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minilm.orchestrator.evaluation.check_data import check_data
-from minilm.orchestrator.evaluation.embed import cosine_similarity
+from minilm.model.encoder.sentence_layout import read_search_texts
+from minilm.orchestrator.evaluation.check_data import check_data, data_fingerprint
+from minilm.orchestrator.evaluation.embed import cosine_similarity, search
 from minilm.orchestrator.evaluation.fine_tune import Curve, check_head, fine_tune
 from minilm.orchestrator.evaluation.protocols import Protocol, Setting
-from minilm.orchestrator.evaluation.read_tables import data_fingerprint
 from minilm.orchestrator.evaluation.sources import (
     Source,
     build,
     head_of,
     model_type,
+    search_tokens,
     source_digest,
     tokenizer_of,
 )
@@ -85,16 +86,19 @@ def plan_trials(
         rows = check_data(task, data)
         for source in sources:
             check_head(model_type(source), task.kind)
-            if task.kind == "cosine":
+            if not task.is_trained:
                 head_of(source)
         fingerprint = data_fingerprint(task, data)
         count = seeds or protocol.seeds_of(rows if train_rows is None else min(rows, train_rows))
         for source in sources:
-            if task.kind == "cosine" and not source.draws:
+            if not task.is_trained and not source.draws:
                 own = 1  # nothing in it is random
             else:
-                own = seeds or max(count, 5) if task.kind == "cosine" else count
-            for setting in protocol.settings_of(task):
+                own = count if task.is_trained else seeds or max(count, 5)
+            settings = protocol.settings_of(task)
+            if task.kind == "retrieval":
+                settings = tuple(replace(s, tokens=search_tokens(source, s.tokens)) for s in settings)
+            for setting in settings:
                 trials += [
                     Trial(
                         source=source,
@@ -105,9 +109,9 @@ def plan_trials(
                         protocol=protocol.name,
                         setting=setting,
                         seed=seed,
-                        train_rows=train_rows if task.kind != "cosine" else None,
+                        train_rows=train_rows if task.is_trained else None,
                         device=device.type,
-                        precision="float32" if task.kind == "cosine" else precision(device),
+                        precision=precision(device) if task.is_trained else "float32",
                     )
                     for seed in range(own)
                 ]
@@ -134,17 +138,12 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     curve: Curve = []
     how: dict[str, Any] = {"seed": trial.seed, "train_rows": trial.train_rows}
     how |= {"device": device, "autocast": autocast}
+    sizes: dict[str, Any] = {"tokens": setting.tokens, "batch": setting.batch, "device": device}
     if task.kind == "cosine":
-        metrics = cosine_similarity(
-            encoder,
-            head_of(trial.source),
-            tokenizer,
-            task,
-            data,
-            tokens=setting.tokens,
-            batch=setting.batch,
-            device=device,
-        )
+        metrics = cosine_similarity(encoder, head_of(trial.source), tokenizer, task, data, **sizes)
+    elif task.kind == "retrieval":
+        texts = read_search_texts(trial.source.folder)
+        metrics = search(encoder, head_of(trial.source), tokenizer, data, texts, **sizes)
     elif task.kind == "spans":
         metrics, curve = fine_tune_spans(encoder, tokenizer, data, setting, **how)
     else:
