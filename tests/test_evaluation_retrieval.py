@@ -150,6 +150,7 @@ def test_a_model_searches_as_plain_transformers_does_with_its_prompts(tmp_path, 
 def test_the_command_names_the_sets(tmp_path, teacher, capsys):
     data = write_search(tmp_path / "data")
     given = ["evaluate", str(teacher), f"random:{teacher}", "--data", str(data), "--out", str(tmp_path / "o")]
+    given += ["--parallel", "1"]
     assert main([*given, "--json", "--seeds", "1"]) == 0  # it is what --data holds of the protocol
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["task"], line["metric"], line["protocol"]) for line in lines] == [
