@@ -16,15 +16,16 @@ from transformers import AutoModel, AutoTokenizer
 
 from minilm.model.errors import ModelError
 from minilm.orchestrator.cli import main
-from minilm.orchestrator.driver.rehearsal.inputs import few_searches
+from minilm.orchestrator.driver.rehearsal.inputs import few_rows
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.check_data import check_data, data_fingerprint
 from minilm.orchestrator.evaluation.metrics import score
 from minilm.orchestrator.evaluation.protocols import PROTOCOLS
-from minilm.orchestrator.evaluation.retrieval import find_sets, read_set, write_set
+from minilm.orchestrator.evaluation.retrieval import find_sets, read_set
 from minilm.orchestrator.evaluation.sources import Source, source_digest
 from minilm.orchestrator.evaluation.tasks import TASKS
 from minilm.orchestrator.evaluation.trials import plan_trials, run_trial
+from minilm.orchestrator.recipe.schema import Evaluation
 from tests.eval_data import write_search
 
 NANO = TASKS["nanobeir"]
@@ -39,10 +40,10 @@ def test_a_set_is_the_same_in_every_layout(tmp_path):
     assert found[0] == found[1] == found[2]
     assert (len(found[0].queries), len(found[0].texts)) == (8, 40)
     assert found[0].grades[1] == {1: 1, 5: 1, 9: 1, 13: 1}
-    write_set(found[0], tmp_path / "again" / "NanoBEIR" / "NanoWords")
-    assert read_set(find_sets(tmp_path / "again")[0]) == found[0]
-    few = few_searches(found[0])
-    assert few.queries == found[0].queries[:4] and few.texts[13] == found[0].texts[13]
+    section = Evaluation.model_validate({"tasks": ["nanobeir"], "data": str(tmp_path / "together")})
+    (files,) = find_sets(few_rows(section, tmp_path / "few"))  # of a rehearsal
+    few = read_set(files)
+    assert (few.queries, few.texts, few.grades) == (found[0].queries[:4], found[0].texts, found[0].grades[:4])
 
 
 def test_sets_of_both_kinds_lie_side_by_side(tmp_path):
