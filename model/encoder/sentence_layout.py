@@ -95,7 +95,8 @@ def read_search_texts(folder: str | Path) -> SearchTexts:
     """What a sentence-transformers folder says of queries and texts. ModelError where a prompt is not to be pooled."""
     folder = Path(folder)
     own = folder / "config_sentence_transformers.json"
-    prompts = (_read(own, dict) if own.is_file() else {}).get("prompts") or {}
+    prompts = _read(own, dict).get("prompts") if own.is_file() else {}
+    prompts = prompts if isinstance(prompts, dict) else {}
     texts = [prompts[name] for name in ("document", "passage", "corpus") if name in prompts]
     query, text = str(prompts.get("query") or ""), str(texts[0] or "") if texts else ""
     for file in folder.glob("*_Pooling/config.json") if query or text else ():

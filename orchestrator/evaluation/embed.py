@@ -12,7 +12,6 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from minilm.model.encoder.sentence_head import SentenceHead
-from minilm.model.encoder.sentence_layout import SearchTexts
 from minilm.orchestrator.evaluation.batches import collate, encode, most_tokens, sorted_batches
 from minilm.orchestrator.evaluation.metrics import METRICS, score
 from minilm.orchestrator.evaluation.read_tables import has_split, read_split
@@ -76,7 +75,7 @@ def search(
     head: SentenceHead,
     tokenizer: Any,
     data: Path,
-    texts: SearchTexts,
+    prompts: tuple[str, str],
     *,
     tokens: int,
     batch: int,
@@ -84,7 +83,8 @@ def search(
 ) -> dict[str, float]:
     """nDCG@10 as the mean over sets, each with equal weight, and of each set as METRIC_SET.
 
-    A set's is the mean over its queries; texts with equal cosines share their places.
+    prompts: before queries and texts. A set's value is the mean over its queries; texts with equal cosines share their
+    places.
     """
     (metric,) = TASKS["nanobeir"].metrics
     by_set: dict[str, float] = {}
@@ -103,7 +103,7 @@ def search(
                     device=device,
                 )
             )
-            for prompt, asked in ((texts.query, found.queries), (texts.text, list(distinct)))
+            for prompt, asked in zip(prompts, (found.queries, list(distinct)), strict=True)
         )
         never = torch.full((len(queries), 1), -2.0)  # below every cosine: texts without a character
         cosines = torch.cat([queries @ answers.T, never], dim=1).numpy()

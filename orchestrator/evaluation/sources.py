@@ -155,10 +155,10 @@ def head_of(source: Source) -> SentenceHead:
 
 def search_tokens(source: Source, tokens: int) -> int:
     """Of a query or text, at most: the folder's own limit where that is below `tokens`."""
-    own = read_search_texts(source.folder).max_tokens
-    return int(
-        min(tokens, own or tokenizer_of(source).model_max_length)
-    )  # 1e30 of a tokenizer without a limit
+    own = (
+        read_search_texts(source.folder).max_tokens or tokenizer_of(source).model_max_length
+    )  # 1e30 for none
+    return int(min(tokens, own))
 
 
 def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
@@ -169,8 +169,7 @@ def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def source_digest(source: Source) -> str:
-    """sha256 (hex) of all that makes the model: weights but for a random control, config, tokenizer, pooling, prompts,
-    shape."""
+    """sha256 (hex) of all that makes the model: weights but for a random control, config, tokenizer, pooling, shape."""
     folder = Path(source.folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for key in ("_name_or_path", "transformers_version"):
@@ -179,9 +178,6 @@ def source_digest(source: Source) -> str:
     pooling = sorted((*folder.glob(MODULES), *folder.glob("[0-9]*_*/config.json")))
     for path in (*pooling, *tokenizer_files(folder)):
         digest.update(path.read_bytes())
-    texts = read_search_texts(folder)
-    if texts.query or texts.text:
-        digest.update(json.dumps([texts.query, texts.text]).encode())
     if source.kind != "random":
         digest.update(weights_digest(folder).encode())
     return digest.hexdigest()

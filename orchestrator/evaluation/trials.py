@@ -54,7 +54,8 @@ FORMAT = 3  # of a trial's file; another number makes every trial new
 class Trial:
     """One unit, as plain values: it can be sent to another process.
 
-    model_digest, data_digest: of `source_digest` and `data_fingerprint`. train_rows: None for all.
+    model_digest, data_digest: of `source_digest` and `data_fingerprint`. train_rows: None for all. prompts: before
+    queries and texts of a search.
     """
 
     source: Source
@@ -68,12 +69,15 @@ class Trial:
     train_rows: int | None
     device: str
     precision: str
+    prompts: tuple[str, str] = ("", "")
 
     @cached_property
     def key(self) -> str:
         values = asdict(self)
         for name in ("source", "data", "protocol"):  # where things lie, and what they are called
             values.pop(name)
+        if not any(self.prompts):  # so it was before there were any
+            values.pop("prompts")
         code = {k: v for k, v in code_version().items() if k in ("torch", "transformers")}
         return sha256_json([FORMAT, values, code])[:32]
 
@@ -113,8 +117,10 @@ def plan_trials(
                 own = 1  # nothing in it is random
             else:
                 own = count if task.is_trained else seeds or max(count, 5)
-            settings = protocol.settings_of(task)
+            settings, prompts = protocol.settings_of(task), ("", "")
             if task.kind == "retrieval":
+                texts = read_search_texts(source.folder)
+                prompts = (texts.query, texts.text)
                 settings = tuple(replace(s, tokens=search_tokens(source, s.tokens)) for s in settings)
             for setting in settings:
                 trials += [
@@ -130,6 +136,7 @@ def plan_trials(
                         train_rows=train_rows if task.is_trained else None,
                         device=device.type,
                         precision=precision if task.is_trained else "float32",
+                        prompts=prompts,
                     )
                     for seed in range(own)
                 ]
@@ -182,8 +189,7 @@ def compute(trial: Trial) -> dict[str, Any]:
     if task.kind == "cosine":
         metrics = cosine_similarity(encoder, head_of(trial.source), tokenizer, task, data, **sizes)
     elif task.kind == "retrieval":
-        texts = read_search_texts(trial.source.folder)
-        metrics = search(encoder, head_of(trial.source), tokenizer, data, texts, **sizes)
+        metrics = search(encoder, head_of(trial.source), tokenizer, data, trial.prompts, **sizes)
     elif task.kind == "spans":
         metrics, curve = fine_tune_spans(encoder, tokenizer, data, setting, **how)
     else:
