@@ -152,3 +152,40 @@ def write_squad(root: Path, count: int = 24) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}))
     return root
+
+
+SEARCH_TOPICS = (TIME[:10], TIME[10:], PLACE[:10], PLACE[10:])
+
+
+def write_search(root: Path, layout: str = "beir", name: str = "NanoWords", seed: int = 6) -> Path:
+    """Queries of a topic's words, answered by the texts of that topic. layout: "beir", a folder of parquet files for
+    the set ("hub"), or a part of a folder of all sets ("together")."""
+    rng = random.Random(seed)
+    texts = [{"_id": f"d{i}", "text": sentence(rng, SEARCH_TOPICS[i % 4])} for i in range(40)]
+    queries = [{"_id": f"q{i}", "text": sentence(rng, SEARCH_TOPICS[i % 4])} for i in range(8)]
+    judged = [
+        {"query-id": query["_id"], "corpus-id": text["_id"], "score": 1}
+        for i, query in enumerate(queries)
+        for text in texts[i % 4 :: 4][:4]
+    ]
+    folder = root / "NanoBEIR"
+    parts = {"corpus": texts, "queries": queries, "qrels": judged}
+    if layout != "beir":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        for part, rows in parts.items():
+            if layout == "hub":
+                path = folder / name / part / "train-00000-of-00001.parquet"
+            else:
+                path = folder / part / f"{name}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        return root
+    (folder / name / "qrels").mkdir(parents=True)
+    for part in ("corpus", "queries"):
+        lines = "".join(json.dumps(row) + "\n" for row in parts[part])
+        (folder / name / f"{part}.jsonl").write_text(lines)
+    rows = [["query-id", "corpus-id", "score"], *(list(map(str, row.values())) for row in judged)]
+    write_lines(folder / name / "qrels" / "test.tsv", rows)
+    return root

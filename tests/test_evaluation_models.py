@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -16,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 from minilm.model.errors import ModelError
 from minilm.model.export import weights_digest
 from minilm.orchestrator.cli import main
-from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.errors import InfrastructureError, UserError
 from minilm.orchestrator.evaluation import trials
 from minilm.orchestrator.evaluation.batches import shuffled_batches
 from minilm.orchestrator.evaluation.comparison import Comparison, Score, difference, score_all, share_of
@@ -24,7 +32,7 @@ from minilm.orchestrator.evaluation.fine_tune import check_head, with_head
 from minilm.orchestrator.evaluation.protocols import PROTOCOLS, Setting
 from minilm.orchestrator.evaluation.sources import Source, build, check_source, split_control
 from minilm.orchestrator.evaluation.tasks import TASKS
-from minilm.orchestrator.evaluation.trials import plan_trials, run_trial
+from minilm.orchestrator.evaluation.trials import plan_trials, processes_for, run_trial, side_by_side
 from tests.eval_data import write_cola, write_mnli, write_squad, write_sst2, write_stsb, write_xnli
 
 CPU = torch.device("cpu")
@@ -36,15 +44,15 @@ def own(teacher) -> Source:
     return Source("teacher", "folder", str(teacher))
 
 
-def run(source, task, data, folder, *, setting=QUICK, seed=0, train_rows=None):
-    """One trial with a setting of the test's own."""
+def planned(source, task, data, **changes):
+    """One trial with some values of the test's own."""
     protocol = next(p for p in PROTOCOLS.values() if task in p.tasks)
-    planned = plan_trials(
-        [source], [(TASKS[task], protocol)], data, seeds=1, train_rows=train_rows, device=CPU
-    )[0]
-    values = {**planned.__dict__, "setting": setting, "seed": seed}
-    values.pop("key", None)
-    return run_trial(trials.Trial(**values), folder)
+    (first, *_) = plan_trials([source], [(TASKS[task], protocol)], data, seeds=1, train_rows=None, device=CPU)
+    return replace(first, **{"setting": QUICK, "precision": "float32"} | changes)
+
+
+def run(source, task, data, folder, *, setting=QUICK, seed=0, train_rows=None):
+    return run_trial(planned(source, task, data, setting=setting, seed=seed, train_rows=train_rows), folder)
 
 
 def test_controls_are_written_with_a_shape():
@@ -180,6 +188,107 @@ def test_a_trial_is_the_same_whatever_ran_before_and_is_not_run_twice(tmp_path, 
     assert run(own, "sst2", data, tmp_path / "b", seed=1) == other
 
 
+def test_processes_side_by_side_give_the_same_numbers_and_end_together(tmp_path, own):
+    data = write_sst2(tmp_path / "data")
+    few = [planned(own, "sst2", data, seed=seed) for seed in range(2)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        here = list(side_by_side(few, tmp_path / "a", 1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    endless = [
+        planned(own, "sst2", data, seed=seed, setting=Setting(2e-3, 10**5, 32, 8)) for seed in range(2)
+    ]
+    with closing(side_by_side([*few, *endless], tmp_path / "b", 2)) as running:
+        there = [next(running) for _ in few]
+        for child in multiprocessing.active_children():
+            child.kill()
+        message = (
+            "one of 2 processes with trials was killed, perhaps for want of memory; .*, with --parallel 1 one"
+        )
+        with pytest.raises(InfrastructureError, match=message):
+            next(running)
+    assert [r | {"seconds": 0} for r in here] == [r | {"seconds": 0} for r in there]
+    assert len(list((tmp_path / "b" / "trials").iterdir())) == 2
+    children = multiprocessing.active_children()
+    for child in children:
+        child.join(10)
+    assert not multiprocessing.active_children()
+
+
+def test_so_many_trials_at_once_as_cores_and_memory_allow(tmp_path, own, monkeypatch):
+    data = write_sst2(tmp_path / "data")
+    todo = [planned(own, "sst2", data, seed=seed) for seed in range(4)]
+    monkeypatch.setattr(trials.os, "sched_getaffinity", lambda _: range(16))
+
+    def at_once(free: int, *given) -> int:
+        monkeypatch.setattr(trials.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        return processes_for(given, tmp_path)
+
+    assert at_once(1 << 40, *todo) == 4  # no more than there are
+    assert (at_once(5 << 30, *todo), at_once(1 << 20, *todo)) == (3, 1)
+    assert at_once(1 << 40, *(replace(trial, device="cuda") for trial in todo)) == 1
+    monkeypatch.setattr(trials.os, "sched_getaffinity", lambda _: range(2))
+    assert at_once(1 << 40, *todo) == 2
+
+
+def test_a_folder_of_results_goes_on_in_its_precision(tmp_path, own, monkeypatch):
+    data = write_stsb(write_sst2(tmp_path / "data"), glue=False)
+    monkeypatch.setattr(trials, "choose_precision", lambda *_: "float32")
+    tasks = [(TASKS["stsb-embed"], PROTOCOLS["embed-fast"]), (TASKS["sst2"], PROTOCOLS["glue-fixed"])]
+
+    def precisions(folder: Path) -> list[str]:
+        found = plan_trials([own], tasks, data, seeds=1, train_rows=None, device=CPU, results=folder)
+        return [trial.precision for trial in found]
+
+    run_trial(planned(own, "stsb-embed", data), tmp_path / "a")
+    assert precisions(tmp_path / "a") == ["float32", "float32"]
+    result = run_trial(planned(own, "sst2", data, precision="bfloat16"), tmp_path / "a")
+    assert result["metrics"]["accuracy"] >= 0.8
+    assert precisions(tmp_path / "a") == ["float32", "bfloat16"]  # without training it is always float32
+    assert precisions(tmp_path / "b") == ["float32", "float32"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_killed_evaluation_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_path, teacher):
+    data = write_cola(tmp_path / "data", glue=True, train=2000)
+    command = [
+        sys.executable,
+        "-m",
+        "minilm",
+        "evaluate",
+        str(teacher),
+        f"random:{teacher}",
+        "--tasks",
+        "cola",
+    ]
+    command += ["--data", str(data), "--seeds", "3", "--json"]
+
+    def scores(done: subprocess.CompletedProcess) -> list:
+        return [json.loads(line)["scores"] for line in done.stdout.splitlines()]
+
+    whole = [*command, "--out", str(tmp_path / "whole"), "--parallel", "1"]
+    wanted = subprocess.run(whole, check=True, capture_output=True, text=True, timeout=600)
+    command += ["--out", str(tmp_path / "killed"), "--parallel", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    results, deadline = tmp_path / "killed" / "trials", time.monotonic() + 600
+    while not list(results.glob("*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3  # the server that forks, and two that it forked
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(family, timeout=60)[1]
+    kept = {path.name for path in results.iterdir()}
+    assert 0 < len(kept) < 6
+    again = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    assert scores(again) == scores(wanted) and kept <= {path.name for path in results.iterdir()}
+
+
 def test_changed_data_or_weights_are_another_trial(tmp_path, own, teacher):
     data = write_sst2(tmp_path / "data")
 
@@ -265,6 +374,7 @@ def test_the_command_prints_a_table_and_json_lines(tmp_path, teacher, capsys):
     out = tmp_path / "out"
     models = [str(teacher), f"random:{teacher}", f"layers:{teacher}:2x24"]
     arguments = ["evaluate", *models, "--tasks", "stsb-embed,sst2", "--data", str(data), "--seeds", "2"]
+    arguments += ["--parallel", "1"]
     assert main([*arguments, "--train-rows", "16", "--out", str(out), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["model"], line["task"]) for line in lines] == [

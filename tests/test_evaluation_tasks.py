@@ -145,7 +145,7 @@ def test_a_task_goes_by_its_own_protocol():
     assert protocol_of(TASKS["cola"], "glue-minilm").name == "glue-minilm"
     assert protocol_of(TASKS["stsb-embed"], "glue-fixed").name == "embed-fast"
     with pytest.raises(
-        UserError, match="protocol embed-fast does not have task cola; it has stsb-embed, and"
+        UserError, match="protocol embed-fast does not have task cola; it has stsb-embed, nanobeir, and"
     ):
         protocol_of(TASKS["cola"], "embed-fast")
 

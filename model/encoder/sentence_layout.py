@@ -3,7 +3,8 @@ names. Read without modelling code.
 
     Transformer → Pooling → Dense (none, one or several) → Normalize (perhaps)
 
-Leaves out: prompts (rows are read as they are), modules of other kinds, and weights (sentence_head.py).
+Leaves out: modules of other kinds, and weights (sentence_head.py). Prompts and the longest text are for who searches;
+rows are read as they are.
 """
 
 import json
@@ -36,6 +37,15 @@ class DenseLayer:
     bias: bool = True
     activation: str = "Identity"
     path: str = ""
+
+
+@dataclass(frozen=True)
+class SearchTexts:
+    """What stands before a query, and before a text that is searched. max_tokens: of either, None if not said."""
+
+    query: str = ""
+    text: str = ""
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,27 @@ def read_layout(folder: str | Path, hidden: int) -> SentenceLayout | None:
     if not pooling:
         raise _other(folder, "no Pooling", "its vectors would be undefined")
     return SentenceLayout(pooling, tuple(dense), normalize)
+
+
+def read_search_texts(folder: str | Path) -> SearchTexts:
+    """What a sentence-transformers folder says of queries and texts. ModelError where a prompt is not to be pooled."""
+    folder = Path(folder)
+    own = folder / "config_sentence_transformers.json"
+    prompts = _read(own, dict).get("prompts") if own.is_file() else {}
+    prompts = prompts if isinstance(prompts, dict) else {}
+    texts = [prompts[name] for name in ("document", "passage", "corpus") if name in prompts]
+    query, text = str(prompts.get("query") or ""), str(texts[0] or "") if texts else ""
+    for file in folder.glob("*_Pooling/config.json") if query or text else ():
+        if _read(file, dict).get("include_prompt") is False:
+            raise ModelError(
+                f"{file} pools without the prompt (include_prompt); use a model that pools all tokens"
+            )
+    limits = [
+        _read(file, dict).get("max_seq_length") for file in sorted(folder.glob("sentence_*_config.json"))
+    ]
+    return SearchTexts(
+        query, text, next((limit for limit in limits if type(limit) is int and limit > 0), None)
+    )
 
 
 def _kind(module: Any, folder: Path) -> str:

@@ -28,10 +28,9 @@ from minilm.orchestrator.deploy.packages import PACKAGES, require_packages
 from minilm.orchestrator.deploy.served import check_same, largest_difference
 from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.batches import most_tokens
-from minilm.orchestrator.evaluation.check_data import check_data
+from minilm.orchestrator.evaluation.check_data import check_data, data_fingerprint
 from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.protocols import protocol_of
-from minilm.orchestrator.evaluation.read_tables import data_fingerprint
 from minilm.orchestrator.evaluation.sources import Source, build, check_source, head_of, tokenizer_of
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
 from minilm.orchestrator.system.files import write_json

@@ -27,8 +27,8 @@ from minilm.orchestrator.driver.status_line import StageProgress, StatusLine, bu
 from minilm.orchestrator.driver.summary import ModelEntry, Summary, gains, gains_text
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import InfrastructureError, RecipeErrors, Stopped
+from minilm.orchestrator.evaluation.check_data import data_fingerprint
 from minilm.orchestrator.evaluation.probes.catalogue import PROBES
-from minilm.orchestrator.evaluation.read_tables import data_fingerprint
 from minilm.orchestrator.evaluation.tasks import TASKS
 from minilm.orchestrator.launch.attempt import begin_attempt, check_outcome
 from minilm.orchestrator.launch.base import Launcher

@@ -6,7 +6,6 @@ killed goes on from what is there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ def evaluate_models(
         seeds=section.seeds,
         train_rows=section.train_rows,
         device=device,
+        results=workdir.evaluation,
     )
     run = tracking.stage(RUN, {"evaluation": section.model_dump(mode="json")})
     launcher.prepare(lambda text, force: line.show(text, force=force))
@@ -138,15 +138,9 @@ def sources_of(models: Sequence[ModelEntry], section: Evaluation, line: StatusLi
 
 
 def one_trial(given: tuple[Trial, str]) -> dict[str, Any]:
-    """Run by the launcher, perhaps in another process. One thread, so that the numbers are the same wherever it is."""
+    """Run by the launcher, perhaps in another process."""
     trial, folder = given
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        return run_trial(trial, Path(folder))
-    finally:
-        torch.set_num_threads(threads)
+    return run_trial(trial, Path(folder))
 
 
 def _key(model: str) -> str:

@@ -32,6 +32,7 @@ KINDS = {
     "classes": "text-classification",
     "score": "text-classification",
     "cosine": "sentence-similarity",
+    "retrieval": "information-retrieval",
     "spans": "question-answering",
 }  # what the hub calls a task of ours
 _HUB_DATA = re.compile(r"(?:hf://datasets/|https://huggingface\.co/datasets/)(?P<id>[^/]+/[^/@]+)")

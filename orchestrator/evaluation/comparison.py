@@ -73,6 +73,12 @@ class Score:
         }
 
     @property
+    def sets(self) -> list[str]:
+        """Of a search, those that the mean is over."""
+        is_search = TASKS[self.task].kind == "retrieval"
+        return [name.removeprefix(f"{self.metric}_") for name in self.others] if is_search else []
+
+    @property
     def _chosen(self) -> dict[str, str]:
         chosen = PROTOCOLS[self.protocol].chosen
         return {"chosen": chosen} if chosen else {}
@@ -224,6 +230,9 @@ class Comparison:
             )
             if chosen := PROTOCOLS[name].chosen:
                 lines.append(f"{name}: each score is of {chosen}")
+            for sets in dict.fromkeys(tuple(score.sets) for score in scores if score.sets):
+                count = f"{len(sets)} set{'s' * (len(sets) > 1)}"
+                lines.append(f"nanobeir: the mean over {count}: {', '.join(sets)}")
             rows = {score.train_rows for score in scores if score.train_rows}
             lines += [f"{name}: learnt from {count:,} training rows at most" for count in sorted(rows)]
         return lines

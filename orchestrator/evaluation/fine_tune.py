@@ -32,7 +32,7 @@ from minilm.orchestrator.evaluation.batches import (
 from minilm.orchestrator.evaluation.metrics import score
 from minilm.orchestrator.evaluation.protocols import Setting
 from minilm.orchestrator.evaluation.read_tables import Examples, read_split
-from minilm.orchestrator.evaluation.tasks import Task
+from minilm.orchestrator.evaluation.tasks import UNTRAINED, Task
 
 WARMUP, WEIGHT_DECAY, MAX_GRADIENT_NORM = 0.1, 0.01, 1.0
 CURVE_POINTS = 50
@@ -41,7 +41,9 @@ Curve = list[list[float]]  # step and loss
 
 def check_head(model_type: str, kind: str) -> None:
     """UserError where transformers has no head for tasks of this kind on encoders of this architecture."""
-    heads = {"spans": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "cosine": {model_type: ""}}
+    if kind in UNTRAINED:
+        return
+    heads = {"spans": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES}
     if model_type not in heads.get(kind, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
         raise UserError(
             f"transformers has no head for tasks of {kind} on a {model_type}; leave such tasks out, or evaluate "

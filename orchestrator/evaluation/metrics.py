@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, ndcg_score
 
 
 def _correlation(measure: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -26,6 +26,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda labels, predicted: float(accuracy_score(labels, predicted)),
     "f1": lambda labels, predicted: float(f1_score(labels, predicted, zero_division=0.0)),
     "matthews": lambda labels, predicted: float(matthews_corrcoef(labels, predicted)),
+    "ndcg_at_10": lambda grades, found: float(ndcg_score(grades[None], found[None], k=10)),
     "pearson": _correlation(stats.pearsonr),
     "spearman": _correlation(stats.spearmanr),
 }

@@ -5,7 +5,6 @@ Everything that is not as published is refused with the file and line: a task re
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +63,8 @@ def expected(task: Task) -> str:
     """The files that a task's folder may hold, in words."""
     if task.kind == "spans":
         return "train-v2.0.json, dev-v2.0.json"
+    if task.kind == "retrieval":
+        return "a folder for each set"
     forms = [", ".join(name for names in layout.files.values() for name in names) for layout in task.layouts]
     return " (or ".join(forms) + ")" * (len(forms) - 1)
 
@@ -105,28 +106,6 @@ def squad_file(data: Path, split: str) -> Path:
         f"task squad2: {folder} has another layout (found: {', '.join(names[:6]) or 'nothing'}); expected "
         f"train-v2.0.json, dev-v2.0.json"
     )
-
-
-def data_files(task: Task, data: Path) -> list[Path]:
-    """Every file that the task reads, in order."""
-    if task.kind == "spans":
-        return [squad_file(data, split) for split in ("train", "dev")]
-    layout, folder = find_layout(task, data)
-    splits = [s for s in layout.files if s == "train" or s in task.dev]
-    if task.kind == "cosine":
-        splits = [split for split in splits if split != "train"]
-    own = [folder / name for split in splits for name in layout.files[split]]
-    also = data_files(TASKS[task.trained_on], data) if task.trained_on else []
-    return [path for path in own if path.is_file()] + also
-
-
-def data_fingerprint(task: Task, data: Path) -> str:
-    """sha256 (hex) over the bytes of the task's files."""
-    digest = hashlib.sha256()
-    for path in data_files(task, data):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def has_split(task: Task, data: Path, split: str) -> bool:

@@ -23,7 +23,12 @@ from minilm.data.tokenizer import has_tokenizer, load_tokenizer
 from minilm.model.encoder.build import build_student, quiet_transformers
 from minilm.model.encoder.initialize import initialize
 from minilm.model.encoder.sentence_head import SentenceHead, load_head
-from minilm.model.encoder.sentence_layout import MODULES, SentenceLayout, read_layout
+from minilm.model.encoder.sentence_layout import (
+    MODULES,
+    SentenceLayout,
+    read_layout,
+    read_search_texts,
+)
 from minilm.model.encoder.shape import load_config, shape_of
 from minilm.model.encoder.weights import check_folder, check_loaded
 from minilm.model.export import weights_digest
@@ -146,6 +151,14 @@ def head_of(source: Source) -> SentenceHead:
     return (
         SentenceHead(SentenceLayout(found.pooling)) if source.is_control else load_head(source.folder, found)
     )
+
+
+def search_tokens(source: Source, tokens: int) -> int:
+    """Of a query or text, at most: the folder's own limit where that is below `tokens`."""
+    own = (
+        read_search_texts(source.folder).max_tokens or tokenizer_of(source).model_max_length
+    )  # 1e30 for none
+    return int(min(tokens, own))
 
 
 def _sizes(config: Any, shape: tuple[int, int] | None) -> dict[str, Any]:

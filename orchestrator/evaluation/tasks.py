@@ -1,6 +1,7 @@
 """The tasks: what each is called, where its published files lie, what its labels mean, how it is scored.
 
-To add one whose files are tables, write its row. Reading the files is in `read_tables.py`, SQuAD's in `squad.py`.
+To add one whose files are tables, write its row. Reading the files is in `read_tables.py`, SQuAD's in `squad.py`, those
+of a search in `retrieval.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from minilm.orchestrator.errors import UserError
 BINARY = {"0": 0, "1": 1}
 NLI = {"entailment": 0, "neutral": 1, "contradiction": 2}
 ENTAILMENT = {"entailment": 0, "not_entailment": 1}
+
+
+UNTRAINED = ("cosine", "retrieval")  # kinds of tasks
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Task:
     """One task.
 
     kind: "classes" and "score" (a number) are fine-tuned on sentences or pairs, "spans" on questions and passages,
-    "cosine" is not trained at all. labels: the class of each label in the files; `score_range` where it is a number.
+    "cosine" and "retrieval" are not trained at all. labels: the class of each label in the files; `score_range` where
+    it is a number.
     metrics: the first is the one that a table shows. dev: the splits that are scored, the headline's first.
     ignored: a label of rows that nobody could agree on, which are left out.
     """
@@ -57,6 +62,10 @@ class Task:
     long_training: bool = False  # glue-minilm tries up to 10 epochs
     ignored: str | None = None
     trained_on: str | None = None  # another task, whose train split this one learns from
+
+    @property
+    def is_trained(self) -> bool:
+        return self.kind not in UNTRAINED
 
     @property
     def num_labels(self) -> int:
@@ -203,6 +212,7 @@ TASKS = {
             score_range=(0.0, 5.0),
             dev=("test", "dev"),
         ),
+        Task("nanobeir", ("NanoBEIR", "NanoBEIR-en"), "retrieval", ("ndcg_at_10",), ()),
     )
 }
 

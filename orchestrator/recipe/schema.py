@@ -568,7 +568,7 @@ class Evaluation(_Section):
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, squad2, xnli are fine-tuned; stsb-embed is the similarity of
-    the models' own vectors, or mean-pooled ones, without training."""
+    the models' own vectors, or mean-pooled ones, without training, and nanobeir a search with them."""
     data: LocalPath
     """Folder that holds a folder for each task, with its files as they are published."""
     protocol: Literal["glue-minilm", "glue-fixed"] = "glue-fixed"

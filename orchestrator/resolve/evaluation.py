@@ -9,10 +9,9 @@ from pathlib import Path
 from minilm.data.tokenizer import has_tokenizer
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.evaluation.check_data import check_data
+from minilm.orchestrator.evaluation.check_data import check_data, data_files
 from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.evaluation.protocols import Protocol, protocol_of
-from minilm.orchestrator.evaluation.read_tables import data_files
 from minilm.orchestrator.evaluation.tasks import TASKS, Task, find_tasks
 from minilm.orchestrator.recipe.schema import Evaluation, Promotion, Recipe
 
@@ -100,14 +99,16 @@ def check_scored(teacher: Path, tasks: list[Task]) -> None:
             f"the teacher has no tokenizer in {teacher}, and it is scored too; save its tokenizer there with "
             f"save_pretrained"
         )
+    from minilm.model.encoder.sentence_layout import read_search_texts
     from minilm.model.encoder.shape import load_config  # takes torch along: seconds to import
     from minilm.orchestrator.evaluation.fine_tune import check_head
     from minilm.orchestrator.evaluation.sources import Source, head_of
 
     for task in tasks:
         check_head(load_config(teacher).model_type, task.kind)
-        if task.kind == "cosine":
+        if not task.is_trained:
             try:
                 head_of(Source(str(teacher), "folder", str(teacher)))
+                read_search_texts(teacher)
             except ModelError as error:  # of its vectors, which no stage may have read
                 raise UserError(f"the teacher is scored too, and {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def add_evaluate(verbs: Any) -> None:
     verb.set_defaults(run=evaluate)
 
 
-TRIAL_OPTIONS = ("--protocol", "--data", "--seeds", "--train-rows")
+TRIAL_OPTIONS = ("--protocol", "--data", "--seeds", "--train-rows", "--parallel")
 
 
 def add_trial_options(verb: argparse.ArgumentParser) -> None:
@@ -74,6 +74,12 @@ def add_trial_options(verb: argparse.ArgumentParser) -> None:
         type=positive_whole,
         metavar="N",
         help="learn from so many rows at most, the same for all",
+    )
+    verb.add_argument(
+        "--parallel",
+        type=positive_whole,
+        metavar="N",
+        help="trials at once, each with one thread (default: as many as cores and memory allow; on a GPU 1)",
     )
 
 
@@ -102,22 +108,30 @@ def run_trials(options: argparse.Namespace, sources: list[Source]) -> list[dict[
     from minilm.orchestrator.evaluation.protocols import protocol_of
     from minilm.orchestrator.evaluation.speed import this_device
     from minilm.orchestrator.evaluation.tasks import find_tasks
-    from minilm.orchestrator.evaluation.trials import plan_trials, run_trial
+    from minilm.orchestrator.evaluation.trials import plan_trials, processes_for, side_by_side
 
     names = options.tasks.split(",") if options.tasks else tasks_there(options)
     tasks = [(task, protocol_of(task, options.protocol)) for task in find_tasks(names)]
     device = this_device()
     trials = plan_trials(
-        sources, tasks, options.data, seeds=options.seeds, train_rows=options.train_rows, device=device
+        sources,
+        tasks,
+        options.data,
+        seeds=options.seeds,
+        train_rows=options.train_rows,
+        device=device,
+        results=options.out,
     )
+    processes = options.parallel or processes_for(trials, options.out)
     results = []
-    for number, trial in enumerate(trials, start=1):
-        if not options.quiet and not trial.file(options.out).exists():
-            print(
-                f"[{number}/{len(trials)}] {trial.source.name}  {trial.task}  {trial.setting}  seed {trial.seed}",
-                file=sys.stderr,
-            )
-        results.append(run_trial(trial, options.out))
+    with closing(side_by_side(trials, options.out, processes)) as running:
+        for number, trial in enumerate(trials, start=1):
+            if not options.quiet and not trial.file(options.out).exists():
+                print(
+                    f"[{number}/{len(trials)}] {trial.source.name}  {trial.task}  {trial.setting}  seed {trial.seed}",
+                    file=sys.stderr,
+                )
+            results.append(next(running))
     return results
 
 

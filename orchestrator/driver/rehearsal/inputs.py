@@ -17,8 +17,8 @@ from minilm.data.sources import text
 from minilm.data.sources.accounts import Accounts
 from minilm.orchestrator.driver.workdir import Workdir
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.evaluation.check_data import check_data
-from minilm.orchestrator.evaluation.read_tables import data_files
+from minilm.orchestrator.evaluation.check_data import check_data, data_files
+from minilm.orchestrator.evaluation.retrieval import RetrievalSet, find_sets, read_set, write_set
 from minilm.orchestrator.evaluation.tasks import find_tasks
 from minilm.orchestrator.recipe.changes import text_changed
 from minilm.orchestrator.recipe.references import HubRef, RegistryRef, absent_package, parse_reference
@@ -133,6 +133,10 @@ def few_rows(section: Evaluation, out: Path) -> Path:
     data = Path(section.data)
     for task in find_tasks(section.tasks):
         check_data(task, data)
+        if task.kind == "retrieval":
+            for files in find_sets(data)[:2]:
+                write_set(few_searches(read_set(files)), out / task.folders[0] / files.name)
+            continue
         for file in data_files(task, data):
             to = out / file.relative_to(data)
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +147,18 @@ def few_rows(section: Evaluation, out: Path) -> Path:
                 for _, line in zip(range(TASK_ROWS + 1), lines, strict=False):
                     copy.write(line)
     return out
+
+
+def few_searches(found: RetrievalSet) -> RetrievalSet:
+    """The first queries, the texts that answer them, and other first texts."""
+    grades = found.grades[:4]
+    kept = sorted({*range(min(TASK_ROWS, len(found.texts)))}.union(*grades))
+    numbers = {number: i for i, number in enumerate(kept)}
+    return RetrievalSet(
+        found.queries[:4],
+        [found.texts[number] for number in kept],
+        [{numbers[number]: grade for number, grade in one.items()} for one in grades],
+    )
 
 
 def few_questions(squad: dict[str, Any]) -> dict[str, Any]:
