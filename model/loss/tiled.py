@@ -2,8 +2,11 @@
 
 The forward computes the gradients too. The weight of every query in the loss is known beforehand, so each tile yields
 both its part of the loss and its part of the student's gradient ∂KL/∂score = p_S - p_T; the backward only multiplies
-by the upstream scalar. That takes four matrix products and two exponentials a score, where recomputing tiles in the
-backward takes six and four. Kept for the backward: the gradients, O(batch · tokens · hidden).
+by the upstream scalar. That takes four matrix products a score, where recomputing tiles in the backward takes six.
+Kept for the backward: the gradients, O(batch · tokens · hidden).
+
+Inputs in bfloat16 on a CPU that computes in it: products multiply bfloat16 numbers, which is exact, and add up in
+float32. Scores, softmax and gradients of scores are float32; the latter are rounded as factors of the gradients.
 
 Leaves out: second derivatives. Invariant: at most four tiles, of `TILE` scores (or one row) each, are in memory at a
 time; no host sync.
@@ -11,6 +14,8 @@ time; no host sync.
 Suffixes as in relations.py: B sequences, H heads, T tokens (queries), S tokens (keys), D head size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +45,23 @@ def tiled_sum(
     s_bias = None if student_bias is None else student_bias.to(dtype)
     t_bias = None if teacher_bias is None else _expand(teacher_bias.to(dtype), teacher_x)
     t_x, t_y, s_x, s_y = (side.to(dtype) for side in (teacher_x, teacher_y, student_x, student_y))
-    total: Tensor = _Tiled.apply(s_x, s_y, s_bias, t_x, t_y, t_bias, keys, weights_BT)
+    sides = teacher_x, teacher_y, student_x, student_y
+    with _products_of_bfloat16(all(side.dtype == torch.bfloat16 for side in sides)):
+        total: Tensor = _Tiled.apply(s_x, s_y, s_bias, t_x, t_y, t_bias, keys, weights_BT)
     return total
+
+
+@contextmanager
+def _products_of_bfloat16(enabled: bool) -> Iterator[None]:
+    """Let float32 products on this CPU round their factors to bfloat16; one setting for the whole process."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if enabled:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _Tiled(torch.autograd.Function):
@@ -58,8 +78,7 @@ class _Tiled(torch.autograd.Function):
         weights_BT: Tensor,
     ) -> Tensor:
         wants_x, wants_y, wants_bias = ctx.needs_input_grad[:3]
-        t_x, s_x = (x * x.shape[-1] ** -0.5 for x in (teacher_x, student_x))
-        t_y, s_y = teacher_y.contiguous(), student_y.contiguous()
+        t_x, t_y, s_x, s_y = (x.contiguous() for x in (teacher_x, teacher_y, student_x, student_y))
         bias = _expand(student_bias, student_x)
         padding_B11S = None
         if keys is not None:
@@ -70,14 +89,15 @@ class _Tiled(torch.autograd.Function):
         total = weights_BT.new_zeros(())
         for b, h, t in tiles(student_x.shape, TILE["cpu" if student_x.device.type == "cpu" else "cuda"]):
             padding = None if padding_B11S is None else padding_B11S[b]
-            p_T, s_T, z_T = _softmax(t_x[b, h, t], t_y[b, h], _tile_of(teacher_bias, b, h, t), padding)
-            p_S, s_S, z_S = _softmax(s_x[b, h, t], s_y[b, h], _tile_of(bias, b, h, t), padding)
+            log_T = _log_softmax(t_x[b, h, t], t_y[b, h], _tile_of(teacher_bias, b, h, t), padding)
+            log_S = _log_softmax(s_x[b, h, t], s_y[b, h], _tile_of(bias, b, h, t), padding)
             weights = weights_BT[b, None, t]
-            rows = (s_T.sub_(s_S).mul_(p_T)).sum(dim=-1) - z_T + z_S
+            p_T = log_T.exp()
+            rows = log_T.sub_(log_S).mul_(p_T).sum(dim=-1)
             total += (rows * weights).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            grad = p_S.sub_(p_T).mul_(weights[..., None])
+            grad = log_S.exp_().sub_(p_T).mul_(weights[..., None])
             if grad_x is not None:
                 torch.matmul(grad, s_y[b, h], out=grad_x[b, h, t])
             if grad_y is not None:
@@ -85,8 +105,9 @@ class _Tiled(torch.autograd.Function):
             if grad_bias is not None:
                 target = _tile_of(_four_dims(grad_bias), b, h, t)
                 target += grad.sum_to_size(target.shape)
-        if grad_x is not None:
-            grad_x *= student_x.shape[-1] ** -0.5
+        for gradient in (grad_x, grad_y):
+            if gradient is not None:
+                gradient *= student_x.shape[-1] ** -0.5
         ctx.gradients = grad_x, grad_y, grad_bias
         return total
 
@@ -97,20 +118,16 @@ class _Tiled(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _softmax(
-    x: Tensor, y: Tensor, bias: Tensor | None, padding: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, scores less their row's maximum, and the log of the row's sum of exponentials."""
-    scores = x @ y.transpose(-1, -2)
+def _log_softmax(x: Tensor, y: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+    """Log-probabilities of one tile: of x yᵀ / √d, and what is added to it."""
+    scores = x.new_empty(*x.shape[:3], y.shape[2])
+    flat, maps = scores.flatten(0, 1), (x.flatten(0, 1), y.flatten(0, 1).transpose(-1, -2))
+    torch.baddbmm(flat, *maps, beta=0, alpha=x.shape[-1] ** -0.5, out=flat)
     if bias is not None:
         scores += bias
     if padding is not None:
         scores += padding
-    scores -= scores.amax(dim=-1, keepdim=True)
-    p = scores.exp()
-    sums = p.sum(dim=-1, keepdim=True)
-    p /= sums
-    return p, scores, sums.log_().squeeze(-1)
+    return scores.log_softmax(dim=-1)
 
 
 def _four_dims(bias: Tensor) -> Tensor:
