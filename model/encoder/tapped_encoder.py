@@ -32,6 +32,7 @@ from minilm.model.encoder.sentence_head import SentenceHead
 from minilm.model.encoder.shape import family_of
 from minilm.model.encoder.taps import EVERY_LAYER, Taps
 from minilm.model.errors import ModelError
+from minilm.model.kernels import dropout
 
 
 class TappedEncoder(nn.Module):
@@ -44,6 +45,7 @@ class TappedEncoder(nn.Module):
             raise ModelError(
                 f"layer {layer} does not exist: {model.config.model_type} has layers 1 to {num_layers}"
             )
+        dropout.install(model)
         self.model = model
         self.training = model.training
         self.layer = layer
