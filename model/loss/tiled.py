@@ -2,8 +2,8 @@
 
 The forward computes the gradients too. The weight of every query in the loss is known beforehand, so each tile yields
 both its part of the loss and its part of the student's gradient ∂KL/∂score = p_S - p_T; the backward only multiplies
-by the upstream scalar. That takes four matrix products a score, where recomputing tiles in the backward takes six.
-Kept for the backward: the gradients, O(batch · tokens · hidden).
+by the upstream scalar. That takes four matrix products and two exponentials a score, where recomputing tiles in the
+backward takes six and four. Kept for the backward: the gradients, O(batch · tokens · hidden).
 
 Inputs in bfloat16 on a CPU that computes in it: products multiply bfloat16 numbers, which is exact, and add up in
 float32. Scores, softmax and gradients of scores are float32; the latter are rounded as factors of the gradients.
@@ -89,15 +89,14 @@ class _Tiled(torch.autograd.Function):
         total = weights_BT.new_zeros(())
         for b, h, t in tiles(student_x.shape, TILE["cpu" if student_x.device.type == "cpu" else "cuda"]):
             padding = None if padding_B11S is None else padding_B11S[b]
-            log_T = _log_softmax(t_x[b, h, t], t_y[b, h], _tile_of(teacher_bias, b, h, t), padding)
-            log_S = _log_softmax(s_x[b, h, t], s_y[b, h], _tile_of(bias, b, h, t), padding)
+            p_T, s_T, z_T = _softmax(t_x[b, h, t], t_y[b, h], _tile_of(teacher_bias, b, h, t), padding)
+            p_S, s_S, z_S = _softmax(s_x[b, h, t], s_y[b, h], _tile_of(bias, b, h, t), padding)
             weights = weights_BT[b, None, t]
-            p_T = log_T.exp()
-            rows = log_T.sub_(log_S).mul_(p_T).sum(dim=-1)
+            rows = (s_T.sub_(s_S).mul_(p_T)).sum(dim=-1) - z_T + z_S
             total += (rows * weights).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            grad = log_S.exp_().sub_(p_T).mul_(weights[..., None])
+            grad = p_S.sub_(p_T).mul_(weights[..., None])
             if grad_x is not None:
                 torch.matmul(grad, s_y[b, h], out=grad_x[b, h, t])
             if grad_y is not None:
@@ -118,8 +117,10 @@ class _Tiled(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _log_softmax(x: Tensor, y: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
-    """Log-probabilities of one tile: of x yᵀ / √d, and what is added to it."""
+def _softmax(
+    x: Tensor, y: Tensor, bias: Tensor | None, padding: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x yᵀ / √d: probabilities, scores less their row's maximum, and the log of the row's sum of exponentials."""
     scores = x.new_empty(*x.shape[:3], y.shape[2])
     flat, maps = scores.flatten(0, 1), (x.flatten(0, 1), y.flatten(0, 1).transpose(-1, -2))
     torch.baddbmm(flat, *maps, beta=0, alpha=x.shape[-1] ** -0.5, out=flat)
@@ -127,7 +128,11 @@ def _log_softmax(x: Tensor, y: Tensor, bias: Tensor | None, padding: Tensor | No
         scores += bias
     if padding is not None:
         scores += padding
-    return scores.log_softmax(dim=-1)
+    scores -= scores.amax(dim=-1, keepdim=True)
+    p = scores.exp()
+    sums = p.sum(dim=-1, keepdim=True)
+    p /= sums
+    return p, scores, sums.log_().squeeze(-1)
 
 
 def _four_dims(bias: Tensor) -> Tensor:
