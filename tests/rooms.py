@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "model": {
         "errors": "",
         "files": "",
-        "encoder": "errors files",
+        "encoder": "errors files kernels",
         "kernels": "errors",
         "loss": "errors encoder kernels",
         "compatibility": "errors encoder loss",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def teachers_stay() -> Iterator[None]:
     """Each `StageRun` that runs inside, however it ends, is checked; nothing is imported that was not.
 
-    The only change allowed is the cast of linear weights to the dtype that a stage computes in.
+    The only change allowed is the cast of weights to the dtype that a stage computes in.
     """
     worker = sys.modules.get("minilm.orchestrator.worker.loop")
     if worker is None:

@@ -93,6 +93,20 @@ def test_the_time_left_is_known_before_the_first_logged_step(tmp_path, shards, t
     assert " rows/s " in out.getvalue() and out.getvalue().endswith(" left\n")
 
 
+@pytest.mark.parametrize(
+    ("load", "why"),
+    [(9.9, "other programs want them too"), (2.1, "they are not crowded: look for a limit or throttling")],
+)
+def test_steps_that_take_a_multiple_are_said_once_with_the_load(tmp_path, load, why):
+    out = io.StringIO()
+    progress = StageProgress(StatusLine(out), make_spec(NO_DATA, tmp_path, tmp_path, steps=9), "[1/1] first")
+    slowness = {"times": 3.14, "load": load, "processors": 2}
+    for step in (4, 5):
+        progress.show({"doing": "training", "step": step, "metrics": {}, "slowness": slowness})
+    said = f"[1/1] first  steps take 3.1 times as long as before: the load is {load} on 2 processors, and {why}\n"
+    assert out.getvalue() == f"{said}[1/1] first  step 4/9\n"
+
+
 def test_evaluating_and_exporting_are_counted(tmp_path, shards, teacher, monkeypatch):
     beats = []
     monkeypatch.setattr(

@@ -118,6 +118,21 @@ def test_the_heartbeat_says_at_once_that_something_else_is_done(tmp_path, monkey
     metric_logger.close()
 
 
+def test_steps_are_slow_when_two_points_running_take_a_multiple_of_the_usual(tmp_path):
+    metric_logger = MetricLogger(
+        make_spec(NO_DATA, tmp_path, tmp_path), writes=True, workers=1, seq_len=8, fence=Fence("")
+    )
+    for seconds in (9.0, 1.0, 1.1, 0.9, 4.0, 1.0, 3.0):  # the first step warms up; one point may be a save's
+        metric_logger.notice_slowness(seconds)
+    assert metric_logger.slowness is None
+    metric_logger.notice_slowness(2.5)
+    metric_logger.notice_slowness(8.0)
+    metric_logger.beat("training", 9)
+    told = read_json(StageFolder(tmp_path).heartbeat)["slowness"]
+    assert told["times"] == pytest.approx(2.5) and told["load"] >= 0 and told["processors"] >= 1
+    metric_logger.close()
+
+
 def test_a_heartbeat_of_an_older_attempt_or_half_a_file_is_none(scene, tmp_path):
     scene.beat(5, attempt="older")
     scene.after(1)

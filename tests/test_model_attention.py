@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from minilm.model.encoder import tile_size
-from minilm.model.encoder.attention import _Dropout, attend, dropout_attention
+from minilm.model.encoder.attention import attend, dropout_attention
+from minilm.model.kernels.dropout import Decisions
 
 
 def parts(tokens=11, dtype=torch.float64):
@@ -30,8 +31,8 @@ def masks(tokens=11):
 
 def decisions(seed, rate, shape):
     """The dropout factor of every score, drawn as the tiles draw it: one tile here."""
-    dropout = _Dropout(rate, seed, torch.float64)
-    return dropout.decisions(torch.Size(shape)) / dropout.rate
+    dropout = Decisions(rate, seed, torch.float64)
+    return dropout.draw(torch.Size(shape)) / dropout.rate
 
 
 @pytest.mark.parametrize("mask", ["none", "keys", "added"])
@@ -87,11 +88,11 @@ def test_gradients_of_many_bfloat16_tiles_add_up_in_float32(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decisions_do_not_depend_on_the_dtype(dtype):
     shape = torch.Size((3, 5, 7))
-    exact = _Dropout(0.4, 9, torch.float64)
-    other = _Dropout(0.4, 9, dtype)
+    exact = Decisions(0.4, 9, torch.float64)
+    other = Decisions(0.4, 9, dtype)
     for _ in range(2):
-        dropped = other.apply_(torch.ones(shape, dtype=dtype), other.decisions(shape))
-        assert torch.equal(dropped.double(), exact.decisions(shape))
+        dropped = other.apply_(torch.ones(shape, dtype=dtype), other.draw(shape))
+        assert torch.equal(dropped.double(), exact.draw(shape))
 
 
 @pytest.mark.parametrize("tile", [1, 20, 200])
@@ -107,15 +108,15 @@ def test_gradcheck_for_every_tile(monkeypatch, tile):
 
 @pytest.mark.parametrize("dropped", [1, 6554, 65535])
 def test_of_all_decisions_just_as_many_drop_as_the_rate_says(dropped):
-    dropout = _Dropout(dropped / 65536, 0, torch.float64)
+    dropout = Decisions(dropped / 65536, 0, torch.float64)
     every = np.arange(65536, dtype=np.uint16).view(np.uint64)
     dropout._bits = SimpleNamespace(random_raw=lambda count: every[:count].copy())
-    kept = dropout.decisions(torch.Size((65536,)))
+    kept = dropout.draw(torch.Size((65536,)))
     assert kept.sum() == 65536 - dropped == 65536 * dropout.rate
 
 
 def test_the_share_that_is_kept_is_right_at_every_place():
-    kept = _Dropout(0.1, 3, torch.float64).decisions(torch.Size((4_000_000,)))
+    kept = Decisions(0.1, 3, torch.float64).draw(torch.Size((4_000_000,)))
     for place in range(4):  # four decisions come from one 64-bit draw
         share = kept[place::4].mean().item()
         assert share == pytest.approx(0.9, abs=4 * (0.09 / 1_000_000) ** 0.5)

@@ -8,14 +8,12 @@ learned bias) PyTorch's own attention runs.
 In bfloat16, products, probabilities and gradients of scores are bfloat16, as PyTorch's own are under autocast; sums
 within a product or a softmax, and over tiles, are float32.
 
-The dropout rate is rounded to a multiple of 1/65536. Invariants: the numbers drawn depend on one draw from PyTorch's
-global CPU generator alone; no whole map is ever in memory.
+Decisions to drop are those of kernels/dropout.py. Invariant: no whole map is ever in memory.
 """
 
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -24,9 +22,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from minilm.model.encoder.taps import active_blocks
 from minilm.model.encoder.tile_size import PADDED, TILE, tiles
+from minilm.model.kernels.dropout import DTYPES, Decisions, draw_seed
 
 _ROUND = 32
-_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def attend(
@@ -99,7 +97,7 @@ def _attend(
     learned = attention_mask is not None and attention_mask.requires_grad
     if not query.is_meta and torch.is_autocast_enabled(query.device.type):  # rotation gives float32 q and k
         query, key = query.to(value.dtype), key.to(value.dtype)
-    plain = query.device.type == "cpu" and query.dtype in _DTYPES
+    plain = query.device.type == "cpu" and query.dtype in DTYPES
     if not dropout or not plain or learned or query.shape[-2] != key.shape[-2]:
         widened = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad
         if widened:  # PyTorch's backward in bfloat16 takes several times as long as in float32
@@ -125,8 +123,7 @@ def dropout_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
 
     mask: bool (True where a key is seen) or added to the scores; broadcasts to [batch, heads, tokens, tokens].
     """
-    seed = int(torch.randint(1 << 62, ()))  # a CPU tensor: no device waits
-    output: Tensor = _DropoutAttention.apply(q, k, v, mask, dropout, seed)
+    output: Tensor = _DropoutAttention.apply(q, k, v, mask, dropout, draw_seed())
     return output
 
 
@@ -142,10 +139,10 @@ class _DropoutAttention(torch.autograd.Function):
             mask = mask.to(q.dtype)[(None,) * (4 - mask.dim())].expand(*q.shape[:3], k.shape[2])
         ctx.dropout, ctx.seed = dropout, seed
         output = torch.empty_like(q)
-        drop = _Dropout(dropout, seed, q.dtype)
+        drop = Decisions(dropout, seed, q.dtype)
         for tile in tiles(q.shape, TILE["cpu"] * 4 // q.element_size()):
             p = _probabilities(q, k, mask, tile)
-            torch.matmul(drop.apply_(p, drop.decisions(p.shape)), v[tile[:2]], out=output[tile])
+            torch.matmul(drop.apply_(p, drop.draw(p.shape)), v[tile[:2]], out=output[tile])
         ctx.save_for_backward(q, k, v, mask)
         return output.div_(drop.rate)
 
@@ -153,54 +150,32 @@ class _DropoutAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
-        drop = _Dropout(ctx.dropout, ctx.seed, q.dtype)
+        drop = Decisions(ctx.dropout, ctx.seed, q.dtype)
         upstream = upstream / drop.rate
+        limit = TILE["cpu"] * 4 // q.element_size()
         wide = torch.promote_types(q.dtype, torch.float32)  # tiles of one head add up in it
-        grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
-        for tile in tiles(q.shape, TILE["cpu"] * 4 // q.element_size()):
-            heads = tile[:2]
+        dtype = q.dtype if q.shape[2] * k.shape[2] <= limit else wide
+        grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.empty_like(x, dtype=dtype) for x in (k, v))
+        for tile in tiles(q.shape, limit):
+            heads, is_first = tile[:2], tile[2].start == 0
             p = _probabilities(q, k, mask, tile)
-            kept = drop.decisions(p.shape)
+            kept = drop.draw(p.shape)
             grad_p = drop.apply_(upstream[tile] @ v[heads].transpose(-1, -2), kept)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             torch.matmul(grad_scores, k[heads], out=grad_q[tile])
-            grad_k[heads] += grad_scores.transpose(-1, -2) @ q[tile]
-            grad_v[heads] += drop.apply_(p, kept).transpose(-1, -2) @ upstream[tile]
+            _add(grad_k[heads], grad_scores.transpose(-1, -2), q[tile], is_first)
+            _add(grad_v[heads], drop.apply_(p, kept).transpose(-1, -2), upstream[tile], is_first)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
-class _Dropout:
-    """The same stream of keep-or-drop decisions from one seed; `rate` is the fraction that is kept.
-
-    16 random bits a decision: four decisions from one draw.
-    """
-
-    def __init__(self, dropout: float, seed: int, dtype: torch.dtype) -> None:
-        self._threshold = round(dropout * 65536)
-        self._dtype = dtype
-        self._bits = np.random.SFC64(seed)  # three times as fast as torch's generator
-        self.rate = 1 - self._threshold / 65536
-
-    def decisions(self, shape: torch.Size) -> Tensor | None:
-        """For `apply_`; None where nothing is dropped. Whole-number arithmetic: comparing and masking by booleans
-        takes several times as long."""
-        if not self._threshold:
-            return None
-        count = shape.numel()
-        bits = self._bits.random_raw(-(-count // 4)).view(np.int16)
-        kept = torch.from_numpy(bits)[:count].view(shape)
-        least = self._threshold - 32768  # the least of 16 signed bits that keeps
-        kept.clamp_(least - 1, least).sub_(least - 1)
-        return kept.neg_() if self._dtype == torch.bfloat16 else kept.to(self._dtype)
-
-    def apply_(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """`x` with zeros where `kept` (from `decisions`) says drop, in place."""
-        if kept is None:
-            return x
-        if kept.dtype == torch.int16:  # all bits, or none
-            x.view(torch.int16).bitwise_and_(kept)
-            return x
-        return x.mul_(kept)
+def _add(total: Tensor, x: Tensor, y: Tensor, is_first: bool) -> None:
+    """total = x y for the first tile of a head, and total += x y for the others."""
+    if is_first and total.dtype == x.dtype:
+        torch.matmul(x, y, out=total)
+    elif is_first:
+        total.copy_(x @ y)
+    else:
+        total += x @ y
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, tile: tuple[slice, slice, slice]) -> Tensor:

@@ -33,6 +33,7 @@ from minilm.model.encoder.sentence_head import SentenceHead
 from minilm.model.encoder.shape import family_of
 from minilm.model.encoder.taps import END_TO_END, EVERY_LAYER, Blocks, Taps
 from minilm.model.errors import ModelError
+from minilm.model.kernels import dropout
 
 
 class TappedEncoder(nn.Module):
@@ -45,6 +46,7 @@ class TappedEncoder(nn.Module):
             raise ModelError(
                 f"layer {layer} does not exist: {model.config.model_type} has layers 1 to {num_layers}"
             )
+        dropout.install(model)
         self.model = model
         self.training = model.training
         self.layer = layer
@@ -105,18 +107,22 @@ class TappedEncoder(nn.Module):
         for block in self.blocks()[:-1]:
             block.compile(backend=backend)
 
-    def keep_linear_weights_in(self, dtype: torch.dtype) -> None:
-        """For a frozen encoder that runs under autocast to `dtype`: keep the weights of linear layers as autocast
-        makes them.
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """For a frozen encoder that runs under autocast to `dtype`: be a model of that dtype.
 
-        Every number stays the same, bit for bit; the cast of each forward and half of the memory go. Weights that a
-        layer shares with the embeddings, which autocast leaves alone, are not touched.
+        The weights of linear layers and of the tokens' embedding are kept in it, so that no forward casts them and
+        they take half the memory, and hidden states between layers are of it. Normalisation, its weights, and the
+        position bias on scores (which as bfloat16 would move relations by 2 % of a student's divergence) stay float32.
         """
-        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        shared = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
-        for module in linear:
-            if id(module.weight) not in shared:
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear) or module is self.model.get_input_embeddings():
                 module.to(dtype)
+
+        def cast(_block: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *others = arguments
+            return hidden.to(dtype), *others
+
+        self.blocks()[0].register_forward_pre_hook(cast)
 
     def forward(
         self, input_ids: Tensor, mask: Tensor | Blocks | None = None, positions: Tensor | None = None

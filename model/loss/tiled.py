@@ -5,12 +5,17 @@ both its part of the loss and its part of the student's gradient ∂KL/∂score 
 by the upstream scalar. That takes four matrix products and two exponentials a score, where recomputing tiles in the
 backward takes six and four. Kept for the backward: the gradients, O(batch · tokens · hidden).
 
+Inputs in bfloat16 on a CPU that computes in it: products multiply bfloat16 numbers, which is exact, and add up in
+float32. Scores, softmax and gradients of scores are float32; the latter are rounded as factors of the gradients.
+
 Leaves out: second derivatives. Invariant: at most four tiles, of `TILE` scores (or one row) each, are in memory at a
 time; no host sync.
 
 Suffixes as in relations.py: B sequences, H heads, T tokens (queries), S tokens (keys), D head size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +45,23 @@ def tiled_sum(
     s_bias = None if student_bias is None else student_bias.to(dtype)
     t_bias = None if teacher_bias is None else _expand(teacher_bias.to(dtype), teacher_x)
     t_x, t_y, s_x, s_y = (side.to(dtype) for side in (teacher_x, teacher_y, student_x, student_y))
-    total: Tensor = _Tiled.apply(s_x, s_y, s_bias, t_x, t_y, t_bias, keys, weights_BT)
+    sides = teacher_x, teacher_y, student_x, student_y
+    with _products_of_bfloat16(all(side.dtype == torch.bfloat16 for side in sides)):
+        total: Tensor = _Tiled.apply(s_x, s_y, s_bias, t_x, t_y, t_bias, keys, weights_BT)
     return total
+
+
+@contextmanager
+def _products_of_bfloat16(enabled: bool) -> Iterator[None]:
+    """Let float32 products on this CPU round their factors to bfloat16; one setting for the whole process."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if enabled:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _Tiled(torch.autograd.Function):
@@ -58,8 +78,7 @@ class _Tiled(torch.autograd.Function):
         weights_BT: Tensor,
     ) -> Tensor:
         wants_x, wants_y, wants_bias = ctx.needs_input_grad[:3]
-        t_x, s_x = (x * x.shape[-1] ** -0.5 for x in (teacher_x, student_x))
-        t_y, s_y = teacher_y.contiguous(), student_y.contiguous()
+        t_x, t_y, s_x, s_y = (x.contiguous() for x in (teacher_x, teacher_y, student_x, student_y))
         bias = _expand(student_bias, student_x)
         padding_B11S = None
         if keys is not None:
@@ -85,8 +104,9 @@ class _Tiled(torch.autograd.Function):
             if grad_bias is not None:
                 target = _tile_of(_four_dims(grad_bias), b, h, t)
                 target += grad.sum_to_size(target.shape)
-        if grad_x is not None:
-            grad_x *= student_x.shape[-1] ** -0.5
+        for gradient in (grad_x, grad_y):
+            if gradient is not None:
+                gradient *= student_x.shape[-1] ** -0.5
         ctx.gradients = grad_x, grad_y, grad_bias
         return total
 
@@ -100,8 +120,10 @@ class _Tiled(torch.autograd.Function):
 def _softmax(
     x: Tensor, y: Tensor, bias: Tensor | None, padding: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, scores less their row's maximum, and the log of the row's sum of exponentials."""
-    scores = x @ y.transpose(-1, -2)
+    """Of x yᵀ / √d: probabilities, scores less their row's maximum, and the log of the row's sum of exponentials."""
+    scores = x.new_empty(*x.shape[:3], y.shape[2])
+    flat, maps = scores.flatten(0, 1), (x.flatten(0, 1), y.flatten(0, 1).transpose(-1, -2))
+    torch.baddbmm(flat, *maps, beta=0, alpha=x.shape[-1] ** -0.5, out=flat)
     if bias is not None:
         scores += bias
     if padding is not None:

@@ -129,7 +129,7 @@ def _step_of_ours(
     distiller = Distiller(teacher, students, Objective.named("minilm")).to(ids.device)
     distiller.train()
     if dtype != torch.float32:
-        teacher.keep_linear_weights_in(dtype)
+        teacher.compute_in(dtype)
     if compiled:
         for encoder in (teacher, *students.values()):
             encoder.compile_blocks()

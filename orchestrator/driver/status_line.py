@@ -168,6 +168,21 @@ def doing_text(beat: dict[str, Any]) -> str:
     return f"{beat['doing']} {done}/{total}" if total else str(beat["doing"])
 
 
+def slowness_text(slowness: dict[str, float]) -> str:
+    """Of a heartbeat: how much longer steps take than before, and whether other programs want the processors."""
+    load, processors = slowness["load"], int(slowness["processors"])
+    is_crowded = load > processors + 1
+    why = (
+        "other programs want them too"
+        if is_crowded
+        else "they are not crowded: look for a limit or throttling"
+    )
+    return (
+        f"steps take {slowness['times']:.1f} times as long as before: the load is {load:.1f} on {processors}"
+        f" processors, and {why}"
+    )
+
+
 def seconds_left(beat: dict[str, Any], steps: int, batch: int) -> float | None:
     """Of the steps that are left, without what is measured, saved and exported; None before the first step."""
     rows = beat["metrics"].get("rows_per_second")
@@ -181,6 +196,7 @@ class StageProgress:
     def __init__(self, line: StatusLine, spec: StageSpec, prefix: str):
         self.line, self.spec, self.prefix = line, spec, prefix
         self.started = time.monotonic()
+        self.told_slowness = False
 
     def show(self, beat: dict[str, Any] | None, silence: str = "") -> None:
         """`beat`: the newest heartbeat of this attempt, None before the first; `silence`: words about its age."""
@@ -189,6 +205,9 @@ class StageProgress:
             text = f"{self.prefix}  starting workers ({duration(time.monotonic() - self.started)})"
             facts["doing"] = "starting"
         else:
+            if (slowness := beat.get("slowness")) and not self.told_slowness:
+                self.told_slowness = True
+                self.line.say(f"{self.prefix}  {slowness_text(slowness)}")
             text = self.describe(beat)
             facts |= {key: beat.get(key) for key in ("doing", "part", "step", "workers", "metrics")}
             facts["steps"] = self.steps(beat)

@@ -24,3 +24,8 @@ class MachineLoad:
             found[f"{name}_megabytes"] = (total - free) / 1e6
             found[f"{name}_percentage"] = (total - free) / total * 100
         return found
+
+    @staticmethod
+    def waiting() -> dict[str, float]:
+        """`load`: how many threads ran or waited to run in the last minute; `processors`: of the machine."""
+        return {"load": psutil.getloadavg()[0], "processors": psutil.cpu_count() or 1}

@@ -178,7 +178,7 @@ class StageRun:
         )
         self.end_at(steps)
         if (dtype := AUTOCAST[self.precision]) is not None:
-            self.distiller.teacher.keep_linear_weights_in(dtype)
+            self.distiller.teacher.compute_in(dtype)
         return first
 
     def train(self, first: int, on_step: Callable[[int], None] | None) -> tuple[int, RankFlags]:

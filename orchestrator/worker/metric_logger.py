@@ -5,6 +5,7 @@ Rank 0 writes. The status line reads the heartbeat; tracking and plots read the 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from minilm.orchestrator.system.processes import Process
 from minilm.orchestrator.system.timer import Timer
 
 HEARTBEAT_SECONDS = 1.0
+SLOW = 2.0  # as many times as long as the usual step, twice running, is worth a word
 
 
 class MetricLogger:
@@ -39,6 +41,9 @@ class MetricLogger:
         self.heartbeat_timer = Timer(HEARTBEAT_SECONDS, at_once=True)
         self.doing = ""
         self.metrics: dict[str, float] = {}
+        self.usual: list[float] = []  # seconds a step of each point
+        self.is_slow = False  # the last point
+        self.slowness: dict[str, float] | None = None
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -59,12 +64,22 @@ class MetricLogger:
         """
         seconds = max(time.monotonic() - self.since, 1e-9)
         self.metrics = metrics | self.speed(step, seconds) | {"input_wait_share": self.waited / seconds}
+        self.notice_slowness(seconds / max(step - self.since_step, 1))
         self.restart(step)
         if self.step_metrics:
             self.fence.check()
             self.step_metrics.append(step, self.metrics)
         if self.system_metrics:
             self.system_metrics.append(step, self.load.read())
+
+    def notice_slowness(self, seconds: float) -> None:
+        """Keep for the heartbeats the first time that two points running took `SLOW` times the usual seconds a step."""
+        times = seconds / statistics.median(self.usual) if len(self.usual) > 2 else 0.0
+        was_slow, self.is_slow = self.is_slow, times >= SLOW
+        if not self.is_slow:
+            self.usual.append(seconds)
+        elif was_slow and self.slowness is None:
+            self.slowness = {"times": times, **self.load.waiting()}
 
     def speed(self, step: int, seconds: float) -> dict[str, float]:
         rows_per_second = (step - self.since_step) * self.spec.batch / seconds
@@ -102,6 +117,7 @@ class MetricLogger:
                 "process": asdict(self.process),
                 "workers": self.workers,
                 "metrics": metrics,
+                "slowness": self.slowness,
             }
             write_json(self.folder.heartbeat, beat, durable=False)
 
