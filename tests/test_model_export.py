@@ -156,7 +156,7 @@ def test_the_card_says_what_was_not_trained():
         teacher="some/teacher",
         facts={"Steps": "240"},
     )
-    assert "The weights after these projections are\nuntrained by distillation" in card
+    assert "The weights after these projections\nkeep their initial values" in card
     assert "- `encoder.layer.1.output.dense.weight`" in card and "- `pooler.dense.weight`" in card
     assert "`encoder.layer.1.attention.self.query.weight`" not in card
     assert "| Teacher | some/teacher |" in card and "| Steps | 240 |" in card
