@@ -97,7 +97,7 @@ def test_queries_of_the_student_find_documents_of_the_teacher(rows, embedder, tm
     """Asymmetric search: the space is the teacher's, because the dense layer is inside the exported folder. The
     student goes on from the teacher itself, dense layer included: few steps of a tiny model teach nothing."""
     spec = job(rows, embedder, tmp_path, steps=2, peak_lr=1e-4)
-    start = StudentSpec("small", 3, 48, 4, 192, 0.1, "x/y", str(embedder), weights_digest(embedder))
+    start = StudentSpec("small", 3, 48, 4, 192, 0.0, "x/y", str(embedder), weights_digest(embedder))
     assert run_stage(replace(spec, students=(start,)))
     folder = StageFolder(tmp_path).student("small")
     documents = sentences(60, seed=1)
@@ -107,7 +107,7 @@ def test_queries_of_the_student_find_documents_of_the_teacher(rows, embedder, tm
     distance = 1 - (queries * index).sum(dim=1).mean().item()
     heldout = read_all_metrics(StageFolder(tmp_path).heldout_metrics)[-1].metrics
     assert 0 < distance < 0.05
-    assert heldout["small/heldout/cosine_distance"] == pytest.approx(distance, rel=0.5)
+    assert heldout["small/heldout/cosine_distance"] == pytest.approx(distance, rel=0.7)  # of other texts
     layout = read_layout(folder, 48)
     assert layout is not None
     batch = AutoTokenizer.from_pretrained(folder)(documents[:3], padding=True, return_tensors="pt")
