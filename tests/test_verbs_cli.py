@@ -87,7 +87,7 @@ def test_the_version(capsys):
             "minilm check: error: given --zzz, which minilm check does not take; see minilm check --help",
         ),
         (
-            ["-q", "check", "a.yaml"],
+            ["-q", "--zzz", "check", "a.yaml"],
             "minilm check: error: given -q before the verb; write it behind: minilm check -q",
         ),
     ],

@@ -24,9 +24,9 @@ class Parser(argparse.ArgumentParser):
         """End the process, as argparse does for arguments that nobody has asked for."""
         own = [name for action in self._actions for name in action.option_strings]
         names = [text.partition("=")[0] for text in unknown]
-        if set(names) <= set(own):
+        if early := [text for text, name in zip(unknown, names, strict=True) if name in own]:
             self.error(
-                f"given {' '.join(unknown)} before the verb; write it behind: {self.prog} {' '.join(unknown)}"
+                f"given {' '.join(early)} before the verb; write it behind: {self.prog} {' '.join(early)}"
             )
         guess = next(filter(None, (did_you_mean(name, own) for name in names)), "")
         self.error(
