@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,7 +42,7 @@ class MetricLogger:
         self.heartbeat_timer = Timer(HEARTBEAT_SECONDS, at_once=True)
         self.doing = ""
         self.metrics: dict[str, float] = {}
-        self.usual: list[float] = []  # seconds a step of each point
+        self.usual: deque[float] = deque(maxlen=99)  # seconds a step, of the last points that were not slow
         self.is_slow = False  # the last point
         self.slowness: dict[str, float] | None = None
         self.restart(0)
