@@ -9,10 +9,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from minilm.model.compatibility import fit_student
+from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.initialize import INITIALIZATIONS
-from minilm.model.encoder.shape import load_config, shape_of
+from minilm.model.encoder.shape import load_config, plain_config, shape_of
 from minilm.model.encoder.warm_start import load_start
 from minilm.model.errors import ModelError
 from minilm.model.export import weights_digest
@@ -25,6 +27,7 @@ from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
 from minilm.orchestrator.worker.loop import run_stage
 from tests.conftest import make_teacher
+from tests.odd_teachers import plain
 from tests.support import make_spec
 
 
@@ -40,6 +43,27 @@ def test_every_weight_is_taken_and_only_the_dropout_is_new(teacher):
     assert replace(shape_of(started.config), has_head=None) == replace(
         shape_of(load_config(teacher)), has_head=None
     )
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_start_of_any_family_keeps_its_config_and_computes_what_it_did(kind, teacher, tmp_path):
+    """One of EuroBERT's has two heads of keys and values for four of queries."""
+    plain(tmp_path / kind, teacher, kind)
+    config = load_config(tmp_path / kind)
+    started = load_start(tmp_path / kind, dropout=0.25, head=False, seed=1)
+    own = plain_config(started.config)
+    assert all(getattr(own, rate) == 0.25 for rate in FAMILIES[kind].dropout)
+    for rate in FAMILIES[kind].dropout:
+        setattr(own, rate, getattr(config, rate))
+    own.architectures = config.architectures
+    assert own.to_dict() == config.to_dict()
+    ids = torch.arange(5, 15).reshape(2, 5)
+    with torch.inference_mode():
+        found, expected = (
+            model.eval()(input_ids=ids).last_hidden_state
+            for model in (started, AutoModel.from_pretrained(tmp_path / kind))
+        )
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_pooler_that_is_not_there_is_the_same_at_every_start(teacher, tmp_path):

@@ -92,11 +92,17 @@ def build_student(
     shape = student_shape(
         shape_of(teacher_config), layers=layers, hidden=hidden, heads=heads, ffn=ffn, max_tokens=max_tokens
     )
-    config = _resize(teacher_config, shape, dropout)
+    return random_encoder(_resize(teacher_config, shape, dropout), seed=seed, head=head, device=device)
+
+
+def random_encoder(
+    config: PreTrainedConfig, *, seed: int, head: bool = False, device: str = "cpu"
+) -> PreTrainedModel:
+    """An encoder of this very config with random weights, float32, in train mode. device: as of `build_student`."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)
         build = AutoModelForMaskedLM if head else AutoModel
-        attention = family_of(teacher_config).attention
+        attention = family_of(config).attention
         model = build.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.train()
 

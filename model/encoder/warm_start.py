@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minilm.model.encoder.shape import EncoderShape, shape_of
+from minilm.model.encoder.shape import EncoderShape, family_of, load_config
 from minilm.model.errors import ModelError
 
 if TYPE_CHECKING:  # a recipe is checked without modelling code
@@ -47,21 +47,15 @@ def load_start(folder: str | Path, *, dropout: float, head: bool, seed: int) -> 
 
     seed: of a pooler that the folder lacks, which distillation does not train. ModelError as `load_encoder` raises it.
     """
-    from minilm.model.encoder.build import build_student, load_encoder
+    from minilm.model.encoder.build import load_encoder, random_encoder
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         start = load_encoder(folder, head=head).model
-    shape = shape_of(start.config)
-    student = build_student(
-        start.config,
-        layers=shape.layers,
-        hidden=shape.hidden,
-        heads=shape.heads,
-        ffn=shape.ffn,
-        dropout=dropout,
-        seed=seed,
-        head=head,
-    )
+    config = load_config(folder)
+    config.architectures = None
+    for rate in family_of(config).dropout:
+        setattr(config, rate, dropout)
+    student = random_encoder(config, seed=seed, head=head)
     student.load_state_dict(start.state_dict())
     return student
