@@ -90,6 +90,18 @@ def test_a_warning_with_its_figure(overrides, expected):
     assert not any(expected in line for line in warnings())
 
 
+def test_advice_for_a_stage_of_vectors_names_no_key_that_it_refuses():
+    narrow = ["stages.vectors.student.hidden=96", "stages.relations.student.hidden=96"]
+    lines = [
+        line for line in warnings(*narrow, file=LIBRARY / "embed-quickstart.yaml") if "heads of 8" in line
+    ]
+    assert [line.partition(":")[0] for line in lines] == ["stage relations"], (
+        "a start has the heads that it has"
+    )
+    lines = warnings(*narrow, "stages.vectors.student.init=random", file=LIBRARY / "embed-quickstart.yaml")
+    assert lines[-1].startswith("stage vectors: ") and lines[-1].endswith("a larger hidden, or fewer heads")
+
+
 def test_rows_longer_than_a_teacher_of_the_hub_takes():
     (line,) = warnings("data.seq_len=1024", seq_len=1024)
     assert line == (

@@ -61,7 +61,7 @@ def advice(
             *_rate(stage),
             *_epochs(stage, data),
             *_positions(stage, one, seq_len),
-            *_sizes(students, teacher),
+            *_sizes(stage, students, teacher),
         ]
         if stage.objective != "embedding":  # the papers' rules are of relations
             warnings += _tokens(stage, students, teacher, seq_len)
@@ -142,15 +142,15 @@ def _tokens(
             )
 
 
-def _sizes(students: dict[str, _Shape], teacher: _Shape | None) -> Iterator[str]:
-    for name, shape in students.items():
+def _sizes(stage: Stage, students: dict[str, _Shape], teacher: _Shape | None) -> Iterator[str]:
+    beside = "" if stage.objective == "embedding" else " with relation_heads in the stage"
+    for student, (name, shape) in zip(stage.students, students.items(), strict=True):
         if teacher and shape.weights >= teacher.weights:
             yield f"student {name} ({shape}) is no smaller than its teacher ({teacher})"
-        if shape.heads and shape.hidden // shape.heads < SMALLEST_HEAD:
+        if shape.heads and shape.hidden // shape.heads < SMALLEST_HEAD and not student.starts_from:
             yield (
                 f"student {name} has heads of {shape.hidden // shape.heads} dimensions (hidden {shape.hidden}, "
-                f"{shape.heads} heads); the papers' have 32 and 64: a larger hidden, or fewer heads with "
-                f"relation_heads in the stage"
+                f"{shape.heads} heads); the papers' have 32 and 64: a larger hidden, or fewer heads{beside}"
             )
 
 
