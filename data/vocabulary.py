@@ -48,7 +48,8 @@ def smaller_vocabulary(
     known = set(everything.values())
     parts = _merged_from(model, ids)
     kept: set[int] = set()
-    for token in (*added.values(), *_base(model, ids), *always):
+    around = _put_around(definition.get("post_processor"))
+    for token in (*added.values(), *_base(model, ids), *around, *always):
         if token in known:
             kept |= _with_parts(token, parts, kept)
     if len(kept) == len(known):
@@ -165,6 +166,16 @@ def _rebuilt(definition: Mapping[str, Any], new: Mapping[int, int]) -> dict[str,
         "post_processor": _renumbered(definition.get("post_processor"), new),
         "padding": padding and {**padding, "pad_id": new.get(padding["pad_id"], padding["pad_id"])},
     }
+
+
+def _put_around(processor: Any) -> Iterator[int]:
+    """Ids of the special tokens that a post-processor puts around a text, which need not be among the added ones."""
+    if isinstance(processor, dict):
+        for one in processor.get("processors", ()):
+            yield from _put_around(one)
+        for token in processor.get("special_tokens", {}).values():
+            yield from token["ids"]
+        yield from (processor[end][1] for end in ("sep", "cls") if end in processor)
 
 
 def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:

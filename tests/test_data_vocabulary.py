@@ -89,6 +89,15 @@ def test_special_tokens_characters_and_what_others_are_merged_from_stay(kind, de
         assert longer - {"abra-cadabra"} <= made
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_special_tokens_stay_that_only_the_post_processor_names(kind, definitions):
+    bare = definitions[kind] | {"added_tokens": []}
+    bare["post_processor"] = {"type": "Sequence", "processors": [bare["post_processor"]]}
+    new = Tokenizer.from_str(json.dumps(cut(bare, min_count=3).definition))
+    before, after = Tokenizer.from_str(json.dumps(bare)).encode("a", "b"), new.encode("a", "b")
+    assert after.tokens == before.tokens == [new.id_to_token(number) for number in after.ids]
+
+
 def test_a_count_says_what_stays(definitions):
     counts = counted(definitions["unigram"], lines(1000, 2, (0,)))
     smaller = smaller_vocabulary(definitions["unigram"], counts, min_count=4)
