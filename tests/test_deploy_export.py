@@ -181,7 +181,11 @@ def test_a_difference_is_found_in_short_and_long_rows_and_a_nan_counts(teacher):
         ),
         (
             ["--format", "onnx", "--data", "."],
-            "--data says where the cost of 8 bits is measured; give --int8 too, or leave --data out",
+            "--data is of 8 bits and what they cost; give --int8 too, or leave --data out",
+        ),
+        (
+            ["--format", "onnx", "--max-drop", "0"],
+            "--max-drop is of 8 bits and what they cost; give --int8 too, or leave --max-drop out",
         ),
         (
             ["--format", "sentence-transformers", "--int8", "--data", "."],
@@ -214,6 +218,14 @@ def test_folders_that_do_not_fit(teacher, tmp_path, capsys):
     assert main(command) == 2
     expected = f"{tmp_path / 'there'} exists; give a folder that does not exist yet, or remove it first"
     assert capsys.readouterr().err == f"minilm: error: {expected}\n"
+    (tmp_path / "file").write_text("")
+    for verb in (["export", "--format", "sentence-transformers"], ["shrink", "--text", "x", "--keep", "9"]):
+        out = tmp_path / "file" / "new" / "folder"
+        assert main([verb[0], str(teacher), str(out), *verb[1:]]) == 2
+        expected = f"{out} can't be a folder: {tmp_path / 'file'} is a file; give another place"
+        assert capsys.readouterr().err == f"minilm: error: {expected}\n"
+    assert main([*command[:2], "x", *command[3:5], "--int8", "--max-drop", "-1"]) == 2
+    assert "argument --max-drop: given '-1'; allowed: 0 or a number above it" in capsys.readouterr().err
     plain(tmp_path / "classifier", teacher, model=AutoModelForSequenceClassification)
     capsys.readouterr()
     command[1:3] = [str(tmp_path / "classifier"), str(tmp_path / "new")]

@@ -445,6 +445,14 @@ def test_the_command_refuses_in_one_line(tmp_path, teacher, capsys, arguments, m
     assert not out.exists()
 
 
+def test_a_file_is_no_place_for_results(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "results"
+    assert main(["evaluate", "x", "--data", ".", "--out", str(out)]) == 2
+    expected = f"{out} can't be a folder: {tmp_path / 'file'} is a file; give another place"
+    assert capsys.readouterr().err == f"minilm: error: {expected}\n"
+
+
 def test_a_model_without_a_tokenizer_is_refused_by_the_command(tmp_path, teacher, capsys):
     folder: Path = tmp_path / "bare"
     folder.mkdir()

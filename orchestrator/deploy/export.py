@@ -33,7 +33,7 @@ from minilm.orchestrator.evaluation.embed import cosine_similarity
 from minilm.orchestrator.evaluation.protocols import protocol_of
 from minilm.orchestrator.evaluation.sources import Source, build, check_source, head_of, tokenizer_of
 from minilm.orchestrator.evaluation.tasks import TASKS, Task
-from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.files import check_place, write_json
 from minilm.orchestrator.system.text import text_table
 from minilm.orchestrator.system.versions import processor_name, versions
 
@@ -108,6 +108,7 @@ def check_export(source: Source, out: Path, format: str, gate: Gate | None) -> N
     require_packages(format)
     if out.exists():
         raise UserError(f"{out} exists; give a folder that does not exist yet, or remove it first")
+    check_place(out)
     if gate:
         if format != "onnx":
             raise UserError(

@@ -30,7 +30,7 @@ from minilm.model.errors import ModelError
 from minilm.model.export import weights_digest, whole_folder
 from minilm.orchestrator.deploy.beside import copy_beside
 from minilm.orchestrator.errors import UserError
-from minilm.orchestrator.system.files import write_json
+from minilm.orchestrator.system.files import check_place, write_json
 
 HELD_OUT_EVERY = 20
 BATCH = 256  # texts that are tokenized at a time
@@ -86,6 +86,7 @@ def shrink(
     """
     if out.exists():
         raise UserError(f"{out} exists; give a folder that does not exist yet, or remove it first")
+    check_place(out)
     check_allowed(allow_skipped)
     config = load_config(folder)
     tokenizer = load_tokenizer(str(folder))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from minilm.data.format.files import write_whole
+from minilm.orchestrator.errors import UserError
 
 
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
@@ -26,6 +28,15 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def check_place(out: Path) -> None:
+    """UserError unless a folder can be made at `out`, or the one that is there can be written."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{out} can't be a folder: {nearest} is a file; give another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{out} can't be written: {nearest} is read-only for you; give another place")
 
 
 def sha256_json(value: Any) -> str:

@@ -45,13 +45,10 @@ def add_export(verbs: Any) -> None:
     verb.add_argument(
         "--max-drop",
         type=not_negative,
-        default=0.005,
         metavar="DROP",
         help="of the score in 8 bits (default: 0.005)",
     )
-    verb.add_argument(
-        "--task", default="stsb-embed", metavar="NAME", help="that says so (default: stsb-embed)"
-    )
+    verb.add_argument("--task", metavar="NAME", help="that says so (default: stsb-embed)")
     verb.add_argument("--data", type=Path, metavar="DIR", help="holds the task's folder")
     verb.set_defaults(run=export_model)
 
@@ -69,15 +66,19 @@ def export_model(options: argparse.Namespace) -> int:
             "--int8 needs --data DIR, which holds the published files of --task (DIR/STS-B/ for stsb-embed): what 8 "
             "bits cost is measured there"
         )
-    if options.data is not None and not options.int8:
-        raise UserError(
-            "--data says where the cost of 8 bits is measured; give --int8 too, or leave --data out"
-        )
-    (task,) = find_tasks([options.task])
+    if not options.int8:
+        for name in ("data", "task", "max_drop"):
+            if getattr(options, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{option} is of 8 bits and what they cost; give --int8 too, or leave {option} out"
+                )
+    (task,) = find_tasks([options.task or "stsb-embed"])
 
     from minilm.orchestrator.deploy.export import Gate, export
 
-    gate = Gate(task, options.data, options.max_drop) if options.int8 else None
+    max_drop = 0.005 if options.max_drop is None else options.max_drop
+    gate = Gate(task, options.data, max_drop) if options.int8 else None
     quiet = options.quiet or options.json
     registered = find_registered(options)
     source = find_model(options)

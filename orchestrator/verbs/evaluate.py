@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.orchestrator.errors import UserError
+from minilm.orchestrator.system.files import check_place
 from minilm.orchestrator.verbs.arguments import add_json, add_verb, positive_whole
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def evaluate(options: argparse.Namespace) -> int:
             "give --data DIR, which holds a folder with the published files of each task (DIR/STS-B/, DIR/CoLA/, …); "
             "the hub's data sets are not read"
         )
+    check_place(options.out)
     given = list(dict.fromkeys([*([options.teacher] if options.teacher else []), *options.models]))
     sources = [open_source(text, options) for text in given]
     comparison = Comparison(score_all(run_trials(options, sources)), sources, options.teacher)

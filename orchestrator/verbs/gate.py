@@ -56,7 +56,10 @@ def add_gate_options(promote: argparse.ArgumentParser) -> None:
 
 
 def not_negative(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else positive(text)
+    try:
+        return 0.0 if text in ("0", "0.0") else positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: 0 or a number above it") from None
 
 
 def is_gated(options: argparse.Namespace) -> bool:
