@@ -321,6 +321,10 @@ ROWS: list[tuple[list[str], str]] = [
         "numbers, with dense: false; leave dense out, or give hidden: 48",
     ),
     (
+        ["stages.assistant.embedding.dense=maybe"],
+        "--set: stages.0.embedding.dense: given 'maybe'; allowed: true or false",
+    ),
+    (
         ["stages.assistant.embedding.pooling=cls"],
         "FILE:8: stages.0.embedding: given with objective: minilm; allowed with objective: embedding; change "
         "that, or leave these keys out",
@@ -826,8 +830,23 @@ ROWS: list[tuple[list[str], str]] = [
         "«empty»/SST-2 with train.tsv, dev.tsv",
     ),
     (
-        ["stages.small.evaluate=[{probe: knn, data: /x}]"],
-        "--set: stages.1.evaluate.0.data: given '/x'; probe knn reads held-out rows and no files; remove it",
+        ["stages.small.evaluate=[{probe: divergence, data: /x}]"],
+        "--set: stages.1.evaluate.0.data: given '/x'; probe divergence reads the stage's own held-out rows; remove it",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: knn, data: «empty»}]"],
+        "FILE: stage small: probe knn: '«empty»' holds no data set (manifest.json is missing); make one with: "
+        "minilm data build",
+    ),
+    (
+        ["data.seq_len=16", "stages.small.evaluate=[{probe: knn, data: «shards»}]"],
+        "FILE: stage small: probe knn: data set «shards» has rows of 32 tokens, and the stage's have 16; build it "
+        "with --seq-len 16",
+    ),
+    (
+        ["stages.small.evaluate=[{probe: cka, data: «other-shards»}]"],
+        "FILE: stage small: probe cka: data set «other-shards» was made with another tokenizer than the stage's data, "
+        "and the same ids would mean other tokens; build it with the stage's tokenizer",
     ),
     (
         ["stages.small.schedule=wsd"],
@@ -891,6 +910,10 @@ MENDED: list[tuple[list[str], list[str]]] = [
     (["data.seq_len=65"], ["data.seq_len=64"]),
     (["data.tokenizer=«other-tokenizer»"], ["data.tokenizer=«teacher»"]),
     (["data.held_out=0.0001"], ["data.held_out=0.1"]),
+    (
+        ["data.seq_len=16", "stages.small.evaluate=[{probe: knn, data: «shards»}]"],
+        ["data.seq_len=32"],
+    ),
     (["data.text=«one-word»", "data.packing=document"], ["data.text=«text»"]),
     (["stages.small.teacher=asistant"], ["stages.small.teacher=assistant"]),
     (["stages.assistant.teacher=small"], ["stages.assistant.teacher=«teacher»"]),

@@ -36,7 +36,7 @@ from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
 from tests.conftest import make_embedder
 from tests.eval_data import write_sst2, write_stsb
-from tests.support import make_spec
+from tests.support import describe_folder, make_spec
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -165,6 +165,18 @@ def test_agreement_is_one_with_itself_and_blind_to_rotation_and_scale():
         Neighbours.agreement(vectors[:9], rng.normal(size=(9, 5))) < 1
     )  # of few rows not all are neighbours
     assert LinearCka.agreement(vectors, np.ones((60, 4))) == 0.0  # all rows alike: nothing agrees
+
+
+def test_rows_of_another_data_set_are_compared_where_a_probe_names_one(shards, documents, teacher, tmp_path):
+    plain = make_spec(documents, teacher, tmp_path, evaluate=(ProbeSpec("knn"), ProbeSpec("cka")))
+    named = replace(plain, evaluate=tuple(replace(probe, data=str(shards)) for probe in plain.evaluate))
+    own = given(plain)
+    elsewhere = replace(own, corpora=open_held_out(describe_folder(shards)))
+    found = [
+        measure(make_evaluators(spec)[1:], rows)
+        for spec, rows in ((named, own), (plain, elsewhere), (plain, own))
+    ]
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_linear_classifier_tells_words_of_two_kinds_apart_and_a_teacher_without_a_value_is_refused(

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
+from minilm.data.builder.build import build
 from minilm.orchestrator import cli
 from tests.broken_recipes import MENDED, ROWS
 from tests.conftest import make_embedder, make_teacher
@@ -65,6 +66,8 @@ def folders(
     )
     (found["last-token"] / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
     found["other-tokenizer"] = make_teacher(root / "other-tokenizer", extra_words=("zebra", "yak"))
+    found["other-shards"] = root / "other-shards"
+    build([text], str(found["other-tokenizer"]), found["other-shards"], seq_len=32, held_out=0.1, processes=1)
     found["empty"] = root / "empty"
     found["empty"].mkdir()
     for name, words in {"one-word": b"time\n", "latin": b"caf\xe9\n\n" * 20, "empty-text": b""}.items():

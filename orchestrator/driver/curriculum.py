@@ -35,7 +35,7 @@ from minilm.orchestrator.launch.base import Launcher
 from minilm.orchestrator.launch.liveness import Heartbeats
 from minilm.orchestrator.recipe.references import parse_reference
 from minilm.orchestrator.recipe.schema import Recipe, trunk_fields
-from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
+from minilm.orchestrator.resolve.evaluation import evaluation_problems, other_rows, probe_problems
 from minilm.orchestrator.resolve.folders import model_folder
 from minilm.orchestrator.resolve.licences import licence_notes
 from minilm.orchestrator.resolve.stages import (
@@ -238,8 +238,10 @@ class Driver:
             until = UntilSpec(every=stage.every(stage.until.probe) or 0, **stage.until.model_dump())
             for item in stage.evaluate:
                 if item.probe == until.probe and item.data:
-                    task = TASKS[PROBES[item.probe].task]
-                    fields["until"]["data"] = data_fingerprint(task, Path(item.data))
+                    task, place = TASKS.get(PROBES[item.probe].task), Path(item.data)
+                    fields["until"]["data"] = (
+                        data_fingerprint(task, place) if task else other_rows(place).fingerprint
+                    )
         references = {student["name"]: student["init"] for student in fields["students"]}
         folders = {
             student.name: str(

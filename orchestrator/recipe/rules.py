@@ -226,17 +226,17 @@ def _schedule(at: KeyPath, stage: Stage) -> Iterator[Problem]:
 def _probes(at: KeyPath, stage: Stage) -> Iterator[Problem]:
     names: list[str] = []
     for i, item in enumerate(stage.evaluate):
-        path, task = (*at, "evaluate", i), PROBES[item.probe].task
+        path, probe = (*at, "evaluate", i), PROBES[item.probe]
         if item.probe in names:
             yield (*path, "probe"), f"given {item.probe!r} a second time; allowed: each probe once"
-        if task and item.data is None:
-            what = f"missing; probe {item.probe} reads the files of task {task}"
+        if probe.task and item.data is None:
+            what = f"missing; probe {item.probe} reads the files of task {probe.task}"
             yield (
                 (*path, "data"),
                 f"{what}; give the folder that holds the task's folder, here or as evaluation.data",
             )
-        elif item.data is not None and not task:
-            what = f"given {item.data!r}; probe {item.probe} reads held-out rows and no files; remove it"
+        elif item.data is not None and not (probe.task or probe.rows):
+            what = f"given {item.data!r}; probe {item.probe} reads the stage's own held-out rows; remove it"
             yield (*path, "data"), what
         names.append(item.probe)
 
@@ -369,6 +369,8 @@ def explain(error: ErrorDetails, written: str | None = None) -> str:
         allowed = "a whole number"
     elif kind.startswith("float"):
         allowed = "a number"
+    elif kind.startswith("bool"):
+        allowed = "true or false"
     guess = suggest(given, re.findall(r"'([^']*)'", allowed), cutoff=0.75) if kind == "literal_error" else ""
     return f"given {shown}; allowed: {allowed}{guess}"
 

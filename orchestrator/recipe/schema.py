@@ -336,7 +336,8 @@ class Measurement(_Section):
     every: Count | None = None
     """Steps between measurements; default: eval_every."""
     data: LocalPath | None = None
-    """Folder that holds the task's folder, for stsb-embed and linear-TASK; default: evaluation.data."""
+    """Folder that holds the task's folder, for stsb-embed and linear-TASK; default: evaluation.data. For knn and cka:
+    another data set, as `minilm data build` makes it, whose held-out rows are compared; default: the stage's own."""
 
 
 class Until(_Section):

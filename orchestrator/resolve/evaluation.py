@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilm.data.errors import DataError
+from minilm.data.format.manifest import TokenizerInfo
 from minilm.data.tokenizer import has_tokenizer
 from minilm.model.errors import ModelError
 from minilm.orchestrator.errors import UserError
@@ -13,7 +15,8 @@ from minilm.orchestrator.evaluation.check_data import check_data, data_files
 from minilm.orchestrator.evaluation.probes.catalogue import PROBES
 from minilm.orchestrator.evaluation.protocols import Protocol, protocol_of
 from minilm.orchestrator.evaluation.tasks import TASKS, Task, find_tasks
-from minilm.orchestrator.recipe.schema import Evaluation, Promotion, Recipe
+from minilm.orchestrator.recipe.schema import Evaluation, Promotion, Recipe, Stage
+from minilm.orchestrator.stage.data import CorpusSpec, DataSpec
 
 
 def evaluation_tasks(section: Evaluation) -> list[tuple[Task, Protocol]]:
@@ -80,16 +83,50 @@ def probe_problems(recipe: Recipe, *, running: bool = False, rows: bool = True) 
     problems, seen = [], set()
     for stage in recipe.stages:
         for item in stage.evaluate:
-            task, data = TASKS.get(PROBES[item.probe].task), Path(item.data or "")
-            if task is None or (task.name, data) in seen or not (running or data.is_dir()):
+            name, data = PROBES[item.probe].task, Path(item.data or "")
+            if item.data is None or (name, data) in seen or not (running or data.is_dir()):
                 continue
-            seen.add((task.name, data))
+            seen.add((name, data))
             try:
-                look(task, data)
-            except UserError as error:
+                look(TASKS[name], data) if name else other_rows(data)
+            except (UserError, DataError) as error:
                 text = str(error).removeprefix("--data ")
                 problems.append(f"stage {stage.name}: probe {item.probe}: {text}")
     return problems
+
+
+def other_rows(folder: Path) -> DataSpec:
+    """The data set whose held-out rows a probe reads. UserError or DataError where it can't be read."""
+    from minilm.orchestrator.feed.corpora import describe
+
+    return describe([CorpusSpec("other", str(folder))])
+
+
+def other_rows_problems(stage: Stage, seq_len: int, tokenizer: TokenizerInfo | None) -> list[str]:
+    """Why the stage's models can't read the rows of other data sets that its probes name, a line for each.
+
+    seq_len, tokenizer: of the stage's own data. What `probe_problems` says is not said again.
+    """
+    problems = []
+    for item in stage.evaluate:
+        if not (PROBES[item.probe].rows and item.data and Path(item.data).is_dir()):
+            continue
+        try:
+            other = other_rows(Path(item.data))
+        except (UserError, DataError):
+            continue
+        if other.seq_len > seq_len:
+            what = f"has rows of {other.seq_len} tokens, and the stage's have {seq_len}"
+            problems.append(
+                f"probe {item.probe}: data set {item.data} {what}; build it with --seq-len {seq_len}"
+            )
+        elif tokenizer and other.vocabulary.vocabulary_fingerprint != tokenizer.vocabulary_fingerprint:
+            what = "was made with another tokenizer than the stage's data"
+            problems.append(
+                f"probe {item.probe}: data set {item.data} {what}, and the same ids would mean other tokens; build it "
+                f"with the stage's tokenizer"
+            )
+    return [f"stage {stage.name}: {problem}" for problem in problems]
 
 
 def check_scored(teacher: Path, tasks: list[Task]) -> None:

@@ -35,7 +35,7 @@ from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.feed.corpora import describe
 from minilm.orchestrator.recipe.missing import missing_text
 from minilm.orchestrator.recipe.schema import Corpus, Recipe, Stage
-from minilm.orchestrator.resolve.evaluation import evaluation_problems, probe_problems
+from minilm.orchestrator.resolve.evaluation import evaluation_problems, other_rows_problems, probe_problems
 from minilm.orchestrator.resolve.folders import text_inputs
 from minilm.orchestrator.resolve.starts import start_problem, vocabulary_note, with_tokens_of
 from minilm.orchestrator.resolve.vectors import stage_vectors, student_vectors
@@ -305,6 +305,7 @@ def check_data(
     problems = []
     for resolved in stages:
         where = f"stage {resolved.stage.name}"
+        problems += other_rows_problems(resolved.stage, seq_len, tokenizer)
         if packing in ("full", "masked") and resolved.stage.objective == "embedding":
             problems.append(
                 f"{where}: objective embedding compares the vectors of whole texts, and the data's rows hold several "

@@ -93,7 +93,7 @@ class RuntimeSpec:
 @dataclass(frozen=True)
 class ProbeSpec:
     """A probe and after how many steps it measures each time (None: before and after only). data: the folder that holds
-    its task's folder, "" for a probe that reads none."""
+    its task's folder, or of a data set whose held-out rows it reads; "" for one that reads the stage's own."""
 
     probe: str
     every: int | None = None

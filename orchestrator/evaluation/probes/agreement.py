@@ -6,12 +6,16 @@ Products are torch's, whose threads a stage keeps; numpy's have other bits for o
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from minilm.orchestrator.evaluation.probes.evaluator import Evaluator, HeldOutPass
 from minilm.orchestrator.evaluation.probes.vectors import row_vectors
+from minilm.orchestrator.feed.corpora import HeldOut, describe, open_held_out
+from minilm.orchestrator.stage.data import CorpusSpec
 
 NEIGHBOURS = 10
 
@@ -20,6 +24,8 @@ class Agreement(Evaluator):
     """A number from 0 to 1 for each student; 1, the teacher's agreement with itself, is the teacher's value."""
 
     def run(self, given: HeldOutPass) -> dict[str, dict[str, float]]:
+        if self.probe.data:
+            given = replace(given, corpora=self.others)
         if self.teacher is None:
             self.teacher = row_vectors(given.distiller.teacher, given)
         return {
@@ -28,6 +34,11 @@ class Agreement(Evaluator):
         }
 
     teacher: np.ndarray | None = None
+
+    @cached_property
+    def others(self) -> list[HeldOut]:
+        """The held-out rows of the data set that the probe names."""
+        return open_held_out(describe([CorpusSpec(self.name, self.probe.data)]))
 
     @staticmethod
     @abstractmethod

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Probe:
     """evaluator: its class, MODULE:NAME, where a module without a dot is one of this room. task: whose published files
-    it reads, "" for none. teacher: whether the teacher has a value too, of which the students keep a share."""
+    it reads, "" for none. rows: whether it takes another data set's held-out rows. teacher: whether the teacher has a
+    value too, of which the students keep a share."""
 
     evaluator: str
     task: str = ""
+    rows: bool = False
     teacher: bool = True
     higher_is_better: bool = True
 
@@ -26,8 +28,8 @@ class Probe:
 DIVERGENCE = "divergence"
 PROBES = {
     DIVERGENCE: Probe("divergence:Divergence", teacher=False, higher_is_better=False),
-    "knn": Probe("agreement:Neighbours"),
-    "cka": Probe("agreement:LinearCka"),
+    "knn": Probe("agreement:Neighbours", rows=True),
+    "cka": Probe("agreement:LinearCka", rows=True),
     "stsb-embed": Probe("texts:Similarity", "stsb-embed"),
     **{
         f"linear-{task}": Probe("texts:LinearClassifier", task)
