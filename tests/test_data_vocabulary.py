@@ -163,6 +163,7 @@ def test_a_token_that_two_merges_give_stays_with_the_parts_of_both():
             {
                 "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
                 "added_tokens": [],
+                "post_processor": None,
             },
             {"min_count": 0},
             "nothing is dropped: all 3 tokens would stay; give a larger count",
