@@ -207,7 +207,7 @@ def test_options_that_do_not_fit(options, message, teacher, tmp_path, capsys, mo
     assert capsys.readouterr().err == f"minilm: error: {message}\n"
 
 
-def test_folders_that_do_not_fit(teacher, tmp_path, capsys):
+def test_folders_that_do_not_fit(teacher, tmp_path, capsys, monkeypatch):
     assert (
         main(["export", f"random:{teacher}", str(tmp_path / "new"), "--format", "sentence-transformers"]) == 2
     )
@@ -224,7 +224,13 @@ def test_folders_that_do_not_fit(teacher, tmp_path, capsys):
         assert main([verb[0], str(teacher), str(out), *verb[1:]]) == 2
         expected = f"{out} can't be a folder: {tmp_path / 'file'} is a file; give another place"
         assert capsys.readouterr().err == f"minilm: error: {expected}\n"
-    assert main([*command[:2], "x", *command[3:5], "--int8", "--max-drop", "-1"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        assert main([*command[:2], str(tmp_path / "new"), *command[3:]]) == 2
+    expected = f"{tmp_path / 'new'} can't be written: {tmp_path} is read-only for you; give another place"
+    assert capsys.readouterr().err == f"minilm: error: {expected}\n"
+    with pytest.raises(SystemExit):
+        main([*command, "--int8", "--max-drop", "-1"])
     assert "argument --max-drop: given '-1'; allowed: 0 or a number above it" in capsys.readouterr().err
     plain(tmp_path / "classifier", teacher, model=AutoModelForSequenceClassification)
     capsys.readouterr()
