@@ -321,6 +321,11 @@ ROWS: list[tuple[list[str], str]] = [
         "numbers, with dense: false; leave dense out, or give hidden: 48",
     ),
     (
+        ["stages.assistant.student.vocabulary={keep: 100}"],
+        "--set: stages.0.student.vocabulary: unknown key; a smaller vocabulary is that of a teacher: make one with "
+        "minilm shrink, and give its folder as teacher and data.tokenizer",
+    ),
+    (
         ["stages.assistant.embedding.dense=maybe"],
         "--set: stages.0.embedding.dense: given 'maybe'; allowed: true or false",
     ),

@@ -201,6 +201,19 @@ def test_folders_of_old_and_new_versions_are_read(tmp_path):
         (["Transformer", "Pooling", "LayerNorm"], "x.json", {}, "modules.json has LayerNorm: known are Transformer"),
         (["Transformer"], "x.json", {}, "modules.json has no Pooling: its vectors would be undefined"),
         (["Pooling", "Transformer"], "x.json", {}, "modules.json has Pooling: the model itself must come first"),
+        (
+            ["Transformer", "Pooling"],
+            "modules.json",
+            [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "../1_Pooling"}],
+            "modules.json has Pooling in ../1_Pooling: modules lie in folders of the model's own; give",
+        ),
+        (
+            ["Transformer", "Pooling"],
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False},
+            '1_Pooling/config.json names no pooling; write "pooling_mode": "mean" (or cls, max, mean_sqrt_len_tokens) '
+            "into it, as the model was trained to be pooled",
+        ),
         (["Transformer", "Pooling"], "modules.json", [3], "modules.json is no list of modules; bring it again"),
         (["Transformer", "Pooling"], "modules.json", {}, "modules.json is not what sentence-transformers writes"),
         (

@@ -76,6 +76,8 @@ def read_layout(folder: str | Path, hidden: int) -> SentenceLayout | None:
     dense: list[DenseLayer] = []
     for number, module in enumerate(listed):
         kind, path = _kind(module, folder), str(module.get("path") or "")
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise _other(folder, f"{kind} in {path}", "modules lie in folders of the model's own")
         if (kind == "Transformer") != (number == 0) or (kind == "Transformer" and path):
             raise _other(folder, kind, "the model itself must come first, and lie in the folder itself")
         if kind == "Pooling" and number == 1:
@@ -145,7 +147,12 @@ def _lowers(file: Path, key: str) -> bool:
 def _pooling(file: Path) -> str:
     config = _read(file, dict)
     given = config.get("pooling_mode") or [mode for key, mode in _LEGACY.items() if config.get(key)]
-    modes = (given or ["mean"]) if isinstance(given, list) else [given]
+    modes = given if isinstance(given, list) else [given]
+    if not modes:
+        raise ModelError(
+            f'{file} names no pooling; write "pooling_mode": "mean" (or {", ".join(POOLINGS[1:])}) into it, as the'
+            " model was trained to be pooled"
+        )
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ModelError(
             f"{file} pools by {' and '.join(map(str, modes))}; use a model that pools by one of {', '.join(POOLINGS)}"

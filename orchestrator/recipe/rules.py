@@ -392,6 +392,9 @@ def _unknown_key(path: tuple[int | str, ...], given: object) -> str:
     key, allowed = str(path[-1]), list(SECTIONS[here].model_fields)
     if new := RENAMED.get((here, key)):
         return f"this key is called {new} now, with the same values; rename it"
+    if key == "vocabulary":
+        how = "make one with minilm shrink, and give its folder as teacher and data.tokenizer"
+        return f"unknown key; a smaller vocabulary is that of a teacher: {how}"
     if not here:
         allowed += ["extends", "vars"]
     if here == "stages":
