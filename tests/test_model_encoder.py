@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from minilm.model.distiller import Distiller
+from minilm.model.encoder import shared_cast
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
 from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.shape import load_config, shape_of, student_shape, tapped_layer
@@ -337,6 +338,27 @@ def test_a_frozen_encoder_computes_in_bfloat16(architecture):
     assert all(
         m.weight.dtype == torch.bfloat16 for m in encoder.model.modules() if isinstance(m, torch.nn.Linear)
     )
+
+
+def test_queries_keys_and_values_keep_one_cast_of_their_input_and_their_gradients(monkeypatch):
+    ids, mask = batch()
+    gradients, inputs = [], []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(shared_cast, "install", lambda model: None)
+        model = TappedEncoder(tiny_model("bert"), LAYERS).model
+        attention = model.encoder.layer[1].attention.self
+        for linear in (attention.query, attention.key, attention.value):
+            linear.register_forward_hook(lambda _linear, given, _made: inputs.append(given[0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            for rows in (ids, ids.roll(1, 1)):  # the second forward casts what it is given itself
+                states = model(rows, attention_mask=mask).last_hidden_state
+                (states * torch.linspace(-1, 1, HIDDEN)).mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert [x.dtype for x in inputs] == 6 * [torch.bfloat16] + 6 * [torch.float32]
+    places = [x.data_ptr() for x in inputs[:6]]
+    assert places[0] == places[1] == places[2] != places[3] == places[4] == places[5]
 
 
 def test_a_head_that_shares_the_embeddings_weight_keeps_sharing_it():

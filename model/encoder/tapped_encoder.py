@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from minilm.model.encoder import shared_cast
 from minilm.model.encoder.attention_hook import (
     SDPA,
     TAP,
@@ -47,6 +48,7 @@ class TappedEncoder(nn.Module):
                 f"layer {layer} does not exist: {model.config.model_type} has layers 1 to {num_layers}"
             )
         dropout.install(model)
+        shared_cast.install(model)
         self.model = model
         self.training = model.training
         self.layer = layer
