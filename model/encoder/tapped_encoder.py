@@ -137,7 +137,7 @@ class TappedEncoder(nn.Module):
         within = None
         if isinstance(mask, Blocks):
             if not self._fields <= END_TO_END:
-                raise ModelError("logits and pooled vectors are of whole rows: give each document a row")
+                raise ModelError("logits are of whole rows: give each document a row")
             within = self._positions(input_ids, mask)
         elif mask is not None and (mask.dtype != torch.bool or mask.shape != input_ids.shape):
             raise ModelError(
@@ -150,8 +150,7 @@ class TappedEncoder(nn.Module):
         if "pooled" in self._fields:
             if self.head is None:
                 raise ModelError("pooled vectors need a sentence head; set `head` of the encoder")
-            assert not isinstance(mask, Blocks)
-            pooled = self.head(run(self.model, collector, input_ids, mask).last_hidden_state, mask)
+            pooled = self.head(run(self.model, collector, input_ids, mask, within).last_hidden_state, mask)
         elif positions is not None and "logits" in self._fields:
             with only_at(positions, self.model.base_model):
                 logits = run(self.model, collector, input_ids, mask).logits

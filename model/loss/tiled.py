@@ -88,8 +88,8 @@ class _Tiled(torch.autograd.Function):
         total = weights_BT.new_zeros(())
         for b, h, t in tiles(student_x.shape, TILE["cpu" if student_x.device.type == "cpu" else "cuda"]):
             padding = None if padding_B11S is None else padding_B11S[b]
-            t_x, s_x = (x[b, h, t].to(dtype) for x in (teacher_x, student_x))
-            t_y, s_y = (y[b, h].to(dtype) for y in (teacher_y, student_y))
+            t_x, s_x = (x[b, h, t].contiguous().to(dtype) for x in (teacher_x, student_x))
+            t_y, s_y = (y[b, h].contiguous().to(dtype) for y in (teacher_y, student_y))
             p_T, s_T, z_T = _softmax(t_x, t_y, _tile_of(teacher_bias, b, h, t), padding)
             p_S, s_S, z_S = _softmax(s_x, s_y, _tile_of(bias, b, h, t), padding)
             weights = weights_BT[b, None, t]
