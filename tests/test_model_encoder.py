@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from minilm.model.distiller import Distiller
-from minilm.model.encoder import shared_cast
 from minilm.model.encoder.build import build_student, count_parameters, load_encoder
 from minilm.model.encoder.families import FAMILIES
 from minilm.model.encoder.shape import load_config, shape_of, student_shape, tapped_layer
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
 from minilm.model.export import weights_digest
+from minilm.model.kernels import shared_cast
 from minilm.model.loss.objective import Objective
 
 LAYERS, HIDDEN, HEADS, VOCAB = 4, 24, 4, 50

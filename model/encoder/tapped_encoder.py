@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from minilm.model.encoder import shared_cast
 from minilm.model.encoder.attention_hook import (
     SDPA,
     TAP,
@@ -34,7 +33,7 @@ from minilm.model.encoder.sentence_head import SentenceHead
 from minilm.model.encoder.shape import family_of
 from minilm.model.encoder.taps import END_TO_END, EVERY_LAYER, Blocks, Taps
 from minilm.model.errors import ModelError
-from minilm.model.kernels import dropout
+from minilm.model.kernels import dropout, shared_cast
 
 
 class TappedEncoder(nn.Module):
