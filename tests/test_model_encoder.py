@@ -390,7 +390,9 @@ def test_compiled_blocks_without_a_compiler_are_refused_in_a_line(monkeypatch):
     from torch._inductor import config
 
     monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
-    with pytest.raises(ModelError, match=r"need a C\+\+ compiler and none was found: install g\+\+, set CXX to one"):
+    with pytest.raises(
+        ModelError, match=r"need a C\+\+ compiler and none was found: install g\+\+, set CXX to one"
+    ):
         TappedEncoder(tiny_model(), 2).compile_blocks()
 
 
