@@ -408,6 +408,16 @@ def test_compiled_blocks_give_the_same_taps_and_trained_parameters():
     assert encoder(input_ids, mask).q.shape == plain.q.shape
 
 
+def test_compiled_blocks_without_a_compiler_are_refused_in_a_line(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+    with pytest.raises(
+        ModelError, match=r"need a C\+\+ compiler and none was found: install g\+\+, set CXX to one"
+    ):
+        TappedEncoder(tiny_model(), 2).compile_blocks()
+
+
 def test_trained_parameters_draws_nothing_and_changes_no_mode():
     encoder = TappedEncoder(tiny_model(), LAYERS)
     encoder.train()

@@ -103,8 +103,11 @@ class TappedEncoder(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the layers before the tap, one by one; the tapped layer itself stays as it is.
 
-        Off unless called: on a CPU it gains 7 % in a teacher and loses 3 % in a student (docs/benchmarks-log.md).
+        Off unless called: on a CPU it changes 5 % either way (docs/benchmarks-log.md). ModelError where inductor
+        finds no C++ compiler for a model on a CPU.
         """
+        if backend == "inductor" and self.model.device.type == "cpu":
+            _need_compiler()
         for block in self.blocks()[:-1]:
             block.compile(backend=backend)
 
@@ -200,6 +203,18 @@ class TappedEncoder(nn.Module):
                 reached.add(id(node.variable))
             nodes.extend(parent for parent, _ in node.next_functions)
         return {name: p for name, p in self.model.named_parameters() if id(p) in reached}
+
+
+def _need_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import, needed here alone
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ModelError(
+            "compiled blocks need a C++ compiler and none was found: install g++, set CXX to one, or do not compile"
+        ) from None
 
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:
