@@ -2,7 +2,7 @@
 
 On a CPU, rows of each length are a group, and all groups lie end to end in one sequence (`end_to_end`): no padding is
 computed, and a group costs calls of attention and of the terms alone. Else, and where rows have padding in front or an
-objective looks at whole rows, a few groups (`by_length`), each cut to its longest row.
+objective masks tokens of rows, a few groups (`by_length`), each cut to its longest row.
 
 The groups are a pure function of one micro-batch's mask, so it does not matter who computes it. Columns are cut at the
 end only, and only where every row of the group has padding: positions keep their numbers, and rows with padding in
