@@ -45,7 +45,9 @@ def test_step_prints_json_lines(capsys):
 
 
 def test_a_way_that_does_not_exist():
-    with pytest.raises(ModelError, match=r"^way 'theirs' is not known; use ours, ours-compiled, by-hand, minilmv2"):
+    with pytest.raises(
+        ModelError, match=r"^way 'theirs' is not known; use ours, ours-compiled, by-hand, minilmv2"
+    ):
         call("step", "--ways", "theirs")
 
 

@@ -1,8 +1,8 @@
 """Time and memory of the divergence by itself; how a measurement is taken and printed.
 
-Time: the median and the 20 % and 80 % quantiles of repeated calls after a warm-up, the ways in turns. Memory: bytes of all tensors
-alive at the peak of one call, those that live before and after it included, counted by the allocator. Whole training
-steps are in step.py.
+Time: the median and the 20 % and 80 % quantiles of repeated calls after a warm-up, the ways in turns. Memory: bytes of
+all tensors alive at the peak of one call, those that live before and after it included, counted by the allocator. Whole
+training steps are in step.py.
 """
 
 import gc
@@ -45,7 +45,7 @@ class Row:
 
 
 class Way(NamedTuple):
-    """One of the ways that are compared. held: the tensors, modules and optimisers that live before and after `step`."""
+    """One that is compared. held: the tensors, modules and optimisers that live before and after `step`."""
 
     step: Callable[[], Any]
     held: Any
@@ -163,10 +163,10 @@ def measure(
 
     dtype: that of the products. tokens, flop: of one step. peak: FLOP/s of a matrix product in `dtype`.
     """
-    for way in ways.values():
-        way.step()
-        way.step()
-    turns = [[_seconds(way.step, device) for way in ways.values()] for _ in range(repeats)]
+    for step, _ in ways.values():
+        step()
+        step()
+    turns = [[_seconds(step, device) for step, _ in ways.values()] for _ in range(repeats)]
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})"
     rows = []
     for (way, (step, held)), times in zip(ways.items(), zip(*turns, strict=True), strict=True):

@@ -30,8 +30,8 @@ from minilm.model.loss.relation_term import Relation
 @dataclass(frozen=True)
 class Peer:
     """loss(teacher, student, ids, objective): of rows of `ids` [rows, tokens], a scalar, the mean over them, with the
-    student's graph. attention: the implementation in both models, by transformers' name. mixes: whether it has relations
-    of two fields, as attention is one of queries and keys."""
+    student's graph. attention: the implementation in both models, by transformers' name. mixes: whether it has
+    relations of two fields, as attention is one of queries and keys."""
 
     attention: str
     loss: Callable[[Any, Any, Tensor, Objective], Tensor]

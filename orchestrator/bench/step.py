@@ -111,8 +111,8 @@ def _objective(name: str, heads: int, sizes: Iterable[Size]) -> Objective:
     relation_heads = 4 * heads
     if uneven := [size.hidden for size in sizes if size.hidden % relation_heads]:
         raise ModelError(
-            f"{name} is measured with {relation_heads} relation heads, four for each attention head, which do not divide"
-            f" a hidden size of {uneven[0]}; give sizes that are multiples of it"
+            f"{name} is measured with {relation_heads} relation heads, four for each attention head, which do not"
+            f" divide a hidden size of {uneven[0]}; give sizes that are multiples of it"
         )
     return Objective.named(name, relation_heads=relation_heads)
 
