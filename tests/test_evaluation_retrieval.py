@@ -112,6 +112,9 @@ def trial(source, data, out):
 def test_a_model_searches_as_plain_transformers_does_with_its_prompts(tmp_path, teacher):
     data = write_search(tmp_path, "beir", "NanoA")
     write_search(data, "hub", "NanoB", seed=7)
+    corpus = data / "NanoBEIR" / "NanoA" / "corpus.jsonl"
+    first, others = corpus.read_text().split("\n", 1)
+    corpus.write_text(json.dumps(json.loads(first) | {"text": ""}) + "\n" + others)  # found last
     folder = shutil.copytree(teacher, tmp_path / "m")
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
     own = folder / "config_sentence_transformers.json"
@@ -133,7 +136,8 @@ def test_a_model_searches_as_plain_transformers_does_with_its_prompts(tmp_path, 
         texts = np.stack([vector("place house " + text) for text in found.texts])
         values = []
         for query, grades in zip(found.queries, found.grades, strict=True):
-            order = np.argsort(-(texts @ vector("time " + query)), kind="stable")[:10]
+            scores = np.where(list(map(bool, found.texts)), texts @ vector("time " + query), -2.0)
+            order = np.argsort(-scores, kind="stable")[:10]
             gain = sum(grades.get(int(text), 0) / math.log2(rank + 2) for rank, text in enumerate(order))
             values.append(gain / sum(1 / math.log2(rank + 2) for rank in range(min(10, len(grades)))))
         means[files.name] = np.mean(values)

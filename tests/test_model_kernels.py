@@ -271,6 +271,28 @@ def test_tiled_never_holds_a_whole_map(monkeypatch):
     assert largest["tiled"] == 2 * 4 * 128 * 16  # an input, not a map
 
 
+class Precisions(torch.utils._python_dispatch.TorchDispatchMode):
+    """What float32 products of matrices were rounded to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.__name__:
+            self.seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return function(*args, **(kwargs or {}))
+
+
+def test_tiled_takes_the_units_for_bfloat16_where_all_inputs_are_of_it():
+    usual = torch.backends.mkldnn.matmul.fp32_precision
+    for dtype, wanted in ((torch.bfloat16, "bf16"), (torch.float32, usual)):
+        with Precisions() as products:
+            loss_and_gradients("tiled", inputs(1, 2, 8, 4, 4, dtype), None, dtype)
+        assert products.seen == {wanted}
+        assert torch.backends.mkldnn.matmul.fp32_precision == usual
+
+
 @pytest.mark.parametrize("implementation", FAST, ids="-".join)
 def test_fifty_steps_of_a_distillation_give_the_same_losses(implementation):
     implementation, device = implementation

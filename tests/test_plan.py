@@ -338,9 +338,21 @@ def test_epochs_and_tokenizing_where_the_data_are_here(tmp_path, text, teacher, 
     found = reading(load_recipe(write_recipe(tmp_path, text, teacher)))
     assert found.corpora[0].rows == pytest.approx(rows, rel=0.15) and not found.corpora[0].estimated
     assert found.num_bytes == text.stat().st_size and found.seconds > 0
-    data = {"text": str(text), "tokenizer": str(teacher), "seq_len": 32, "packing": "masked", "held_out": 0.1}
+    short = tmp_path / "short.txt"  # documents of which a row holds several
+    short.write_text("\n".join(text.read_text().replace("\n", " ")[i * 40 : (i + 1) * 40] for i in range(90)))
+    data = {"text": str(short), "tokenizer": str(teacher), "seq_len": 32, "packing": "masked", "held_out": 0.1}
+    data |= {"line_documents": True}
     several = reading(load_recipe(write_recipe(tmp_path, text, teacher, data=data)))
-    build([text], str(teacher), tmp_path / "masked", seq_len=32, packing="masked", held_out=0.1, processes=1)
+    build(
+        [short],
+        str(teacher),
+        tmp_path / "masked",
+        seq_len=32,
+        packing="masked",
+        held_out=0.1,
+        processes=1,
+        options={"line_documents": True},
+    )
     assert several.corpora[0].rows == pytest.approx(load_manifest(tmp_path / "masked").rows, rel=0.15)
     long_text = tmp_path / "long.txt"
     long_text.write_text(text.read_text() * 300)
