@@ -340,7 +340,13 @@ def test_epochs_and_tokenizing_where_the_data_are_here(tmp_path, text, teacher, 
     assert found.num_bytes == text.stat().st_size and found.seconds > 0
     short = tmp_path / "short.txt"  # documents of which a row holds several
     short.write_text("\n".join(text.read_text().replace("\n", " ")[i * 40 : (i + 1) * 40] for i in range(90)))
-    data = {"text": str(short), "tokenizer": str(teacher), "seq_len": 32, "packing": "masked", "held_out": 0.1}
+    data = {
+        "text": str(short),
+        "tokenizer": str(teacher),
+        "seq_len": 32,
+        "packing": "masked",
+        "held_out": 0.1,
+    }
     data |= {"line_documents": True}
     several = reading(load_recipe(write_recipe(tmp_path, text, teacher, data=data)))
     build(

@@ -83,9 +83,11 @@ def test_a_run_says_what_auto_is(tmp_path, text, teacher, nodes, capsys, monkeyp
     assert capsys.readouterr().err.count("compute.workers: auto is 2, because") == says
 
 
-def test_a_plan_is_for_the_workers_that_auto_is(tmp_path, text, teacher, nodes, capsys):
+def test_check_says_it_too_and_a_plan_is_for_so_many(tmp_path, text, teacher, nodes, capsys):
     nodes(2)
     recipe = str(write_recipe(tmp_path, text, teacher))
+    assert cli.main(["check", recipe, "--set", "compute.workers=auto"]) == 0
+    assert f"{recipe}: compute.workers: auto is 2, because" in capsys.readouterr().out
     assert cli.main(["plan", recipe, "--json", "--set", "compute.workers=auto"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["workers"] == 2
 
