@@ -53,7 +53,7 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, f
     autocast = torch.bfloat16 if options.precision == "bfloat16" else None
     teacher = load_encoder(teacher_folder, layer=6)
     if autocast is not None:
-        teacher.keep_linear_weights_in(autocast)
+        teacher.compute_in(autocast)
     student = TappedEncoder(build_student(teacher.model.config, layers=3, hidden=384, heads=12, seed=1), 3)
     distiller = Distiller(teacher, {"s": student}, Objective.named("minilm"))
     distiller.train()

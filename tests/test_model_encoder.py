@@ -18,6 +18,7 @@ from minilm.model.encoder.shape import load_config, shape_of, student_shape, tap
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
 from minilm.model.export import weights_digest
+from minilm.model.kernels import shared_cast
 from minilm.model.loss.objective import Objective
 
 LAYERS, HIDDEN, HEADS, VOCAB = 4, 24, 4, 50
@@ -339,6 +340,27 @@ def test_a_frozen_encoder_computes_in_bfloat16(architecture):
     )
 
 
+def test_queries_keys_and_values_keep_one_cast_of_their_input_and_their_gradients(monkeypatch):
+    ids, mask = batch()
+    gradients, inputs = [], []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(shared_cast, "install", lambda model: None)
+        model = TappedEncoder(tiny_model("bert"), LAYERS).model
+        attention = model.encoder.layer[1].attention.self
+        for linear in (attention.query, attention.key, attention.value):
+            linear.register_forward_hook(lambda _linear, given, _made: inputs.append(given[0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            for rows in (ids, ids.roll(1, 1)):  # the second forward casts what it is given itself
+                states = model(rows, attention_mask=mask).last_hidden_state
+                (states * torch.linspace(-1, 1, HIDDEN)).mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert [x.dtype for x in inputs] == 6 * [torch.bfloat16] + 6 * [torch.float32]
+    places = [x.data_ptr() for x in inputs[:6]]
+    assert places[0] == places[1] == places[2] != places[3] == places[4] == places[5]
+
+
 def test_a_head_that_shares_the_embeddings_weight_keeps_sharing_it():
     model = AutoModelForMaskedLM.from_config(tiny_config()).eval()
     encoder = TappedEncoder(model, LAYERS).requires_grad_(False)
@@ -384,6 +406,16 @@ def test_compiled_blocks_give_the_same_taps_and_trained_parameters():
     assert list(encoder.trained_parameters()) == trained
     encoder.train()  # dropout in tiles is left out of the graph
     assert encoder(input_ids, mask).q.shape == plain.q.shape
+
+
+def test_compiled_blocks_without_a_compiler_are_refused_in_a_line(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+    with pytest.raises(
+        ModelError, match=r"need a C\+\+ compiler and none was found: install g\+\+, set CXX to one"
+    ):
+        TappedEncoder(tiny_model(), 2).compile_blocks()
 
 
 def test_trained_parameters_draws_nothing_and_changes_no_mode():

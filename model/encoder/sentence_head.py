@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from minilm.model.encoder.sentence_layout import MODULES, DenseLayer, SentenceLayout
+from minilm.model.encoder.taps import Blocks
 from minilm.model.errors import ModelError
 from minilm.model.files import to_safetensors
 
@@ -31,12 +32,19 @@ class SentenceHead(nn.Module):
         self.linear = nn.ModuleList(_linear(layer, generator) for layer in layout.dense)
         self.activations = nn.ModuleList(_ACTIVATIONS[layer.activation]() for layer in layout.dense)
 
-    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """states [batch, tokens, hidden]; mask bool [batch, tokens], None: all valid → float32 [batch, width]."""
+    def forward(self, states: Tensor, mask: Tensor | Blocks | None) -> Tensor:
+        """states [batch, tokens, hidden]; mask bool [batch, tokens], None: all valid → float32 [batch, width].
+
+        With blocks for a mask, states are [1, tokens, hidden] and there is a vector for each of their documents.
+        """
         device = states.device.type
         known = torch.amp.is_autocast_available(device)  # not on the device "meta"
         with torch.autocast(device, enabled=False) if known else nullcontext():
-            vector = pool(states.float(), mask, self.layout.pooling)
+            states, how = states.float(), self.layout.pooling
+            if isinstance(mask, Blocks):
+                vector = torch.cat([pool(block, None, how) for block in mask.split(states, 1)])
+            else:
+                vector = pool(states, mask, how)
             for linear, activation in zip(self.linear, self.activations, strict=True):
                 vector = activation(linear(vector))
             return normalize(vector, dim=-1) if self.layout.normalize else vector

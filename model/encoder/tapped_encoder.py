@@ -33,7 +33,7 @@ from minilm.model.encoder.sentence_head import SentenceHead
 from minilm.model.encoder.shape import family_of
 from minilm.model.encoder.taps import END_TO_END, EVERY_LAYER, Blocks, Taps
 from minilm.model.errors import ModelError
-from minilm.model.kernels import dropout
+from minilm.model.kernels import dropout, shared_cast
 
 
 class TappedEncoder(nn.Module):
@@ -47,6 +47,7 @@ class TappedEncoder(nn.Module):
                 f"layer {layer} does not exist: {model.config.model_type} has layers 1 to {num_layers}"
             )
         dropout.install(model)
+        shared_cast.install(model)
         self.model = model
         self.training = model.training
         self.layer = layer
@@ -102,8 +103,11 @@ class TappedEncoder(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the layers before the tap, one by one; the tapped layer itself stays as it is.
 
-        Off unless called: on a CPU it gains 7 % in a teacher and loses 3 % in a student (docs/benchmarks-log.md).
+        Off unless called: on a CPU it changes 5 % either way (docs/benchmarks-log.md). ModelError where inductor
+        finds no C++ compiler for a model on a CPU.
         """
+        if backend == "inductor" and self.model.device.type == "cpu":
+            _need_compiler()
         for block in self.blocks()[:-1]:
             block.compile(backend=backend)
 
@@ -135,7 +139,7 @@ class TappedEncoder(nn.Module):
         within = None
         if isinstance(mask, Blocks):
             if not self._fields <= END_TO_END:
-                raise ModelError("logits and pooled vectors are of whole rows: give each document a row")
+                raise ModelError("logits are of whole rows: give each document a row")
             within = self._positions(input_ids, mask)
         elif mask is not None and (mask.dtype != torch.bool or mask.shape != input_ids.shape):
             raise ModelError(
@@ -148,8 +152,7 @@ class TappedEncoder(nn.Module):
         if "pooled" in self._fields:
             if self.head is None:
                 raise ModelError("pooled vectors need a sentence head; set `head` of the encoder")
-            assert not isinstance(mask, Blocks)
-            pooled = self.head(run(self.model, collector, input_ids, mask).last_hidden_state, mask)
+            pooled = self.head(run(self.model, collector, input_ids, mask, within).last_hidden_state, mask)
         elif positions is not None and "logits" in self._fields:
             with only_at(positions, self.model.base_model):
                 logits = run(self.model, collector, input_ids, mask).logits
@@ -200,6 +203,18 @@ class TappedEncoder(nn.Module):
                 reached.add(id(node.variable))
             nodes.extend(parent for parent, _ in node.next_functions)
         return {name: p for name, p in self.model.named_parameters() if id(p) in reached}
+
+
+def _need_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import, needed here alone
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ModelError(
+            "compiled blocks need a C++ compiler and none was found: install g++, set CXX to one, or do not compile"
+        ) from None
 
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 EVERY_LAYER = frozenset(
     {"q", "k", "v", "bias"}
 )  # the fields that any watched layer has, not the tapped one alone
-END_TO_END = EVERY_LAYER | {"hidden"}  # those of a token; the others are of whole rows
+END_TO_END = EVERY_LAYER | {"hidden", "pooled"}  # all but logits, whose positions are those of whole rows
 
 
 class Block(NamedTuple):
@@ -78,7 +78,7 @@ class Taps(NamedTuple):
     bias: an additive position bias on the scores, broadcastable to [batch, heads, tokens, tokens], or None.
     If watched: hidden, the layer's output [batch, tokens, hidden]; earlier, the taps of earlier layers;
     logits [batch, k, vocabulary] of the model's head, at the k positions asked for; pooled [batch, width], the
-    sentence head's vectors, float32.
+    sentence head's vectors, float32. Of documents that lie in blocks it holds a vector each, in their order.
     """
 
     q: Tensor
@@ -101,7 +101,7 @@ class Taps(NamedTuple):
         return self._replace(**cast, earlier=earlier)
 
     def split(self, blocks: Blocks) -> "list[Taps]":
-        """The taps of each block, as if it had been computed alone: of the fields in `END_TO_END`."""
+        """The taps of each block, as if it had been computed alone: of the fields that have a value a token."""
         q, k, v = (blocks.split(side, 2) for side in (self.q, self.k, self.v))
         hidden = [None] * len(blocks) if self.hidden is None else blocks.split(self.hidden, 1)
         earlier = [taps.split(blocks) for taps in self.earlier]

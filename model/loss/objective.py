@@ -123,7 +123,7 @@ class Objective:
 
     @property
     def takes_blocks(self) -> bool:
-        """Whether documents may lie end to end (taps.py): soft labels and pooled vectors are of whole rows."""
+        """Whether documents may lie end to end (taps.py): soft labels are of whole rows."""
         return self.fields <= END_TO_END
 
     def mask_tokens(self, input_ids: Tensor, mask: Tensor | None) -> Masked | None:
@@ -147,14 +147,22 @@ class Objective:
         mask: bool [batch, tokens], None: all valid; or the blocks in which documents lie in the taps. projections: the
         modules of `projections`, by term. masked: what `mask_tokens` gave.
         """
+        whole, parts = [(teacher, student)], [(teacher, student)]
         if isinstance(mask, Blocks):
-            blocks = zip(teacher.split(mask), student.split(mask), strict=True)
-            return torch.stack([self.term_sums(t, s, None, projections) for t, s in blocks]).sum(0)
+            parts, mask = [*zip(teacher.split(mask), student.split(mask), strict=True)], None
         sums = []
         for term in self.relations:
             projection = (projections or {}).get(term.name)
-            pairs = [Pair(t, s, mask, masked, projection) for t, s in self._layers(teacher, student, term)]
-            sums.append(torch.stack([term.sum(self._setting, pair) for pair in pairs]).mean())
+            values = [
+                torch.stack(
+                    [
+                        term.sum(self._setting, Pair(*layer, mask, masked, projection))
+                        for layer in self._layers(*sides, term)
+                    ]
+                ).mean()
+                for sides in (whole if term.per_sequence else parts)
+            ]
+            sums.append(torch.stack(values).sum())
         return torch.stack(sums)
 
     @property

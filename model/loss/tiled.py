@@ -44,10 +44,9 @@ def tiled_sum(
     dtype = weights_BT.dtype
     s_bias = None if student_bias is None else student_bias.to(dtype)
     t_bias = None if teacher_bias is None else _expand(teacher_bias.to(dtype), teacher_x)
-    t_x, t_y, s_x, s_y = (side.to(dtype) for side in (teacher_x, teacher_y, student_x, student_y))
-    sides = teacher_x, teacher_y, student_x, student_y
+    sides = student_x, student_y, teacher_x, teacher_y
     with _products_of_bfloat16(all(side.dtype == torch.bfloat16 for side in sides)):
-        total: Tensor = _Tiled.apply(s_x, s_y, s_bias, t_x, t_y, t_bias, keys, weights_BT)
+        total: Tensor = _Tiled.apply(*sides, s_bias, t_bias, keys, weights_BT)
     return total
 
 
@@ -70,27 +69,29 @@ class _Tiled(torch.autograd.Function):
         ctx: Any,
         student_x: Tensor,
         student_y: Tensor,
-        student_bias: Tensor | None,
         teacher_x: Tensor,
         teacher_y: Tensor,
+        student_bias: Tensor | None,
         teacher_bias: Tensor | None,
         keys: Tensor | None,
         weights_BT: Tensor,
     ) -> Tensor:
-        wants_x, wants_y, wants_bias = ctx.needs_input_grad[:3]
-        t_x, t_y, s_x, s_y = (x.contiguous() for x in (teacher_x, teacher_y, student_x, student_y))
+        wants_x, wants_y, *_, wants_bias, _, _, _ = ctx.needs_input_grad
+        dtype = weights_BT.dtype
         bias = _expand(student_bias, student_x)
         padding_B11S = None
         if keys is not None:
             padding_B11S = torch.zeros_like(weights_BT).masked_fill_(~keys, PADDED)[:, None, None, :]
-        grad_x = torch.empty_like(s_x) if wants_x else None
-        grad_y = torch.zeros_like(s_y) if wants_y else None
+        grad_x = weights_BT.new_empty(student_x.shape) if wants_x else None
+        grad_y = weights_BT.new_zeros(student_y.shape) if wants_y else None
         grad_bias = torch.zeros_like(student_bias) if wants_bias and student_bias is not None else None
         total = weights_BT.new_zeros(())
         for b, h, t in tiles(student_x.shape, TILE["cpu" if student_x.device.type == "cpu" else "cuda"]):
             padding = None if padding_B11S is None else padding_B11S[b]
-            p_T, s_T, z_T = _softmax(t_x[b, h, t], t_y[b, h], _tile_of(teacher_bias, b, h, t), padding)
-            p_S, s_S, z_S = _softmax(s_x[b, h, t], s_y[b, h], _tile_of(bias, b, h, t), padding)
+            t_x, s_x = (x[b, h, t].contiguous().to(dtype) for x in (teacher_x, student_x))
+            t_y, s_y = (y[b, h].contiguous().to(dtype) for y in (teacher_y, student_y))
+            p_T, s_T, z_T = _softmax(t_x, t_y, _tile_of(teacher_bias, b, h, t), padding)
+            p_S, s_S, z_S = _softmax(s_x, s_y, _tile_of(bias, b, h, t), padding)
             weights = weights_BT[b, None, t]
             rows = (s_T.sub_(s_S).mul_(p_T)).sum(dim=-1) - z_T + z_S
             total += (rows * weights).sum()
@@ -98,9 +99,9 @@ class _Tiled(torch.autograd.Function):
                 continue
             grad = p_S.sub_(p_T).mul_(weights[..., None])
             if grad_x is not None:
-                torch.matmul(grad, s_y[b, h], out=grad_x[b, h, t])
+                torch.matmul(grad, s_y, out=grad_x[b, h, t])
             if grad_y is not None:
-                grad_y[b, h] += grad.transpose(-1, -2) @ s_x[b, h, t]
+                grad_y[b, h] += grad.transpose(-1, -2) @ s_x
             if grad_bias is not None:
                 target = _tile_of(_four_dims(grad_bias), b, h, t)
                 target += grad.sum_to_size(target.shape)
@@ -108,13 +109,15 @@ class _Tiled(torch.autograd.Function):
             if gradient is not None:
                 gradient *= student_x.shape[-1] ** -0.5
         ctx.gradients = grad_x, grad_y, grad_bias
+        ctx.dtypes = student_x.dtype, student_y.dtype, dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (None if gradient is None else gradient * upstream for gradient in ctx.gradients)
-        return (*gradients, None, None, None, None, None)
+        pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
+        x, y, bias = (None if grad is None else (grad * upstream).to(dtype) for grad, dtype in pairs)
+        return x, y, None, None, bias, None, None, None
 
 
 def _softmax(

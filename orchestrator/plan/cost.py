@@ -16,6 +16,7 @@ PROGRAM = 380_000_000
 LOGITS = 7  # copies of them at the peak of soft labels: logits, their log-softmax, gradients
 MAPS = 3  # that a layer keeps for its backward pass where the scores have a learned bias
 CHUNKS = {"cpu": 1 << 17, "cuda": 1 << 24}  # gradients that are made integers at once (train.gradient_sum)
+TILES = 4 << 19  # scores of the tiles that a CPU holds at a time (model.encoder.tile_size)
 
 
 @dataclass(frozen=True)
@@ -205,14 +206,17 @@ def flops_a_token(work: Work) -> Flops:
 def memory(work: Work) -> Memory:
     """Weights, Adam's two moments, gradients (float32, beside int64 sums where exact) and activations of a micro-batch.
 
-    Activations are estimated: what a BERT layer keeps for its backward pass (about 11 hidden sizes and 2 inner sizes a
-    token), and what the teacher needs at once, in one layer. On a CPU that comes on top in the process: memory which
-    the teacher has freed does not all go to the student.
+    Activations are those of BERT's layers: what a student keeps for its backward pass, tiles of scores, and what the
+    teacher needs at once, in one layer. On a CPU that comes on top in the process: memory which the teacher has freed
+    does not all go to the student.
     """
     tokens = work.micro_batch * work.seq_len
     trained = sum(body.trained for body in work.students)
     teacher_now = 6 * work.teacher.hidden + 2 * work.teacher.ffn
-    kept = 3 * work.teacher.hidden + max(teacher_now, max(kept_by(work, body) for body in work.students))
+    taught = work.activation_bytes * 3 * work.teacher.hidden
+    now = max(work.activation_bytes * teacher_now, *(bytes_kept_by(work, body) for body in work.students))
+    scores = work.micro_batch * max(body.heads for body in work.students) * work.seq_len**2
+    tiles = min(4 * scores, TILES) if work.device == "cpu" else 0
     logits = work.micro_batch * work.logits * LOGITS * work.teacher.vocabulary
     if work.logits:  # and the gradients of a matrix that is the embeddings and the head
         logits += 2 * max(body.vocabulary * body.hidden for body in work.students)
@@ -223,19 +227,28 @@ def memory(work: Work) -> Memory:
         sums=(FLOAT + INTEGER) * (trained + min(trained, CHUNKS[work.device]))
         if work.exact
         else FLOAT * trained,
-        activations=work.activation_bytes * tokens * kept + FLOAT * logits,
+        activations=tokens * (taught + now) + FLOAT * (logits + tiles),
         batch=2 * INTEGER * tokens,
         save_copy=checkpoint_bytes(work),
         program=PROGRAM + FLOAT * tokens * teacher_now if work.device == "cpu" else 0,
     )
 
 
-def kept_by(work: Work, body: Body) -> int:
-    """Numbers that a token of a student keeps until its backward pass, those of the compared layers among them."""
-    layer = 11 * body.hidden + 2 * body.ffn
-    maps = MAPS * body.attentions * body.heads * work.seq_len if body.keeps_maps else 0
-    earlier = (body.layers - 1) * 6 * (work.teacher.hidden + body.hidden) if work.every_layer else 0
-    return body.layers * layer + 6 * body.hidden + maps + earlier
+def bytes_kept_by(work: Work, body: Body) -> int:
+    """Bytes that a token of a student keeps until its backward pass, those of the compared layers among them.
+
+    The projections keep their input and what they give; attention and what follows in a layer the inputs of three
+    products and of gelu, and those of both normalisations, which are float32.
+    """
+    projections = 4 * body.hidden
+    maps = MAPS * body.heads * work.seq_len if body.keeps_maps else 0
+    rest = 2 * body.hidden + 2 * body.ffn + maps
+    numbers = body.layers * projections + body.attentions * rest
+    if work.every_layer:
+        numbers += (body.layers - 1) * 6 * (work.teacher.hidden + body.hidden)
+    gradients_and_embeddings = 5 * body.hidden
+    floats = 2 * body.attentions * body.hidden + gradients_and_embeddings
+    return work.activation_bytes * numbers + FLOAT * floats
 
 
 def checkpoint_bytes(work: Work) -> int:
