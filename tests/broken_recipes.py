@@ -588,12 +588,12 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["compute.workers=[2, 1]"],
-        "--set: compute.workers: given [2, 1]; allowed: a number of at least 1, or [LEAST, MOST] "
+        "--set: compute.workers: given [2, 1]; allowed: auto, a number of at least 1, or [LEAST, MOST] "
         "for a run that grows and shrinks",
     ),
     (
         ["compute.workers=0"],
-        "--set: compute.workers: given 0; allowed: a number of at least 1, or [LEAST, MOST] for a"
+        "--set: compute.workers: given 0; allowed: auto, a number of at least 1, or [LEAST, MOST] for a"
         " run that grows and shrinks",
     ),
     (

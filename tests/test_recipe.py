@@ -602,7 +602,7 @@ def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, expected: str)
                                 "stage 'student'; 8 would do"),
         (["stages.1.micro_batch=5"], "stages.1.micro_batch: given 5; allowed: a divisor of the batch 32 of "
                                      "stage 'student'; 4 would do"),
-        (["compute.workers=[3, 1]"], "given [3, 1]; allowed: a number of at least 1, or [LEAST, MOST]"),
+        (["compute.workers=[3, 1]"], "given [3, 1]; allowed: auto, a number of at least 1, or [LEAST, MOST]"),
         (["compute.workers=[1, 2]"], "given 2; allowed: at most 1, the micro-batches of a step (32 / 32)"),
         (["compute.workers=2"], "given 2; allowed: at most 1, the micro-batches of a step (32 / 32)"),
     ],

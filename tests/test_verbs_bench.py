@@ -45,8 +45,20 @@ def test_step_prints_json_lines(capsys):
 
 
 def test_a_way_that_does_not_exist():
-    with pytest.raises(ModelError, match=r"^way 'theirs' is not known; use ours, ours-compiled, by-hand$"):
+    with pytest.raises(
+        ModelError, match=r"^way 'theirs' is not known; use ours, ours-compiled, by-hand, minilmv2"
+    ):
         call("step", "--ways", "theirs")
+
+
+def test_a_step_against_peers(capsys):
+    sizes = ("--teacher", "2x16", "--students", "1x8", "--batch", "1", "--tokens", "8", "--json")
+    assert call("step", *sizes, "--against", "bertdistiller,paddlenlp") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["way"] for row in rows] == ["bertdistiller", "paddlenlp", "by-hand", "ours"]
+    assert {row["shape"] for row in rows} == {"2x16 to 1x8, 1x8, minilmv2"}
+    assert call("step", *sizes, "--against", "bertdistiller", "--objective", "minilm") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["shape"] == "2x16 to 1x8, 1x8"
 
 
 def test_gradient_sum_prints_a_row_for_each_sum(capsys):

@@ -12,6 +12,7 @@ from torch import Tensor
 from minilm.orchestrator.checkpoint.format import read
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
+from minilm.orchestrator.worker import loop
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
 from tests.support import checkpoints_in, finished_as, make_spec
@@ -29,12 +30,15 @@ def gradients(spec: StageSpec) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("gradient_sum", "data"), [("fast", "shards"), ("exact", "masked")])
-def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, gradient_sum, data):
+def test_two_workers_compute_the_gradient_of_one(request, teacher, tmp_path, monkeypatch, gradient_sum, data):
     """Rows of `masked` hold several documents each."""
+    threads = []
+    monkeypatch.setattr(loop, "keep_to_own_cores", threads.append)  # test_system_numa has the rest
     rows = request.getfixturevalue(data)
     one = make_spec(rows, teacher, tmp_path / "one", steps=1, warmup_steps=1, gradient_sum=gradient_sum)
     two = replace(one, folder=str(tmp_path / "two"))
     assert run_stage(one)
+    assert threads == [one.runtime.threads]
     assert worker_pool.join(worker_pool.start(two, 2)) == [0, 0], worker_pool.log(two)
     ledgers = [finished_as(spec) for spec in (one, two)]
     alone, shared = gradients(one), gradients(two)

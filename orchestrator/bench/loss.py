@@ -1,8 +1,8 @@
 """Time and memory of the divergence by itself; how a measurement is taken and printed.
 
-Time: the median and the 20 % and 80 % quantiles of repeated calls after a warm-up. Memory: bytes of all tensors
-alive at the peak of one call, those that live before and after it included, counted by the allocator. Whole training
-steps are in step.py.
+Time: the median and the 20 % and 80 % quantiles of repeated calls after a warm-up, the ways in turns. Memory: bytes of
+all tensors alive at the peak of one call, those that live before and after it included, counted by the allocator. Whole
+training steps are in step.py.
 """
 
 import gc
@@ -10,9 +10,9 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -44,6 +44,13 @@ class Row:
     share_of_matmul_peak: float
 
 
+class Way(NamedTuple):
+    """One that is compared. held: the tensors, modules and optimisers that live before and after `step`."""
+
+    step: Callable[[], Any]
+    held: Any
+
+
 def bench_loss(
     *,
     batch: int = 8,
@@ -66,7 +73,7 @@ def bench_loss(
     # scores of both sides, and for the student's gradient two more products
     flop = 2 * batch * heads * tokens**2 * (teacher_size + 3 * student_size)
     peak = matmul_peak(device, dtype)
-    rows = []
+    ways = {}
     for implementation in implementations:
 
         def step(implementation: str = implementation) -> None:
@@ -77,9 +84,9 @@ def bench_loss(
             step()
         except ModelError:
             continue
-        shape = f"{batch}x{heads}x{tokens}x{tokens}, heads of {teacher_size} and {student_size}"
-        rows.append(measure("loss", implementation, shape, step, sides, batch * tokens, flop, peak, repeats))
-    return rows
+        ways[implementation] = Way(step, sides)
+    shape = f"{batch}x{heads}x{tokens}x{tokens}, heads of {teacher_size} and {student_size}"
+    return measure("loss", ways, shape, device, dtype, batch * tokens, flop, peak, repeats)
 
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
@@ -118,16 +125,17 @@ def json_lines(rows: Iterable[Row]) -> str:
 
 
 def peak_bytes(step: Callable[[], Any], held: Any, device: str) -> int:
-    """Bytes alive at the peak of one `step`; held: the tensors, modules and optimisers that live before and after
-    it."""
+    """Bytes alive at the peak of one `step`, of its own and what is `held`: the tensors, modules and optimisers that
+    live before and after it."""
     gc.collect()
+    storages = {tensor.untyped_storage() for tensor in _tensors(held)}
+    before = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if device == "cuda":
+        others = torch.cuda.memory_allocated() - before
         torch.cuda.reset_peak_memory_stats()
         step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    storages = {tensor.untyped_storage() for tensor in _tensors(held)}
-    before = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return torch.cuda.max_memory_allocated() - others
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -142,43 +150,47 @@ def peak_bytes(step: Callable[[], Any], held: Any, device: str) -> int:
 
 def measure(
     bench: str,
-    way: str,
+    ways: Mapping[str, Way],
     shape: str,
-    step: Callable[[], None],
-    held: Any,
+    device: str,
+    dtype: torch.dtype,
     tokens: int,
     flop: float,
     peak: float,
     repeats: int,
-) -> Row:
-    """Warm up twice, then `repeats` calls of `step`. held: what lives beside it; its first tensor names the device.
+) -> list[Row]:
+    """Warm every way up twice, then time `repeats` turns in which each has one call.
 
-    tokens, flop: of one step. peak: FLOP/s of a matrix product.
+    dtype: that of the products. tokens, flop: of one step. peak: FLOP/s of a matrix product in `dtype`.
     """
-    first = _tensors(held)[0]
-    device = first.device.type
-    step()
-    step()
-    times = sorted(_seconds(step, device) for _ in range(repeats))
-    median = statistics.median(times)
+    for step, _ in ways.values():
+        step()
+        step()
+    turns = [[_seconds(step, device) for step, _ in ways.values()] for _ in range(repeats)]
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})"
-    return Row(
-        bench=bench,
-        way=way,
-        shape=shape,
-        device=name,
-        dtype=str(first.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        median_seconds=median,
-        low_seconds=times[round(0.2 * (repeats - 1))],
-        high_seconds=times[round(0.8 * (repeats - 1))],
-        tokens_per_second=tokens / median,
-        peak_memory_bytes=peak_bytes(step, held, device),
-        flop_per_second=flop / median,
-        share_of_matmul_peak=flop / median / peak,
-    )
+    rows = []
+    for (way, (step, held)), times in zip(ways.items(), zip(*turns, strict=True), strict=True):
+        median = statistics.median(times)
+        rows.append(
+            Row(
+                bench=bench,
+                way=way,
+                shape=shape,
+                device=name,
+                dtype=str(dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
+                torch=torch.__version__,
+                transformers=transformers.__version__,
+                median_seconds=median,
+                low_seconds=sorted(times)[round(0.2 * (repeats - 1))],
+                high_seconds=sorted(times)[round(0.8 * (repeats - 1))],
+                tokens_per_second=tokens / median,
+                peak_memory_bytes=peak_bytes(step, held, device),
+                flop_per_second=flop / median,
+                share_of_matmul_peak=flop / median / peak,
+            )
+        )
+    return rows
 
 
 def _seconds(step: Callable[[], Any], device: str) -> float:

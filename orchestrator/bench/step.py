@@ -1,20 +1,19 @@
-"""A whole training step, ours against one written by hand.
+"""A whole training step, ours against one written by hand and those of published projects (peers.py).
 
-By hand means two transformers models with eager attention and `output_attentions=True`, whole maps, the KL of
-their softmaxes, AdamW over all parameters. Both ways take the same rows, sizes, dropout and fused optimiser, one
-after the other in one process. FLOP: those that the objective needs with nothing computed after the tap, the same
-figure for both ways, so that fractions of the peak can be compared.
+All ways take the same rows, objective, sizes, dropout and fused AdamW over all parameters, in turns in one process.
+FLOP: those that the objective needs with nothing computed after the tap, the same figure for all ways, so that
+fractions of the peak can be compared.
 """
 
 import copy
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModel
 
 from minilm.model.distiller import Distiller
@@ -22,7 +21,8 @@ from minilm.model.encoder.build import build_student
 from minilm.model.encoder.tapped_encoder import TappedEncoder
 from minilm.model.errors import ModelError
 from minilm.model.loss.objective import Objective
-from minilm.orchestrator.bench.loss import Row, matmul_peak, measure
+from minilm.orchestrator.bench.loss import Row, Way, matmul_peak, measure
+from minilm.orchestrator.bench.peers import PEERS, Peer
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def bench_step(
     tokens: int = 512,
     heads: int = 12,
     ways: Sequence[str] = ("by-hand", "ours"),
+    objective: str = "minilm",
     repeats: int = 5,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -61,9 +62,18 @@ def bench_step(
 ) -> list[Row]:
     """A whole training step: teacher, students, loss, gradients, update; float32 weights, `dtype` by autocast.
 
-    A step is `micro_batches` of `batch` rows, then one update. ways: "by-hand" and "ours" for every student alone;
-    "ours-compiled" with compiled blocks. With several students a last row trains all of them on one teacher pass.
+    A step is `micro_batches` of `batch` rows, then one update. ways: "ours", "ours-compiled" with compiled blocks, and
+    those of `PEERS`, for every student alone. With several students a last row trains all of them on one teacher pass.
+    objective: "minilm", or "minilmv2" with four relation heads for each of `heads`, as the paper has.
     """
+    if unknown := [way for way in ways if way not in _STEPS]:
+        raise ModelError(f"way {unknown[0]!r} is not known; use {', '.join(_STEPS)}")
+    if objective == "minilm" and (cannot := [way for way in ways if way in PEERS and not PEERS[way].mixes]):
+        raise ModelError(
+            f"{cannot[0]} compares queries, keys and values with themselves only, and minilm queries with keys; use"
+            " --objective minilmv2, or leave it out"
+        )
+    compared = _objective(objective, heads, [teacher, *students])
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, vocabulary, (micro_batches, batch, tokens), generator=generator).to(device)
     config = AutoConfig.for_model(
@@ -75,26 +85,41 @@ def bench_step(
         intermediate_size=4 * teacher.hidden,
         max_position_embeddings=max(512, tokens),
     )
-    if unknown := [way for way in ways if way not in _STEPS]:
-        raise ModelError(f"way {unknown[0]!r} is not known; use {', '.join(_STEPS)}")
     peak = matmul_peak(device, dtype)
     groups = [[size] for size in students] + ([list(students)] if len(students) > 1 else [])
     rows = []
     for group in groups:
-        flop = step_flop(teacher, group, micro_batches * batch, tokens)
+        flop = step_flop(teacher, group, micro_batches * batch, tokens, len(compared.relations))
         rows_text = f"{batch}x{tokens}" if micro_batches == 1 else f"{micro_batches} of {batch}x{tokens}"
         shape = f"{teacher} to {' + '.join(map(str, group))}, {rows_text}"
-        for way in ways:
-            if way == "by-hand" and len(group) > 1:
-                continue
-            step, held = _STEPS[way](copy.deepcopy(config), group, ids, dtype)  # a model keeps its config
-            rows.append(measure("step", way, shape, step, held, ids.numel(), flop, peak, repeats))
-            del step, held
-            gc.collect()
+        if objective != "minilm":
+            shape += f", {objective}"
+        steps = {  # a model keeps its config
+            way: _STEPS[way](copy.deepcopy(config), group, ids, dtype, compared)
+            for way in ways
+            if way not in PEERS or len(group) == 1
+        }
+        rows += measure("step", steps, shape, device, dtype, ids.numel(), flop, peak, repeats)
+        del steps
+        gc.collect()
     return rows
 
 
-def step_flop(teacher: Size, students: Iterable[Size], batch: int, tokens: int) -> float:
+def _objective(name: str, heads: int, sizes: Iterable[Size]) -> Objective:
+    if name == "minilm":
+        return Objective.named(name)
+    relation_heads = 4 * heads
+    if uneven := [size.hidden for size in sizes if size.hidden % relation_heads]:
+        raise ModelError(
+            f"{name} is measured with {relation_heads} relation heads, four for each attention head, which do not"
+            f" divide a hidden size of {uneven[0]}; give sizes that are multiples of it"
+        )
+    return Objective.named(name, relation_heads=relation_heads)
+
+
+def step_flop(
+    teacher: Size, students: Iterable[Size], batch: int, tokens: int, num_relations: int = 2
+) -> float:
     """Floating-point operations of a step: two per multiplication, and a backward counts twice its forward."""
 
     def forward(size: Size) -> float:
@@ -102,7 +127,7 @@ def step_flop(teacher: Size, students: Iterable[Size], batch: int, tokens: int) 
         return (size.layers - 1) * layer + 2 * 3 * size.hidden**2
 
     def relations(size: Size) -> float:
-        return 2 * 2 * tokens * (teacher.hidden + 3 * size.hidden)
+        return 2 * num_relations * tokens * (teacher.hidden + 3 * size.hidden)
 
     a_token = forward(teacher) + sum(3 * forward(size) + relations(size) for size in students)
     return batch * tokens * a_token
@@ -117,8 +142,14 @@ def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _step_of_ours(
-    config: Any, sizes: Sequence[Size], ids: Tensor, dtype: torch.dtype, *, compiled: bool = False
-) -> tuple[Callable[[], None], list[Any]]:
+    config: Any,
+    sizes: Sequence[Size],
+    ids: Tensor,
+    dtype: torch.dtype,
+    objective: Objective,
+    *,
+    compiled: bool = False,
+) -> Way:
     teacher = TappedEncoder(
         AutoModel.from_config(config, attn_implementation="sdpa"), config.num_hidden_layers
     )
@@ -126,7 +157,7 @@ def _step_of_ours(
     for i, size in enumerate(sizes):
         student = build_student(config, layers=size.layers, hidden=size.hidden, seed=i)
         students[f"{i}-{size}"] = TappedEncoder(student, size.layers)
-    distiller = Distiller(teacher, students, Objective.named("minilm")).to(ids.device)
+    distiller = Distiller(teacher, students, objective).to(ids.device)
     distiller.train()
     if dtype != torch.float32:
         teacher.compute_in(dtype)
@@ -147,52 +178,36 @@ def _step_of_ours(
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
 
-    return step, [distiller, teacher, *optimizers.values(), ids]
+    return Way(step, [distiller, teacher, *optimizers.values(), ids])
 
 
-def _step_compiled(*arguments: Any) -> tuple[Callable[[], None], list[Any]]:
-    return _step_of_ours(*arguments, compiled=True)
-
-
-def _step_by_hand(
-    config: Any, sizes: Sequence[Size], ids: Tensor, dtype: torch.dtype
-) -> tuple[Callable[[], None], list[Any]]:
+def _step_of_peer(
+    peer: Peer,
+    config: Any,
+    sizes: Sequence[Size],
+    ids: Tensor,
+    dtype: torch.dtype,
+    objective: Objective,
+) -> Way:
     size = sizes[0]
-    teacher = AutoModel.from_config(config, attn_implementation="eager").eval().to(ids.device)
+    teacher = AutoModel.from_config(config, attn_implementation=peer.attention).eval().to(ids.device)
     shape = build_student(config, layers=size.layers, hidden=size.hidden, seed=0).config
-    student = AutoModel.from_config(shape, attn_implementation="eager").train().to(ids.device)
+    student = AutoModel.from_config(shape, attn_implementation=peer.attention).train().to(ids.device)
     optimizer = _adamw(student.parameters())
-
-    def outputs(model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-        out = model(rows, output_attentions=True, output_hidden_states=True)
-        attention = model.encoder.layer[-1].attention.self
-        value = (
-            attention.value(out.hidden_states[-2])
-            .unflatten(-1, (config.num_attention_heads, -1))
-            .transpose(1, 2)
-        )
-        return out.attentions[-1], (value @ value.transpose(-1, -2) / value.shape[-1] ** 0.5).softmax(-1)
-
-    def divergence(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        logs = student_map.float().clamp(min=1e-9).log()
-        return functional.kl_div(logs, teacher_map.float(), reduction="none").sum(-1).mean()
 
     def step() -> None:
         for rows in ids:
             with _autocast(ids, dtype):
-                with torch.no_grad():
-                    teacher_maps = outputs(teacher, rows)
-                student_maps = outputs(student, rows)
-            pairs = zip(student_maps, teacher_maps, strict=True)
-            torch.stack([divergence(*pair) for pair in pairs]).sum().div(len(ids)).backward()
+                loss = peer.loss(teacher, student, rows, objective)
+            loss.div(len(ids)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-    return step, [student, teacher, optimizer, ids]
+    return Way(step, [student, teacher, optimizer, ids])
 
 
-_STEPS: dict[str, Callable[..., tuple[Callable[[], None], list[Any]]]] = {
+_STEPS: dict[str, Callable[..., Way]] = {
     "ours": _step_of_ours,
-    "ours-compiled": _step_compiled,
-    "by-hand": _step_by_hand,
+    "ours-compiled": partial(_step_of_ours, compiled=True),
+    **{name: partial(_step_of_peer, peer) for name, peer in PEERS.items()},
 }

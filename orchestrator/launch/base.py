@@ -34,17 +34,24 @@ Show = Callable[[str, bool], None]  # text for the status line, and whether it m
 @dataclass(frozen=True)
 class LaunchOptions:
     """What a run asks of its launcher: `workers` is (fewest, most); `wait_seconds` bounds the wait for machines;
-    `address` names a cluster, None where the launcher finds its own."""
+    `address` names a cluster, None where the launcher finds its own. auto: nobody has counted the workers, so they need
+    a cluster that says how many there is room for."""
 
     run: RunFolder
     device: str
     workers: tuple[int, int]
     wait_seconds: float
     address: str | None = None
+    auto: bool = False
 
 
 class Launcher(ABC):
-    """Starts the workers of a run's stages, one stage after the other."""
+    """Starts the workers of a run's stages, one stage after the other.
+
+    alone: there is one worker, however many are asked for.
+    """
+
+    alone = False
 
     def __init__(self, options: LaunchOptions, stop: StopRequest):
         self.options, self.stop = options, stop
@@ -52,6 +59,11 @@ class Launcher(ABC):
     @property
     def is_here(self) -> bool:
         """Do all workers run on this machine?"""
+        return False
+
+    @staticmethod
+    def joins(address: str | None) -> bool:
+        """Would workers with this `LaunchOptions.address` run on machines that were there before the run?"""
         return False
 
     @staticmethod

@@ -43,6 +43,12 @@ OWN_ENVIRONMENT = {
 }
 
 
+def address_to_join(given: str | None) -> str | None:
+    """Of the cluster that a run joins; None where it starts its own."""
+    address = given or os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
+
+
 class Cluster:
     """A connection to Ray, made when it is first needed.
 
@@ -52,8 +58,7 @@ class Cluster:
     """
 
     def __init__(self, address: str | None, num_workers: int, record: Path):
-        given = address or os.environ.get("RAY_ADDRESS")
-        self.address = None if given in ("", "local") else given
+        self.address = address_to_join(address)
         if self.address and self.address.startswith(("http://", "https://")):
             raise UserError(
                 f"{self.address} is a job server, which takes `ray job submit`; a run joins a cluster at HOST:PORT "

@@ -18,7 +18,7 @@ from minilm.orchestrator.system.malloc import keep_freed_memory
 class InlineLauncher(Launcher):
     """One worker, a thread of this process."""
 
-    is_here = True
+    alone = is_here = True
 
     @staticmethod
     def configure_process() -> None:

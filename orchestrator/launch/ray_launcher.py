@@ -31,7 +31,7 @@ from minilm.orchestrator.launch.base import (
     run_in_thread,
 )
 from minilm.orchestrator.launch.claims import Claim
-from minilm.orchestrator.launch.cluster import Cluster
+from minilm.orchestrator.launch.cluster import Cluster, address_to_join
 from minilm.orchestrator.launch.reservations import (
     cancel_reservations,
     forget_reservation,
@@ -59,6 +59,10 @@ JOB_STOP_SECONDS = (
     "RAY_JOB_STOP_WAIT_TIME_S"  # which `ray job stop` waits; it goes into the job's runtime environment
 )
 FEW_SECONDS = 60  # for a step and a save
+NOTHING_TO_COUNT = (
+    "compute.workers is auto, and the Ray cluster has neither GPUs nor `trainer`s to count, only CPUs; give a number, "
+    "as --set compute.workers=2, or start its nodes with `ray start --resources '{\"trainer\": 1}'`"
+)
 
 
 class RayLauncher(Launcher):
@@ -72,6 +76,10 @@ class RayLauncher(Launcher):
         shared = self.cluster.address is not None and not self.cluster.address.startswith("ray://")
         self.claim = Claim(f"{Process.this()} in {options.run.root}") if shared else None
 
+    @staticmethod
+    def joins(address: str | None) -> bool:
+        return address_to_join(address) is not None
+
     @property
     def is_here(self) -> bool:
         return not self.cluster.is_joined
@@ -83,6 +91,8 @@ class RayLauncher(Launcher):
             self.cluster.connect(self.stop)
 
     def allocate(self, spec: StageSpec, show: Show) -> StageSpec:
+        if self.options.auto and pick_resource(self.options.device, 1) == "CPU":
+            raise UserError(NOTHING_TO_COUNT)
         self.resource = wait_for_resources(
             self.options.device,
             self.options.workers[0],

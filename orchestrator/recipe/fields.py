@@ -136,10 +136,12 @@ def _auto_is_none(value: Any) -> Any:
 
 
 def _workers(value: Any) -> Any:
+    if value == "auto":
+        return value
     least, most = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
     numbers = [n for n in (least, most) if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
     if len(numbers) < 2 or least > most:
-        raise ValueError("a number of at least 1, or [LEAST, MOST] for a run that grows and shrinks")
+        raise ValueError("auto, a number of at least 1, or [LEAST, MOST] for a run that grows and shrinks")
     return least, most
 
 
@@ -177,11 +179,12 @@ ThreadsOrAuto = Annotated[
     WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": 4_096}]}),
 ]
 Workers = Annotated[
-    tuple[int, int],
+    tuple[int, int] | Literal["auto"],
     BeforeValidator(_workers),
     WithJsonSchema(
         {
             "anyOf": [
+                {"const": "auto"},
                 {"type": "integer", "minimum": 1},
                 {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
             ],

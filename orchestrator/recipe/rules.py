@@ -204,7 +204,7 @@ def _numbers(
         what = f"its default is {micro_batch}" if untouched else f"given {micro_batch}"
         allowed = f"allowed: a divisor of the batch {stage.batch} of stage {stage.name!r}"
         yield (*at, "micro_batch"), f"{what}; {allowed}; {fits} would do"
-    elif compute and compute.workers[1] > stage.batch // micro_batch:
+    elif compute and compute.workers != "auto" and compute.workers[1] > stage.batch // micro_batch:
         most = stage.batch // micro_batch
         what = f"given {compute.workers[1]}; allowed: at most {most}, the micro-batches of a step ({stage.batch} / "
         yield ("compute", "workers"), f"{what}{micro_batch}) of stage {stage.name!r}"

@@ -512,8 +512,9 @@ class Compute(_Section):
     """Where and how it is computed. Only `micro_batch` and `precision` change the result by more than rounding."""
 
     workers: Workers = (1, 1)
-    """Processes that share a step's micro-batches, one device each: a number, or [LEAST, MOST] for a run that
-    takes the places which the cluster has to give, and gives them back."""
+    """Processes that share a step's micro-batches, one device each: a number; [LEAST, MOST] for a run that
+    takes the places which the cluster has to give, and gives them back; auto: one for each GPU of this machine, or,
+    without any, for each NUMA node, and as many as a cluster that is joined has GPUs or `trainer`s."""
     micro_batch: Count = 32
     """Rows computed at once, the unit of determinism; divides every stage's batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

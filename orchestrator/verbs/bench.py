@@ -47,6 +47,7 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
         "step",
         "measure whole training steps, compared with hand-written ones",
         "minilm bench step --students 6x384,4x384,3x384 --ways ours --micro-batches 8",
+        "minilm bench step --against minilmv2.bb,bertdistiller",
     )
     step.add_argument("--teacher", default="12x768", metavar="LxH", help="layers x hidden size")
     step.add_argument(
@@ -59,6 +60,16 @@ def add_bench_verbs(bench: argparse.ArgumentParser) -> None:
         "--micro-batches", type=positive_whole, default=1, help="micro-batches of --batch rows in a step"
     )
     step.add_argument("--ways", default="by-hand,ours", help="some of by-hand, ours, ours-compiled")
+    step.add_argument(
+        "--against",
+        metavar="PEER,…",
+        help="before them, how published projects compute it: some of minilmv2.bb, bertdistiller, paddlenlp",
+    )
+    step.add_argument(
+        "--objective",
+        choices=("minilm", "minilmv2"),
+        help="that all ways compute (default: minilm; with --against minilmv2, which those projects publish)",
+    )
     step.add_argument(
         "--deterministic",
         action="store_true",
@@ -157,9 +168,15 @@ def bench_step(options: argparse.Namespace) -> int:
     if options.deterministic:  # before the first kernel
         compute_deterministically()
     students = [Size.parse(size) for size in options.students.split(",")]
-    teacher, ways = Size.parse(options.teacher), options.ways.split(",")
-    sizes = {"teacher": teacher, "students": students, "micro_batches": options.micro_batches}
-    rows = bench_step(**sizes, ways=ways, **_common(options))
+    sizes = {
+        "teacher": Size.parse(options.teacher),
+        "students": students,
+        "micro_batches": options.micro_batches,
+    }
+    peers = options.against.split(",") if options.against else []
+    ways = list(dict.fromkeys([*peers, *options.ways.split(",")]))
+    objective = options.objective or ("minilmv2" if peers else "minilm")
+    rows = bench_step(**sizes, ways=ways, objective=objective, **_common(options))
     return _print(rows, options.json)
 
 

@@ -39,6 +39,7 @@ def add_check(verbs: Any) -> None:
 
 def check_recipes(options: argparse.Namespace) -> int:
     from minilm.orchestrator.recipe.load import read_recipe
+    from minilm.orchestrator.resolve.workers import workers_of
 
     problems: list[str] = []
     for path in options.recipes:
@@ -64,6 +65,8 @@ def check_recipes(options: argparse.Namespace) -> int:
             print(f"{path}: sound; stages: {stages}")
             for number, note in source.notes.items():
                 print(f"{path}: stage {recipe.stages[number].name}: {note}")
+            if reason := workers_of(recipe).reason:
+                print(f"{path}: {reason}")
             for warning in warnings:
                 print(f"{path}: warning: {warning}")
             for note in notes:

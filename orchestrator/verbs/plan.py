@@ -135,10 +135,11 @@ def plan_recipe(options: argparse.Namespace) -> int:
     from minilm.orchestrator.plan.reading import reading
     from minilm.orchestrator.plan.report import as_json, table, whole, whole_as_json
     from minilm.orchestrator.recipe.load import load_recipe
+    from minilm.orchestrator.resolve.workers import workers_of
 
     recipe = load_recipe(options.recipe, options.set)
     device, precision = assumed(recipe, hardware=options.hardware)
-    least, most = recipe.compute.workers
+    least, most, _ = workers_of(recipe)
     workers = parse_hardware(options.hardware)[1] if options.hardware else most
     all_work = works(recipe, options.seq_len, device, precision)
     machine = machine_of(options, recipe, all_work, device, precision)

@@ -63,6 +63,7 @@ def run_or_read(options: argparse.Namespace, line: StatusLine) -> Summary:
     from minilm.orchestrator.driver.workdir import Workdir, default_workdir
     from minilm.orchestrator.recipe.load import read_recipe
     from minilm.orchestrator.recipe.show import whole_text
+    from minilm.orchestrator.resolve.workers import workers_of
     from minilm.orchestrator.system.files import sha256_json
     from minilm.orchestrator.system.signals import StopRequest
 
@@ -79,9 +80,17 @@ def run_or_read(options: argparse.Namespace, line: StatusLine) -> Summary:
 
                 flush_pending(workdir.root, recipe.tracking.experiment)
     else:
-        compute = recipe.compute
+        compute, joins = recipe.compute, launcher_type.joins(options.address)
+        least, most, reason = workers_of(recipe, joins=joins)
+        if reason and not launcher_type.alone:
+            line.say(reason)
         launch = LaunchOptions(
-            workdir, compute.device, compute.workers, compute.wait_seconds, address=options.address
+            workdir,
+            compute.device,
+            (least, most),
+            compute.wait_seconds,
+            address=options.address,
+            auto=joins and compute.workers == "auto",
         )
         with (
             workdir.claim(recipe, options.redo_from) as lease,

@@ -25,6 +25,7 @@ from minilm.orchestrator.feed.loader import RowLoader
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.lease import Fence
+from minilm.orchestrator.system.numa import keep_to_own_cores
 from minilm.orchestrator.system.timer import Timer
 from minilm.orchestrator.system.write_errors import is_final, writing
 from minilm.orchestrator.train.build import build_distiller, compute_deterministically, make_states
@@ -59,6 +60,8 @@ def run_stage(
     `DataError` or `ModelError` for errors that a retry cannot cure.
     """
     with join_world(spec.runtime.device, spec.runtime.threads, peer_timeout(spec)) as world:
+        if world.device.type == "cpu":
+            keep_to_own_cores(torch.get_num_threads())
         folder = StageFolder(Path(spec.folder))
         with writing(folder.root):
             watchdog = Watchdog(folder.worker_log(world.rank), spec.runtime.stall_seconds)

@@ -34,6 +34,7 @@ from minilm.orchestrator.plan.reading import reading
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.recipe.references import HubRef, absent_package, parse_reference
 from minilm.orchestrator.recipe.schema import Recipe, Stage
+from minilm.orchestrator.resolve.workers import workers_of
 from minilm.orchestrator.stage.folder import RunFolder, StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.system.files import read_json
@@ -213,7 +214,7 @@ def rates(
     for number, stage in enumerate(recipe.stages):
         folder, seen, work = run.stage(stage.name), watcher.seen[stage.name], found[number] if found else None
         rate, planned = measured_rate(folder), None
-        workers = seen.workers or recipe.compute.workers[1]
+        workers = seen.workers or workers_of(recipe).most
         if work and machine:
             seconds = scale(work, machine, workers).seconds
             planned = work.batch * work.seq_len / seconds if seconds else None
