@@ -26,6 +26,7 @@ from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.spec import StageSpec
 from minilm.orchestrator.system.lease import Fence
 from minilm.orchestrator.system.numa import keep_to_own_cores
+from minilm.orchestrator.system.short_waits import short_waits_where_crowded
 from minilm.orchestrator.system.timer import Timer
 from minilm.orchestrator.system.write_errors import is_final, writing
 from minilm.orchestrator.train.build import build_distiller, compute_deterministically, make_states
@@ -60,15 +61,18 @@ def run_stage(
     `DataError` or `ModelError` for errors that a retry cannot cure.
     """
     with join_world(spec.runtime.device, spec.runtime.threads, peer_timeout(spec)) as world:
-        if world.device.type == "cpu":
-            keep_to_own_cores(torch.get_num_threads())
+        on_cpu = world.device.type == "cpu"
+        threads = torch.get_num_threads() if on_cpu else 1
+        if on_cpu:
+            keep_to_own_cores(threads)
         folder = StageFolder(Path(spec.folder))
         with writing(folder.root):
             watchdog = Watchdog(folder.worker_log(world.rank), spec.runtime.stall_seconds)
         try:
             run = StageRun(spec, world, watchdog, eviction_announced)
             try:
-                return run.run(on_step)
+                with short_waits_where_crowded(threads):
+                    return run.run(on_step)
             except Exception as error:
                 if is_final(error) or isinstance(error, Evicted) or run.row_loader.quarantine_mask.grew():
                     run.end_attempt()  # no death that the crash loop guard should count
