@@ -201,7 +201,8 @@ def data(tmp_path_factory):
 
 def complaints(teacher: Path, data: DataSpec) -> list[str]:
     """What is said of a stage "a" with a teacher that has the tokenizer in this folder."""
-    stage = SimpleNamespace(name="a", objective="minilm", objective_fields=lambda: {"name": "minilm"})
+    fields = {"evaluate": (), "objective": "minilm", "objective_fields": lambda: {"name": "minilm"}}
+    stage = SimpleNamespace(name="a", **fields)
     resolved = ResolvedStage(stage, str(teacher), SHAPE, {}, {})
     return check_data([resolved], data.seq_len, data.vocabulary, data.tokenizer)
 
