@@ -15,7 +15,7 @@ from minilm.orchestrator.system.short_waits import short_waits_where_crowded, wa
 def test_teams_are_there_while_threads_wait_for_a_core(monkeypatch):
     open_teams: list[object] = []
     clock, seen = {"waited": 5.0, "now": 100.0}, []
-    shares = iter([0.02, 0.28, 0.9, 0.5, 0.2, 0.05, 0.02, 0.9])
+    shares = iter([0.02, 0.18, 0.9, 0.5, 0.1, 0.06, 0.02, 0.9])  # of both threads together
 
     class Team:
         def __init__(self):

@@ -147,21 +147,16 @@ class Objective:
         mask: bool [batch, tokens], None: all valid; or the blocks in which documents lie in the taps. projections: the
         modules of `projections`, by term. masked: what `mask_tokens` gave.
         """
-        whole, parts = [(teacher, student)], [(teacher, student)]
+        whole = parts = [(teacher, student)]
         if isinstance(mask, Blocks):
             parts, mask = [*zip(teacher.split(mask), student.split(mask), strict=True)], None
         sums = []
         for term in self.relations:
             projection = (projections or {}).get(term.name)
-            values = [
-                torch.stack(
-                    [
-                        term.sum(self._setting, Pair(*layer, mask, masked, projection))
-                        for layer in self._layers(*sides, term)
-                    ]
-                ).mean()
-                for sides in (whole if term.per_sequence else parts)
-            ]
+            values = []
+            for sides in whole if term.per_sequence else parts:
+                pairs = [Pair(*layer, mask, masked, projection) for layer in self._layers(*sides, term)]
+                values.append(torch.stack([term.sum(self._setting, pair) for pair in pairs]).mean())
             sums.append(torch.stack(values).sum())
         return torch.stack(sums)
 

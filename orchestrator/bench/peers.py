@@ -70,9 +70,7 @@ def minilmv2_bb(teacher: Any, student: Any, ids: Tensor, objective: Objective) -
     teacher.requires_grad_(False)
     teacher_out = teacher(ids, **asked)
     student_out = student(ids, **asked)
-    targets = _scores(teacher, teacher_out.hidden_states[-2], objective)
-    scores = _scores(student, student_out.hidden_states[-2], objective)
-    return _sum_row_by_row(scores, targets, mask)
+    return _compared_row_by_row((teacher, teacher_out), (student, student_out), mask, objective)
 
 
 def bertdistiller(teacher: Any, student: Any, ids: Tensor, objective: Objective) -> Tensor:
@@ -83,9 +81,7 @@ def bertdistiller(teacher: Any, student: Any, ids: Tensor, objective: Objective)
     with torch.no_grad():
         teacher_out = teacher(ids, **asked)
     student_out = student(ids, **asked)
-    targets = _scores(teacher, teacher_out.hidden_states[-2], objective)
-    scores = _scores(student, student_out.hidden_states[-2], objective)
-    return _sum_row_by_row(scores, targets, mask)
+    return _compared_row_by_row((teacher, teacher_out), (student, student_out), mask, objective)
 
 
 def paddlenlp(teacher: Any, student: Any, ids: Tensor, objective: Objective) -> Tensor:
@@ -157,8 +153,11 @@ def _scores(model: Any, hidden: Tensor, objective: Objective) -> Iterator[Tensor
         yield _product(vectors[relation.x], vectors[relation.y])
 
 
-def _sum_row_by_row(scores: Iterator[Tensor], targets: Iterator[Tensor], mask: Tensor) -> Tensor:
-    """Each row is cut to its length, which the host waits for, and compared by itself."""
+def _compared_row_by_row(
+    teacher: tuple[Any, Any], student: tuple[Any, Any], mask: Tensor, objective: Objective
+) -> Tensor:
+    """Of models and their outputs: each row is cut to its length, which the host waits for, and compared by itself."""
+    targets, scores = (_scores(model, out.hidden_states[-2], objective) for model, out in (teacher, student))
     total = torch.zeros((), device=mask.device)
     for target, own in zip(targets, scores, strict=True):
         target = target.detach()
