@@ -30,6 +30,7 @@ from minilm.orchestrator.plan.estimate import works
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.resolve.starts import special_keys
 from minilm.orchestrator.stage.folder import StageFolder
+from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import StageSpec
 from tests.conftest import WORDS, make_embedder, make_teacher
 
@@ -137,6 +138,8 @@ def test_a_bert_start_learns_from_an_mpnet_teacher(mpnet, start, text, empty_sto
     pieces = theirs.convert_tokens_to_ids(["time", "##less"])
     torch.testing.assert_close(table[ids["timeless"]], old[pieces].mean(dim=0))
     assert torch.equal(table[ids["<mask>"]], old[theirs.mask_token_id])
+    curve = read_all_metrics(stage.heldout_metrics)
+    assert curve[0].metrics["small/heldout/cosine_distance"] < 0.7  # 1 with a dense layer drawn at random
     listed = [module["path"] for module in json.loads((student / "modules.json").read_text())]
     assert listed == ["", "1_Pooling", "2_Dense", "3_Normalize"]
     assert "Started from" in (student / "README.md").read_text()

@@ -339,6 +339,24 @@ def test_dense_weights_that_are_not_sound_are_refused(teacher, tmp_path):
             load_head(folder, layout)
 
 
+def test_a_turned_dense_layer_keeps_the_cosines_and_is_the_nearest_such_map():
+    generator = torch.Generator().manual_seed(2)
+    given = torch.randn(9, 12, generator=generator)  # fewer texts than dimensions
+    wanted = torch.randn(9, 20, generator=generator)
+    head = SentenceHead(SentenceLayout("mean", (DenseLayer(12, 20),)))
+    head.turn(given, wanted)
+    turned = head.linear[0](given)
+    torch.testing.assert_close(turned @ turned.T, given @ given.T, rtol=1e-4, atol=1e-4)
+    reached = (turned - wanted).square().sum()
+    for _ in range(20):
+        other, _ = torch.linalg.qr(head.linear[0].weight + 0.1 * torch.randn(20, 12, generator=generator))
+        assert reached < (given @ other.T - wanted).square().sum()
+    narrower = SentenceHead(SentenceLayout("mean", (DenseLayer(12, 5),)))
+    narrower.turn(given, wanted[:, :5])
+    weight = narrower.linear[0].weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(5), rtol=0, atol=1e-5)
+
+
 def exported(teacher: Path, out: Path) -> tuple[Path, SentenceHead]:
     model = AutoModel.from_pretrained(teacher)
     head = SentenceHead(SentenceLayout("mean", (DenseLayer(48, 64),)), seed=4)

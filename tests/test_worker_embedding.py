@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from minilm.data.builder.build import build
@@ -149,7 +150,11 @@ def test_two_stages_chain_in_one_recipe(text, embedder, tmp_path, capsys):
         for stage, name in (("relations", "start"), ("vectors", "embedder"))
     )
     spec = StageSpec.from_json((work / "stages" / "vectors" / "stage.json").read_text())
-    assert Path(spec.students[0].start) == start.resolve()
+    fitted = Path(spec.students[0].start)  # the same weights with a dense layer
+    layout = read_layout(fitted, 24)
+    assert layout is not None and [layer.outputs for layer in layout.dense] == [64]
+    weights = [load_file(folder / "model.safetensors") for folder in (start, fitted)]
+    assert all(torch.equal(weights[1][key], value) for key, value in weights[0].items())
     assert spec.students[0].start_digest == weights_digest(start)
     listed = [module["path"] for module in json.loads((made / "modules.json").read_text())]
     assert listed == ["", "1_Pooling", "2_Dense", "3_Normalize"] and not (start / "modules.json").exists()

@@ -32,6 +32,17 @@ class SentenceHead(nn.Module):
         self.linear = nn.ModuleList(_linear(layer, generator) for layer in layout.dense)
         self.activations = nn.ModuleList(_ACTIVATIONS[layer.activation]() for layer in layout.dense)
 
+    @torch.no_grad()
+    def turn(self, given: Tensor, wanted: Tensor) -> None:
+        """Start its one dense layer as the turn that brings vectors `given`, [texts, inputs], nearest to vectors
+        `wanted`, [texts, outputs]: of all maps that keep lengths and angles, or drop directions where there are fewer
+        outputs, the one of the least squared distance (orthogonal Procrustes, Schönemann 1966), in float64."""
+        linear = self.linear[0]
+        assert isinstance(linear, nn.Linear)
+        left, _, right = torch.linalg.svd(given.double().T @ wanted.double(), full_matrices=False)
+        linear.weight.copy_((left @ right).T)
+        linear.bias.zero_()
+
     def forward(self, states: Tensor, mask: Tensor | Blocks | None) -> Tensor:
         """states [batch, tokens, hidden]; mask bool [batch, tokens], None: all valid → float32 [batch, width].
 

@@ -1,8 +1,10 @@
 """Starts of students that are made before the workers begin, once, as folders of models.
 
-So every worker, however many there are and wherever they run, begins with the same bits. Two kinds are made: of
-`init: teacher-pca`, from the teacher and the first rows that the stage trains on, and of a model with another tokenizer
-than the data's, whose table of tokens is put into the data's order.
+So every worker, however many there are and wherever they run, begins with the same bits. Three kinds are made: of
+`init: teacher-pca`, from the teacher and the first rows that the stage trains on; of a model with another tokenizer
+than the data's, whose table of tokens is put into the data's order; and of either of these or any other model whose
+vectors need a dense layer to the teacher's width. That layer turns them to the teacher's vectors of the first rows and
+keeps their cosines: drawn at random, it would have the first steps destroy what the model knows.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minilm.data.token_match import TokenMatch
+from minilm.model.compatibility import student_layout, teacher_layout
+from minilm.model.encoder.sentence_layout import SentenceLayout, read_layout
 from minilm.model.encoder.shape import load_config
 from minilm.model.export import export_student, weights_digest, whole_folder
+from minilm.model.loss.objective import Objective
 from minilm.orchestrator.feed.corpora import close, load_quarantine, open_stream, release
 from minilm.orchestrator.resolve.starts import other_vocabulary, special_keys
 from minilm.orchestrator.stage.folder import StageFolder
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 PROJECTED = "teacher-pca"
 SAMPLE_TOKENS = 32_768
+TURN_ROWS, TURN_TOKENS = 2_048, 64  # rows are cut: the beginnings of texts are texts too
 
 
 def with_made_starts(spec: StageSpec, show: Callable[[str], None] = lambda text: None) -> StageSpec:
@@ -47,6 +53,12 @@ def with_made_starts(spec: StageSpec, show: Callable[[str], None] = lambda text:
                 show("putting the tokens of a student's start into the data's order")
                 _reorder(spec, student, match, folder)
             student = replace(student, start=str(folder)) if match is not None else student
+        if student.start and _needs_dense(spec, student):
+            folder = folder.with_name(f"{folder.name}-dense")
+            if not folder.is_dir():
+                show("turning a student's vectors towards the teacher's")
+                _turn(spec, student, folder)
+            student = replace(student, start=str(folder))
         students.append(student)
     return replace(spec, students=tuple(students))
 
@@ -59,7 +71,7 @@ def _project(spec: StageSpec, student: StudentSpec, folder: Path) -> None:
     head = build_objective(spec).needs_head
     teacher = load_encoder(spec.teacher, layer=spec.teacher_layer, head=head).model
     model = build_random(spec, student, teacher.config, head=head)
-    from_principal_directions(model, teacher, _sample(spec))
+    from_principal_directions(model, teacher, _sample(spec, max(1, SAMPLE_TOKENS // spec.data.seq_len)))
     with whole_folder(folder) as temporary, quiet_transformers():
         model.save_pretrained(temporary)
 
@@ -67,7 +79,6 @@ def _project(spec: StageSpec, student: StudentSpec, folder: Path) -> None:
 def _reorder(spec: StageSpec, student: StudentSpec, match: TokenMatch, folder: Path) -> None:
     from minilm.model.encoder.other_vocabulary import with_vocabulary
     from minilm.model.encoder.sentence_head import load_head
-    from minilm.model.encoder.sentence_layout import read_layout
     from minilm.orchestrator.train.build import load_student_start
 
     model = load_student_start(spec, student, head=False)
@@ -78,7 +89,45 @@ def _reorder(spec: StageSpec, student: StudentSpec, match: TokenMatch, folder: P
     export_student(made, Path(spec.data.tokenizer), folder, card, head)
 
 
-def _sample(spec: StageSpec) -> list[tuple[Tensor, Tensor | None]]:
+def _needs_dense(spec: StageSpec, student: StudentSpec) -> bool:
+    """Whether the student gets a dense layer that its start does not have."""
+    objective, hidden = Objective.named(**spec.objective), load_config(spec.teacher).hidden_size
+    if not objective.embeds:
+        return False
+    layout = teacher_layout(objective, spec.teacher_name, read_layout(spec.teacher, hidden), hidden)
+    own = read_layout(student.start, student.hidden)
+    return bool(student_layout(student.name, objective, layout, hidden, student.hidden, own).dense) and not (
+        own and own.dense
+    )
+
+
+def _turn(spec: StageSpec, student: StudentSpec, folder: Path) -> None:
+    import torch
+    from torch.nn.functional import normalize
+
+    from minilm.model.encoder.sentence_head import SentenceHead
+    from minilm.orchestrator.train.bucketing import end_to_end
+    from minilm.orchestrator.train.build import build_distiller
+
+    distiller = build_distiller(replace(spec, students=(student,)), torch.device("cpu")).eval()
+    encoder = distiller.students[student.name]
+    head = encoder.head
+    assert head is not None
+    encoder.head = SentenceHead(SentenceLayout(head.layout.pooling, normalize=True))
+    vectors: list[tuple[Tensor, Tensor]] = []
+    with torch.inference_mode():
+        for ids, mask in _sample(spec, TURN_ROWS):
+            ids, mask = ids[:, :TURN_TOKENS], None if mask is None else mask[:, :TURN_TOKENS]
+            texts = None if mask is None else end_to_end(ids, mask)
+            given, wanted = (model(*(texts or (ids, mask))).pooled for model in (encoder, distiller.teacher))
+            assert given is not None and wanted is not None
+            vectors.append((given, normalize(wanted, dim=-1)))
+    head.turn(*(torch.cat(side) for side in zip(*vectors, strict=True)))
+    card = f"# The start of {student.name}\n\n{student.init} with a dense layer to the teacher's vectors.\n"
+    export_student(encoder.model, Path(spec.data.tokenizer), folder, card, head)
+
+
+def _sample(spec: StageSpec, rows: int) -> list[tuple[Tensor, Tensor | None]]:
     stream = open_stream(
         spec.data,
         seed=spec.seed,
@@ -86,7 +135,7 @@ def _sample(spec: StageSpec) -> list[tuple[Tensor, Tensor | None]]:
         micro_batch=spec.micro_batch,
         quarantine=load_quarantine(spec.data),
     )
-    rows = max(1, SAMPLE_TOKENS // spec.data.seq_len)
+    rows = min(rows, sum(corpus.rows.num_rows for corpus in stream.corpora))
     found: list[tuple[Tensor, Tensor | None]] = []
     try:
         for number in range(-(-rows // spec.micro_batch)):
