@@ -21,6 +21,7 @@ from minilm.model.encoder.sentence_head import load_head
 from minilm.model.encoder.sentence_layout import read_layout
 from minilm.model.export import weights_digest
 from minilm.orchestrator import cli
+from minilm.orchestrator.driver.made_starts import with_made_starts
 from minilm.orchestrator.evaluation.embed import vectors_of
 from minilm.orchestrator.evaluation.sources import Source, head_of
 from minilm.orchestrator.evaluation.sources import build as load_source
@@ -92,6 +93,26 @@ def test_killed_and_finished_by_two_workers_a_stage_ends_with_the_same_bits(rows
     names = [f"small/heldout/{name}" for name in ("cosine_distance", "cosine_distance_16", "similarity")]
     assert [set(point.metrics) for point in curve] == [set(names)] * 2
     assert 0 < curve[-1].metrics[names[0]] < curve[0].metrics[names[0]] < 2
+
+
+@pytest.mark.parametrize("init", ["teacher-layers", "teacher-pca", "random"])
+def test_a_new_dense_layer_turns_the_start_towards_the_teacher(init, rows, embedder, tmp_path):
+    student = StudentSpec("small", 2, 24, 4, 96, 0.0, init)
+    spec = replace(job(rows, embedder, tmp_path), students=(student,))
+    made = with_made_starts(spec)
+    assert with_made_starts(spec) == made
+    if init == "random":  # there is nothing to keep
+        assert made == spec
+        return
+    folder = Path(made.students[0].start)
+    layout = read_layout(folder, 24)
+    assert layout is not None
+    weight = load_head(folder, layout).linear[0].weight
+    torch.testing.assert_close(weight.T @ weight, torch.eye(24), rtol=0, atol=1e-5)  # cosines stay
+    texts = sentences(60, seed=3)
+    distance = 1 - (embedded(folder, texts) * embedded(embedder, texts)).sum(dim=1).mean().item()
+    assert distance < 0.8  # 1 if drawn at random
+    assert made.students[0].start_digest
 
 
 def test_queries_of_the_student_find_documents_of_the_teacher(rows, embedder, tmp_path):

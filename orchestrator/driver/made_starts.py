@@ -2,9 +2,10 @@
 
 So every worker, however many there are and wherever they run, begins with the same bits. Three kinds are made: of
 `init: teacher-pca`, from the teacher and the first rows that the stage trains on; of a model with another tokenizer
-than the data's, whose table of tokens is put into the data's order; and of either of these or any other model whose
-vectors need a dense layer to the teacher's width. That layer turns them to the teacher's vectors of the first rows and
-keeps their cosines: drawn at random, it would have the first steps destroy what the model knows.
+than the data's, whose table of tokens is put into the data's order; and of any model, these two and `init:
+teacher-layers` among them, whose vectors need a dense layer to the teacher's width. That layer turns them to the
+teacher's vectors of the first rows and keeps their cosines: drawn at random, it would have the first steps destroy what
+the model knows.
 """
 
 from __future__ import annotations
@@ -53,12 +54,13 @@ def with_made_starts(spec: StageSpec, show: Callable[[str], None] = lambda text:
                 show("putting the tokens of a student's start into the data's order")
                 _reorder(spec, student, match, folder)
             student = replace(student, start=str(folder)) if match is not None else student
-        if student.start and _needs_dense(spec, student):
+        if student.init != "random" and _needs_dense(spec, student):
             folder = folder.with_name(f"{folder.name}-dense")
             if not folder.is_dir():
                 show("turning a student's vectors towards the teacher's")
                 _turn(spec, student, folder)
-            student = replace(student, start=str(folder))
+            digest = student.start_digest or weights_digest(folder)
+            student = replace(student, start=str(folder), start_digest=digest)
         students.append(student)
     return replace(spec, students=tuple(students))
 
@@ -95,7 +97,7 @@ def _needs_dense(spec: StageSpec, student: StudentSpec) -> bool:
     if not objective.embeds:
         return False
     layout = teacher_layout(objective, spec.teacher_name, read_layout(spec.teacher, hidden), hidden)
-    own = read_layout(student.start, student.hidden)
+    own = read_layout(student.start, student.hidden) if student.start else None
     return bool(student_layout(student.name, objective, layout, hidden, student.hidden, own).dense) and not (
         own and own.dense
     )
@@ -123,7 +125,7 @@ def _turn(spec: StageSpec, student: StudentSpec, folder: Path) -> None:
             assert given is not None and wanted is not None
             vectors.append((given, normalize(wanted, dim=-1)))
     head.turn(*(torch.cat(side) for side in zip(*vectors, strict=True)))
-    card = f"# The start of {student.name}\n\n{student.init} with a dense layer to the teacher's vectors.\n"
+    card = f"# The start of {student.name}\n\n{student.init} with a dense layer to the teacher's width.\n"
     export_student(encoder.model, Path(spec.data.tokenizer), folder, card, head)
 
 

@@ -361,7 +361,8 @@ class Embedding(_Section):
     """How the student's vector is made of its last layer: the mean over tokens, or the first token; default: as the
     model does that it starts from, else its teacher. Of a teacher that says nothing itself (no modules.json) too."""
     dense: bool | None = None
-    """Whether a linear layer follows that maps to the teacher's width; default: where the widths differ."""
+    """Whether a linear layer follows that maps to the teacher's width; default: where the widths differ. Of a student
+    that does not start at random, it first turns the vectors towards the teacher's and keeps their cosines."""
     similarity: Positive | None = None
     """Weight of a second term: the cosines between the rows that are computed together, compared; default: none."""
     dims: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
