@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from minilm.data.builder.build import build
@@ -22,6 +22,7 @@ from minilm.model.encoder.sentence_layout import read_layout
 from minilm.model.export import weights_digest
 from minilm.orchestrator import cli
 from minilm.orchestrator.driver.made_starts import with_made_starts
+from minilm.orchestrator.errors import UserError
 from minilm.orchestrator.evaluation.embed import vectors_of
 from minilm.orchestrator.evaluation.sources import Source, head_of
 from minilm.orchestrator.evaluation.sources import build as load_source
@@ -113,6 +114,18 @@ def test_a_new_dense_layer_turns_the_start_towards_the_teacher(init, rows, embed
     distance = 1 - (embedded(folder, texts) * embedded(embedder, texts)).sum(dim=1).mean().item()
     assert distance < 0.8  # 1 if drawn at random
     assert made.students[0].start_digest
+
+
+def test_a_teacher_whose_vectors_overflow_is_named_by_the_run(rows, embedder, tmp_path):
+    """Making the start before it fails on nothing."""
+    broken = shutil.copytree(embedder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["encoder.layer.2.output.LayerNorm.weight"] *= 3e38
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    student = StudentSpec("small", 2, 24, 4, 96, 0.0, "teacher-layers")
+    spec = replace(job(rows, broken, tmp_path), students=(student,))
+    with pytest.raises(UserError, match="teacher .* not finite"):
+        run_stage(with_made_starts(spec))
 
 
 def test_queries_of_the_student_find_documents_of_the_teacher(rows, embedder, tmp_path):

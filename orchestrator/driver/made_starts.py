@@ -96,11 +96,12 @@ def _needs_dense(spec: StageSpec, student: StudentSpec) -> bool:
     objective, hidden = Objective.named(**spec.objective), load_config(spec.teacher).hidden_size
     if not objective.embeds:
         return False
-    layout = teacher_layout(objective, spec.teacher_name, read_layout(spec.teacher, hidden), hidden)
     own = read_layout(student.start, student.hidden) if student.start else None
-    return bool(student_layout(student.name, objective, layout, hidden, student.hidden, own).dense) and not (
-        own and own.dense
-    )
+    if own and own.dense:
+        return False
+    whose = f"the teacher {spec.teacher_name}"
+    theirs = teacher_layout(objective, whose, read_layout(spec.teacher, hidden), hidden)
+    return bool(student_layout(student.name, objective, theirs, hidden, student.hidden, own).dense)
 
 
 def _turn(spec: StageSpec, student: StudentSpec, folder: Path) -> None:
@@ -123,13 +124,19 @@ def _turn(spec: StageSpec, student: StudentSpec, folder: Path) -> None:
             texts = None if mask is None else end_to_end(ids, mask)
             given, wanted = (model(*(texts or (ids, mask))).pooled for model in (encoder, distiller.teacher))
             assert given is not None and wanted is not None
-            vectors.append((given, normalize(wanted, dim=-1)))
+            wanted = normalize(wanted, dim=-1)
+            finite = given.isfinite().all(dim=1) & wanted.isfinite().all(
+                dim=1
+            )  # the worker names what is not
+            vectors.append((given[finite], wanted[finite]))
     head.turn(*(torch.cat(side) for side in zip(*vectors, strict=True)))
     card = f"# The start of {student.name}\n\n{student.init} with a dense layer to the teacher's width.\n"
     export_student(encoder.model, Path(spec.data.tokenizer), folder, card, head)
 
 
 def _sample(spec: StageSpec, rows: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Whole micro-batches, int64 ids and bool mask or None, of the first `rows` rows that the stage trains on; where it
+    has fewer, of about one epoch."""
     stream = open_stream(
         spec.data,
         seed=spec.seed,
