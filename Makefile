@@ -27,7 +27,7 @@ embed-quickstart: .venv/.quickstart-input
 	$(BIN)/minilm run recipes/embed-quickstart.yaml --workdir runs/embed-quickstart
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 test-slow: .venv/.quickstart-input
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -18,6 +18,7 @@ import pytest
 from minilm.orchestrator.cli import main, parser
 from minilm.orchestrator.recipe.load import load_recipe
 from minilm.orchestrator.verbs.arguments import Parser
+from tests.data_cases import make_tokenizer
 
 
 def test_help_names_every_verb(capsys):
@@ -36,6 +37,23 @@ def test_a_path_that_no_file_can_have_is_told(tmp_path, capsys):
     assert line.startswith("minilm: error: given the path ") and line.endswith(
         "; allowed: 255 bytes a name and 4095 in all"
     )
+
+
+def test_a_place_that_the_system_refuses_is_told_and_a_defect_is_not_hidden(tmp_path, capsys, monkeypatch):
+    text, tokenizer = tmp_path / "a.txt", make_tokenizer(tmp_path / "t")
+    text.write_text("a book of the house\n" * 50)
+    build = ["data", "build", "-q", str(text), "--tokenizer", tokenizer, "--out"]
+    for out in ("/proc/x", "/proc/x/deeper"):
+        assert main([*build, out]) == 2
+        expected = "can't use /proc/x: No such file or directory; give another place, or make this one usable"
+        assert capsys.readouterr().err == f"minilm: error: {expected}\n"
+
+    def fail(*arguments, **keywords):
+        raise PermissionError(13, "Permission denied", "/somewhere/else")
+
+    monkeypatch.setattr("minilm.data.builder.build.import_data", fail)
+    with pytest.raises(PermissionError):
+        main([*build, str(tmp_path / "out")])
 
 
 def leaves(of: Parser) -> list[Parser]:

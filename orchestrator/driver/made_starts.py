@@ -125,9 +125,7 @@ def _turn(spec: StageSpec, student: StudentSpec, folder: Path) -> None:
             given, wanted = (model(*(texts or (ids, mask))).pooled for model in (encoder, distiller.teacher))
             assert given is not None and wanted is not None
             wanted = normalize(wanted, dim=-1)
-            finite = given.isfinite().all(dim=1) & wanted.isfinite().all(
-                dim=1
-            )  # the worker names what is not
+            finite = (given.sum(dim=1) + wanted.sum(dim=1)).isfinite()  # the worker names what is not
             vectors.append((given[finite], wanted[finite]))
     head.turn(*(torch.cat(side) for side in zip(*vectors, strict=True)))
     card = f"# The start of {student.name}\n\n{student.init} with a dense layer to the teacher's width.\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,12 @@ def check_place(out: Path) -> None:
     nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"{out} can't be a folder: {nearest} is a file; give another place")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{out} can't be written: {nearest} is read-only for you; give another place")
+    try:
+        Path(tempfile.mkdtemp(dir=nearest)).rmdir()  # /proc and full disks look writable to os.access
+    except OSError as error:
+        raise UserError(
+            f"{out} can't be written: {nearest} takes no folder ({error.strerror}); give another place"
+        ) from None
 
 
 def sha256_json(value: Any) -> str:
