@@ -16,7 +16,6 @@ import os
 import select
 import sys
 import traceback
-from pathlib import Path
 
 from minilm.data.errors import DataError
 from minilm.model.errors import ModelError
@@ -84,31 +83,10 @@ def run_verb(options: argparse.Namespace) -> int:
             text = f"given the path {str(error.filename)[:60]}…; allowed: 255 bytes a name and 4095 in all"
             return end(options, UserError.exit_code, text)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            if not was_given(options, error):
-                raise
-            text = (
-                f"can't use {error.filename}: {error.strerror}; give another place, or make this one usable"
-            )
-            return end(options, UserError.exit_code, text)
+            raise
         where = f" at {error.filename}" if error.filename else ""
         text = f"no space left on the disk{where}; free some and run the same command again"
         return end(options, UserError.exit_code, text)
-
-
-def was_given(options: argparse.Namespace, error: OSError) -> bool:
-    """Is the error one of a place on the command line, or above it, or does it forbid what lies below?"""
-    if not isinstance(error.filename, str | Path):
-        return False
-    refused, forbidden = (
-        Path(error.filename).absolute(),
-        error.errno in (errno.EACCES, errno.EPERM, errno.EROFS),
-    )
-    for value in vars(options).values():
-        for place in value if isinstance(value, list) else [value]:
-            given = Path(place).absolute() if place and isinstance(place, str | Path) else Path()
-            if refused in (given, *given.parents) or (forbidden and given in refused.parents):
-                return True
-    return False
 
 
 def end(options: argparse.Namespace, exit_code: int, *problems: str) -> int:

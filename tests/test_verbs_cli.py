@@ -39,21 +39,19 @@ def test_a_path_that_no_file_can_have_is_told(tmp_path, capsys):
     )
 
 
-def test_a_place_that_the_system_refuses_is_told_and_a_defect_is_not_hidden(tmp_path, capsys, monkeypatch):
+def test_a_place_that_takes_no_files_is_told(tmp_path, capsys):
     text, tokenizer = tmp_path / "a.txt", make_tokenizer(tmp_path / "t")
     text.write_text("a book of the house\n" * 50)
     build = ["data", "build", "-q", str(text), "--tokenizer", tokenizer, "--out"]
-    for out in ("/proc/x", "/proc/x/deeper"):
+    for out in ("/proc", "/proc/x", "/proc/x/deeper"):
         assert main([*build, out]) == 2
-        expected = "can't use /proc/x: No such file or directory; give another place, or make this one usable"
+        expected = f"'{out}' cannot be written (it takes no file, as /proc); choose another folder"
         assert capsys.readouterr().err == f"minilm: error: {expected}\n"
-
-    def fail(*arguments, **keywords):
-        raise PermissionError(13, "Permission denied", "/somewhere/else")
-
-    monkeypatch.setattr("minilm.data.builder.build.import_data", fail)
-    with pytest.raises(PermissionError):
-        main([*build, str(tmp_path / "out")])
+    assert main(["data", "convert", str(tmp_path), "/proc/x"]) == 2
+    expected = (
+        "/proc/x can't be written: /proc takes no folder (No such file or directory); give another place"
+    )
+    assert capsys.readouterr().err == f"minilm: error: {expected}\n"
 
 
 def leaves(of: Parser) -> list[Parser]:

@@ -254,9 +254,11 @@ def _layout(info: TokenizerInfo, seq_len: int, packing: str, rows_per_block: int
 def _lock(out: Path) -> Iterator[None]:
     """One build a folder at a time; a second one waits and then finds the first one's result."""
     path = out / LOCK
-    while True:
-        out.mkdir(parents=True, exist_ok=True)  # the one before us may have failed, and left nothing behind
+    for _ in range(1000):  # nobody removes it as often as that
         try:
+            out.mkdir(
+                parents=True, exist_ok=True
+            )  # the one before us may have failed, and left nothing behind
             file = path.open("w")
         except FileNotFoundError:
             continue
@@ -265,6 +267,8 @@ def _lock(out: Path) -> Iterator[None]:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         file.close()  # while we waited it was removed: others may hold the one that is there now
+    else:
+        raise DataError(f"{str(out)!r} cannot be written (it takes no file, as /proc); choose another folder")
     try:
         yield
     finally:

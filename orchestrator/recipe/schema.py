@@ -362,7 +362,8 @@ class Embedding(_Section):
     model does that it starts from, else its teacher. Of a teacher that says nothing itself (no modules.json) too."""
     dense: bool | None = None
     """Whether a linear layer follows that maps to the teacher's width; default: where the widths differ. Of a student
-    that does not start at random, it first turns the vectors towards the teacher's and keeps their cosines."""
+    that does not start at random, it first turns the vectors towards the teacher's, which keeps their cosines where the
+    teacher's are no narrower."""
     similarity: Positive | None = None
     """Weight of a second term: the cosines between the rows that are computed together, compared; default: none."""
     dims: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None

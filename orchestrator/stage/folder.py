@@ -41,7 +41,7 @@ class StageFolder:
         return self.root / "checkpoints"
 
     def start(self, student: str, key: str) -> Path:
-        """A model that a student of the stage starts from, made before its workers begin (`init: teacher-pca`)."""
+        """A model that a student of the stage starts from, made before its workers begin (`driver.made_starts`)."""
         return self.root / "starts" / f"{student}-{key}"
 
     @property

@@ -21,8 +21,8 @@ from minilm.orchestrator.stage.data import DataSpec
 class StudentSpec:
     """Size and initialisation of one student.
 
-    start: folder of the model that it goes on from, "" without one; start_digest: of its weights; init: then the
-    reference in the recipe. positions: what becomes of those behind the rows' length.
+    start: folder of the model that it goes on from, "" without one; start_digest: of its weights, or of those that it
+    was made of; init: then the reference in the recipe. positions: what becomes of those behind the rows' length.
     """
 
     name: str

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minilm.data.format.files import write_whole
+from minilm.data.format.files import NO_SPACE, write_whole
 from minilm.orchestrator.errors import UserError
 
 
@@ -36,8 +36,10 @@ def check_place(out: Path) -> None:
     if not nearest.is_dir():
         raise UserError(f"{out} can't be a folder: {nearest} is a file; give another place")
     try:
-        Path(tempfile.mkdtemp(dir=nearest)).rmdir()  # /proc and full disks look writable to os.access
+        Path(tempfile.mkdtemp(dir=nearest)).rmdir()  # /proc looks writable to os.access
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
         raise UserError(
             f"{out} can't be written: {nearest} takes no folder ({error.strerror}); give another place"
         ) from None

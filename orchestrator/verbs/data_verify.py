@@ -98,6 +98,8 @@ def inspect_data(options: argparse.Namespace) -> int:
 
 def convert_data(options: argparse.Namespace) -> int:
     from minilm.data.tools.convert import convert
+    from minilm.orchestrator.system.files import check_place
 
+    check_place(options.out)
     print(convert(options.data, options.out, to=options.to).text())
     return 0

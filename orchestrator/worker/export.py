@@ -57,7 +57,7 @@ def finish_stage(
         folder = stage.student(student.name)
         if student.positions == "teacher" and student.init in INITIALIZATIONS:
             source = distiller.teacher.model
-            if student.start:  # the teacher projected to the student's width
+            if student.start:  # made of the teacher (`driver.made_starts`)
                 source = load_encoder(student.start, head=distiller.objective.needs_head).model
             copy_positions(encoder.model, source, first=spec.data.seq_len)
         start = (
