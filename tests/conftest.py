@@ -145,3 +145,8 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     connect(f"sqlite:///{path}").search_experiments()
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of whole clusters first: a long test that begins last leaves the other processor without work."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_launch_"))
