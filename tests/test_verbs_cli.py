@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def test_a_path_that_no_file_can_have_is_told(tmp_path, capsys):
     )
 
 
-def test_a_place_that_takes_no_files_is_told(tmp_path, capsys):
+def test_a_place_that_takes_no_files_is_told(tmp_path, capsys, monkeypatch):
     text, tokenizer = tmp_path / "a.txt", make_tokenizer(tmp_path / "t")
     text.write_text("a book of the house\n" * 50)
     build = ["data", "build", "-q", str(text), "--tokenizer", tokenizer, "--out"]
@@ -47,10 +49,20 @@ def test_a_place_that_takes_no_files_is_told(tmp_path, capsys):
         assert main([*build, out]) == 2
         expected = f"'{out}' cannot be written (it takes no file, as /proc); choose another folder"
         assert capsys.readouterr().err == f"minilm: error: {expected}\n"
-    assert main(["data", "convert", str(tmp_path), "/proc/x"]) == 2
-    expected = (
-        "/proc/x can't be written: /proc takes no folder (No such file or directory); give another place"
-    )
+    register = ["register", str(tmp_path), "mine", "--workdir", "/proc/x"]
+    for command in (["data", "convert", str(tmp_path), "/proc/x"], register):
+        assert main(command) == 2
+        expected = (
+            "/proc/x can't be written: /proc takes no folder (No such file or directory); give another place"
+        )
+        assert capsys.readouterr().err == f"minilm: error: {expected}\n"
+
+    def full(dir):
+        raise OSError(errno.ENOSPC, "No space left on device", str(dir))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    assert main(["data", "convert", str(tmp_path), str(tmp_path / "out")]) == 2
+    expected = f"no space left on the disk at {tmp_path}; free some and run the same command again"
     assert capsys.readouterr().err == f"minilm: error: {expected}\n"
 
 

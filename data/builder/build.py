@@ -254,11 +254,9 @@ def _layout(info: TokenizerInfo, seq_len: int, packing: str, rows_per_block: int
 def _lock(out: Path) -> Iterator[None]:
     """One build a folder at a time; a second one waits and then finds the first one's result."""
     path = out / LOCK
-    for _ in range(1000):  # nobody removes it as often as that
+    for _ in range(1000):  # the one before us may have failed, and left nothing behind: not as often as that
         try:
-            out.mkdir(
-                parents=True, exist_ok=True
-            )  # the one before us may have failed, and left nothing behind
+            out.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
         except FileNotFoundError:
             continue

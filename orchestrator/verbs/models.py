@@ -92,16 +92,18 @@ def promote_model(options: argparse.Namespace) -> int:
 
 def register_model(options: argparse.Namespace) -> int:
     registry_store = store(options)  # before the seconds that it takes to import torch
+    from minilm.orchestrator.system.files import check_place
+
+    if options.workdir is not None:
+        check_place(options.workdir)
     from minilm.model.encoder.build import count_parameters, load_encoder
     from minilm.model.encoder.shape import shape_of
-    from minilm.orchestrator.system.files import check_place
     from minilm.orchestrator.tracking import registry
     from minilm.orchestrator.tracking.model_files import model_files
 
     model_files(options.folder)
     model = load_encoder(options.folder.resolve()).model  # what can't be loaded is no use to anybody
     if options.workdir is not None:
-        check_place(options.workdir)
         options.workdir.mkdir(parents=True, exist_ok=True)
     registry.check_rights(registry_store, [options.name])
     run_id = registry.make_run(
