@@ -468,6 +468,15 @@ ROWS: list[tuple[list[str], str]] = [
         "teacher's 48, so none can be copied; give hidden: 48, or positions: cut",
     ),
     (
+        ["stages.assistant.student.start_share=0.5"],
+        "FILE: stages.0.student.start_share: given 0.5 of weights at random, which nothing was learned with; leave it"
+        " out, or give init a model to go on from",
+    ),
+    (
+        ["stages.assistant.student.start_share=1", "stages.assistant.student.init=teacher-layers"],
+        "--set: stages.0.student.start_share: given 1; allowed: a number of at least 0 and below 1",
+    ),
+    (
         ["stages.assistant.student.positions=crop"],
         "--set: stages.0.student.positions: given 'crop'; allowed: 'cut', 'teacher' or 'keep'",
     ),
@@ -733,7 +742,7 @@ ROWS: list[tuple[list[str], str]] = [
         ["stages.assistant.student={layers: 3, hiden: 24}"],
         "--set: stages.0.student.hidden: missing; add it (Hidden size)\n--set: "
         "stages.0.student.hiden: unknown key; did you mean 'hidden'?; allowed: name, layers, "
-        "hidden, ffn, heads, dropout, init, positions",
+        "hidden, ffn, heads, dropout, init, start_share, positions",
     ),
     (
         ["stages.assistant.student={layers:3, hidden:24}"],

@@ -216,6 +216,16 @@ def test_checkpoints_grow_by_those_that_are_kept():
     assert found.stored == (2 + 3) * found.checkpoint
 
 
+def test_a_start_that_is_kept_lies_in_memory(tmp_path, text, teacher, capsys):
+    kept = replace(WORK, students=(replace(BODY, keeps_start=True),))
+    assert memory(kept).students - memory(WORK).students == 4 * 2 * 900
+    recipe, student = write_recipe(tmp_path, text, teacher), "stages.assistant.student"
+    sets = ["--set", f"{student}.init=teacher-layers", "--set", f"{student}.start_share=0.5"]
+    assert main(["plan", str(recipe), "--json", *sets]) == 0
+    stages = [json.loads(line) for line in capsys.readouterr().out.splitlines()][:2]
+    assert [stage["work"]["students"][0]["keeps_start"] for stage in stages] == [True, False]
+
+
 def test_the_verb_prints_a_table_and_json(tmp_path, text, teacher, capsys):
     recipe = write_recipe(tmp_path, text, teacher)
     assert main(["plan", str(recipe), "--tokens-per-second", "1000"]) == 0

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from minilm.data.builder.build import build
 from minilm.data.format.manifest import load_manifest
+from minilm.model.distiller import Distiller
 from minilm.model.encoder.sentence_head import load_head
 from minilm.model.encoder.sentence_layout import read_layout
 from minilm.model.export import weights_digest
@@ -29,6 +30,7 @@ from minilm.orchestrator.evaluation.sources import build as load_source
 from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
+from minilm.orchestrator.train.build import build_distiller
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
 from tests.conftest import WORDS, make_embedder
@@ -117,6 +119,43 @@ def test_a_new_dense_layer_turns_the_start_towards_the_teacher(init, rows, embed
     assert distance < 0.8  # 1 if drawn at random
     if init == "teacher-layers":
         assert made.students[0].start_digest == weights_digest(folder)
+
+
+def test_weights_between_start_and_end_are_measured_and_exported(rows, embedder, tmp_path):
+    plain = job(rows, embedder, tmp_path / "plain", steps=4)
+    shared = replace(
+        plain,
+        folder=str(tmp_path / "shared"),
+        students=(replace(plain.students[0], start_share=0.25),),
+    )
+    start = trained_state(build_distiller(plain, torch.device("cpu")))
+    assert run_stage(plain) and run_stage(shared)
+    end, between = (StageFolder(Path(spec.folder)).student("small") for spec in (plain, shared))
+    ends, found = load_file(end / "model.safetensors"), load_file(between / "model.safetensors")
+    moved = {name for name in start if not torch.equal(start[name], ends[name])}
+    assert len(moved) > 20
+    for name, tensor in found.items():  # training was the same: it does not see the share
+        expected = start[name] * 0.25 + ends[name] * 0.75 if name in moved else ends[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-8)
+    assert "| Share of the start in the weights | 0.25 |" in (between / "README.md").read_text()
+
+    folder = StageFolder(Path(shared.folder))
+    measured = read_all_metrics(folder.heldout_metrics)
+    digest = weights_digest(between)
+    folder.done.unlink()
+    shutil.rmtree(between)
+    assert run_stage(shared)  # goes on from the last checkpoint, which holds the trained weights
+    assert weights_digest(between) == digest
+
+    after = StudentSpec("small", 2, 48, 4, 192, 0.1, "x/y", str(between), digest)
+    again = replace(plain, folder=str(tmp_path / "again"), students=(after,))
+    assert run_stage(again)
+    first = read_all_metrics(StageFolder(Path(again.folder)).heldout_metrics)[0].metrics
+    assert first == pytest.approx(measured[-1].metrics, rel=1e-5)
+
+
+def trained_state(distiller: Distiller) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in distiller.students["small"].trained_parameters().items()}
 
 
 def test_a_teacher_whose_vectors_overflow_is_named_by_the_run(rows, embedder, tmp_path):

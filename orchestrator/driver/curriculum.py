@@ -289,6 +289,7 @@ class Driver:
                     ffn=sizes[student.name].ffn,
                     dropout=student.dropout,
                     init=references[student.name],
+                    start_share=student.start_share,
                     positions=student.positions,
                     start=folders.get(student.name, ""),
                     start_digest=starts.get(student.name, ""),

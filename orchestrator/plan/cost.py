@@ -27,7 +27,8 @@ class Body:
     that a token is multiplied by, of those that few tokens of a row meet (a head's, a pooler's) the share; untrained:
     the same of matrices that run and get no gradient. attentions: layers whose attention runs (the tapped one's does
     not); keeps_maps: whether their backward pass has the scores still, and does not compute them again. heads: of
-    attention; vocabulary: the tokens that it knows.
+    attention; vocabulary: the tokens that it knows. keeps_start: whether the weights that it started with, and the
+    trained ones while others are measured, lie beside its own.
     """
 
     parameters: int
@@ -39,6 +40,7 @@ class Body:
     ffn: int
     untrained: float = 0.0
     keeps_maps: bool = False
+    keeps_start: bool = False
     heads: int = 1
     vocabulary: int = 0
 
@@ -222,7 +224,7 @@ def memory(work: Work) -> Memory:
         logits += 2 * max(body.vocabulary * body.hidden for body in work.students)
     return Memory(
         teacher=FLOAT * work.teacher.parameters,
-        students=FLOAT * sum(body.parameters for body in work.students),
+        students=FLOAT * sum(body.parameters + 2 * body.keeps_start * body.trained for body in work.students),
         moments=2 * FLOAT * trained,
         sums=(FLOAT + INTEGER) * (trained + min(trained, CHUNKS[work.device]))
         if work.exact

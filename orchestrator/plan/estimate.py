@@ -79,10 +79,14 @@ def work_of(
         name: body(distiller, student, seq_len, device, distiller.trained_parameters(name))
         for name, student in distiller.students.items()
     }
+    starts = [student.name for student in stage.students if student.start_share]
     return Work(
         stage=stage.name,
         teacher=body(distiller, distiller.teacher, seq_len, device, {}),
-        students=tuple(with_projections(distiller, name, one) for name, one in bodies.items()),
+        students=tuple(
+            replace(with_projections(distiller, name, one), keeps_start=name in starts)
+            for name, one in bodies.items()
+        ),
         relations=len(distiller.objective.relation_names),
         every_layer=distiller.objective.layer_to_layer,
         logits=masked_tokens(distiller.objective, seq_len),

@@ -76,6 +76,9 @@ def check_across(
             if student.name in earlier or student.name in here:
                 what = f"given {student.name!r} a second time; allowed: a name for each student of the recipe"
                 yield (*path, "name"), what
+            if student.start_share and student.init == "random":
+                what = f"given {student.start_share:g} of weights at random, which nothing was learned with"
+                yield (*path, "start_share"), f"{what}; leave it out, or give init a model to go on from"
             if student.starts_from and "/" not in student.starts_from and set(range(index)) <= stages.keys():
                 yield from _start(path, student, stage, earlier, made_by)
             for problem in _heads(path, student, stage, teacher):

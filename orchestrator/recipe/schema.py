@@ -301,6 +301,10 @@ class Student(_Section):
     the student is narrower; teacher-pca: the same layers, projected on the principal directions of the teacher's hidden
     states on a sample of the rows; or a model of this very shape that training goes on from: an earlier student's
     name, `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
+    start_share: Fraction = 0.0
+    """Share of the first weights in those that are measured and exported; the rest is what training made of them.
+    Training does not see it. For a start that is good at something: half way between the two a student is often better
+    than at either end, on text of other kinds above all (arXiv:2109.01903)."""
     positions: Literal["cut", "teacher", "keep"] = "cut"
     """What becomes of positions behind the rows' length, which nothing trains. cut: the student takes rows of the
     length that it was trained on; teacher: as many as its teacher, whose vectors it gets (needs the teacher's width);
@@ -492,8 +496,9 @@ class Stage(_Section):
             "students"
         ]:  # the digest of a stage has the size that the teacher's family gives
             student["ffn"] = student["ffn"] or 4 * student["hidden"]
-            if student["positions"] == "keep":  # as recipes were recorded before there was anything else
-                del student["positions"]
+            for key, before in (("positions", "keep"), ("start_share", 0.0)):
+                if student[key] == before:  # as recipes were recorded before there was anything else
+                    del student[key]
             student["init"] = self._as_written.get(student["init"], student["init"])
         fields["teacher"] = self._as_written.get(self.teacher, self.teacher)
         return fields

@@ -60,9 +60,11 @@ def finish_stage(
             if student.start:  # made of the teacher (`driver.made_starts`)
                 source = load_encoder(student.start, head=distiller.objective.needs_head).model
             copy_positions(encoder.model, source, first=spec.data.seq_len)
-        start = (
-            {"Started from": f"{student.init} (weights {student.start_digest[:12]})"} if student.start else {}
-        )
+        facts = {}
+        if student.start:
+            facts["Started from"] = f"{student.init} (weights {student.start_digest[:12]})"
+        if student.start_share:
+            facts["Share of the start in the weights"] = f"{student.start_share:g}"
         card = model_card(
             student.name,
             encoder.model,
@@ -70,7 +72,7 @@ def finish_stage(
             teacher=f"{spec.teacher_name}, layer {spec.teacher_layer}",
             teacher_card=Path(spec.teacher) / "README.md",
             head=encoder.head,
-            facts=start
+            facts=facts
             | {
                 "Objective": spec.objective["name"],
                 "Steps": f"{spec.steps:,} of {spec.batch} rows x {spec.data.seq_len} tokens",

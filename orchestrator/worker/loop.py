@@ -32,6 +32,7 @@ from minilm.orchestrator.system.write_errors import is_final, writing
 from minilm.orchestrator.train.build import build_distiller, compute_deterministically, make_states
 from minilm.orchestrator.train.distributed import World, join_world
 from minilm.orchestrator.train.numerics import AUTOCAST
+from minilm.orchestrator.train.start_share import StartShares
 from minilm.orchestrator.train.step import StepOutcome, train_step
 from minilm.orchestrator.worker.crash_loop import CrashLoopGuard, forget_start_failures
 from minilm.orchestrator.worker.errors import Evicted, NotFinite, PeerFailed
@@ -113,6 +114,7 @@ class StageRun:
         self.evaluators = make_evaluators(spec)
         self.until = UntilPoints(spec)
         self.distiller = build_distiller(spec, world.device)
+        self.start_shares = StartShares(spec.students, self.distiller)
         self.students = make_states(spec, self.distiller)
         self.models = {student.name: self.distiller.state_module(student.name) for student in self.students}
         self.fingerprints = Fingerprints.of(spec, self.row_loader.stream.fingerprint)
@@ -284,18 +286,17 @@ class StageRun:
         self.watchdog.alive()
 
     def measure(self, evaluators: list[Evaluator], done: int) -> dict[str, float]:
-        return measure(
-            evaluators,
-            HeldOutPass(
-                self.distiller,
-                self.held_out,
-                rows=self.spec.measuring.held_out_rows,
-                micro_batch=self.spec.micro_batch,
-                autocast=AUTOCAST[self.precision],
-                world=self.world,
-                progress=lambda *part: self.beat("evaluating", done, part=part),
-            ),
+        given = HeldOutPass(
+            self.distiller,
+            self.held_out,
+            rows=self.spec.measuring.held_out_rows,
+            micro_batch=self.spec.micro_batch,
+            autocast=AUTOCAST[self.precision],
+            world=self.world,
+            progress=lambda *part: self.beat("evaluating", done, part=part),
         )
+        with self.start_shares.applied():
+            return measure(evaluators, given)
 
     def end_at(self, steps: int) -> None:
         """From here on the stage has so many steps. On all ranks the same, as rank 0 has found."""
@@ -348,13 +349,14 @@ class StageRun:
             )  # a failing export is counted like a step after the last
             self.expect_long("exporting", self.spec.steps)
             self.fence.check()
-            finish_stage(
-                self.spec,
-                self.distiller,
-                data=self.fingerprints.data,
-                ledger=self.row_loader.resume_state()["digest"],
-                progress=lambda *part: self.beat("exporting", self.spec.steps, part=part, force=True),
-            )
+            with self.start_shares.applied():
+                finish_stage(
+                    self.spec,
+                    self.distiller,
+                    data=self.fingerprints.data,
+                    ledger=self.row_loader.resume_state()["digest"],
+                    progress=lambda *part: self.beat("exporting", self.spec.steps, part=part, force=True),
+                )
 
     def end_attempt(self) -> None:
         """This attempt ends in good order: the crash loop guard starts to count again."""
