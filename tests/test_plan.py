@@ -219,6 +219,7 @@ def test_checkpoints_grow_by_those_that_are_kept():
 def test_a_start_that_is_kept_lies_in_memory(tmp_path, text, teacher, capsys):
     kept = replace(WORK, students=(replace(BODY, keeps_start=True),))
     assert memory(kept).students - memory(WORK).students == 4 * 2 * 900
+    assert memory(kept).save_copy - memory(WORK).save_copy == 4 * 900
     recipe, student = write_recipe(tmp_path, text, teacher), "stages.assistant.student"
     sets = ["--set", f"{student}.init=teacher-layers", "--set", f"{student}.start_share=0.5"]
     assert main(["plan", str(recipe), "--json", *sets]) == 0

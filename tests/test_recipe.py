@@ -453,6 +453,8 @@ def test_the_canonical_form_is_blind_to_spelling_and_to_what_changes_no_weight(t
     # one more, at a default that is not null, would read as a change of every recipe that was recorded before
     given = {key for key, value in fields["data"].items() if value is not None}
     assert given == {"held_out", "packing", "seq_len", "text", "tokenizer"}
+    (student,) = fields["stages"][0]["students"]
+    assert set(student) == {"name", "layers", "hidden", "ffn", "heads", "dropout", "init", "positions"}
     spelled_out = load(
         tmp_path,
         BASE.replace(
@@ -486,6 +488,13 @@ def test_what_changes_the_result_shows_by_path(
 ) -> None:
     old = load(tmp_path).result_fields()
     assert first_difference(old, load(tmp_path, BASE, override).result_fields()) == difference
+
+
+def test_a_share_of_the_start_changes_the_result(tmp_path: Path) -> None:
+    init, share = "stages.0.student.init=teacher-layers", "stages.0.student.start_share=0.5"
+    old, new = load(tmp_path, BASE, init), load(tmp_path, BASE, init, share)
+    difference = "stages.0.students.0.start_share", None, 0.5
+    assert first_difference(old.result_fields(), new.result_fields()) == difference
 
 
 def test_a_stage_more_is_a_difference(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_recipe_takes_its_teacher_and_its_students_start_from_the_registry(
         assert f"{folder} is models:/{name}/1 now, and models:/{name}@good" in capsys.readouterr().out
     stage = {"name": "small", "teacher": "models:/big@good", "batch": 8, "steps": 3, "peak_lr": 1e-3}
     stage |= {"warmup_steps": 1, "held_out_rows": 8}
-    stage |= {"student": {"layers": 2, "hidden": 24, "init": "models:/small-bert@good"}}
+    stage |= {"student": {"layers": 2, "hidden": 24, "init": "models:/small-bert@good", "start_share": 0.5}}
     recipe = tmp_path / "r.yaml"
     values = {"name": "r", "data": {"shards": str(shards)}, "stages": [stage]}
     recipe.write_text(
@@ -47,6 +47,7 @@ def test_a_recipe_takes_its_teacher_and_its_students_start_from_the_registry(
         "models:/small-bert@good",
         str(work / "teachers" / "small-bert-v1"),
     )
+    assert student.start_share == 0.5
     assert student.start_digest == weights_digest(start) and (student.heads, student.ffn) == (4, 96)
     assert f"models:/small-bert@good (weights {student.start_digest[:12]})" in (
         (folder.student("small") / "README.md").read_text()

@@ -137,18 +137,22 @@ def test_weights_between_start_and_end_are_measured_and_exported(rows, embedder,
     for name, tensor in found.items():  # training was the same: it does not see the share
         expected = start[name] * 0.25 + ends[name] * 0.75 if name in moved else ends[name]
         torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-8)
-    assert "| Share of the start in the weights | 0.25 |" in (between / "README.md").read_text()
+    assert (
+        "| Share of the start in the weights | 0.25 of teacher-layers |"
+        in (between / "README.md").read_text()
+    )
 
     folder = StageFolder(Path(shared.folder))
     measured = read_all_metrics(folder.heldout_metrics)
     digest = weights_digest(between)
     folder.done.unlink()
     shutil.rmtree(between)
-    assert run_stage(shared)  # goes on from the last checkpoint, which holds the trained weights
+    other_start = replace(shared.students[0], init="random")  # as if it could not be made again
+    assert run_stage(replace(shared, students=(other_start,)))  # the last checkpoint has start and end
     assert weights_digest(between) == digest
 
     after = StudentSpec("small", 2, 48, 4, 192, 0.1, "x/y", str(between), digest)
-    again = replace(plain, folder=str(tmp_path / "again"), students=(after,))
+    again = replace(plain, folder=str(tmp_path / "again"), students=(after,), steps=1)
     assert run_stage(again)
     first = read_all_metrics(StageFolder(Path(again.folder)).heldout_metrics)[0].metrics
     assert first == pytest.approx(measured[-1].metrics, rel=1e-5)

@@ -254,8 +254,8 @@ def bytes_kept_by(work: Work, body: Body) -> int:
 
 
 def checkpoint_bytes(work: Work) -> int:
-    """Students whole, and two moments of what is trained."""
-    return FLOAT * sum(body.parameters + 2 * body.trained for body in work.students)
+    """Students whole, two moments of what is trained, and the start where that is kept."""
+    return FLOAT * sum(body.parameters + (2 + body.keeps_start) * body.trained for body in work.students)
 
 
 def reduced_bytes(work: Work) -> int:

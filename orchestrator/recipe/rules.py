@@ -77,8 +77,8 @@ def check_across(
                 what = f"given {student.name!r} a second time; allowed: a name for each student of the recipe"
                 yield (*path, "name"), what
             if student.start_share and student.init == "random":
-                what = f"given {student.start_share:g} of weights at random, which nothing was learned with"
-                yield (*path, "start_share"), f"{what}; leave it out, or give init a model to go on from"
+                what = f"given {student.start_share:g} with init: random, a start that has learned nothing"
+                yield (*path, "start_share"), f"{what}; allowed: 0; leave it out, or give another init"
             if student.starts_from and "/" not in student.starts_from and set(range(index)) <= stages.keys():
                 yield from _start(path, student, stage, earlier, made_by)
             for problem in _heads(path, student, stage, teacher):

@@ -302,9 +302,9 @@ class Student(_Section):
     states on a sample of the rows; or a model of this very shape that training goes on from: an earlier student's
     name, `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `package:NAME/folder` or a hub id OWNER/NAME."""
     start_share: Fraction = 0.0
-    """Share of the first weights in those that are measured and exported; the rest is what training made of them.
-    Training does not see it. For a start that is good at something: half way between the two a student is often better
-    than at either end, on text of other kinds above all (arXiv:2109.01903)."""
+    """How much of its start the student keeps: what is measured and exported is start_share x start + (1 - start_share)
+    x trained, weight by weight; losses are of the trained weights. For a start that is good at something: 0.5 is often
+    better than both ends (arXiv:2311.13534). Not with init: random."""
     positions: Literal["cut", "teacher", "keep"] = "cut"
     """What becomes of positions behind the rows' length, which nothing trains. cut: the student takes rows of the
     length that it was trained on; teacher: as many as its teacher, whose vectors it gets (needs the teacher's width);

@@ -22,8 +22,8 @@ class StudentSpec:
     """Size and initialisation of one student.
 
     start: folder of the model that it goes on from, "" without one; start_digest: of its weights, or of those that it
-    was made of; init: then the reference in the recipe. start_share: of the first weights in those that are exported.
-    positions: what becomes of those behind the rows' length.
+    was made of; init: then the reference in the recipe. start_share: of the start in the weights that are
+    measured and exported. positions: what becomes of those behind the rows' length.
     """
 
     name: str

@@ -64,7 +64,7 @@ def finish_stage(
         if student.start:
             facts["Started from"] = f"{student.init} (weights {student.start_digest[:12]})"
         if student.start_share:
-            facts["Share of the start in the weights"] = f"{student.start_share:g}"
+            facts["Share of the start in the weights"] = f"{student.start_share:g} of {student.init}"
         card = model_card(
             student.name,
             encoder.model,

@@ -116,7 +116,12 @@ class StageRun:
         self.distiller = build_distiller(spec, world.device)
         self.start_shares = StartShares(spec.students, self.distiller)
         self.students = make_states(spec, self.distiller)
-        self.models = {student.name: self.distiller.state_module(student.name) for student in self.students}
+        self.models = {
+            student.name: self.start_shares.state_module(
+                student.name, self.distiller.state_module(student.name)
+            )
+            for student in self.students
+        }
         self.fingerprints = Fingerprints.of(spec, self.row_loader.stream.fingerprint)
         self.store = open_store(spec.checkpoints, self.folder.checkpoints)
         self.fence = Fence(spec.lease, self.store if spec.checkpoints else None, spec.attempt)
