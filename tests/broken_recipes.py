@@ -469,7 +469,7 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.start_share=0.5"],
-        "FILE: stages.0.student.start_share: given 0.5 with init: random, a start that has learned nothing; allowed: 0;"
+        "--set: stages.0.student.start_share: given 0.5 with init: random, a start that has learned nothing; allowed: 0;"
         " leave it out, or give another init",
     ),
     (

@@ -84,6 +84,7 @@ def embedded(folder: Path, texts: list[str]) -> torch.Tensor:
 
 def test_killed_and_finished_by_two_workers_a_stage_ends_with_the_same_bits(rows, embedder, tmp_path):
     whole = job(rows, embedder, tmp_path / "whole")
+    whole = replace(whole, students=(replace(whole.students[0], start_share=0.3),))
     assert run_stage(whole)
     killed = replace(whole, folder=str(tmp_path / "killed"))
     assert worker_pool.kill_at(killed, 1, rank=0, step=7) == [-signal.SIGKILL], worker_pool.log(killed)
