@@ -469,8 +469,8 @@ ROWS: list[tuple[list[str], str]] = [
     ),
     (
         ["stages.assistant.student.start_share=0.5"],
-        "--set: stages.0.student.start_share: given 0.5 with init: random, a start that has learned nothing; allowed: 0;"
-        " leave it out, or give another init",
+        "--set: stages.0.student.start_share: given 0.5 with init: random, a start that has learned nothing; allowed: "
+        "0; leave it out, or give another init",
     ),
     (
         ["stages.assistant.student.start_share=1", "stages.assistant.student.init=teacher-layers"],
