@@ -31,6 +31,7 @@ from minilm.orchestrator.stage.folder import StageFolder
 from minilm.orchestrator.stage.metrics_file import read_all_metrics
 from minilm.orchestrator.stage.spec import StageSpec, StudentSpec
 from minilm.orchestrator.train.build import build_distiller
+from minilm.orchestrator.train.start_share import StartShares
 from minilm.orchestrator.worker.loop import run_stage
 from tests import worker_pool
 from tests.conftest import WORDS, make_embedder
@@ -157,6 +158,28 @@ def test_weights_between_start_and_end_are_measured_and_exported(rows, embedder,
     assert run_stage(again)
     first = read_all_metrics(StageFolder(Path(again.folder)).heldout_metrics)[0].metrics
     assert first == pytest.approx(measured[-1].metrics, rel=1e-5)
+
+
+def test_a_share_is_of_its_own_student_and_of_nothing_that_started_at_random(rows, teacher, tmp_path):
+    names = ("kept", "other")
+    spec = make_spec(rows, teacher, tmp_path, objective={"name": "value-mse"})
+    spec = replace(spec, students=tuple(StudentSpec(n, 2, 24, 4, 96, 0.0, "teacher-layers") for n in names))
+    distiller = build_distiller(spec, torch.device("cpu"))
+    shares = StartShares((replace(spec.students[0], start_share=0.25), spec.students[1]), distiller)
+    parameters = {f"{n}/{key}": p for n in names for key, p in distiller.trained_parameters(n).items()}
+    start = {key: p.detach().clone() for key, p in parameters.items()}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1.0)
+    trained = {key: p.detach().clone() for key, p in parameters.items()}
+    with pytest.raises(OSError, match="in the midst"), shares.applied():
+        for key, parameter in parameters.items():
+            moved = key.startswith("kept/") and not key.startswith("kept/projection.")
+            expected = start[key] + 0.75 if moved else trained[key]
+            torch.testing.assert_close(parameter.detach(), expected)
+        raise OSError("in the midst")
+    assert all(torch.equal(parameters[key], value) for key, value in trained.items())
+    assert {key.split(".")[0] for key in parameters} >= {"kept/projection", "other/projection"}
 
 
 def trained_state(distiller: Distiller) -> dict[str, torch.Tensor]:

@@ -43,11 +43,14 @@ class Start(nn.Module):
 
 
 class StartShares:
-    """The starts of the students that have a `start_share`; other students are left as they are."""
+    """The starts of the students that have a `start_share`; other students are left as they are.
+
+    So is a projection beside a student, which starts at random and is not exported.
+    """
 
     def __init__(self, students: Iterable[StudentSpec], distiller: Distiller):
         self._starts = {
-            student.name: Start(distiller.trained_parameters(student.name), student.start_share)
+            student.name: Start(_exported(distiller.trained_parameters(student.name)), student.start_share)
             for student in students
             if student.start_share
         }
@@ -66,6 +69,10 @@ class StartShares:
         finally:
             for start, trained in mixed:
                 start.put_back(trained)
+
+
+def _exported(trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in trained.items() if not name.startswith("projection.")}
 
 
 def _buffer(name: str) -> str:
